@@ -1,0 +1,168 @@
+"""A composed config in, the objects of a run out, and the run itself."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from cocoa_pl import checkpoint
+from cocoa_pl.data.tokenize import Processor
+from cocoa_pl.embedder import Embedder
+from cocoa_pl.entry import build, save_config
+from cocoa_pl.errors import UserError
+from cocoa_pl.evaluation.benchmark import evaluate
+from cocoa_pl.evaluation.report import score_table, write_report
+from cocoa_pl.export import export, lineage_of
+from cocoa_pl.models.adapters import trainable_line
+from cocoa_pl.models.backbone import Backbone
+from cocoa_pl.models.loading import Loaded, PretrainedSource, load
+from cocoa_pl.stages.recipe import RunSettings, Stage, run_stages
+
+log = logging.getLogger(__name__)
+
+
+def train(cfg: DictConfig, run_dir: Path, console: Console) -> None:
+    """Run the stages of a config, export the model and score it."""
+    save_config(cfg, run_dir)
+    stages = build_stages(cfg)
+    data = build(cfg.data)
+    loaded = open_model(cfg, data.training_texts)
+    backbone = build(cfg.adapter)(loaded.backbone)
+    log.info("%s", trainable_line(backbone))
+    settings = RunSettings(
+        run_dir=run_dir,
+        trainer=build(cfg.trainer),
+        loggers=build(cfg.logger),
+        console=console,
+        seed=cfg.seed,
+        num_workers=cfg.num_workers,
+        on_bad_row=cfg.on_bad_row,
+        checkpoint_every=cfg.checkpoint_every,
+    )
+    lineage = run_stages(
+        stages,
+        backbone,
+        make_processor(cfg, loaded, max_pixels=cfg.model.max_pixels),
+        data,
+        settings,
+        resume=cfg.resume is not None,
+    )
+    embedder = Embedder(
+        backbone,
+        make_processor(cfg, loaded, max_pixels=cfg.model.eval_max_pixels),
+        stages[-1].policy,
+    )
+    if torch.distributed.is_initialized() and torch.distributed.get_rank():
+        return
+    export(embedder, run_dir / "model", lineage=[*lineage_of(str(loaded.folder)), *lineage])
+    if cfg.evaluate:
+        score(
+            embedder,
+            build(cfg.benchmark),
+            run_dir,
+            console,
+            checkpoint_name=str(run_dir),
+            facts=_facts(cfg, stages),
+            metrics_csv=run_dir / "metrics.csv",
+        )
+
+
+def build_stages(cfg: DictConfig) -> list[Stage]:
+    """The stages that `stage.order` names.
+
+    Raises:
+        UserError: if it names one that the config does not hold.
+    """
+    order = list(cfg.stage.order)
+    if missing := [name for name in order if name not in cfg.stage]:
+        known = [name for name in cfg.stage if name != "order"]
+        raise UserError(f"stage.order names {missing[0]}; this config holds {', '.join(known)}")
+    return [build(cfg.stage[name]) for name in order]
+
+
+def open_model(cfg: DictConfig, texts: Callable[[], Sequence[str]]) -> Loaded:
+    """The model that training starts from: an earlier run's, or the config's own source."""
+    if cfg.init_from is None:
+        folder = build(cfg.model.source).folder(texts())
+    else:
+        exported = Path(cfg.init_from) / "model"
+        path = str(exported) if exported.is_dir() else cfg.init_from
+        folder = PretrainedSource(path=path).folder(())
+        log.info("starting from %s", folder)
+    return load(
+        folder,
+        kernel=cfg.model.kernel,
+        dtype=cfg.model.dtype,
+        gradient_checkpointing=cfg.model.gradient_checkpointing,
+    )
+
+
+def make_processor(cfg: DictConfig, loaded: Loaded, *, max_pixels: int) -> Processor:
+    return Processor(
+        loaded.tokenizer,
+        loaded.image_processor,
+        max_length=cfg.model.max_length,
+        min_pixels=cfg.model.min_pixels,
+        max_pixels=max_pixels,
+        num_token_rows=loaded.backbone.num_token_rows,
+    )
+
+
+def open_embedder(path: str, *, device: str) -> Embedder:
+    """A run folder, a .ckpt, an exported folder or a hub id."""
+    if not path.endswith(".ckpt"):
+        return Embedder.load(path, device=device)
+    run_dir = Path(path).resolve().parents[1]
+    content = checkpoint.read(Path(path))
+    if not (run_dir / "config.yaml").is_file():
+        raise UserError(f"{path}: the run's config.yaml is not in {run_dir}")
+    cfg = OmegaConf.load(run_dir / "config.yaml")
+    assert isinstance(cfg, DictConfig)
+    loaded = open_model(cfg, lambda: build(cfg.data).training_texts())
+    backbone: Backbone = build(cfg.adapter)(loaded.backbone)
+    checkpoint.load_backbone(backbone, content, where=path)
+    stage = build_stages(cfg)[content["cocoa"]["stage_index"]]
+    processor = make_processor(cfg, loaded, max_pixels=cfg.model.eval_max_pixels)
+    return Embedder(backbone, processor, stage.policy)
+
+
+def score(
+    embedder: Embedder,
+    benchmark: Any,
+    run_dir: Path,
+    console: Console,
+    *,
+    checkpoint_name: str,
+    facts: dict[str, Any],
+    metrics_csv: Path | None,
+) -> None:
+    """Evaluate, write results.json and report.html, and show the table."""
+    results = evaluate(
+        embedder.encode, benchmark.subsets(), benchmark=benchmark.name, checkpoint=checkpoint_name
+    )
+    results.write_json(run_dir / "results.json")
+    write_report(
+        run_dir / "report.html",
+        results,
+        title=f"cocoa_pl on {benchmark.name}",
+        date=datetime.date.today().isoformat(),
+        facts=facts,
+        metrics_csv=metrics_csv,
+    )
+    console.print(score_table(results))
+    console.print(f"report: {run_dir / 'report.html'}", soft_wrap=True)
+
+
+def _facts(cfg: DictConfig, stages: Sequence[Stage]) -> dict[str, Any]:
+    described = {
+        stage.name: f"{stage.policy.name} attention, lr {stage.optimization.lr:g}"
+        for stage in stages
+    }
+    return {"stages": " → ".join(s.name for s in stages), **described, "seed": cfg.seed}

@@ -1,0 +1,17 @@
+"""Attention as data: policy (a table) -> plan (index arithmetic) -> kernel."""
+
+from cocoa_pl.attention.kernels import TEXT_ATTENTION, VISION_ATTENTION, attend
+from cocoa_pl.attention.plan import Plan, make_plan, self_plan
+from cocoa_pl.attention.policy import Policy, dense_mask, grid_text
+
+__all__ = [
+    "TEXT_ATTENTION",
+    "VISION_ATTENTION",
+    "Plan",
+    "Policy",
+    "attend",
+    "dense_mask",
+    "grid_text",
+    "make_plan",
+    "self_plan",
+]

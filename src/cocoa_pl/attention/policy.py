@@ -1,0 +1,92 @@
+"""A policy is a 3 x 3 table of data: which segment's rows see which segment's columns.
+
+    eos_bridge, CONTEXT of 2, EOS, TARGET of 2 (rows attend to columns):
+
+        A A E B B
+        1 1 1 0 0
+        1 1 1 0 0
+        1 1 1 1 1
+        0 0 1 1 1
+        0 0 1 1 1
+
+`dense_mask` spells the table out for every pair of tokens. It is the oracle in tests and the
+picture in docs, never
+the fast path: that is `plan.py`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cocoa_pl.batch import SEGMENTS
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Who sees whom inside one sample; samples never see each other.
+
+    Args:
+        name: what logs and exports call it.
+        context, eos, target: the segments that the rows of this segment attend to.
+        causal: additionally, a token sees only itself and earlier tokens.
+
+    Raises:
+        ValueError: for an unknown segment, an empty row, or a causal policy that is not a full
+            table.
+    """
+
+    name: str
+    context: Sequence[str]
+    eos: Sequence[str]
+    target: Sequence[str]
+    causal: bool
+
+    def __post_init__(self) -> None:
+        for row in SEGMENTS:
+            seen = getattr(self, row)
+            if unknown := set(seen) - set(SEGMENTS):
+                raise ValueError(
+                    f"attention policy {self.name}: {row} names unknown segments {unknown}"
+                )
+            if row not in seen:
+                raise ValueError(f"attention policy {self.name}: {row} must at least see itself")
+        if self.causal and not self.table.all():
+            raise ValueError(f"attention policy {self.name}: a causal policy sees all segments")
+
+    @property
+    def table(self) -> Tensor:
+        """(3, 3) bool, rows attend to columns, in the order of `SEGMENTS`."""
+        return torch.tensor(
+            [[column in getattr(self, row) for column in SEGMENTS] for row in SEGMENTS]
+        )
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain data from which `Policy(**data)` is built again."""
+        rows: dict[str, object] = {row: list(getattr(self, row)) for row in SEGMENTS}
+        return {"name": self.name, **rows, "causal": self.causal}
+
+
+def dense_mask(policy: Policy, segment_lengths: Tensor) -> Tensor:
+    """The policy as one boolean per pair of packed tokens.
+
+    Args:
+        segment_lengths: (S, 3) int64.
+
+    Returns:
+        (T, T) bool, True where the row's token sees the column's token.
+    """
+    num_samples = len(segment_lengths)
+    flat = segment_lengths.flatten()
+    segment = torch.repeat_interleave(torch.arange(3).repeat(num_samples), flat)  # (T)
+    sample = torch.repeat_interleave(torch.arange(num_samples), segment_lengths.sum(1))  # (T)
+    allowed = policy.table[segment][:, segment] & (sample[:, None] == sample[None, :])
+    return allowed.tril() if policy.causal else allowed
+
+
+def grid_text(mask: Tensor, labels: Sequence[str]) -> str:
+    """A mask as the 0/1 grid of the paper's figure, with a header of one-letter labels."""
+    rows = [" ".join(labels)]
+    rows += [" ".join("1" if seen else "0" for seen in row) for row in mask.tolist()]
+    return "\n".join(rows)

@@ -1,0 +1,167 @@
+"""Encoded samples in, one packed `Batch` out: samples end to end in a row of T tokens, no padding.
+
+Shape legend: T tokens, S samples, I images, P patches, B bytes of one patch (channels x side x
+side).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+SEGMENTS = ("context", "eos", "target")
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """One sample: CONTEXT, EOS and TARGET tokens in this order, with the patches of its images.
+
+    The collator *writes* the segment lengths; nobody searches for EOS in `input_ids` later.
+    """
+
+    input_ids: Tensor  # (t) int64
+    position_ids: Tensor  # (3, t) int64, M-RoPE: temporal, height, width
+    text_mask: (
+        Tensor  # (t) bool, ordinary text that may be hidden; False for special and visual tokens
+    )
+    image_mask: Tensor  # (t) bool, visual tokens
+    segment_lengths: tuple[int, int, int]  # context, eos, target
+    patches: Tensor  # (p, B) uint8, one frame
+    grids: Tensor  # (i, 3) int64, temporal x height x width in patches
+    key: int  # identity of the content: equal items share it
+    seed: int  # all randomness about this sample follows from it
+    row_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Samples packed end to end.
+
+    `segment_lengths`, `grids` and `images_per_sample` are bookkeeping for the host and stay on the
+    CPU; the rest moves with `.to`.
+    """
+
+    input_ids: Tensor  # (T) int64
+    position_ids: Tensor  # (3, T) int64
+    text_mask: Tensor  # (T) bool
+    image_mask: Tensor  # (T) bool
+    patches: Tensor  # (P, B) uint8
+    keys: Tensor  # (S) int64
+    seeds: Tensor  # (S) int64
+    segment_lengths: Tensor  # (S, 3) int64, CPU
+    grids: Tensor  # (I, 3) int64, CPU
+    images_per_sample: Tensor  # (S) int64, CPU
+    row_ids: tuple[str, ...]
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.row_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.input_ids.numel()
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens of each sample: (S) int64, CPU."""
+        return self.segment_lengths.sum(1)
+
+    @property
+    def eos_positions(self) -> Tensor:
+        """Where each sample's EOS lies in the row: (S) int64, CPU."""
+        ends = self.lengths.cumsum(0)
+        return ends - self.segment_lengths[:, 2] - 1
+
+    @property
+    def patches_per_sample(self) -> Tensor:
+        """(S) int64, CPU."""
+        image = torch.repeat_interleave(torch.arange(self.num_samples), self.images_per_sample)
+        return torch.zeros(self.num_samples, dtype=torch.int64).index_add(
+            0, image, self.grids.prod(1)
+        )
+
+    def to(self, device: torch.device | str) -> Batch:
+        moved = {n: getattr(self, n).to(device, non_blocking=True) for n in _DEVICE_FIELDS}
+        return replace(self, **moved)
+
+    def pin_memory(self) -> Batch:
+        return replace(self, **{n: getattr(self, n).pin_memory() for n in _DEVICE_FIELDS})
+
+    def select(self, start: int, stop: int) -> Batch:
+        """Samples start..stop as a batch of their own; views, no copy."""
+        tokens = _span(self.lengths, start, stop)
+        patches = _span(self.patches_per_sample, start, stop)
+        images = _span(self.images_per_sample, start, stop)
+        return Batch(
+            input_ids=self.input_ids[tokens],
+            position_ids=self.position_ids[:, tokens],
+            text_mask=self.text_mask[tokens],
+            image_mask=self.image_mask[tokens],
+            patches=self.patches[patches],
+            keys=self.keys[start:stop],
+            seeds=self.seeds[start:stop],
+            segment_lengths=self.segment_lengths[start:stop],
+            grids=self.grids[images],
+            images_per_sample=self.images_per_sample[start:stop],
+            row_ids=self.row_ids[start:stop],
+        )
+
+    def chunk(self, token_budget: int) -> list[Batch]:
+        """Consecutive pieces of at most `token_budget` tokens each (a longer single sample is a
+        piece alone).
+        """
+        bounds, used = [0], 0
+        for sample, length in enumerate(self.lengths.tolist()):
+            if used and used + length > token_budget:
+                bounds.append(sample)
+                used = 0
+            used += length
+        bounds.append(self.num_samples)
+        return [self.select(a, b) for a, b in pairwise(bounds)]
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """What a collator hands to a stage: N dataset rows as packed samples, role by role.
+
+    Generative stages have one sample a row. In contrast the samples are N queries, N positives,
+    then hard negatives.
+    """
+
+    batch: Batch
+    num_rows: int
+    skipped: tuple[str, ...]  # why rows are missing, where the config allows it
+
+    def to(self, device: torch.device | str) -> Rows:
+        return replace(self, batch=self.batch.to(device))
+
+    def pin_memory(self) -> Rows:
+        return replace(self, batch=self.batch.pin_memory())
+
+
+_DEVICE_FIELDS = tuple(f.name for f in fields(Batch))[:7]
+
+
+def pack(samples: Sequence[Encoded]) -> Batch:
+    """Lay samples end to end; their order is kept."""
+    return Batch(
+        input_ids=torch.cat([s.input_ids for s in samples]),
+        position_ids=torch.cat([s.position_ids for s in samples], dim=1),
+        text_mask=torch.cat([s.text_mask for s in samples]),
+        image_mask=torch.cat([s.image_mask for s in samples]),
+        patches=torch.cat([s.patches for s in samples]),
+        keys=torch.tensor([s.key for s in samples]),
+        seeds=torch.tensor([s.seed for s in samples]),
+        segment_lengths=torch.tensor([s.segment_lengths for s in samples]),
+        grids=torch.cat([s.grids for s in samples]),
+        images_per_sample=torch.tensor([len(s.grids) for s in samples]),
+        row_ids=tuple(s.row_id for s in samples),
+    )
+
+
+def _span(sizes: Tensor, start: int, stop: int) -> slice:
+    return slice(int(sizes[:start].sum()), int(sizes[:stop].sum()))

@@ -1,0 +1,1 @@
+"""Dataset rows to packed batches; imports no model."""

@@ -1,0 +1,162 @@
+"""Evaluation rows in, each distinct text-and-image combination numbered once and one `Item` out.
+
+1000 rows x 1000 candidates name a few thousand distinct ones; only those become Python objects.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from cocoa_pl.data.rows import make_item
+from cocoa_pl.data.tables import check_type, find_parquet, is_list, read_batches
+from cocoa_pl.errors import UserError
+from cocoa_pl.items import Item
+
+_EVAL_COLUMNS = ("qry_text", "qry_img_path", "tgt_text", "tgt_img_path")
+
+# Rows held as strings at a time: 64 rows x 1000 candidates are a few megabytes.
+_BATCH_ROWS = 64
+
+
+class SideTable:
+    """Distinct (text, image path) combinations, numbered in the order in which they are first met.
+
+    `role` says in messages what they are: "query" or "candidate".
+    """
+
+    def __init__(self, *, role: str) -> None:
+        self.role = role
+        self._combinations: list[tuple[str, str]] = []
+        self._first_rows: list[str] = []
+        self._text_codes: dict[str, int] = {}
+        self._image_codes: dict[str, int] = {}
+        self._numbers: dict[int, int] = {}
+
+    def number(self, texts: pa.Array, images: pa.Array, *, row_ids: np.ndarray) -> np.ndarray:
+        """int32 [N], the number of each combination; `row_ids` [N] says which row it is from."""
+        text_codes = _codes(texts, known=self._text_codes)
+        image_codes = _codes(images, known=self._image_codes)
+        distinct, first, inverse = np.unique(
+            text_codes << 32 | image_codes, return_index=True, return_inverse=True
+        )
+        numbers = np.empty(len(distinct), dtype=np.int32)
+        for rank in np.argsort(first):
+            number = self._numbers.setdefault(int(distinct[rank]), len(self._combinations))
+            if number == len(self._combinations):
+                position = int(first[rank])
+                self._combinations.append((texts[position].as_py(), images[position].as_py()))
+                self._first_rows.append(str(row_ids[position]))
+            numbers[rank] = number
+        return numbers[inverse.reshape(-1)]
+
+    def build(self, *, image_root: Path) -> tuple[list[Item | None], dict[int, str]]:
+        """All items in number order, None for unusable ones; and number -> what is wrong."""
+        items: list[Item | None] = []
+        errors: dict[int, str] = {}
+        for (text, image), row_id in zip(self._combinations, self._first_rows, strict=True):
+            try:
+                item = make_item(
+                    text,
+                    image,
+                    role=self.role,
+                    where=row_id,
+                    image_root=image_root,
+                    add_missing_slot=False,
+                )
+            except UserError as error:
+                errors[len(items)] = str(error)
+                items.append(None)
+            else:
+                items.append(item)
+        return items, errors
+
+
+def _codes(values: pa.Array, *, known: dict[str, int]) -> np.ndarray:
+    """int64 [N], a number for each string; `known` keeps them the same over all calls."""
+    encoded = values if pa.types.is_dictionary(values.type) else values.dictionary_encode()
+    local = [known.setdefault(text, len(known)) for text in encoded.dictionary.to_pylist()]
+    codes: np.ndarray = np.asarray(local, dtype=np.int64)[encoded.indices.to_numpy()]
+    return codes
+
+
+def number_rows(
+    root: Path, *, subset: str, split: str, queries: SideTable, candidates: SideTable
+) -> tuple[list[str], np.ndarray, list[np.ndarray], dict[int, str]]:
+    """Read a subset's rows and number their sides in `queries` and `candidates`.
+
+    Returns:
+        Row ids; int32 [Q] query numbers; for each row int32 [C] candidate numbers; row -> message
+        for those with nulls, no candidates or lists of unequal length, which count as blank.
+    """
+    row_ids: list[str] = []
+    query_index: list[np.ndarray] = []
+    candidate_index: list[np.ndarray] = []
+    bad_rows: dict[int, str] = {}
+    files = find_parquet(root, subset=subset, split=split)
+    for batch in read_batches(files, columns=_EVAL_COLUMNS, optional=(), batch_size=_BATCH_ROWS):
+        for name in _EVAL_COLUMNS:
+            kind = "list of strings" if name.startswith("tgt") else "string"
+            check_type(batch, name, source=subset, allowed=(kind,))
+        names = [f"{subset} row {len(row_ids) + offset}" for offset in range(len(batch))]
+        wrong = _misshapen(batch, names=names)
+        bad_rows |= {len(row_ids) + offset: message for offset, message in wrong.items()}
+        row_ids += names
+        if wrong:
+            batch = _without_content(batch, rows=wrong)
+        lengths = pc.list_value_length(batch["tgt_text"]).to_numpy()
+        query_index.append(
+            queries.number(
+                batch["qry_text"], batch["qry_img_path"], row_ids=np.asarray(names, dtype=object)
+            )
+        )
+        numbers = candidates.number(
+            batch["tgt_text"].flatten(),
+            batch["tgt_img_path"].flatten(),
+            row_ids=np.repeat(np.asarray(names, dtype=object), lengths),
+        )
+        candidate_index += np.split(numbers, np.cumsum(lengths)[:-1])
+    if not row_ids:
+        raise UserError(f"{subset}: {root / subset} holds no rows; an evaluation needs data")
+    return row_ids, np.concatenate(query_index), candidate_index, bad_rows
+
+
+def _misshapen(batch: pa.RecordBatch, *, names: list[str]) -> dict[int, str]:
+    """Messages for rows with a null, no candidates, or lists of unequal length."""
+    wrong: dict[int, str] = {}
+    for name in _EVAL_COLUMNS:
+        column = batch[name]
+        for offset, value in enumerate(column.to_pylist() if _has_null(column) else []):
+            if value is None or (isinstance(value, list) and None in value):
+                wrong.setdefault(
+                    offset, f"{names[offset]}: {name} holds a null; write an empty string for none"
+                )
+    text_lengths = pc.list_value_length(batch["tgt_text"]).to_pylist()
+    image_lengths = pc.list_value_length(batch["tgt_img_path"]).to_pylist()
+    for offset, (texts, images) in enumerate(zip(text_lengths, image_lengths, strict=True)):
+        if texts != images:
+            wrong.setdefault(
+                offset,
+                f"{names[offset]}: tgt_text has {texts} entries and tgt_img_path {images}; "
+                "each candidate needs both (an empty string for none)",
+            )
+        elif not texts:
+            wrong.setdefault(
+                offset, f"{names[offset]}: no candidates; fill tgt_text or drop the row"
+            )
+    return wrong
+
+
+def _has_null(column: pa.Array) -> bool:
+    inner = column.flatten().null_count if is_list(column.type) else 0
+    return bool(column.null_count or inner)
+
+
+def _without_content(batch: pa.RecordBatch, *, rows: Iterable[int]) -> pa.RecordBatch:
+    """The batch with these rows blanked: row numbers stay, and the rest is numbered at once."""
+    blank = {name: [] if name.startswith("tgt") else "" for name in _EVAL_COLUMNS}
+    bad = set(rows)
+    kept = [blank if offset in bad else row for offset, row in enumerate(batch.to_pylist())]
+    return pa.RecordBatch.from_pylist(kept, schema=batch.schema)

@@ -1,0 +1,103 @@
+"""A `Pair` in, the samples that a stage makes of it out. One class for each way of using a pair."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from cocoa_pl.errors import UserError
+from cocoa_pl.items import Item, Pair
+from cocoa_pl.randomness import mix
+
+_SOURCE_STREAM = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """CONTEXT, and TARGET where a text is to be rebuilt."""
+
+    context: Item
+    target: str | None
+
+
+MakeSamples = Callable[[Pair, int], tuple[Sample, ...]]
+
+
+def sides(pair: Pair) -> tuple[Item, str] | None:
+    """The side with the image and the text that describes it; None where both sides hold images.
+
+    A pair of two texts counts its query as the first side.
+    """
+    if not pair.positive.images:
+        return pair.query, pair.positive.text
+    if not pair.query.images:
+        return pair.positive, pair.query.text
+    return None
+
+
+class CaptionExamples:
+    """Image and text as one CONTEXT: warm-up and plain captioning."""
+
+    def __call__(self, pair: Pair, seed: int) -> tuple[Sample, ...]:
+        image, text = _sides(pair)
+        return (Sample(Item(f"{image.text}\n{text}", image.images), None),)
+
+
+class BridgeExamples:
+    """A CONTEXT whose EOS must rebuild the pair's text.
+
+    From the image side (`query`), and from the text itself (`self`): then the EOS of an image and
+    the EOS of its caption must decode to the same words. One of them is drawn for each row and
+    epoch.
+
+    Args:
+        sources: shares of `query` and `self`; the released scripts use the query side only.
+
+    Raises:
+        ValueError: for another source or shares that do not add up to one.
+    """
+
+    def __init__(self, *, sources: Mapping[str, float]) -> None:
+        if set(sources) != {"query", "self"} or abs(sum(sources.values()) - 1) > 1e-9:
+            raise ValueError(
+                f"bridge sources must be shares of query and self, got {dict(sources)}"
+            )
+        self.query_share = sources["query"]
+
+    def __call__(self, pair: Pair, seed: int) -> tuple[Sample, ...]:
+        image, text = _sides(pair)
+        from_query = mix(seed, _SOURCE_STREAM) / 2**63 < self.query_share
+        return (Sample(image if from_query else Item(text), text),)
+
+
+class PairExamples:
+    """Query, positive and hard negatives, each embedded apart.
+
+    Args:
+        max_negatives: hard negatives of a row that are used, from the first on.
+    """
+
+    def __init__(self, *, max_negatives: int) -> None:
+        self.max_negatives = max_negatives
+
+    def __call__(self, pair: Pair, seed: int) -> tuple[Sample, ...]:
+        items = (pair.query, pair.positive, *pair.negatives[: self.max_negatives])
+        return tuple(Sample(item, None) for item in items)
+
+
+def describing(pairs: Sequence[Pair], subsets: Sequence[str] | None) -> list[Pair]:
+    """Pairs of an image and its text, of the given subsets: what generative stages can use.
+
+    Raises:
+        UserError: if none is left.
+    """
+    kept = [p for p in pairs if (subsets is None or p.subset in subsets) and sides(p)]
+    if not kept:
+        raise UserError(
+            f"no pair has an image on one side and text on the other (subsets: {subsets})"
+        )
+    return kept
+
+
+def _sides(pair: Pair) -> tuple[Item, str]:
+    found = sides(pair)
+    assert found is not None, "pairs are filtered by `describing`"
+    return found

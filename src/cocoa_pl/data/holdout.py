@@ -1,0 +1,96 @@
+"""Pairs without a validation split in, a training and a validation part out."""
+
+import hashlib
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+
+import numpy as np
+
+from cocoa_pl.data.mmeb import EvalSubset
+from cocoa_pl.errors import UserError
+from cocoa_pl.items import Item, Pair
+
+
+def hold_out(
+    pairs: Sequence[Pair], *, fraction: float, seed: int, source: str
+) -> tuple[list[Pair], list[Pair]]:
+    """Training and validation pairs; rows with the same image, or else query, stay together.
+
+    Of each subset the same share of such groups is held out, at least one; 0 holds out nothing. The
+    choice depends on the seed and the rows themselves, not on their order.
+
+    Raises:
+        UserError: a fraction outside [0, 1), or a subset with a single group.
+    """
+    if not 0 <= fraction < 1:
+        raise UserError(f"validation_fraction is {fraction}; it must be at least 0 and below 1")
+    if fraction == 0:
+        return list(pairs), []
+    groups: dict[str, set[int]] = defaultdict(set)
+    for pair in pairs:
+        groups[pair.subset].add(_group(pair))
+    held_out: dict[str, set[int]] = {}
+    for subset, keys in groups.items():
+        if len(keys) < 2:
+            raise UserError(
+                f"{source}: {subset} has one distinct image or query, so none can be held out; "
+                "set validation_fraction to 0"
+            )
+        ranked = sorted(keys, key=lambda key: _mixed(key, seed=seed))
+        held_out[subset] = set(ranked[: min(math.ceil(fraction * len(keys)), len(keys) - 1)])
+    train = [pair for pair in pairs if _group(pair) not in held_out[pair.subset]]
+    validation = [pair for pair in pairs if _group(pair) in held_out[pair.subset]]
+    return train, validation
+
+
+def as_subsets(pairs: Sequence[Pair], *, max_rows: int) -> list[EvalSubset]:
+    """One retrieval task for each subset: its first `max_rows` rows, among their positives.
+
+    A row's candidates leave out the other positives of its own query, which are right answers too.
+    """
+    by_subset: dict[str, list[Pair]] = defaultdict(list)
+    for pair in pairs:
+        by_subset[pair.subset].append(pair)
+    return [_as_subset(name, rows[:max_rows]) for name, rows in by_subset.items()]
+
+
+def _as_subset(name: str, rows: Sequence[Pair]) -> EvalSubset:
+    queries, query_index = _numbered([row.query for row in rows])
+    candidates, positive_index = _numbered([row.positive for row in rows])
+    answers: dict[int, list[int]] = defaultdict(list)
+    for query, positive in zip(query_index, positive_index, strict=True):
+        answers[query].append(positive)
+    everything = np.arange(len(candidates), dtype=np.int32)
+    return EvalSubset(
+        name=name,
+        group="retrieval",
+        in_distribution=True,
+        queries=queries,
+        candidates=candidates,
+        query_index=np.asarray(query_index, dtype=np.int32),
+        candidate_index=[
+            np.concatenate([everything[[positive]], np.delete(everything, answers[query])])
+            for query, positive in zip(query_index, positive_index, strict=True)
+        ],
+        row_ids=[row.row_id for row in rows],
+    )
+
+
+def _numbered(items: Sequence[Item]) -> tuple[list[Item], list[int]]:
+    """Distinct items in order of occurrence, and the position of each given item among them."""
+    known: dict[int, int] = {}
+    distinct: list[Item] = []
+    for item in items:
+        if known.setdefault(item.key, len(distinct)) == len(distinct):
+            distinct.append(item)
+    return distinct, [known[item.key] for item in items]
+
+
+def _group(pair: Pair) -> int:
+    images = pair.query.images or pair.positive.images
+    return Item("\ufffc", images[:1]).key if images else pair.query.key
+
+
+def _mixed(key: int, *, seed: int) -> bytes:
+    return hashlib.blake2b(f"{seed} {key}".encode(), digest_size=8).digest()

@@ -1,0 +1,145 @@
+"""Texts and image paths of a row in, checked `Item`s out; a bad row is stopped or skipped here.
+
+Readers (`mmeb`, `pairs`) differ in columns and files only. A row they cannot use raises a
+`UserError` that names it; `collect` then stops (`on_bad_row: fail`) or counts it and goes on
+(`on_bad_row: skip`).
+"""
+
+import logging
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from cocoa_pl.data.images import resolve_image
+from cocoa_pl.errors import UserError
+from cocoa_pl.items import IMAGE_SLOT, Item, Pair
+
+OnBadRow = Literal["fail", "skip"]
+
+# MMEB writes Phi-3's placeholder for every model; a row has at most one image on each side.
+PLACEHOLDER = "<|image_1|>"
+_ANY_PLACEHOLDER = re.compile(r"<\|image_\d+\|>")
+_SHOWN_ROWS = 3
+
+_log = logging.getLogger(__name__)
+_Row = TypeVar("_Row")
+
+
+def make_item(
+    text: object,
+    image: object,
+    *,
+    role: str,
+    where: str,
+    image_root: Path,
+    add_missing_slot: bool,
+) -> Item:
+    """One side of a row as an `Item`; `""` means "no text" or "no image".
+
+    With `add_missing_slot` an image without a placeholder is put in front of the text, else it is
+    an error. The image file must exist; it is opened only when its pixels are needed.
+
+    Raises:
+        UserError: `where` and `role` with what is wrong and what to do.
+    """
+    if not isinstance(text, str) or not isinstance(image, str):
+        wrong = text if not isinstance(text, str) else image
+        raise UserError(
+            f"{where}: the {role} must be strings (text and image path, empty for none), "
+            f"found {type(wrong).__name__}"
+        )
+    try:
+        (text + image).encode()
+    except UnicodeEncodeError as error:  # half of a surrogate pair, from JSON
+        raise UserError(f"{where}: the {role} is not valid Unicode ({error}); fix it") from error
+    checked = _with_slot(text, image, role=role, where=where, add_missing_slot=add_missing_slot)
+    if not image:
+        return Item(sys.intern(checked))
+    path = resolve_image(image, root=image_root, where=f"{where}, {role}")
+    return Item(sys.intern(checked), (path,))
+
+
+def collect(
+    rows: Iterable[tuple[str, _Row]],
+    parse: Callable[[str, _Row], Pair],
+    *,
+    source: str,
+    on_bad_row: OnBadRow,
+) -> list[Pair]:
+    """Parse named rows into pairs; one whose query and positive occurred before is bad, too.
+
+    Raises:
+        UserError: a bad row under `on_bad_row="fail"`, or no usable row at all.
+    """
+    check_on_bad_row(on_bad_row)
+    pairs: list[Pair] = []
+    skipped: list[str] = []
+    first_seen: dict[tuple[int, int], str] = {}
+    for row_id, row in rows:
+        try:
+            pair = parse(row_id, row)
+            first = first_seen.setdefault((pair.query.key, pair.positive.key), row_id)
+            if first != row_id:
+                raise UserError(
+                    f"{row_id}: same query and positive as {first}; "
+                    "remove one, or set on_bad_row=skip"
+                )
+        except UserError as error:
+            if on_bad_row == "fail":
+                raise
+            skipped.append(str(error))
+        else:
+            pairs.append(pair)
+    log_skipped(skipped, source=source)
+    if not pairs:
+        raise UserError(f"{source}: no usable row ({len(skipped)} skipped); training needs data")
+    return pairs
+
+
+def distinct_texts(pairs: Iterable[Pair]) -> list[str]:
+    """All distinct texts of the pairs without image slots, sorted."""
+    items = (item for pair in pairs for item in (pair.query, pair.positive, *pair.negatives))
+    return sorted({item.text.replace(IMAGE_SLOT, "") for item in items})
+
+
+def check_on_bad_row(value: str) -> None:
+    """Refuse anything but the two known choices."""
+    if value not in ("fail", "skip"):
+        raise UserError(f"on_bad_row is {value!r}; choose fail or skip")
+
+
+def log_skipped(messages: list[str], *, source: str) -> None:
+    """One warning for all rows skipped in `source`, with the first few spelt out."""
+    if messages:
+        shown = "; ".join(messages[:_SHOWN_ROWS]) + ("; ..." if messages[_SHOWN_ROWS:] else "")
+        _log.warning("%s: skipped %d bad row(s): %s", source, len(messages), shown)
+
+
+def _with_slot(text: str, image: str, *, role: str, where: str, add_missing_slot: bool) -> str:
+    if IMAGE_SLOT in text:
+        raise UserError(
+            f"{where}: the {role} text holds U+FFFC, the character reserved for images; remove it"
+        )
+    placeholders = _ANY_PLACEHOLDER.findall(text)
+    if len(placeholders) > 1 or any(found != PLACEHOLDER for found in placeholders):
+        raise UserError(
+            f"{where}: the {role} text holds {', '.join(placeholders)}; "
+            f"a text may hold {PLACEHOLDER} once and no other image placeholder"
+        )
+    if placeholders and not image:
+        raise UserError(
+            f"{where}: the {role} text holds {PLACEHOLDER} but names no image; "
+            "give the image path or remove the placeholder"
+        )
+    if image and not placeholders:
+        if not add_missing_slot:
+            raise UserError(
+                f"{where}: the {role} has image {image!r} but no {PLACEHOLDER} in its text; "
+                "write the placeholder where the image belongs"
+            )
+        return f"{IMAGE_SLOT}\n{text}" if text.strip() else IMAGE_SLOT
+    if not image and not text.strip():
+        raise UserError(f"{where}: the {role} is empty: it has neither text nor an image")
+    return text.replace(PLACEHOLDER, IMAGE_SLOT)

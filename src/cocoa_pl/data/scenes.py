@@ -1,0 +1,203 @@
+"""Real handwritten digits in, grid scenes with captions out.
+
+A layout is a grid of digits and empty cells; its caption says exactly what is where, so equal
+captions mean equal layouts. A scene is a layout drawn with particular pieces of handwriting.
+Handwriting and layouts are divided into train, validation and test once and for all: no seed can
+bring a test digit into training.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import product
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+
+Split = Literal["train", "validation", "test"]
+Layout = tuple[int, ...]  # row-major, EMPTY or 0-9 for each cell
+
+EMPTY = -1
+CELL = 28  # pixels a side; one visual token of Qwen2-VL
+DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+PLACES = ("top left", "top right", "bottom left", "bottom right")
+# The centre of a 3 x 3 grid stays empty: no training caption has a word for it.
+RING_PLACES = (
+    "top left", "top", "top right", "left", "", "right", "bottom left", "bottom", "bottom right",
+)  # fmt: skip
+
+# (left, right) neighbours that training never shows; each digit is once left and once right.
+HELD_OUT_PAIRS = frozenset((left, (7 * left + 3) % 10) for left in range(10))
+
+# Constants, not parameters: training data and benchmark are drawn apart and must agree on these.
+_DIVISION_SEED = 2603
+_HANDWRITING_SHARES = {"train": 0.60, "validation": 0.15, "test": 0.25}
+_RESERVED_LAYOUTS = {"test": 1500, "validation": 1000}
+
+_GLYPH = 24  # pixels a side of a digit inside its cell
+_PAPER = 255
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """A layout, and for each cell the handwriting (its index, or EMPTY) and where it lies.
+
+    `offsets` are (down, right) in pixels, 0 to CELL - 24.
+    """
+
+    layout: Layout
+    glyphs: tuple[int, ...]
+    offsets: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Handwriting:
+    """All 1797 digits of scikit-learn's `load_digits`, enlarged smoothly from 8 x 8 pixels.
+
+    Attributes:
+        ink: uint8 [1797, 24, 24], 255 = darkest ink.
+        by_split: split -> for each digit 0-9 the indices of its pieces of handwriting.
+    """
+
+    ink: np.ndarray
+    by_split: dict[Split, tuple[np.ndarray, ...]]
+
+
+@cache
+def load_handwriting() -> Handwriting:
+    """The digits and their division; every piece belongs to exactly one split."""
+    # Costs a second, and only whoever draws scenes needs it.
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    small = np.rint(digits.images * (255 / 16)).astype(np.uint8)
+    ink = np.stack(
+        [
+            np.asarray(Image.fromarray(image).resize((_GLYPH, _GLYPH), Image.Resampling.BICUBIC))
+            for image in small
+        ]
+    )
+    order = np.random.default_rng(_DIVISION_SEED).permutation(len(ink))
+    by_split: dict[Split, list[np.ndarray]] = {"train": [], "validation": [], "test": []}
+    for digit in range(10):
+        own = order[digits.target[order] == digit]
+        first = round(len(own) * _HANDWRITING_SHARES["train"])
+        second = first + round(len(own) * _HANDWRITING_SHARES["validation"])
+        for split, part in zip(by_split, np.split(own, [first, second]), strict=True):
+            by_split[split].append(part)
+    return Handwriting(ink=ink, by_split={split: tuple(parts) for split, parts in by_split.items()})
+
+
+def has_held_out_pair(layout: Layout) -> bool:
+    """Whether a 2 x 2 layout shows a held-out pair side by side."""
+    return bool({layout[0:2], layout[2:4]} & HELD_OUT_PAIRS)
+
+
+@cache
+def layouts(split: Split) -> tuple[Layout, ...]:
+    """The 2 x 2 layouts of a split in a fixed random order; disjoint, and none is held out."""
+    known = [
+        layout
+        for layout in product(range(EMPTY, 10), repeat=4)
+        if any(digit != EMPTY for digit in layout) and not has_held_out_pair(layout)
+    ]
+    order = np.random.default_rng(_DIVISION_SEED).permutation(len(known))
+    test = _RESERVED_LAYOUTS["test"]
+    validation = test + _RESERVED_LAYOUTS["validation"]
+    part = {
+        "test": order[:test],
+        "validation": order[test:validation],
+        "train": order[validation:],
+    }
+    return tuple(known[index] for index in part[split])
+
+
+@cache
+def held_out_layouts() -> tuple[Layout, ...]:
+    """All 2 x 2 layouts with a held-out pair, in a fixed random order."""
+    held_out = [
+        layout for layout in product(range(EMPTY, 10), repeat=4) if has_held_out_pair(layout)
+    ]
+    order = np.random.default_rng(_DIVISION_SEED).permutation(len(held_out))
+    return tuple(held_out[index] for index in order)
+
+
+def ring_layouts(rng: np.random.Generator, *, count: int) -> list[Layout]:
+    """Distinct 3 x 3 layouts of three to five digits around an empty centre."""
+    cells = [cell for cell, place in enumerate(RING_PLACES) if place]
+    found: dict[Layout, None] = {}
+    while len(found) < count:
+        layout = [EMPTY] * len(RING_PLACES)
+        for cell in rng.choice(cells, size=rng.integers(3, 6), replace=False):
+            layout[cell] = int(rng.integers(10))
+        found[tuple(layout)] = None
+    return list(found)
+
+
+def caption(layout: Layout) -> str:
+    """`"three top left, seven top right and five bottom left"`: the digits in reading order."""
+    places = PLACES if len(layout) == len(PLACES) else RING_PLACES
+    phrases = [
+        f"{DIGIT_WORDS[digit]} {place}"
+        for digit, place in zip(layout, places, strict=True)
+        if digit != EMPTY
+    ]
+    return " and ".join(part for part in (", ".join(phrases[:-1]), phrases[-1]) if part)
+
+
+def edit(before: Layout, after: Layout) -> str | None:
+    """What to do to get `after` from `before`, if that is one change to one cell; else None."""
+    changed = [cell for cell, (a, b) in enumerate(zip(before, after, strict=True)) if a != b]
+    if len(changed) != 1:
+        return None
+    cell = changed[0]
+    if after[cell] == EMPTY:
+        return f"Remove the {PLACES[cell]} digit"
+    if before[cell] == EMPTY:
+        return f"Add {DIGIT_WORDS[after[cell]]} at the {PLACES[cell]}"
+    return f"Replace the {PLACES[cell]} digit by {DIGIT_WORDS[after[cell]]}"
+
+
+def compose(layout: Layout, *, split: Split, rng: np.random.Generator) -> Scene:
+    """Draw handwriting and positions for a layout."""
+    own = load_handwriting().by_split[split]
+    free = CELL - _GLYPH + 1
+    return Scene(
+        layout=layout,
+        glyphs=tuple(
+            EMPTY if digit == EMPTY else int(own[digit][rng.integers(len(own[digit]))])
+            for digit in layout
+        ),
+        offsets=tuple(
+            (int(down), int(right)) for down, right in rng.integers(free, size=(len(layout), 2))
+        ),
+    )
+
+
+def draw(scene: Scene, *, inverted: bool = False) -> np.ndarray:
+    """uint8 [side, side], dark ink on white paper, or white ink on black when `inverted`."""
+    ink = load_handwriting().ink
+    columns = 2 if len(scene.layout) == 4 else 3
+    picture = np.zeros((columns * CELL, columns * CELL), dtype=np.uint8)
+    for cell, (glyph, (down, right)) in enumerate(zip(scene.glyphs, scene.offsets, strict=True)):
+        if glyph != EMPTY:
+            top, left = cell // columns * CELL + down, cell % columns * CELL + right
+            picture[top : top + _GLYPH, left : left + _GLYPH] = ink[glyph]
+    return picture if inverted else _PAPER - picture
+
+
+def crop(picture: np.ndarray, *, cell: int) -> np.ndarray:
+    """uint8 [28, 28], one cell of a 2 x 2 picture."""
+    top, left = cell // 2 * CELL, cell % 2 * CELL
+    return picture[top : top + CELL, left : left + CELL]
+
+
+def only_occurrence(layout: Layout, digit: int) -> bool:
+    """Whether `digit` names one cell of the layout without doubt."""
+    return digit != EMPTY and layout.count(digit) == 1
+
+
+def filled(layout: Sequence[int]) -> list[int]:
+    """The cells that hold a digit."""
+    return [cell for cell, digit in enumerate(layout) if digit != EMPTY]

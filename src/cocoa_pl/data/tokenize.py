@@ -1,0 +1,213 @@
+"""An `Item` in, tokens, positions and uint8 patches out: what the model's own processor would say,
+without it.
+
+transformers' combined Qwen processors need torchvision; the tokenizer and the PIL image processor
+do not, so the placeholder expansion is done here.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL.Image import Image
+from torch import Tensor
+from transformers.image_utils import SizeDict
+
+from cocoa_pl.batch import Encoded
+from cocoa_pl.data.images import open_image
+from cocoa_pl.errors import UserError
+from cocoa_pl.items import IMAGE_SLOT, Item
+from cocoa_pl.positions import mrope_positions
+
+log = logging.getLogger(__name__)
+
+
+class Processor:
+    """Turns items into `Encoded` samples for one model.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer; its own end token is EOS.
+        image_processor: the model's PIL image processor.
+        max_length: tokens of a sample, EOS included; longer texts are cut, images and EOS never.
+        min_pixels, max_pixels: bounds of an image after resizing, in pixels.
+        num_token_rows: rows of the model's token embedding; the last, which no token uses, is the
+            mask token.
+
+    Raises:
+        UserError: if the model has no reserved row left for the mask token.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        image_processor: Any,
+        *,
+        max_length: int,
+        min_pixels: int,
+        max_pixels: int,
+        num_token_rows: int,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.image_processor = image_processor
+        self.max_length = max_length
+        self.size = SizeDict(shortest_edge=min_pixels, longest_edge=max_pixels)
+        self.eos_id: int = tokenizer.eos_token_id
+        token = tokenizer.convert_tokens_to_ids
+        self.image_id: int = token("<|image_pad|>")
+        self.vision_start_id: int = token("<|vision_start|>")
+        self.vision_end_id: int = token("<|vision_end|>")
+        self.mask_id = num_token_rows - 1
+        if self.mask_id < len(tokenizer):
+            raise UserError("the model's token embedding has no reserved row for the mask token")
+        self.merge_size: int = image_processor.merge_size
+        self.patch_size: int = image_processor.patch_size
+        self._reported_truncation = False
+
+    @property
+    def patch_values(self) -> int:
+        """Bytes of one patch of one frame: channels x side x side."""
+        return 3 * self.patch_size**2
+
+    def encode(
+        self, context: Item, target: str | None, *, key: int, seed: int, row_id: str
+    ) -> Encoded:
+        """CONTEXT + EOS, and behind it the text to be rebuilt where there is one.
+
+        Raises:
+            UserError: naming the row, for an image that cannot be read or does not fit into
+                `max_length`.
+        """
+        parts = self._parts(context, row_id)
+        images = [part for part in parts if isinstance(part, _Patches)]
+        target_ids = [] if target is None else self._text_ids(target)
+        budget = self.max_length - 1 - sum(image.num_tokens + 2 for image in images)
+        if budget < 0:
+            raise UserError(
+                f"{row_id}: {self.max_length - budget} tokens of images exceed max_length="
+                f"{self.max_length}; lower max_pixels or raise max_length"
+            )
+        parts, target_ids = self._truncated(parts, target_ids, budget, row_id)
+
+        ids: list[int] = []
+        kinds: list[int] = []  # 0 special, 1 text, 2 visual
+        for part in parts:
+            if isinstance(part, _Patches):
+                ids += [
+                    self.vision_start_id,
+                    *[self.image_id] * part.num_tokens,
+                    self.vision_end_id,
+                ]
+                kinds += [0, *[2] * part.num_tokens, 0]
+            else:
+                ids += part
+                kinds += [1] * len(part)
+        segment_lengths = (len(ids), 1, len(target_ids))
+        ids += [self.eos_id, *target_ids]
+        kinds += [0, *[1] * len(target_ids)]
+
+        kind = torch.tensor(kinds)
+        return Encoded(
+            input_ids=torch.tensor(ids),
+            position_ids=self._positions(kinds, images),
+            text_mask=kind == 1,
+            image_mask=kind == 2,
+            segment_lengths=segment_lengths,
+            patches=torch.cat(
+                [torch.empty(0, self.patch_values, dtype=torch.uint8)]
+                + [image.patches for image in images]
+            ),
+            grids=torch.tensor([image.grid for image in images], dtype=torch.int64).view(-1, 3),
+            key=key,
+            seed=seed,
+            row_id=row_id,
+        )
+
+    def _parts(self, item: Item, row_id: str) -> list[list[int] | _Patches]:
+        """Texts and images in reading order."""
+        parts: list[list[int] | _Patches] = []
+        for rank, text in enumerate(item.text.split(IMAGE_SLOT)):
+            if rank:
+                image = open_image(item.images[rank - 1], where=row_id)
+                parts.append(self._patches(image))
+            if text:
+                parts.append(self._text_ids(text))
+        return parts
+
+    def _text_ids(self, text: str) -> list[int]:
+        """A literal `<|im_end|>` or `<|image_pad|>` in a user's text is spelt out, never a special
+        token.
+        """
+        ids: list[int] = self.tokenizer(
+            text, add_special_tokens=False, split_special_tokens=True
+        ).input_ids
+        return ids
+
+    def _truncated(
+        self, parts: Sequence[list[int] | _Patches], target: list[int], budget: int, row_id: str
+    ) -> tuple[list[list[int] | _Patches], list[int]]:
+        """Cut texts from the end of CONTEXT, then of TARGET, to `budget` tokens."""
+        excess = sum(len(p) for p in parts if isinstance(p, list)) + len(target) - budget
+        if excess <= 0:
+            return list(parts), target
+        if not self._reported_truncation:
+            self._reported_truncation = True
+            log.warning(
+                "%s is longer than max_length=%d and loses its last %d text tokens (said once)",
+                row_id,
+                self.max_length,
+                excess,
+            )
+        kept: list[list[int] | _Patches] = []
+        for part in reversed(parts):
+            if isinstance(part, list) and excess > 0:
+                cut = min(excess, len(part))
+                part, excess = part[: len(part) - cut], excess - cut
+            kept.append(part)
+        return [p for p in reversed(kept) if not isinstance(p, list) or p], target[
+            : len(target) - excess
+        ]
+
+    def _patches(self, image: Image) -> _Patches:
+        """Resize and cut by the model's own image processor, on bytes: it only scales and copies
+        frames later.
+        """
+        processor = self.image_processor
+        pixels = np.asarray(image).transpose(2, 0, 1)
+        resized = processor.resize(
+            pixels,
+            size=self.size,
+            resample=processor.resample,
+            factor=self.patch_size * self.merge_size,
+        )
+        patches, height, width = processor.patchify(
+            resized, patch_size=self.patch_size, merge_size=self.merge_size, temporal_patch_size=1
+        )
+        return _Patches(
+            torch.from_numpy(patches.astype(np.uint8)), (1, height, width), self.merge_size
+        )
+
+    def _positions(self, kinds: Sequence[int], images: Sequence[_Patches]) -> Tensor:
+        spans: list[int | tuple[int, int, int]] = []
+        remaining, run, position = iter(images), 0, 0
+        while position < len(kinds):
+            if kinds[position] == 2:
+                spans.append(run)
+                image = next(remaining)
+                spans.append(image.grid)
+                run, position = 0, position + image.num_tokens
+            else:
+                run, position = run + 1, position + 1
+        return mrope_positions([*spans, run], merge_size=self.merge_size)
+
+
+class _Patches:
+    """One image: (p, B) uint8 patches in the order of the vision tower, and its grid."""
+
+    def __init__(self, patches: Tensor, grid: tuple[int, int, int], merge_size: int) -> None:
+        self.patches = patches
+        self.grid = grid
+        self.num_tokens = len(patches) // merge_size**2

@@ -1,0 +1,149 @@
+"""Texts and images in, unit vectors out: the library's front door."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL.Image import Image
+
+from cocoa_pl.attention import Policy
+from cocoa_pl.batch import Encoded, pack
+from cocoa_pl.data.tokenize import Processor
+from cocoa_pl.errors import UserError
+from cocoa_pl.fingerprint import check_fingerprint
+from cocoa_pl.items import IMAGE_SLOT, ImageSource, Item
+from cocoa_pl.models.backbone import Backbone
+from cocoa_pl.models.loading import find_folder, load
+
+FORMAT = 1  # of cocoa.json
+
+Input = str | Item | Mapping[str, Any]
+
+
+class Embedder:
+    """A backbone with everything that its vectors depend on.
+
+    Vectors do not depend on what else is encoded in the same call.
+    """
+
+    def __init__(self, backbone: Backbone, processor: Processor, policy: Policy) -> None:
+        self.backbone = backbone
+        self.processor = processor
+        self.policy = policy
+
+    @classmethod
+    def load(cls, path: str, *, device: str = "auto") -> Embedder:
+        """Open an exported folder, a run folder or a hub id, and check its fingerprint.
+
+        Raises:
+            UserError: if there is no such model, or if it does not give the vectors it was exported
+                with.
+        """
+        folder = _export_folder(path)
+        described = json.loads((folder / "cocoa.json").read_text())
+        if described["format"] != FORMAT:
+            raise UserError(
+                f"{folder}: format {described['format']} is not {FORMAT}; update cocoa_pl"
+            )
+        dtype = described["dtype"]
+        loaded = load(folder, kernel="sdpa", dtype=dtype, gradient_checkpointing=False)
+        processor = Processor(
+            loaded.tokenizer,
+            loaded.image_processor,
+            max_length=described["max_length"],
+            min_pixels=described["min_pixels"],
+            max_pixels=described["max_pixels"],
+            num_token_rows=loaded.backbone.num_token_rows,
+        )
+        if processor.eos_id != described["eos_token_id"]:
+            raise UserError(
+                f"{folder}: the tokenizer's end token is {processor.eos_id}, "
+                f"the model was trained on {described['eos_token_id']}"
+            )
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        embedder = cls(loaded.backbone.to(device), processor, Policy(**described["policy"]))
+        expected = np.array(described["fingerprint"], dtype=np.float32)
+        check_fingerprint(embedder.encode, expected, dtype=dtype, where=str(folder))
+        return embedder
+
+    @property
+    def dim(self) -> int:
+        return self.backbone.hidden_size
+
+    @torch.inference_mode()
+    def encode(self, items: Sequence[Input], *, batch_tokens: int = 8192) -> NDArray[np.float32]:
+        """Embed items.
+
+        Args:
+            items: strings, `Item`s, or dicts with `text` and/or `image` (a path, bytes, a PIL
+                image, or a list of them); images go before the text unless the text places them
+                with U+FFFC.
+            batch_tokens: tokens that go through the model together.
+
+        Returns:
+            (N, D) float32, rows of unit length, in the order given.
+        """
+        training = self.backbone.training
+        self.backbone.eval()
+        vectors: list[NDArray[np.float32]] = []
+        waiting: list[Encoded] = []
+        used = 0
+        for number, item in enumerate(items):
+            sample = self.processor.encode(
+                as_item(item), None, key=0, seed=0, row_id=f"item {number}"
+            )
+            if waiting and used + len(sample.input_ids) > batch_tokens:
+                vectors.append(self._embed(waiting))
+                waiting, used = [], 0
+            waiting.append(sample)
+            used += len(sample.input_ids)
+        if waiting:
+            vectors.append(self._embed(waiting))
+        self.backbone.train(training)
+        return np.concatenate([np.zeros((0, self.dim), np.float32), *vectors])
+
+    def _embed(self, samples: list[Encoded]) -> NDArray[np.float32]:
+        batch = pack(samples).to(self.backbone.device)
+        vectors: NDArray[np.float32] = self.backbone.embed(batch, self.policy).cpu().numpy()
+        return vectors
+
+
+def as_item(value: Input) -> Item:
+    """What users pass to an `Item`.
+
+    Raises:
+        ValueError: for an empty or unknown input.
+    """
+    if isinstance(value, Item):
+        return value
+    if isinstance(value, str):
+        value = {"text": value}
+    if unknown := set(value) - {"text", "image"}:
+        raise ValueError(f"an item has the keys text and image, not {sorted(unknown)}")
+    text, image = value.get("text") or "", value.get("image")
+    sources: list[Any] = list(image) if isinstance(image, list | tuple) else [image]
+    images: tuple[ImageSource, ...] = tuple(
+        Path(s) if isinstance(s, str) else s for s in sources if s is not None
+    )
+    if not text and not images:
+        raise ValueError("an item needs a text or an image")
+    if not all(isinstance(s, Path | bytes | Image) for s in images):
+        raise ValueError("an image is a path, bytes or a PIL image")
+    missing = len(images) - text.count(IMAGE_SLOT)
+    return Item(IMAGE_SLOT * max(missing, 0) + text, images)
+
+
+def _export_folder(path: str) -> Path:
+    """The exported folder that a run folder holds, or that the path is itself."""
+    inner = Path(path) / "model"
+    folder = find_folder(str(inner if (inner / "cocoa.json").is_file() else path))
+    if not (folder / "cocoa.json").is_file():
+        raise UserError(f"{folder} holds no cocoa.json: it was not exported by cocoa_pl")
+    return folder

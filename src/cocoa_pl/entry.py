@@ -1,0 +1,165 @@
+"""Command line and YAML in, plain objects out: what `train.py` and `evaluate.py` share.
+
+Nothing behind this module knows Hydra or OmegaConf.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+from rich.logging import RichHandler
+
+from cocoa_pl.errors import UserError
+from cocoa_pl.stages.recipe import Interrupted
+
+CONFIGS = Path(__file__).parents[2] / "conf"
+RESUMABLE = ("trainer.", "logger", "num_workers", "checkpoint_every", "evaluate")
+
+log = logging.getLogger(__name__)
+
+
+def register_resolvers() -> None:
+    """`${run_dir:RESUMED,NEW}` is the run folder: the resumed one, or a new one."""
+    OmegaConf.register_new_resolver("run_dir", lambda resumed, new: resumed or new, replace=True)
+
+
+def check_command_line(config_name: str) -> None:
+    """Compose once before Hydra does, to turn its refusals into one sentence with the nearest name.
+
+    Raises:
+        UserError: for an unknown key, group or option.
+    """
+    overrides = [a for a in sys.argv[1:] if not a.startswith("-")]
+    try:
+        parsed = OverridesParser.create().parse_overrides(overrides)
+    except HydraException as error:
+        raise UserError(_first_line(error)) from error
+    single = [_one_value(o, text) for o, text in zip(parsed, overrides, strict=True)]
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        try:
+            compose(config_name, overrides=single, return_hydra_config=True)
+        except (HydraException, OmegaConfBaseException) as error:
+            raise UserError(_explain(error, config_name)) from error
+
+
+def guarded(run: Callable[[], None]) -> int:
+    """Run an entry point; what a user did wrong becomes one sentence and an exit status."""
+    try:
+        run()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (Interrupted, KeyboardInterrupt) as stop:
+        print(str(stop) or "interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def set_up_logging(run_dir: Path) -> Console:
+    """Log lines to the console that progress bars use, and with times to the run's `log.txt`."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    console = Console() if sys.stdout.isatty() else Console(width=160)
+    screen: logging.Handler = (
+        RichHandler(console=console, show_path=False, show_time=False, show_level=False)
+        if console.is_terminal
+        else logging.StreamHandler(sys.stdout)
+    )
+    screen.setFormatter(logging.Formatter("%(message)s"))
+    file = logging.FileHandler(run_dir / "log.txt")
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[screen, file], force=True)
+    for chatty in ("lightning.pytorch", "lightning.fabric", "httpx", "huggingface_hub"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    return console
+
+
+def resumed_config(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
+    """The config of the run to resume, with the few keys that may change.
+
+    Raises:
+        UserError: if there is no such run, or a key is given that would make it another run.
+    """
+    saved = Path(cfg.resume) / "config.yaml"
+    if not saved.is_file():
+        raise UserError(f"resume={cfg.resume}: there is no run (no config.yaml) in that folder")
+    resumed = OmegaConf.load(saved)
+    assert isinstance(resumed, DictConfig)
+    changed = [o for o in overrides if not o.startswith("resume=")]
+    if wrong := [o for o in changed if not o.startswith(RESUMABLE)]:
+        raise UserError(f"a resumed run keeps its config; {wrong[0]} cannot be changed")
+    for override in changed:
+        key = override.split("=", 1)[0]
+        OmegaConf.update(resumed, key, OmegaConf.select(cfg, key))
+    with open_dict(resumed):
+        resumed.resume = cfg.resume
+    return resumed
+
+
+def save_config(cfg: DictConfig, run_dir: Path) -> None:
+    """The resolved config, from which the run can be repeated and resumed."""
+    OmegaConf.save(cfg, run_dir / "config.yaml", resolve=True)
+
+
+def build(node: Any, **extra: Any) -> Any:
+    """Instantiate a config node; lists and dicts arrive as plain Python."""
+    return instantiate(node, _convert_="all", **extra)
+
+
+def _one_value(override: Any, text: str) -> str:
+    """The first value of a sweep, so that a sweep's command line is checked too."""
+    if not override.is_sweep_override():
+        return text
+    first = next(override.sweep_string_iterator())
+    return f"{override.get_key_element()}={first}"
+
+
+def _explain(error: Exception, config_name: str) -> str:
+    """Hydra's message with the nearest existing name."""
+    message = _first_line(error)
+    if group := re.search(r"[Cc]ould not find '([^']+)/([^'/]+)'", message):
+        folder, name = CONFIGS / group[1], group[2]
+        options = sorted(path.stem for path in folder.glob("*.yaml"))
+        known = ", ".join(options)
+        return f"{group[1]}={name} does not exist{_nearest(name, options)}; there are {known}"
+    if key := re.search(r"[Kk]ey '([^']+)' (?:is not in struct|not in)", str(error)):
+        full = re.search(r"override '([^']+)'", str(error))
+        wanted = full[1] if full else key[1]
+        cfg = compose(config_name)
+        return f"unknown key {wanted}{_nearest(wanted, _keys(cfg))}"
+    if group := re.search(r"override '([^'@=]+)[@=]?", message):
+        groups = sorted(p.name for p in CONFIGS.iterdir() if p.is_dir()) + _keys(
+            compose(config_name)
+        )
+        return f"unknown key {group[1]}{_nearest(group[1], groups)}"
+    return message
+
+
+def _keys(cfg: Any, prefix: str = "") -> list[str]:
+    keys: list[str] = []
+    for key in cfg:
+        keys.append(f"{prefix}{key}")
+        if isinstance(child := cfg._get_node(key), DictConfig) and not child._is_none():
+            keys += _keys(child, f"{prefix}{key}.")
+    return keys
+
+
+def _nearest(name: str, options: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]

@@ -1,0 +1,1 @@
+"""Evaluation: an `encode` callable and subsets -> scores -> results.json, report, summaries."""

@@ -1,0 +1,182 @@
+"""An `encode` callable and evaluation subsets in, `Results` out.
+
+The scorer never sees a model. Every unique item is encoded once, also across subsets.
+A benchmark never averages over fewer subsets than it was asked for: what cannot be scored raises.
+"""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from cocoa_pl.errors import UserError
+from cocoa_pl.evaluation.metrics import (
+    Floats,
+    Hits,
+    chance_level,
+    check_embeddings,
+    row_scores,
+    score_rows,
+)
+from cocoa_pl.evaluation.results import GalleryRow, RankedCandidate, Results, SubsetScore
+from cocoa_pl.items import Item
+
+if TYPE_CHECKING:
+    from cocoa_pl.data.mmeb import EvalSubset
+
+logger = logging.getLogger(__name__)
+
+Encode = Callable[[Sequence[Item]], Floats]  # items -> float32 [N, D], unit length
+
+
+def evaluate(
+    encode: Encode,
+    subsets: Sequence["EvalSubset"],
+    *,
+    benchmark: str,
+    checkpoint: str,
+    asked: Sequence[str] | None = None,
+    gallery_rows: int = 3,
+) -> Results:
+    """Encode every unique item once and score all subsets by both rules.
+
+    Args:
+        encode: called once per subset with the items not encoded before.
+        asked: names of the subsets the benchmark consists of; None trusts `subsets` to be complete.
+        gallery_rows: how many hits, and how many misses, of each subset go into the gallery.
+
+    Raises:
+        UserError: if a subset is missing, empty, twice there, or its embeddings are NaN, collapsed
+            or not of unit length.
+    """
+    _check_subsets(subsets, asked=asked)
+    encode_subset = _encode_once(encode, subsets)
+    scores: list[SubsetScore] = []
+    gallery: list[GalleryRow] = []
+    for number, subset in enumerate(subsets):
+        logger.debug("%s %d/%d: %s", benchmark, number + 1, len(subsets), subset.name)
+        queries, candidates = encode_subset(number)
+        hits = score_rows(
+            queries,
+            candidates,
+            query_index=subset.query_index,
+            candidate_index=subset.candidate_index,
+        )
+        scores.append(
+            SubsetScore(
+                name=subset.name,
+                group=subset.group,
+                in_distribution=subset.in_distribution,
+                precision_at_1=hits.precision_at_1,
+                precision_at_1_strict=hits.precision_at_1_strict,
+                num_queries=len(subset.query_index),
+                num_candidates=len(subset.candidates),
+                chance=chance_level(subset.candidate_index),
+            )
+        )
+        for row in _sample_rows(hits, count=gallery_rows):
+            gallery.append(_gallery_row(subset, row, hits, queries=queries, candidates=candidates))
+    return Results(benchmark, checkpoint, tuple(scores), tuple(gallery))
+
+
+def _check_subsets(subsets: Sequence["EvalSubset"], *, asked: Sequence[str] | None) -> None:
+    if not subsets:
+        raise UserError("the benchmark has no subset; name at least one")
+    names = [subset.name for subset in subsets]
+    if missing := [name for name in asked or () if name not in names]:
+        raise UserError(
+            f"the benchmark lacks {', '.join(missing)}; a mean over fewer subsets than asked for "
+            "compares with nothing: add them, or take them out of the benchmark's config"
+        )
+    for subset in subsets:
+        if names.count(subset.name) > 1:
+            raise UserError(f"{subset.name}: the subset is in the benchmark twice; keep one")
+        if not len(subset.query_index):
+            raise UserError(f"{subset.name}: no rows to score; check the subset's files")
+        for row_id, candidates in zip(subset.row_ids, subset.candidate_index, strict=True):
+            if not len(candidates):
+                raise UserError(f"{row_id}: no candidates; give at least the positive")
+
+
+def _encode_once(
+    encode: Encode, subsets: Sequence["EvalSubset"]
+) -> Callable[[int], tuple[Floats, Floats]]:
+    """A function from a subset's number to its checked query and candidate embeddings.
+
+    To be called in the subsets' order: an embedding is dropped after the last subset that uses it.
+    """
+    query_keys = [[item.key for item in subset.queries] for subset in subsets]
+    candidate_keys = [[item.key for item in subset.candidates] for subset in subsets]
+    last_use = {
+        key: number
+        for number, keys in enumerate(zip(query_keys, candidate_keys, strict=True))
+        for key in (*keys[0], *keys[1])
+    }
+    known: dict[int, Floats] = {}
+
+    def encode_subset(number: int) -> tuple[Floats, Floats]:
+        subset, keys = subsets[number], query_keys[number] + candidate_keys[number]
+        items = dict(zip(keys, [*subset.queries, *subset.candidates], strict=True))
+        known.update(_encode_new({k: item for k, item in items.items() if k not in known}, encode))
+        queries = np.stack([known[key] for key in query_keys[number]])
+        candidates = np.stack([known[key] for key in candidate_keys[number]])
+        check_embeddings(queries, name=f"{subset.name} queries")
+        check_embeddings(candidates, name=f"{subset.name} candidates")
+        for key in items:
+            if last_use[key] == number:
+                del known[key]
+        return queries, candidates
+
+    return encode_subset
+
+
+def _encode_new(items: Mapping[int, Item], encode: Encode) -> dict[int, Floats]:
+    if not items:
+        return {}
+    embeddings = encode(list(items.values()))
+    if embeddings.ndim != 2 or len(embeddings) != len(items):
+        raise ValueError(
+            f"encode returned shape {embeddings.shape} for {len(items)} items; expected [N, D]"
+        )
+    # Copies: a view would keep the whole array alive until its last row is dropped.
+    return {key: row.copy() for key, row in zip(items, embeddings, strict=True)}
+
+
+def _sample_rows(hits: Hits, *, count: int) -> list[int]:
+    """Up to `count` misses and `count` hits, spread evenly over the subset, in row order."""
+    rows: list[int] = []
+    for wanted in (False, True):
+        found = np.flatnonzero(hits.strict == wanted)
+        places = np.linspace(0, len(found) - 1, num=min(count, len(found))).round().astype(int)
+        rows.extend(int(row) for row in found[places])
+    return sorted(rows)
+
+
+def _gallery_row(
+    subset: "EvalSubset", row: int, hits: Hits, *, queries: Floats, candidates: Floats, top: int = 5
+) -> GalleryRow:
+    query, index = int(subset.query_index[row]), subset.candidate_index[row]
+    scores = row_scores(queries[query], candidates[index])
+    order = np.argsort(-scores, kind="stable")  # ties keep row order: the positive comes first
+    rank_of_positive = int(np.flatnonzero(order == 0)[0])
+    places = [*range(min(top, len(order)))]
+    if rank_of_positive >= top:
+        places.append(rank_of_positive)
+    ranked = tuple(
+        RankedCandidate(
+            item=subset.candidates[int(index[order[place]])],
+            rank=place + 1,
+            score=float(scores[order[place]]),
+            is_positive=place == rank_of_positive,
+        )
+        for place in places
+    )
+    return GalleryRow(
+        subset=subset.name,
+        row_id=subset.row_ids[row],
+        query=subset.queries[query],
+        ranked=ranked,
+        num_candidates=len(index),
+        hit=bool(hits.strict[row]),
+    )

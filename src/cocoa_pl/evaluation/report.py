@@ -1,0 +1,204 @@
+"""`Results` in; one self-contained report.html and a score table for the terminal out.
+
+The page loads nothing: its style is inline, its images are data URIs, its curves inline SVG. All
+text from datasets is escaped by the template engine, and the page's own policy forbids scripts.
+"""
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from PIL import Image
+from rich.markup import escape
+from rich.table import Table
+
+from cocoa_pl.data.images import open_image
+from cocoa_pl.evaluation.curves import read_panels
+from cocoa_pl.evaluation.results import GalleryRow, Results, SubsetScore, mean_score
+from cocoa_pl.items import ImageSource, Item
+
+QUERY_BOX, CANDIDATE_BOX = 168, 112  # CSS pixels
+TEXT_LIMIT = 320  # characters of an item shown in the gallery
+
+
+@dataclass(frozen=True)
+class Score:
+    """One line of a score table; every number in [0, 1]."""
+
+    label: str
+    official: float
+    strict: float
+    chance: float
+    num_subsets: int
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image as the page shows it, `width` x `height` CSS pixels."""
+
+    uri: str
+    width: int
+    height: int
+    pixelated: bool
+
+
+def write_report(
+    path: Path,
+    results: Results,
+    *,
+    title: str,
+    date: str,
+    facts: Mapping[str, object],
+    metrics_csv: Path | None,
+) -> None:
+    """Write the whole report to `path`.
+
+    Args:
+        facts: what a reader should know of the run, e.g. `{"attention": "causal", "seed": 1}`.
+        metrics_csv: the run's logged numbers, drawn as loss curves; None leaves that section out.
+    """
+    environment = Environment(
+        loader=PackageLoader("cocoa_pl", "evaluation"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "percent": percent,
+        "number": _number,
+        "shorten": _shorten,
+        "heading": _heading,
+    }
+    page = environment.get_template("report.html.j2").render(
+        title=title,
+        date=date,
+        facts=facts,
+        results=results,
+        splits=split_scores(results),
+        groups=group_scores(results),
+        gallery={
+            subset.name: [row for row in results.gallery if row.subset == subset.name]
+            for subset in results.subsets
+        },
+        verdict=verdict,
+        pictures=pictures,
+        query_box=QUERY_BOX,
+        candidate_box=CANDIDATE_BOX,
+        panels=read_panels(metrics_csv) if metrics_csv else [],
+    )
+    path.write_text(page, encoding="utf-8")
+
+
+def score_table(results: Results) -> Table:
+    """The scores for a terminal, in percent: groups with their subsets, splits, and the whole."""
+    table = Table(title=f"{escape(results.benchmark)}: precision@1 in %", title_justify="left")
+    table.add_column("subset")
+    table.add_column("split")
+    for column in ("P@1", "strict", "chance", "queries", "candidates"):
+        table.add_column(column, justify="right")
+    for group in group_scores(results):
+        for subset in results.groups[group.label]:
+            table.add_row(
+                escape(subset.name),
+                "in" if subset.in_distribution else "out",
+                percent(subset.precision_at_1),
+                percent(subset.precision_at_1_strict),
+                percent(subset.chance),
+                f"{subset.num_queries:,}",
+                f"{subset.num_candidates:,}",
+            )
+        table.add_row(*_score_cells(group), style="bold", end_section=True)
+    whole, *splits = split_scores(results)
+    for split in splits:
+        table.add_row(*_score_cells(split))
+    table.add_row(*_score_cells(whole), style="bold")
+    return table
+
+
+def split_scores(results: Results) -> list[Score]:
+    """The unweighted means over all subsets and over the splits that have any."""
+    splits = {
+        "overall": results.subsets,
+        "in distribution": results.split(in_distribution=True),
+        "out of distribution": results.split(in_distribution=False),
+    }
+    return [_score(label, subsets) for label, subsets in splits.items() if subsets]
+
+
+def group_scores(results: Results) -> list[Score]:
+    """The unweighted mean of every group."""
+    return [_score(name, subsets) for name, subsets in results.groups.items()]
+
+
+def verdict(row: GalleryRow) -> str:
+    """How the query went, in words: a hit, a tie at the top, or the rank of the positive."""
+    rank = next(candidate.rank for candidate in row.ranked if candidate.is_positive)
+    if row.hit:
+        return "Hit"
+    if rank == 1:
+        return "Miss: tied with another candidate"
+    return f"Miss: the positive is number {rank:,} of {row.num_candidates:,}"
+
+
+def pictures(item: Item, *, box: int, where: str) -> list[Picture]:
+    """The item's images, each fitted into `box` x `box` CSS pixels."""
+    return [picture(image, box=box, where=where) for image in item.images]
+
+
+def picture(source: ImageSource, *, box: int, where: str) -> Picture:
+    """A small image is enlarged by a whole factor, pixels kept; a large one becomes a JPEG."""
+    image = open_image(source, where=where)
+    longest = max(image.size)
+    if longest <= box:
+        factor = box // longest
+        size = (image.width * factor, image.height * factor)
+        return Picture(_data_uri(image, "png"), *size, pixelated=True)
+    size = (max(1, image.width * box // longest), max(1, image.height * box // longest))
+    dense = image.resize((size[0] * 2, size[1] * 2), Image.Resampling.LANCZOS, reducing_gap=2.0)
+    return Picture(_data_uri(dense, "jpeg"), *size, pixelated=False)
+
+
+def percent(score: float) -> str:
+    return f"{100 * score:.1f}"
+
+
+def _score(label: str, subsets: Sequence[SubsetScore]) -> Score:
+    return Score(
+        label=label,
+        official=mean_score(subsets),
+        strict=mean_score(subsets, strict=True),
+        chance=sum(subset.chance for subset in subsets) / len(subsets),
+        num_subsets=len(subsets),
+    )
+
+
+def _score_cells(score: Score) -> tuple[str, ...]:
+    return (
+        escape(score.label),
+        "",
+        percent(score.official),
+        percent(score.strict),
+        percent(score.chance),
+    )
+
+
+def _data_uri(image: Image.Image, kind: str) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, format=kind, optimize=True, quality=82)
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _number(value: float) -> str:
+    return f"{value:.3g}"
+
+
+def _heading(label: str) -> str:
+    return label.upper() if len(label) <= 3 else label[:1].upper() + label[1:]
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= TEXT_LIMIT else text[: TEXT_LIMIT - 1].rstrip() + "…"

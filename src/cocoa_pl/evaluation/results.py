@@ -1,0 +1,115 @@
+"""Scores and examples of one evaluated benchmark; `Results.to_json` is what results.json holds."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cocoa_pl.items import Item
+
+
+@dataclass(frozen=True)
+class SubsetScore:
+    """Scores of one subset in [0, 1]; `num_candidates` counts unique candidates over all rows."""
+
+    name: str
+    group: str
+    in_distribution: bool
+    precision_at_1: float
+    precision_at_1_strict: float
+    num_queries: int
+    num_candidates: int
+    chance: float
+
+
+@dataclass(frozen=True)
+class RankedCandidate:
+    """A candidate as a query ranked it; rank 1 is the best of `GalleryRow.num_candidates`."""
+
+    item: Item
+    rank: int
+    score: float
+    is_positive: bool
+
+
+@dataclass(frozen=True)
+class GalleryRow:
+    """A query with its best candidates, and after them the positive if it is not among these."""
+
+    subset: str
+    row_id: str
+    query: Item
+    ranked: tuple[RankedCandidate, ...]
+    num_candidates: int
+    hit: bool  # by the strict rule
+
+
+@dataclass(frozen=True)
+class Results:
+    """Scores of a whole benchmark; every mean is over subsets, unweighted, as MMEB reports it."""
+
+    benchmark: str
+    checkpoint: str
+    subsets: tuple[SubsetScore, ...]
+    gallery: tuple[GalleryRow, ...]
+
+    @property
+    def overall(self) -> float:
+        return mean_score(self.subsets)
+
+    @property
+    def in_distribution(self) -> float | None:
+        """The mean over subsets of this split; None if there is none."""
+        return self._split_score(in_distribution=True)
+
+    @property
+    def out_of_distribution(self) -> float | None:
+        """The mean over subsets of this split; None if there is none."""
+        return self._split_score(in_distribution=False)
+
+    @property
+    def groups(self) -> dict[str, tuple[SubsetScore, ...]]:
+        """Group -> its subsets, in order of first appearance."""
+        names = dict.fromkeys(subset.group for subset in self.subsets)
+        return {name: tuple(s for s in self.subsets if s.group == name) for name in names}
+
+    def split(self, *, in_distribution: bool) -> tuple[SubsetScore, ...]:
+        return tuple(s for s in self.subsets if s.in_distribution == in_distribution)
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of results.json; a split without subsets is null."""
+        return {
+            "benchmark": self.benchmark,
+            "checkpoint": self.checkpoint,
+            "overall": self.overall,
+            "in_distribution": self.in_distribution,
+            "out_of_distribution": self.out_of_distribution,
+            "groups": {name: mean_score(subsets) for name, subsets in self.groups.items()},
+            "subsets": {
+                subset.name: {
+                    "group": subset.group,
+                    "in_distribution": subset.in_distribution,
+                    "precision_at_1": subset.precision_at_1,
+                    "precision_at_1_strict": subset.precision_at_1_strict,
+                    "num_queries": subset.num_queries,
+                    "num_candidates": subset.num_candidates,
+                    "chance": subset.chance,
+                }
+                for subset in self.subsets
+            },
+        }
+
+    def write_json(self, path: Path) -> None:
+        text = json.dumps(self.to_json(), indent=2, allow_nan=False, ensure_ascii=False)
+        path.write_text(text + "\n", encoding="utf-8")
+
+    def _split_score(self, *, in_distribution: bool) -> float | None:
+        subsets = self.split(in_distribution=in_distribution)
+        return mean_score(subsets) if subsets else None
+
+
+def mean_score(subsets: Sequence[SubsetScore], *, strict: bool = False) -> float:
+    """Unweighted mean of precision@1 over at least one subset."""
+    scores = [s.precision_at_1_strict if strict else s.precision_at_1 for s in subsets]
+    return sum(scores) / len(scores)

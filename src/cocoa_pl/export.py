@@ -1,0 +1,80 @@
+"""A trained model in, a Hugging Face folder out: weights, processor and `cocoa.json`.
+
+`cocoa.json` holds what the vectors depend on beside the weights, where the model comes from, and a
+fingerprint: vectors of fixed inputs, which loading must reproduce.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cocoa_pl.attention import TEXT_ATTENTION, VISION_ATTENTION
+from cocoa_pl.embedder import FORMAT, Embedder
+from cocoa_pl.fingerprint import take_fingerprint
+from cocoa_pl.models.adapters import merged
+
+log = logging.getLogger(__name__)
+
+
+def export(embedder: Embedder, folder: Path, *, lineage: Sequence[dict[str, Any]]) -> None:
+    """Write the folder whole or not at all; adapters are merged into the weights.
+
+    Plain transformers can load it, and reads the bidirectional policy from `text_config.is_causal`.
+
+    Args:
+        lineage: one entry for each stage that made the weights.
+    """
+    plain = merged(embedder.backbone)
+    whole = Embedder(plain, embedder.processor, embedder.policy)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        fresh = Path(scratch) / "model"
+        _save_weights(plain.stock, fresh, causal=embedder.policy.causal)
+        embedder.processor.tokenizer.save_pretrained(fresh)
+        embedder.processor.image_processor.save_pretrained(fresh)
+        processor = embedder.processor
+        described = {
+            "format": FORMAT,
+            "policy": embedder.policy.to_dict(),
+            "pooling": "eos",
+            "normalize": True,
+            "eos_token_id": processor.eos_id,
+            "mask_token_id": processor.mask_id,
+            "max_length": processor.max_length,
+            "min_pixels": processor.size.shortest_edge,
+            "max_pixels": processor.size.longest_edge,
+            "dtype": str(plain.stock.dtype).removeprefix("torch."),
+            "lineage": list(lineage),
+            "fingerprint": take_fingerprint(whole.encode).tolist(),
+        }
+        (fresh / "cocoa.json").write_text(json.dumps(described, indent=1))
+        if folder.exists():
+            shutil.rmtree(folder)
+        fresh.rename(folder)
+    log.info("exported %s", folder)
+
+
+def lineage_of(path: str) -> list[dict[str, Any]]:
+    """The stages behind an exported folder; empty for a model that this project did not export."""
+    described = Path(path) / "cocoa.json"
+    if not described.is_file():
+        return []
+    lineage: list[dict[str, Any]] = json.loads(described.read_text())["lineage"]
+    return lineage
+
+
+def _save_weights(stock: Any, folder: Path, *, causal: bool) -> None:
+    """Save under stock attention names: the project's own mean nothing to plain transformers."""
+    stock.config.text_config.is_causal = causal
+    stock.set_attn_implementation("sdpa")
+    try:
+        stock.save_pretrained(folder)
+    finally:
+        stock.set_attn_implementation(TEXT_ATTENTION)
+        stock.model.visual.config._attn_implementation = VISION_ATTENTION

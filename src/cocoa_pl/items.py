@@ -1,0 +1,74 @@
+"""Dataset rows in, model-independent inputs out: an `Item` is one text with images, a `Pair` two of
+them.
+
+Images stay what the dataset gave (a path, encoded bytes, an opened image) until a worker needs
+pixels.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL.Image import Image
+
+# Unicode's own sign for "an embedded object stands here" (U+FFFC). Readers translate their
+# placeholder (MMEB: <|image_1|>) to it once; a model's own image token never occurs in an Item's
+# text.
+IMAGE_SLOT = "\ufffc"
+
+ImageSource = Path | bytes | Image
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One thing to embed: a text in which each `IMAGE_SLOT` stands for the image of the same rank.
+
+    Raises:
+        ValueError: if the number of slots differs from the number of images.
+    """
+
+    text: str
+    images: tuple[ImageSource, ...] = ()
+
+    def __post_init__(self) -> None:
+        slots = self.text.count(IMAGE_SLOT)
+        if slots != len(self.images):
+            raise ValueError(
+                f"the text has {slots} image placeholder(s) for {len(self.images)} image(s)"
+            )
+
+    @property
+    def plain_text(self) -> str:
+        """The words alone, without image slots."""
+        return self.text.replace(IMAGE_SLOT, "").strip()
+
+    @property
+    def key(self) -> int:
+        """A stable 63-bit identity of text and image sources; equal items are never each other's
+        negatives.
+        """
+        digest = hashlib.blake2b(self.text.encode(), digest_size=8)
+        for image in self.images:
+            digest.update(b"\0" + _source_bytes(image))
+        return int.from_bytes(digest.digest(), "little") >> 1
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A query and what it should retrieve, with optional hard negatives.
+
+    `row_id` names the row to a person, e.g. `"MSCOCO_i2t row 812"`; every error about the row
+    carries it.
+    """
+
+    query: Item
+    positive: Item
+    negatives: tuple[Item, ...]
+    subset: str
+    row_id: str
+
+
+def _source_bytes(image: ImageSource) -> bytes:
+    if isinstance(image, Path):
+        return str(image).encode()
+    return image if isinstance(image, bytes) else image.tobytes()

@@ -1,0 +1,1 @@
+"""Backbones, heads and adapters around stock transformers models."""

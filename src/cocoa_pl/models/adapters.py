@@ -1,0 +1,97 @@
+"""A backbone in; the same backbone with the parameters that shall train out."""
+
+import copy
+import logging
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import peft
+import torch
+from torch import nn
+
+from cocoa_pl.errors import UserError
+from cocoa_pl.models.backbone import Backbone
+
+log = logging.getLogger(__name__)
+
+
+class FullTuning:
+    """Every parameter of the backbone trains."""
+
+    def __call__(self, backbone: Backbone) -> Backbone:
+        return backbone.requires_grad_(True)
+
+
+class LowRank:
+    """LoRA (arXiv 2106.09685) or DoRA (arXiv 2402.09353) through peft, adapters in float32.
+
+    In bfloat16 most updates at the paper's learning rate would round away (`A` is about 1/r, its
+    spacing 1e-3).
+
+    Args:
+        target_modules: one regular expression over full module names, for the language model and
+            the vision tower.
+        use_dora: DoRA instead of LoRA.
+
+    Raises:
+        UserError: if an expression matches nothing in the model.
+    """
+
+    def __init__(
+        self,
+        *,
+        rank: int,
+        alpha: int,
+        dropout: float,
+        init: str,
+        use_dora: bool,
+        target_modules: Sequence[str],
+    ) -> None:
+        self.target_modules = tuple(target_modules)
+        self.config = peft.LoraConfig(
+            r=rank,
+            lora_alpha=alpha,
+            lora_dropout=dropout,
+            init_lora_weights=init,  # type: ignore[arg-type]
+            use_dora=use_dora,
+            target_modules="|".join(f"(?:{expression})" for expression in target_modules),
+        )
+
+    def __call__(self, backbone: Backbone) -> Backbone:
+        for expression in self.target_modules:
+            _require_match(backbone, expression)
+        backbone.model = peft.get_peft_model(backbone.model, self.config)
+        for parameter in backbone.parameters():
+            if parameter.requires_grad and parameter.dtype != torch.float32:
+                raise AssertionError("peft no longer keeps adapters in float32")
+        return backbone
+
+
+def trainable_line(module: nn.Module) -> str:
+    """One line for the log: how many parameters train."""
+    total = sum(p.numel() for p in module.parameters())
+    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    return f"{trained:,} of {total:,} parameters train ({100 * trained / total:.2f} %)"
+
+
+def merged(backbone: Backbone) -> Backbone:
+    """The backbone as a plain model: adapters folded into a copy of the weights, or itself where
+    there are none.
+    """
+    if not isinstance(backbone.model, peft.PeftModel):
+        return backbone
+    plain = copy.deepcopy(backbone)
+    copied: Any = plain.model
+    plain.model = copied.merge_and_unload()
+    return plain
+
+
+def untouched_adapters(state: dict[str, torch.Tensor]) -> list[str]:
+    """Names of LoRA `B` matrices that are still all zero: never trained, or never loaded."""
+    return [name for name, value in state.items() if ".lora_B." in name and not value.any()]
+
+
+def _require_match(backbone: Backbone, expression: str) -> None:
+    if not any(re.fullmatch(expression, name) for name, _ in backbone.model.named_modules()):
+        raise UserError(f"adapter.target_modules: {expression!r} matches no module of the model")

@@ -1,0 +1,119 @@
+"""A packed batch in, hidden states or unit embeddings out. The stock transformers model, wrapped
+and never forked.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from cocoa_pl.attention import Plan, Policy, make_plan
+from cocoa_pl.attention.kernels import KERNELS
+from cocoa_pl.batch import Batch
+
+log = logging.getLogger(__name__)
+
+
+class Backbone(nn.Module):
+    """What every family shares; a family says how its stock model is fed (see `qwen_vl.py`).
+
+    Args:
+        model: a stock generative vision-language model, possibly with peft adapters inside.
+        kernel: attention kernel, a name in `attention.kernels.KERNELS`.
+        image_mean, image_std: pixel statistics of the model's image processor.
+        rescale_factor: what its image processor multiplies uint8 pixels by.
+    """
+
+    byte_values: Tensor
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        kernel: str,
+        image_mean: list[float],
+        image_std: list[float],
+        rescale_factor: float,
+    ) -> None:
+        super().__init__()
+        if kernel not in KERNELS:
+            raise ValueError(f"unknown attention kernel {kernel!r}; there are {sorted(KERNELS)}")
+        log.info("attention kernel: %s", kernel)
+        self.model = model
+        self.kernel = kernel
+        # A byte has 256 values: the image processor's own arithmetic, done once for all pixels to
+        # come.
+        scaled = (torch.arange(256).double() * rescale_factor).float()
+        mean, std = torch.tensor(image_mean)[:, None], torch.tensor(image_std)[:, None]
+        self.register_buffer("byte_values", (scaled - mean) / std, persistent=False)  # (C, 256)
+
+    @property
+    def stock(self) -> Any:
+        """The transformers model itself, with or without adapters around it."""
+        return getattr(self.model, "get_base_model", lambda: self.model)()
+
+    @property
+    def merge_size(self) -> int:
+        """A visual token is merge_size x merge_size patches."""
+        raise NotImplementedError
+
+    @property
+    def hidden_size(self) -> int:
+        raise NotImplementedError
+
+    @property
+    def num_token_rows(self) -> int:
+        """Rows of the token embedding, reserved ones included."""
+        return int(self.stock.get_input_embeddings().weight.shape[0])
+
+    @property
+    def device(self) -> torch.device:
+        return self.byte_values.device
+
+    def forward(self, batch: Batch, plan: Plan, pixels: Tensor | None = None) -> Tensor:
+        """Last hidden states of every token.
+
+        Args:
+            plan: who attends to whom; there is no default.
+            pixels: (P, B) float, normalised, when they are not simply the batch's own (corruption).
+
+        Returns:
+            (T, D).
+        """
+        raise NotImplementedError
+
+    def decoder_layer(self) -> nn.Module:
+        """A new layer of the language model's own kind, for the image decoder."""
+        raise NotImplementedError
+
+    def run_layer(self, layer: nn.Module, hidden: Tensor, batch: Batch, plan: Plan) -> Tensor:
+        """Feed packed states (T, D) through such a layer."""
+        raise NotImplementedError
+
+    def pixels(self, batch: Batch) -> Tensor:
+        """uint8 patches to normalised floats on the device, bit-equal to the image processor: (P,
+        B).
+        """
+        channels, levels = self.byte_values.shape
+        flat = batch.patches.view(len(batch.patches), channels, -1).int()
+        row = torch.arange(channels, device=self.device, dtype=torch.int32)[:, None] * levels
+        return (
+            self.byte_values.flatten()
+            .index_select(0, (flat + row).flatten())
+            .view_as(batch.patches)
+        )
+
+    def vocabulary(self, hidden: Tensor) -> Tensor:
+        """Logits of chosen states: (M, D) -> (M, V)."""
+        logits: Tensor = self.stock.get_output_embeddings()(hidden)
+        return logits
+
+    def embed(self, batch: Batch, policy: Policy) -> Tensor:
+        """The L2-normalised last hidden state at each sample's EOS, (S, D) float32."""
+        hidden = self(batch, make_plan(policy, batch.segment_lengths).to(self.device))
+        eos = hidden.index_select(0, batch.eos_positions.to(hidden.device))
+        return normalize(eos.float(), dim=-1)

@@ -1,0 +1,109 @@
+"""A Hugging Face folder or hub id in, a backbone with its tokenizer and image processor out."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+
+from cocoa_pl.attention import TEXT_ATTENTION
+from cocoa_pl.errors import UserError
+from cocoa_pl.models.backbone import Backbone
+from cocoa_pl.models.qwen_vl import Qwen2VLBackbone
+
+# One entry for each family, by the `model_type` in its config.json.
+FAMILIES: dict[str, type[Backbone]] = {"qwen2_vl": Qwen2VLBackbone}
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class ModelSource(Protocol):
+    """Where weights come from."""
+
+    def folder(self, texts: Sequence[str]) -> Path:
+        """A local Hugging Face folder; `texts` are for a source that trains a tokenizer."""
+        ...
+
+
+class PretrainedSource:
+    """A local folder, or a model on the Hugging Face hub (downloaded once into its cache)."""
+
+    def __init__(self, *, path: str) -> None:
+        self.path = path
+
+    def folder(self, texts: Sequence[str]) -> Path:
+        return find_folder(self.path)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model as it came from its folder."""
+
+    backbone: Backbone
+    tokenizer: Any
+    image_processor: Any
+    folder: Path
+
+
+def find_folder(path: str) -> Path:
+    """The local folder of a model.
+
+    Raises:
+        UserError: if it is neither on this disk nor to be had from the hub.
+    """
+    if (Path(path) / "config.json").is_file():
+        return Path(path)
+    if Path(path).exists() or path.startswith((".", "/", "~")) or path.count("/") != 1:
+        raise UserError(f"{path} is no model folder: there is no config.json in it")
+    try:
+        return Path(snapshot_download(path))
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise UserError(
+            f"{path} is not on this disk and the Hugging Face hub cannot be reached "
+            f"({type(error).__name__}): download it elsewhere and pass the folder, "
+            f"model.source.path=/path/to/{path.split('/')[1]}"
+        ) from error
+
+
+def load(folder: Path, *, kernel: str, dtype: str, gradient_checkpointing: bool) -> Loaded:
+    """Stock weights from a folder, wired to the project's attention.
+
+    Args:
+        dtype: a name in `DTYPES`.
+
+    Raises:
+        UserError: for a family that is not supported, or weights that do not fit the config.
+    """
+    config = AutoConfig.from_pretrained(folder)
+    if config.model_type not in FAMILIES:
+        raise UserError(
+            f"{folder} is a {config.model_type} model; supported are {', '.join(sorted(FAMILIES))}"
+        )
+    loaded: Any = AutoModelForImageTextToText.from_pretrained(
+        folder,
+        dtype=DTYPES[dtype],
+        attn_implementation=TEXT_ATTENTION,
+        output_loading_info=True,
+    )
+    model, info = loaded
+    wrong = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
+    if wrong:
+        raise UserError(
+            f"{folder}: weights do not fit the config, first {wrong[0]} of {len(wrong)}"
+        )
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    backbone = FAMILIES[config.model_type](
+        model,
+        kernel=kernel,
+        image_mean=list(image_processor.image_mean),
+        image_std=list(image_processor.image_std),
+        rescale_factor=float(image_processor.rescale_factor),
+    )
+    return Loaded(backbone, AutoTokenizer.from_pretrained(folder), image_processor, folder)

@@ -1,0 +1,129 @@
+"""Training texts in, a small Qwen2-VL with random weights out, as an ordinary Hugging Face folder.
+
+Nothing behind it knows that the model is small: it is loaded by the same code as
+Qwen/Qwen2-VL-2B-Instruct.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast, Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+# The special tokens of Qwen2-VL, by the same names.
+SPECIAL_TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+
+
+class TinySource:
+    """Builds the folder once for each set of values and texts, and finds it again later.
+
+    Args:
+        cache_dir: where the folder is kept.
+        seed: of the random weights.
+        vocabulary_size: tokens of the tokenizer, special ones included.
+        reserved_rows: embedding rows that no token uses, as in Qwen2-VL; one becomes the mask
+            token.
+        text, vision: fields of the stock text and vision configurations.
+        min_pixels, max_pixels: bounds of the image processor, pixels per image.
+    """
+
+    def __init__(
+        self,
+        *,
+        cache_dir: str,
+        seed: int,
+        vocabulary_size: int,
+        reserved_rows: int,
+        text: Mapping[str, Any],
+        vision: Mapping[str, Any],
+        min_pixels: int,
+        max_pixels: int,
+    ) -> None:
+        self.cache_dir = Path(cache_dir)
+        self.values: dict[str, Any] = {
+            "seed": seed,
+            "vocabulary_size": vocabulary_size,
+            "reserved_rows": reserved_rows,
+            "text": dict(text),
+            "vision": dict(vision),
+            "min_pixels": min_pixels,
+            "max_pixels": max_pixels,
+        }
+
+    def folder(self, texts: Sequence[str]) -> Path:
+        unique = sorted(set(texts))
+        digest = hashlib.sha256(json.dumps([self.values, unique], sort_keys=True).encode())
+        folder = self.cache_dir / f"tiny-{digest.hexdigest()[:16]}"
+        if not (folder / "config.json").is_file():
+            self.cache_dir.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=self.cache_dir) as scratch:
+                self._build(Path(scratch) / "model", unique)
+                if not folder.exists():  # another process may have been faster
+                    os.rename(Path(scratch) / "model", folder)
+        return folder
+
+    def _build(self, folder: Path, texts: Sequence[str]) -> None:
+        values = self.values
+        tokenizer = train_tokenizer(texts, vocabulary_size=values["vocabulary_size"])
+        token: Any = tokenizer.convert_tokens_to_ids
+        # Rows are counted from the size asked for, so that the shape does not depend on the texts.
+        rows = values["vocabulary_size"] + values["reserved_rows"]
+        config: Any = Qwen2VLConfig(
+            text_config={
+                **values["text"],
+                "vocab_size": rows,
+                "bos_token_id": token("<|endoftext|>"),
+                "eos_token_id": token("<|im_end|>"),
+            },
+            vision_config={**values["vision"], "hidden_size": values["text"]["hidden_size"]},
+            image_token_id=token("<|image_pad|>"),
+            video_token_id=token("<|video_pad|>"),
+            vision_start_token_id=token("<|vision_start|>"),
+            vision_end_token_id=token("<|vision_end|>"),
+            tie_word_embeddings=True,
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(values["seed"])
+            Qwen2VLForConditionalGeneration(config).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        Qwen2VLImageProcessorPil(
+            patch_size=config.vision_config.patch_size,
+            merge_size=config.vision_config.spatial_merge_size,
+            temporal_patch_size=config.vision_config.temporal_patch_size,
+            size={"shortest_edge": values["min_pixels"], "longest_edge": values["max_pixels"]},
+        ).save_pretrained(folder)
+
+
+def train_tokenizer(texts: Sequence[str], *, vocabulary_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer in Qwen's manner, learnt from the texts; it can spell any other
+    text too.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    )

@@ -1,0 +1,96 @@
+"""Hidden states or embeddings in, sums of losses with their counts out; pure functions.
+
+Every loss is returned as a *sum*. The caller divides by the count over the whole global batch, so a
+mean over masked tokens is the same whatever the packing, the accumulation or the number of ranks.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, mse_loss, normalize
+
+
+def masked_next_token(
+    hidden: Tensor, token_mask: Tensor, labels: Tensor, vocabulary: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """MNTP: the state at position i-1 predicts the hidden token at position i (LLM2Vec, arXiv
+    2404.05961).
+
+    The vocabulary head runs on the rows that are asked for and on no others.
+
+    Args:
+        hidden: (T, D).
+        token_mask: (T) bool; never True at a sample's first token.
+        labels: (T) int64, the uncorrupted tokens.
+        vocabulary: (M, D) -> (M, V) logits.
+
+    Returns:
+        Cross-entropies (M) in float32 and whether the best guess was right (M) bool, in token
+        order.
+    """
+    positions = token_mask.nonzero()[:, 0]
+    logits = vocabulary(hidden.index_select(0, positions - 1)).float()
+    targets = labels.index_select(0, positions)
+    return cross_entropy(logits, targets, reduction="none"), logits.argmax(1) == targets
+
+
+def rebuilt_patches(predicted: Tensor, pixels: Tensor) -> Tensor:
+    """Mean squared error of each hidden visual token's pixels: (V, B), (V, B) -> (V)."""
+    return mse_loss(predicted.float(), pixels.float(), reduction="none").mean(1)
+
+
+def info_nce(
+    queries: Tensor,
+    candidates: Tensor,
+    positive_index: Tensor,
+    scale: Tensor,
+    *,
+    false_negatives: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of each query's positive among all candidates (InfoNCE, arXiv 1807.03748).
+
+    Args:
+        queries: (N, D) unit rows.
+        candidates: (M, D) unit rows; positives and hard negatives of the whole global batch.
+        positive_index: (N) int64, each query's positive among the candidates.
+        scale: () inverse temperature.
+        false_negatives: (N, M) bool, True = neither positive nor negative; the positive itself must
+            be False.
+
+    Returns:
+        Losses (N) and similarities before scaling (N, M), both float32.
+    """
+    similarity = queries.float() @ candidates.float().T
+    logits = similarity * scale
+    if false_negatives is not None:
+        logits = logits.masked_fill(false_negatives, -torch.inf)
+    return cross_entropy(logits, positive_index, reduction="none"), similarity
+
+
+def same_content(
+    positive_index: Tensor,
+    query_keys: Tensor,
+    candidate_keys: Tensor,
+    candidate_query_keys: Tensor,
+) -> Tensor:
+    """Candidates that only look like negatives: an identical target, or the target of an identical
+    query.
+
+    Args:
+        query_keys: (N) int64.
+        candidate_keys: (M) int64.
+        candidate_query_keys: (M) int64, the key of the query a positive belongs to; -1 for hard
+            negatives.
+
+    Returns:
+        (N, M) bool, False at each query's own positive.
+    """
+    same_target = candidate_keys[positive_index][:, None] == candidate_keys[None, :]
+    same_query = query_keys[:, None] == candidate_query_keys[None, :]
+    return (same_target | same_query).scatter(1, positive_index[:, None], False)
+
+
+def matryoshka(embeddings: Tensor, dims: Sequence[int]) -> list[Tensor]:
+    """The leading dimensions of unit vectors, each made unit again (arXiv 2205.13147)."""
+    return [normalize(embeddings[:, :dim], dim=-1) for dim in dims]

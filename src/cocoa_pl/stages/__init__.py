@@ -1,0 +1,1 @@
+"""LightningModules of the stages, and the recipe that chains them."""

@@ -1,0 +1,86 @@
+"""Tensors of a validation batch in, what a person looks at while it trains out: arrays (H, W, 3) or
+texts.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from matplotlib import colormaps
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cocoa_pl.models.backbone import Backbone
+
+if TYPE_CHECKING:
+    from cocoa_pl.stages.reconstruction import Corrupted
+
+Picture = NDArray[np.float32]
+
+MAX_PICTURES = 8
+
+
+def hidden_text(backbone: Backbone, hidden: Tensor, seen: Corrupted, tokenizer: Any) -> str:
+    """The first samples' text with hidden tokens as blanks, the model's guesses behind an arrow
+    (Markdown).
+    """
+    positions = seen.token_mask.nonzero()[:, 0]
+    guesses = dict(
+        zip(
+            positions.tolist(),
+            backbone.vocabulary(hidden.index_select(0, positions - 1)).argmax(1).tolist(),
+            strict=True,
+        )
+    )
+    lines, start = [], 0
+    for length in seen.batch.lengths.tolist()[:MAX_PICTURES]:
+        shown = [p for p in range(start, start + length) if p in guesses or seen.batch.text_mask[p]]
+        labels = seen.labels.tolist()
+        masked = "".join("▁" if p in guesses else tokenizer.decode([labels[p]]) for p in shown)
+        rebuilt = tokenizer.decode([guesses.get(p, labels[p]) for p in shown])
+        lines.append(f"- `{_flat(masked)}`\n  → `{_flat(rebuilt)}`")
+        start += length
+    return "\n".join(lines)
+
+
+def image_triptychs(backbone: Backbone, seen: Corrupted, predicted: Tensor) -> Picture:
+    """Original, corrupted and rebuilt image side by side, one row for each of the first images."""
+    rebuilt = seen.pixels.clone()
+    hidden = seen.patch_mask[seen.batch.image_mask].repeat_interleave(backbone.merge_size**2)
+    rebuilt[hidden] = predicted.float().view(-1, seen.pixels.shape[1])
+    rows, start = [], 0
+    for grid in seen.batch.grids.tolist()[:MAX_PICTURES]:
+        stop = start + grid[0] * grid[1] * grid[2]
+        versions = (seen.pixels, seen.corrupted_pixels, rebuilt)
+        rows.append(
+            np.concatenate([unpatchify(backbone, v[start:stop], grid) for v in versions], axis=1)
+        )
+        start = stop
+    width = max(row.shape[1] for row in rows)
+    padded = [np.pad(row, ((0, 0), (0, width - row.shape[1]), (0, 0))) for row in rows]
+    return np.concatenate(padded)
+
+
+def unpatchify(backbone: Backbone, pixels: Tensor, grid: list[int]) -> Picture:
+    """Normalised patches (p, B) of one image back to (H, W, 3) in [0, 1]."""
+    merge, (_, height, width) = backbone.merge_size, grid
+    channels = len(backbone.byte_values)
+    side = int((pixels.shape[1] // channels) ** 0.5)
+    low, high = backbone.byte_values[:, :1], backbone.byte_values[:, -1:]
+    values = (pixels.float().view(len(pixels), channels, -1) - low) / (high - low)
+    blocks = values.view(height // merge, width // merge, merge, merge, channels, side, side)
+    image = blocks.permute(0, 2, 5, 1, 3, 6, 4).reshape(height * side, width * side, channels)
+    picture: Picture = image.clamp(0, 1).cpu().numpy().astype(np.float32)
+    return picture
+
+
+def heat_map(similarity: Tensor) -> Picture:
+    """A similarity matrix in [-1, 1] as colours."""
+    values = (similarity.float().cpu().numpy() + 1) / 2
+    coloured: Picture = colormaps["viridis"](values)[..., :3].astype(np.float32)
+    return coloured.repeat(4, axis=0).repeat(4, axis=1)
+
+
+def _flat(text: str) -> str:
+    return " ".join(text.split()).replace("`", "'")

@@ -1,0 +1,227 @@
+"""Every kind of odd image file has one defined outcome, and none of them is an invented picture."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cocoa_pl.data.images import open_image, resolve_image
+from cocoa_pl.errors import UserError
+
+RED, WHITE = (255, 0, 0), (255, 255, 255)
+
+
+def _saved(image: Image.Image, path: Path, **options: object) -> Path:
+    image.save(path, **options)
+    return path
+
+
+def _pixel(source: Path | bytes | Image.Image, at: tuple[int, int] = (0, 0)) -> tuple[int, ...]:
+    image = open_image(source, where="set row 3")
+    assert image.mode == "RGB"
+    value = image.getpixel(at)
+    assert isinstance(value, tuple)
+    return value
+
+
+def test_path_bytes_and_opened_image_give_the_same_pixels(tmp_path: Path) -> None:
+    image = Image.fromarray(np.arange(75, dtype=np.uint8).reshape(5, 5, 3))
+    path = _saved(image, tmp_path / "a.png")
+    opened = [open_image(source, where="row") for source in (path, path.read_bytes(), image)]
+    assert all(np.array_equal(np.asarray(one), np.asarray(image)) for one in opened)
+
+
+def test_missing_file_names_row_and_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"set row 3: image .*nowhere\.png does not exist"):
+        open_image(tmp_path / "nowhere.png", where="set row 3")
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "gif", "webp", "tiff"])
+@pytest.mark.parametrize("kept", [0.0, 0.05, 0.5])
+def test_truncated_file_is_an_error(tmp_path: Path, suffix: str, kept: float) -> None:
+    noise = np.random.default_rng(0).integers(256, size=(64, 64, 3), dtype=np.uint8)
+    path = _saved(Image.fromarray(noise), tmp_path / f"a.{suffix}")
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(len(whole) * kept)])
+    with pytest.raises(UserError, match=rf"set row 3: image .*a\.{suffix} cannot be read"):
+        open_image(path, where="set row 3")
+
+
+def test_file_that_is_no_image_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "._VisDial_image_1.jpg"  # macOS leaves such files in archives
+    path.write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X")
+    with pytest.raises(UserError, match="cannot be read as an image"):
+        open_image(path, where="set row 3")
+
+
+def test_broken_png_checksum_is_an_error(tmp_path: Path) -> None:
+    path = _saved(Image.new("RGB", (20, 20), RED), tmp_path / "a.png")
+    data = bytearray(path.read_bytes())
+    data[50] ^= 0xFF
+    with pytest.raises(UserError, match=r"the encoded image \(\d+ bytes\) cannot be read"):
+        open_image(bytes(data), where="set row 3")
+
+
+@pytest.mark.parametrize("size", [(1, 10000), (10000, 1), (2, 401)])
+def test_too_elongated_image_is_an_error(tmp_path: Path, size: tuple[int, int]) -> None:
+    path = _saved(Image.new("RGB", size), tmp_path / "line.png")
+    with pytest.raises(UserError, match=rf"set row 3: .*line\.png is {size[0]} x {size[1]} pixels"):
+        open_image(path, where="set row 3")
+
+
+def test_ratio_of_exactly_200_is_read(tmp_path: Path) -> None:
+    path = _saved(Image.new("RGB", (400, 2)), tmp_path / "line.png")
+    assert open_image(path, where="row").size == (400, 2)
+
+
+def test_decompression_bomb_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = _saved(Image.new("L", (100, 100)), tmp_path / "bomb.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(UserError, match=r"bomb\.png cannot be read"):
+        open_image(path, where="row")
+
+
+def test_exif_rotation_is_applied(tmp_path: Path) -> None:
+    image = Image.new("RGB", (20, 10), WHITE)
+    image.paste(RED, (0, 0, 4, 4))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored turned: to be shown rotated by 90 degrees clockwise
+    path = _saved(image, tmp_path / "turned.png", exif=exif)
+    upright = open_image(path, where="row")
+    assert upright.size == (10, 20)
+    assert upright.getpixel((9, 0)) == RED
+    assert upright.getpixel((0, 0)) == WHITE
+
+
+def test_alpha_is_laid_over_white(tmp_path: Path) -> None:
+    image = Image.new("RGBA", (2, 1), (255, 0, 0, 255))
+    image.putpixel((1, 0), (0, 0, 0, 0))
+    path = _saved(image, tmp_path / "a.png")
+    assert _pixel(path) == RED
+    assert _pixel(path, (1, 0)) == WHITE
+
+
+def test_half_transparent_grey_is_mixed_with_white(tmp_path: Path) -> None:
+    path = _saved(Image.new("LA", (1, 1), (0, 128)), tmp_path / "a.png")
+    assert _pixel(path) == (127, 127, 127)
+
+
+def test_transparent_palette_colour_becomes_white(tmp_path: Path) -> None:
+    image = Image.new("P", (2, 1), 0)
+    image.putpalette([0, 0, 0, 255, 0, 0])
+    image.putpixel((1, 0), 1)
+    path = _saved(image, tmp_path / "a.png", transparency=0)
+    assert (_pixel(path), _pixel(path, (1, 0))) == (WHITE, RED)
+
+
+def test_sixteen_bits_are_scaled_not_clipped(tmp_path: Path) -> None:
+    values = np.array([[0, 128 * 257, 65535]], dtype=np.uint16)
+    path = _saved(Image.fromarray(values), tmp_path / "a.png")
+    assert [_pixel(path, (x, 0))[0] for x in range(3)] == [0, 128, 255]
+
+
+def test_mode_i_with_sixteen_bit_values_is_scaled() -> None:
+    values = np.array([[0, 65535]], dtype=np.int32)
+    assert _pixel(Image.fromarray(values), (1, 0)) == WHITE
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int32])
+def test_thirty_two_bit_pixels_are_an_error(tmp_path: Path, dtype: type) -> None:
+    path = _saved(Image.fromarray(np.full((2, 2), 70000, dtype=dtype)), tmp_path / "a.tiff")
+    with pytest.raises(UserError, match="32-bit pixels"):
+        open_image(path, where="row")
+
+
+def test_cmyk_is_converted(tmp_path: Path) -> None:
+    path = _saved(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), tmp_path / "a.jpg", quality=100)
+    red, green, blue = _pixel(path)
+    assert red > 240
+    assert max(green, blue) < 15
+
+
+def test_one_bit_image_is_converted(tmp_path: Path) -> None:
+    assert _pixel(_saved(Image.new("1", (2, 2), 1), tmp_path / "a.png")) == WHITE
+
+
+@pytest.mark.parametrize("suffix", ["gif", "png", "webp"])
+def test_animation_gives_its_first_frame(tmp_path: Path, suffix: str) -> None:
+    frames = [Image.new("RGB", (4, 4), colour) for colour in (RED, WHITE, (0, 0, 255))]
+    path = tmp_path / f"a.{suffix}"
+    options = {"lossless": True} if suffix == "webp" else {}
+    frames[0].save(path, save_all=True, append_images=frames[1:], **options)
+    assert _pixel(path) == RED
+
+
+def test_opened_image_is_not_changed() -> None:
+    image = Image.new("RGBA", (2, 2), (0, 0, 0, 0))
+    open_image(image, where="row")
+    assert image.getpixel((0, 0)) == (0, 0, 0, 0)
+
+
+def test_animation_opened_by_the_caller_keeps_working(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (4, 4), RED).save(buffer, "gif")
+    with Image.open(io.BytesIO(buffer.getvalue())) as opened:
+        assert _pixel(opened) == _pixel(opened) == RED
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    folder = tmp_path / "root"
+    (folder / "sub").mkdir(parents=True)
+    Image.new("RGB", (2, 2)).save(folder / "sub" / "a.png")
+    Image.new("RGB", (2, 2)).save(tmp_path / "secret.png")
+    return folder
+
+
+@pytest.mark.parametrize("relative", ["sub/a.png", "./sub/a.png", "sub/../sub/a.png"])
+def test_path_below_the_root_is_found(root: Path, relative: str) -> None:
+    assert resolve_image(relative, root=root, where="row").samefile(root / "sub" / "a.png")
+
+
+@pytest.mark.parametrize("relative", ["../secret.png", "sub/../../secret.png", "..", "sub/.."])
+def test_path_with_dots_that_leaves_the_root_is_an_error(root: Path, relative: str) -> None:
+    with pytest.raises(UserError, match=r"set row 3: image path .* leaves the image root"):
+        resolve_image(relative, root=root, where="set row 3")
+
+
+def test_absolute_path_is_an_error_even_below_the_root(root: Path) -> None:
+    with pytest.raises(UserError, match="is absolute"):
+        resolve_image(str(root / "sub" / "a.png"), root=root, where="row")
+
+
+def test_links_that_leave_the_root_are_errors(root: Path) -> None:
+    (root / "file.png").symlink_to(root.parent / "secret.png")
+    (root / "folder").symlink_to(root.parent)
+    for relative in ("file.png", "folder/secret.png"):
+        with pytest.raises(UserError, match="leaves the image root"):
+            resolve_image(relative, root=root, where="row")
+
+
+def test_links_within_the_root_and_a_linked_root_work(root: Path) -> None:
+    (root / "link.png").symlink_to(root / "sub" / "a.png")
+    linked = root.parent / "linked"
+    linked.symlink_to(root)
+    assert resolve_image("link.png", root=linked, where="row").is_file()
+
+
+def test_sibling_folder_with_the_same_beginning_is_outside(root: Path) -> None:
+    twin = root.parent / "root_twin"
+    twin.mkdir()
+    Image.new("RGB", (2, 2)).save(twin / "a.png")
+    with pytest.raises(UserError, match="leaves the image root"):
+        resolve_image("../root_twin/a.png", root=root, where="row")
+
+
+@pytest.mark.parametrize("relative", ["sub/b.png", "sub", "x" * 5000])
+def test_missing_file_below_the_root_is_an_error(root: Path, relative: str) -> None:
+    with pytest.raises(UserError, match="does not exist"):
+        resolve_image(relative, root=root, where="row")
+
+
+@pytest.mark.parametrize("relative", ["a\0.png", "sub\0/a.png"])
+def test_text_that_cannot_be_a_path_is_an_error(root: Path, relative: str) -> None:
+    with pytest.raises(UserError, match=r"is not a path|does not exist"):
+        resolve_image(relative, root=root, where="row")

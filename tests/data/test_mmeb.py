@@ -1,0 +1,521 @@
+"""MMEB rows become Items exactly as published; every bad row has a name and a choice of outcome."""
+
+import logging
+import tracemalloc
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from PIL import Image
+
+from cocoa_pl.data.mmeb import EvalSubset, read_eval_subset, read_train
+from cocoa_pl.data.sources import MmebBenchmark, MmebData, PairsData, SubsetInfo
+from cocoa_pl.errors import UserError
+from cocoa_pl.items import IMAGE_SLOT, Item, Pair
+
+SLOT = IMAGE_SLOT
+
+# Rows as in TIGER-Lab/MMEB-train; the negative image of VisDial has no placeholder there, either.
+VISDIAL = {
+    "qry": "Represent the given dialogue about an image, which is used for image retrieval: "
+    "Q:is the photo in color\nA:yes\n\n",
+    "qry_image_path": "",
+    "pos_text": "<|image_1|>\nRepresent the given image\n",
+    "pos_image_path": "images/VisDial/Train/VisDial_image_0.jpg",
+    "neg_text": "",
+    "neg_image_path": "images/VisDial/Train/VisDial_image_61616.jpg",
+}
+MSCOCO_I2T = {
+    "qry": "<|image_1|>\nFind an image caption describing the given everyday image.\n",
+    "qry_image_path": "images/a.png",
+    "pos_text": "A man with a red helmet on a small moped on a dirt road.",
+    "pos_image_path": "",
+}
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    for name in (
+        "images/a.png",
+        "images/b.png",
+        "images/VisDial/Train/VisDial_image_0.jpg",
+        "images/VisDial/Train/VisDial_image_61616.jpg",
+    ):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4)).save(path)
+    return tmp_path
+
+
+def write(
+    root: Path, rows: list[dict[str, Any]], *, subset: str = "Set", split: str = "original"
+) -> None:
+    folder = root / subset
+    folder.mkdir(exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows), folder / f"{split}-00000-of-00001.parquet")
+
+
+def read(root: Path, **changes: Any) -> list[Pair]:
+    options: dict[str, Any] = {
+        "subsets": ["Set"],
+        "split": "original",
+        "image_root": root,
+        "on_bad_row": "fail",
+        "max_rows": None,
+    }
+    return read_train(root, **(options | changes))
+
+
+def test_published_visdial_row_is_read_to_the_letter(root: Path) -> None:
+    write(root, [VISDIAL], subset="VisDial")
+    (pair,) = read(root, subsets=["VisDial"])
+    folder = root / "images/VisDial/Train"
+    assert pair == Pair(
+        query=Item(VISDIAL["qry"]),
+        positive=Item(f"{SLOT}\nRepresent the given image\n", (folder / "VisDial_image_0.jpg",)),
+        negatives=(Item(SLOT, (folder / "VisDial_image_61616.jpg",)),),
+        subset="VisDial",
+        row_id="VisDial row 0",
+    )
+
+
+def test_row_without_negative_columns_has_no_negatives(root: Path) -> None:
+    write(root, [MSCOCO_I2T])
+    (pair,) = read(root)
+    assert (
+        pair.query.text == f"{SLOT}\nFind an image caption describing the given everyday image.\n"
+    )
+    assert pair.query.images == (root / "images/a.png",)
+    assert pair.positive == Item(MSCOCO_I2T["pos_text"])
+    assert pair.negatives == ()
+
+
+def test_subsets_files_and_rows_keep_their_order_and_names(root: Path) -> None:
+    def rows(*texts: str) -> list[dict[str, Any]]:
+        return [MSCOCO_I2T | {"pos_text": text} for text in texts]
+
+    write(root, rows("one", "two"), subset="B")
+    write(root, rows("three", "four"), subset="A")
+    pq.write_table(
+        pa.Table.from_pylist(rows("five")), root / "A" / "original-00001-of-00002.parquet"
+    )
+    write(root, rows("other split"), subset="A", split="diverse_instruction")
+    pairs = read(root, subsets=["B", "A"])
+    assert [(pair.subset, pair.row_id, pair.positive.text) for pair in pairs] == [
+        ("B", "B row 0", "one"),
+        ("B", "B row 1", "two"),
+        ("A", "A row 0", "three"),
+        ("A", "A row 1", "four"),
+        ("A", "A row 2", "five"),
+    ]
+    limited = read(root, subsets=["B", "A"], max_rows=1)
+    assert [pair.row_id for pair in limited] == ["B row 0", "A row 0"]
+
+
+@pytest.mark.parametrize(
+    ("texts", "images", "expected"),
+    [
+        ("", "", []),
+        ("[]", "[]", []),
+        ("a cat", "", [("a cat", None)]),
+        ("['a cat', \"a dog's\"]", "", [("a cat", None), ("a dog's", None)]),
+        ("['a cat', 'a dog']", "['', '']", [("a cat", None), ("a dog", None)]),
+        ("['a cat', '']", "", [("a cat", None)]),
+        ("", "['images/a.png', 'images/b.png']", [(SLOT, "a.png"), (SLOT, "b.png")]),
+        (
+            "['<|image_1|> red', 'plain']",
+            "['images/a.png', '']",
+            [(f"{SLOT} red", "a.png"), ("plain", None)],
+        ),
+        ("['no slot']", "images/b.png", [(f"{SLOT}\nno slot", "b.png")]),
+        (["a cat", "a dog"], ["", "images/a.png"], [("a cat", None), (f"{SLOT}\na dog", "a.png")]),
+    ],
+)
+def test_negatives_may_be_strings_lists_or_written_lists(
+    root: Path, texts: Any, images: Any, expected: list[tuple[str, str | None]]
+) -> None:
+    write(root, [MSCOCO_I2T | {"neg_text": texts, "neg_image_path": images}])
+    (pair,) = read(root)
+    found = [(item.text, item.images[0].name if item.images else None) for item in pair.negatives]
+    assert found == expected
+
+
+@pytest.mark.parametrize(
+    "expression", ["open({path!r}, 'w')", "__import__('pathlib').Path({path!r}).touch()"]
+)
+def test_negative_lists_are_parsed_never_executed(root: Path, expression: str) -> None:
+    trap = root / "executed"
+    text = "[" + expression.format(path=str(trap)) + "]"
+    write(root, [MSCOCO_I2T | {"neg_text": text, "neg_image_path": ""}])
+    with pytest.raises(UserError, match="Set row 0: neg_text looks like a list"):
+        read(root)
+    assert not trap.exists()
+
+
+BAD_ROWS: dict[str, tuple[dict[str, Any], str]] = {
+    "placeholder without an image": ({"qry_image_path": ""}, "query text holds .* names no image"),
+    "image without a placeholder": ({"qry": "Find it"}, "query has image .* but no <|image_1|>"),
+    "image for a plain positive": ({"pos_image_path": "images/b.png"}, "positive has image"),
+    "empty caption": ({"pos_text": ""}, "positive is empty"),
+    "caption of blanks": ({"pos_text": " \n\t"}, "positive is empty"),
+    "empty query": ({"qry": "", "qry_image_path": ""}, "query is empty"),
+    "null": ({"pos_text": None}, "positive must be strings .* found NoneType"),
+    "reserved character": ({"pos_text": f"a {SLOT} b"}, "U\\+FFFC"),
+    "two placeholders": ({"qry": "<|image_1|><|image_1|>"}, "once"),
+    "second image": ({"qry": "<|image_1|><|image_2|>"}, "no other image placeholder"),
+    "missing image": ({"qry_image_path": "images/c.png"}, r"Set row 1, query: image .*c\.png does"),
+    "image outside": ({"qry_image_path": "../a.png"}, "leaves the image root"),
+    "absolute image": ({"qry_image_path": "/etc/hostname"}, "absolute"),
+    "negatives of two lengths": (
+        {"neg_text": "['a', 'b']", "neg_image_path": "['images/a.png']"},
+        "neg_text has 2 entries and neg_image_path 1",
+    ),
+    "negatives of numbers": (
+        {"neg_text": "[1, 2]"},
+        "neg_text must be a string or a list of strings",
+    ),
+    "negatives broken off": ({"neg_text": "['a', ']"}, "looks like a list"),
+    "negative without its image": ({"neg_text": "<|image_1|> b"}, "negative text holds"),
+    "duplicate": ({"pos_text": "good 0"}, "same query and positive as Set row 0; remove one"),
+}
+
+
+def _with_bad_row(changes: dict[str, Any]) -> list[dict[str, Any]]:
+    blank = {"neg_text": "", "neg_image_path": ""}
+    good = [MSCOCO_I2T | blank | {"pos_text": f"good {number}"} for number in range(2)]
+    return [good[0], MSCOCO_I2T | blank | changes, good[1]]
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD_ROWS.values(), ids=BAD_ROWS.keys())
+def test_bad_row_is_an_error_that_names_it(
+    root: Path, changes: dict[str, Any], message: str
+) -> None:
+    write(root, _with_bad_row(changes))
+    with pytest.raises(UserError, match=message) as caught:
+        read(root)
+    assert str(caught.value).startswith("Set row 1")
+
+
+@pytest.mark.parametrize("changes", [row for row, _ in BAD_ROWS.values()], ids=BAD_ROWS.keys())
+def test_bad_row_is_skipped_counted_and_logged_on_request(
+    root: Path, changes: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    write(root, _with_bad_row(changes))
+    with caplog.at_level(logging.WARNING):
+        pairs = read(root, on_bad_row="skip")
+    assert [pair.row_id for pair in pairs] == ["Set row 0", "Set row 2"]
+    (record,) = caplog.records
+    assert "skipped 1 bad row(s): Set row 1" in record.getMessage()
+
+
+def test_many_skips_are_one_line_with_the_first_three_rows(
+    root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(root, [MSCOCO_I2T, *[MSCOCO_I2T | {"pos_text": ""}] * 9])
+    with caplog.at_level(logging.WARNING):
+        read(root, on_bad_row="skip")
+    (record,) = caplog.records
+    assert "skipped 9 bad row(s)" in record.getMessage()
+    assert [f"row {number}:" in record.getMessage() for number in range(1, 6)] == [True] * 3 + [
+        False
+    ] * 2
+
+
+def _no_rows(root: Path) -> None:
+    table = pa.table({name: pa.array([], pa.string()) for name in MSCOCO_I2T})
+    pq.write_table(table, root / "Set" / "original-0.parquet")
+
+
+UNUSABLE_FILES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no rows": (_no_rows, "no usable row"),
+    "no rows and no columns": (lambda root: write(root, []), "no column qry"),
+    "wrong type": (
+        lambda root: write(root, [MSCOCO_I2T | {"pos_text": 3}]),
+        "column pos_text holds int64",
+    ),
+    "missing columns": (
+        lambda root: write(root, [{"qry": "a"}]),
+        "no column qry_image_path, ",
+    ),
+    "another split": (
+        lambda root: write(root, [MSCOCO_I2T], split="train"),
+        r"no original-\*\.parquet .*train-",
+    ),
+    "broken": (
+        lambda root: (root / "Set" / "original-0.parquet").write_text("PAR1"),
+        "cannot be read as parquet",
+    ),
+}
+
+
+@pytest.mark.parametrize("on_bad_row", ["fail", "skip"])
+@pytest.mark.parametrize(("prepare", "message"), UNUSABLE_FILES.values(), ids=UNUSABLE_FILES.keys())
+def test_unusable_file_is_an_error_whatever_on_bad_row_says(
+    root: Path, on_bad_row: str, prepare: Callable[[Path], object], message: str
+) -> None:
+    (root / "Set").mkdir()
+    prepare(root)
+    with pytest.raises(UserError, match=message):
+        read(root, on_bad_row=on_bad_row)
+
+
+def test_subset_whose_rows_are_all_bad_is_an_error(root: Path) -> None:
+    write(root, [MSCOCO_I2T | {"pos_text": ""}])
+    with pytest.raises(UserError, match=r"no usable row \(1 skipped\)"):
+        read(root, on_bad_row="skip")
+
+
+def test_missing_subset_names_those_that_exist(root: Path) -> None:
+    write(root, [MSCOCO_I2T], subset="CIRR")
+    with pytest.raises(UserError, match=r"Set: no folder .*CIRR"):
+        read(root)
+
+
+def test_unknown_choice_for_bad_rows_is_an_error(root: Path) -> None:
+    write(root, [MSCOCO_I2T])
+    with pytest.raises(UserError, match="on_bad_row is 'warn'; choose fail or skip"):
+        read(root, on_bad_row="warn")
+
+
+# --- evaluation --------------------------------------------------------------------------------
+
+REFCOCO = {
+    "qry_text": "<|image_1|>\nSelect the portion of the image that follows the language: the cup\n",
+    "qry_img_path": "images/a.png",
+    "tgt_text": ["<|image_1|>\nRepresent the crop", "<|image_1|>\nRepresent the crop"],
+    "tgt_img_path": ["images/b.png", "images/a.png"],
+}
+
+
+def read_eval(root: Path, **changes: Any) -> EvalSubset:
+    options: dict[str, Any] = {
+        "subset": "Set",
+        "split": "test",
+        "image_root": root,
+        "group": "grounding",
+        "in_distribution": False,
+        "on_bad_row": "fail",
+    }
+    return read_eval_subset(root, **(options | changes))
+
+
+def _classes(label: int, *, count: int = 5) -> dict[str, Any]:
+    words = [f"class {label}", *(f"class {other}" for other in range(count) if other != label)]
+    return {
+        "qry_text": "<|image_1|>\nWhat is it?",
+        "qry_img_path": "images/a.png" if label % 2 else "images/b.png",
+        "tgt_text": words,
+        "tgt_img_path": [""] * count,
+    }
+
+
+def test_evaluation_row_is_read_to_the_letter(root: Path) -> None:
+    write(root, [REFCOCO], split="test")
+    subset = read_eval(root)
+    assert (subset.name, subset.group, subset.in_distribution) == ("Set", "grounding", False)
+    assert subset.queries == [
+        Item(REFCOCO["qry_text"].replace("<|image_1|>", SLOT), (root / "images/a.png",))
+    ]
+    assert [subset.candidates[index] for index in subset.candidate_index[0]] == [
+        Item(f"{SLOT}\nRepresent the crop", (root / name,)) for name in REFCOCO["tgt_img_path"]
+    ]
+    assert subset.row_ids == ["Set row 0"]
+
+
+def test_every_distinct_side_occurs_once_and_rows_keep_their_candidates(root: Path) -> None:
+    rows = [_classes(number % 5) for number in range(150)]  # more than one batch of the reader
+    write(root, rows, split="test")
+    subset = read_eval(root)
+    assert len(subset.queries) == len(set(subset.queries)) == 2
+    assert len(subset.candidates) == len(set(subset.candidates)) == 5
+    for number, row in enumerate(rows):
+        indices = subset.candidate_index[number]
+        assert [subset.candidates[index].text for index in indices] == row["tgt_text"]
+        query = subset.queries[subset.query_index[number]]
+        assert query.images == (root / row["qry_img_path"],)
+    assert subset.query_index.dtype == subset.candidate_index[0].dtype == np.int32
+
+
+def test_rows_may_have_different_numbers_of_candidates(root: Path) -> None:
+    write(root, [_classes(0, count=3), _classes(1, count=5)], split="test")
+    assert [len(row) for row in read_eval(root).candidate_index] == [3, 5]
+
+
+def test_candidate_that_occurs_twice_in_a_row_keeps_both_places(root: Path) -> None:
+    write(
+        root, [_classes(0) | {"tgt_text": ["a", "b", "a"], "tgt_img_path": [""] * 3}], split="test"
+    )
+    assert read_eval(root).candidate_index[0].tolist() == [0, 1, 0]
+
+
+BAD_EVAL_ROWS: dict[str, tuple[dict[str, Any], str]] = {
+    "lists of two lengths": ({"tgt_img_path": [""]}, "tgt_text has 5 entries and tgt_img_path 1"),
+    "no candidates": ({"tgt_text": [], "tgt_img_path": []}, "no candidates"),
+    "null query": ({"qry_text": None}, "qry_text holds a null"),
+    "null candidate": ({"tgt_text": ["a", None, "b", "c", "d"]}, "tgt_text holds a null"),
+    "null list": ({"tgt_text": None}, "tgt_text holds a null"),
+    "missing query image": ({"qry_img_path": "images/c.png"}, "query: image .* does not exist"),
+    "missing candidate image": (
+        {"tgt_text": ["<|image_1|>"] * 5, "tgt_img_path": ["images/c.png"] * 5},
+        "candidate: image .* does not exist",
+    ),
+    "empty candidate": ({"tgt_text": ["a", "", "b", "c", "d"]}, "candidate is empty"),
+    "image without a placeholder": ({"qry_text": "What?"}, "query has image"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD_EVAL_ROWS.values(), ids=BAD_EVAL_ROWS.keys())
+def test_bad_evaluation_row_fails_or_is_skipped(
+    root: Path, changes: dict[str, Any], message: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(root, [_classes(0), _classes(1) | changes, _classes(2)], split="test")
+    with pytest.raises(UserError, match=message) as caught:
+        read_eval(root)
+    assert str(caught.value).startswith("Set row 1")
+    with caplog.at_level(logging.WARNING):
+        subset = read_eval(root, on_bad_row="skip")
+    assert subset.row_ids == ["Set row 0", "Set row 2"]
+    assert "skipped 1 bad row(s): Set row 1" in caplog.text
+    assert [item.text for item in subset.candidates] == [
+        "class 0", "class 1", "class 2", "class 3", "class 4",
+    ]  # fmt: skip
+    texts = [subset.candidates[index].text for index in subset.candidate_index[1]]
+    assert texts == _classes(2)["tgt_text"]
+
+
+def test_evaluation_without_usable_rows_is_an_error(root: Path) -> None:
+    write(root, [_classes(0) | {"qry_img_path": "images/c.png"}], split="test")
+    with pytest.raises(UserError, match=r"no usable row .*1 skipped"):
+        read_eval(root, on_bad_row="skip")
+
+
+def test_evaluation_file_without_rows_is_an_error(root: Path) -> None:
+    schema = pa.Table.from_pylist([REFCOCO]).schema
+    (root / "Set").mkdir()
+    pq.write_table(schema.empty_table(), root / "Set" / "test-0.parquet")
+    with pytest.raises(UserError, match="holds no rows"):
+        read_eval(root)
+
+
+def test_candidates_of_a_wrong_type_are_an_error(root: Path) -> None:
+    write(root, [REFCOCO | {"tgt_text": "a", "tgt_img_path": ""}], split="test")
+    with pytest.raises(
+        UserError, match="column tgt_text holds string; it must hold list of strings"
+    ):
+        read_eval(root)
+
+
+def test_unknown_group_is_an_error(root: Path) -> None:
+    write(root, [REFCOCO], split="test")
+    with pytest.raises(UserError, match="group 'ranking' is not one of classification, vqa"):
+        read_eval(root, group="ranking")
+
+
+def test_a_million_candidates_cost_little_memory(root: Path) -> None:
+    size = 1000
+    captions = pa.array([f"caption {number}, forty characters in length" for number in range(size)])
+    offsets = pa.array(np.arange(size + 1) * size, pa.int32())
+    turns = (np.arange(size)[:, None] + np.arange(size)).ravel() % size
+    table = pa.table(
+        {
+            "qry_text": ["<|image_1|>\nFind the caption"] * size,
+            "qry_img_path": ["images/a.png", "images/b.png"] * (size // 2),
+            "tgt_text": pa.ListArray.from_arrays(offsets, captions.take(pa.array(turns))),
+            "tgt_img_path": pa.ListArray.from_arrays(offsets, pa.array([""] * size * size)),
+        }
+    )
+    (root / "Set").mkdir()
+    pq.write_table(table, root / "Set" / "test-0.parquet")
+    del table, turns
+    tracemalloc.start()
+    subset = read_eval(root)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(subset.candidates) == size
+    assert subset.candidate_index[7][:2].tolist() == [7, 8]
+    assert peak < 24e6  # the int32 index alone is 4 MB; a million Items would be 100 MB and more
+
+
+# --- configs -----------------------------------------------------------------------------------
+
+
+def make_source(root: Path, **changes: Any) -> MmebData:
+    options: dict[str, Any] = {
+        "root": str(root),
+        "image_root": str(root),
+        "subsets": ["A", "B"],
+        "split": "original",
+        "max_rows": None,
+        "caption_subsets": ["A"],
+        "validation_fraction": 0.2,
+        "validation_rows": 3,
+        "validation_seed": 0,
+        "on_bad_row": "fail",
+    }
+    return MmebData(**(options | changes))
+
+
+def test_the_same_share_of_every_subset_is_held_out(root: Path) -> None:
+    for subset, size in (("A", 10), ("B", 20)):
+        rows = [
+            {
+                "qry": f"question {number}",
+                "qry_image_path": "",
+                "pos_text": f"{subset} {number}",
+                "pos_image_path": "",
+            }
+            for number in range(size)
+        ]
+        write(root, rows, subset=subset)
+    source = make_source(root)
+    assert Counter(pair.subset for pair in source.train_pairs()) == {"A": 8, "B": 16}
+    assert Counter(pair.subset for pair in source.validation_pairs()) == {"A": 2, "B": 4}
+    sizes = {subset.name: len(subset.row_ids) for subset in source.validation_subsets()}
+    assert sizes == {"A": 2, "B": 3}
+
+
+def test_caption_subsets_must_be_among_the_subsets(root: Path) -> None:
+    with pytest.raises(UserError, match=r"caption_subsets names C, not among data\.subsets"):
+        make_source(root, caption_subsets=["A", "C"])
+
+
+def test_benchmark_reads_its_table_in_order_and_misses_nothing(root: Path) -> None:
+    write(root, [REFCOCO], subset="RefCOCO", split="test")
+    write(root, [_classes(0)], subset="VOC2007", split="test")
+    table: dict[str, SubsetInfo] = {
+        "VOC2007": {"group": "classification", "in_distribution": True},
+        "RefCOCO": {"group": "grounding", "in_distribution": False},
+    }
+
+    def subsets(**more: SubsetInfo) -> list[EvalSubset]:
+        return MmebBenchmark(
+            name="mine",
+            root=str(root),
+            image_root=str(root),
+            split="test",
+            table=table | more,
+            on_bad_row="skip",
+        ).subsets()
+
+    assert [(one.name, one.group, one.in_distribution) for one in subsets()] == [
+        ("VOC2007", "classification", True),
+        ("RefCOCO", "grounding", False),
+    ]
+    with pytest.raises(UserError, match="GQA: no folder"):
+        subsets(GQA={"group": "vqa", "in_distribution": False})
+
+
+@pytest.mark.parametrize(("file", "kind"), [("mmeb", MmebData), ("pairs", PairsData)])
+def test_configs_name_every_argument_and_nothing_else(
+    file: str, kind: type[MmebData] | type[PairsData]
+) -> None:
+    path = Path(__file__).parents[2] / "conf" / "data" / f"{file}.yaml"
+    config = yaml.safe_load(path.read_text())
+    assert config.pop("_target_") == f"{kind.__module__}.{kind.__name__}"
+    kind(**config)

@@ -1,0 +1,163 @@
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cocoa_pl.data.mmeb import EvalSubset
+from cocoa_pl.errors import UserError
+from cocoa_pl.evaluation.benchmark import evaluate
+from cocoa_pl.evaluation.results import Results
+from cocoa_pl.items import Item
+
+Make = Callable[..., EvalSubset]
+
+# Angles in degrees. Row 0 hits, row 1 misses, row 2 ties, row 3 has fewer candidates and hits.
+ROWS = [
+    ("q 0", ["a 5", "b 50", "c 90"]),
+    ("q 45", ["a 5", "b 50", "c 90"]),
+    ("q 70", ["b 50", "d 90", "e -40"]),
+    ("q 80", ["c 90", "a 5"]),
+]
+
+
+@pytest.fixture
+def corpus(make_subset: Make) -> list[EvalSubset]:
+    return [
+        make_subset("scene_i2t", ROWS),
+        make_subset("scene_vqa", ROWS[:1], group="vqa"),
+        make_subset("inverted_i2t", ROWS[:2], in_distribution=False),
+    ]
+
+
+@pytest.fixture
+def results(corpus: list[EvalSubset], compass: Callable[..., np.ndarray]) -> Results:
+    return evaluate(compass, corpus, benchmark="digits", checkpoint="runs/1")
+
+
+def test_hand_made_corpus_scores_as_counted_by_hand(results: Results) -> None:
+    i2t, vqa, inverted = results.subsets
+    assert (i2t.precision_at_1, i2t.precision_at_1_strict) == (0.75, 0.5)
+    assert (vqa.precision_at_1, inverted.precision_at_1) == (1.0, 0.5)
+    assert i2t.chance == pytest.approx((3 / 3 + 1 / 2) / 4)
+    assert results.in_distribution == pytest.approx((0.75 + 1.0) / 2)
+    assert results.out_of_distribution == 0.5
+
+
+def test_results_json_has_the_public_schema(results: Results, tmp_path: Path) -> None:
+    results.write_json(tmp_path / "results.json")
+    written = json.loads((tmp_path / "results.json").read_text())
+    subsets = written.pop("subsets")
+    assert written == {
+        "benchmark": "digits",
+        "checkpoint": "runs/1",
+        "overall": pytest.approx(0.75),
+        "in_distribution": pytest.approx(0.875),
+        "out_of_distribution": 0.5,
+        "groups": {"retrieval": pytest.approx(0.625), "vqa": 1.0},
+    }
+    assert list(subsets) == ["scene_i2t", "scene_vqa", "inverted_i2t"]
+    assert subsets["scene_i2t"] == {
+        "group": "retrieval",
+        "in_distribution": True,
+        "precision_at_1": 0.75,
+        "precision_at_1_strict": 0.5,
+        "num_queries": 4,
+        "num_candidates": 5,
+        "chance": pytest.approx(0.375),
+    }
+
+
+def test_a_split_without_subsets_is_null_not_nan(
+    make_subset: Make, compass: Callable[..., np.ndarray]
+) -> None:
+    only_in = [make_subset("scene_i2t", ROWS)]
+    written = evaluate(compass, only_in, benchmark="digits", checkpoint="x").to_json()
+    assert written["out_of_distribution"] is None
+
+
+def test_every_unique_item_is_encoded_once_across_subsets(
+    corpus: list[EvalSubset], compass: Callable[..., np.ndarray]
+) -> None:
+    evaluate(compass, corpus, benchmark="digits", checkpoint="x")
+    encoded = compass.encoded  # type: ignore[attr-defined]
+    assert sorted(encoded) == sorted({text for query, texts in ROWS for text in (query, *texts)})
+
+
+def test_gallery_shows_hits_and_misses_with_the_positive_marked(results: Results) -> None:
+    rows = {row.row_id: row for row in results.gallery}
+    hit, miss = rows["scene_i2t row 0"], rows["scene_i2t row 1"]
+    assert hit.hit
+    assert [c.item.text for c in hit.ranked] == ["a 5", "b 50", "c 90"]
+    assert [c.is_positive for c in hit.ranked] == [True, False, False]
+    assert not miss.hit
+    assert [(c.item.text, c.is_positive) for c in miss.ranked][:2] == [
+        ("b 50", False),
+        ("a 5", True),
+    ]
+    assert not rows["scene_i2t row 2"].hit  # a tie
+
+
+def test_gallery_appends_a_positive_that_is_far_down(
+    make_subset: Make, compass: Callable[..., np.ndarray]
+) -> None:
+    rows = [("q 0", ["p 90", *(f"n{angle} {angle}" for angle in range(0, 80, 10))])]
+    gallery = evaluate(compass, [make_subset("x_i2t", rows)], benchmark="b", checkpoint="c").gallery
+    assert [c.rank for c in gallery[0].ranked] == [1, 2, 3, 4, 5, 9]
+    assert gallery[0].ranked[-1].is_positive
+
+
+@pytest.mark.parametrize(
+    ("vector", "message"),
+    [
+        ([1.0, 0.0], "scene_i2t queries: all 4 embeddings are the same vector"),
+        ([np.nan, 0.0], "scene_i2t queries: 4 of 4 .* NaN"),
+        ([0.0, 0.0], "scene_i2t queries: 4 of 4 .* length other than 1"),
+    ],
+    ids=["collapsed", "nan", "zero"],
+)
+def test_a_broken_model_is_an_error_and_never_100_percent(
+    corpus: list[EvalSubset], vector: list[float], message: str
+) -> None:
+    def encode(items: Sequence[Item]) -> np.ndarray:
+        return np.tile(np.array(vector, dtype=np.float32), (len(items), 1))
+
+    with pytest.raises(UserError, match=message):
+        evaluate(encode, corpus, benchmark="digits", checkpoint="x")
+
+
+def test_collapsed_candidates_are_an_error_even_with_good_queries(
+    make_subset: Make, compass: Callable[..., np.ndarray]
+) -> None:
+    rows = [("q 0", ["a 5", "b 5"]), ("q 90", ["b 5", "a 5"])]
+    with pytest.raises(UserError, match=r"x_i2t candidates: all 2 .*collapsed"):
+        evaluate(compass, [make_subset("x_i2t", rows)], benchmark="b", checkpoint="c")
+
+
+def test_a_failing_subset_stops_the_benchmark(corpus: list[EvalSubset]) -> None:
+    calls: list[int] = []
+
+    def encode(items: Sequence[Item]) -> np.ndarray:
+        calls.append(len(items))
+        raise UserError("scene_i2t row 3: image not found")
+
+    with pytest.raises(UserError, match="row 3"):
+        evaluate(encode, corpus, benchmark="digits", checkpoint="x")
+    assert len(calls) == 1
+
+
+def test_missing_double_and_empty_subsets_are_errors(
+    corpus: list[EvalSubset], make_subset: Make, compass: Callable[..., np.ndarray]
+) -> None:
+    asked = ["scene_i2t", "scene_vqa", "inverted_i2t", "scene_t2i"]
+    with pytest.raises(UserError, match="the benchmark lacks scene_t2i"):
+        evaluate(compass, corpus, benchmark="digits", checkpoint="x", asked=asked)
+    with pytest.raises(UserError, match=r"scene_i2t: .* twice"):
+        evaluate(compass, [*corpus, corpus[0]], benchmark="digits", checkpoint="x")
+    with pytest.raises(UserError, match="no subset"):
+        evaluate(compass, [], benchmark="digits", checkpoint="x")
+    with pytest.raises(UserError, match="scene_t2i: no rows"):
+        evaluate(compass, [make_subset("scene_t2i", [])], benchmark="digits", checkpoint="x")
+    with pytest.raises(UserError, match="x row 0: no candidates"):
+        evaluate(compass, [make_subset("x", [("q 1", [])])], benchmark="digits", checkpoint="x")

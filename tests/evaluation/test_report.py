@@ -1,0 +1,156 @@
+import io
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from cocoa_pl.data.mmeb import EvalSubset
+from cocoa_pl.errors import UserError
+from cocoa_pl.evaluation.benchmark import evaluate
+from cocoa_pl.evaluation.curves import read_panels
+from cocoa_pl.evaluation.report import picture, score_table, write_report
+from cocoa_pl.evaluation.results import Results
+from cocoa_pl.items import IMAGE_SLOT, Item
+
+EVIL = '<script>alert("x")</script><img src=x onerror=alert(1)> 5'
+METRICS = """stage,step,name,value
+warmup,0,train/loss_mntp,2.5
+warmup,1,train/loss_mntp,nan
+warmup,2,train/loss_mntp,1.5
+warmup,2,val/loss_mntp,1.75
+warmup,2,train/tokens_per_second,900
+contrast,0,train/loss,4.85
+contrast,1,train/loss,-0.5
+"""
+
+
+@pytest.fixture
+def results(make_subset: Callable[..., EvalSubset], compass: Callable[..., np.ndarray]) -> Results:
+    rows = [("q 0", [EVIL, "b 50"]), ("q 45", [EVIL, "b 50"]), ("q 60", ["b 50", EVIL])]
+    subset = make_subset("scene_i2t", rows)
+    buffer = io.BytesIO()
+    Image.new("RGB", (56, 28), "red").save(buffer, "png")
+    subset.queries[0] = Item(f"{IMAGE_SLOT} what is this? 0", (buffer.getvalue(),))
+    vqa = make_subset("scene_vqa", rows[:1], group="vqa", in_distribution=False)
+    return evaluate(compass, [subset, vqa], benchmark="digits", checkpoint="runs/<1>")
+
+
+@pytest.fixture
+def page(results: Results, tmp_path: Path) -> str:
+    (tmp_path / "metrics.csv").write_text(METRICS)
+    write_report(
+        tmp_path / "report.html",
+        results,
+        title="Tiny & small",
+        date="2026-01-02",
+        facts={"attention": "bidirectional", "note": "<b>bold</b>"},
+        metrics_csv=tmp_path / "metrics.csv",
+    )
+    return (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+class Tags(HTMLParser):
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+
+def test_report_tells_the_numbers_of_results_json(page: str, results: Results) -> None:
+    written = results.to_json()
+    shown = [written["overall"], *written["groups"].values(), written["out_of_distribution"]]
+    for subset in written["subsets"].values():
+        shown += [subset["precision_at_1"], subset["precision_at_1_strict"], subset["chance"]]
+    for score in shown:
+        assert f">{100 * score:.1f}<" in page
+    assert "3 queries · 2 candidates" in page
+
+
+def test_report_is_one_file_that_loads_and_runs_nothing(page: str) -> None:
+    assert not re.search(r"https?:|url\(|@import", page)
+    for tag, attributes in Tags(page).tags:
+        assert tag not in ("script", "link", "iframe", "object", "embed", "base")
+        assert not any(name.startswith("on") for name in attributes)
+        for name in ("src", "href", "srcset", "data"):
+            assert (attributes.get(name) or "data:").startswith("data:")
+    assert "default-src 'none'" in page
+
+
+def test_all_text_is_escaped(page: str) -> None:
+    assert "<script" not in page
+    assert "&lt;script&gt;alert(&#34;x&#34;)&lt;/script&gt;" in page
+    assert "<b>bold" not in page
+    assert "runs/&lt;1&gt;" in page
+    assert "Tiny &amp; small" in page
+
+
+def test_hit_and_miss_are_told_in_words(page: str) -> None:
+    assert "✓ Hit" in page
+    assert "✗ Miss: the positive is number 2 of 2" in page
+    assert page.count('class="positive') == len(re.findall("· right", page)) == 4
+
+
+def test_every_image_has_a_text_and_a_size(page: str) -> None:
+    images = [attributes for tag, attributes in Tags(page).tags if tag == "img"]
+    assert images
+    for image in images:
+        assert image["alt"]
+        assert (image["width"], image["height"]) == ("168", "84")
+
+
+def test_report_without_metrics_or_gallery_leaves_them_out(
+    results: Results, tmp_path: Path
+) -> None:
+    bare = Results(results.benchmark, results.checkpoint, results.subsets, gallery=())
+    path = tmp_path / "r.html"
+    write_report(path, bare, title="t", date="d", facts={}, metrics_csv=None)
+    assert "<svg" not in path.read_text()
+    assert 'id="gallery"' not in path.read_text()
+
+
+def test_small_pictures_keep_their_pixels_and_large_ones_shrink() -> None:
+    small = picture(Image.new("RGB", (28, 56)), box=112, where="x")
+    large = picture(Image.new("RGB", (1000, 20)), box=112, where="x")
+    assert (small.width, small.height, small.pixelated) == (56, 112, True)
+    assert (large.width, large.height, large.pixelated) == (112, 2, False)
+    assert large.uri.startswith("data:image/jpeg;base64,")
+
+
+def test_panels_gather_losses_by_stage_and_skip_what_is_not_finite(tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").write_text(METRICS)
+    mntp, contrast = read_panels(tmp_path / "metrics.csv")
+    assert (mntp.stage, mntp.name, mntp.left_out) == ("warmup", "loss_mntp", 1)
+    assert [(curve.label, curve.last) for curve in mntp.curves] == [("train", 1.5), ("val", 1.75)]
+    assert (mntp.low, mntp.high, mntp.last_step) == (0.0, 2.5, 2)
+    assert mntp.curves[0].points == "0.0,0.0 300.0,40.0"
+    assert contrast.low == -0.5
+
+
+def test_long_curves_are_thinned_to_means(tmp_path: Path) -> None:
+    lines = [f"s,{step},train/loss,{step % 2}" for step in range(1000)]
+    (tmp_path / "m.csv").write_text("stage,step,name,value\n" + "\n".join(lines))
+    (panel,) = read_panels(tmp_path / "m.csv")
+    assert len(panel.curves[0].points.split()) == 200
+    assert (panel.first_step, panel.last_step) == (0, 999)
+
+
+def test_metrics_with_other_columns_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "m.csv").write_text("step,loss\n1,2\n")
+    with pytest.raises(UserError, match="expected the columns stage,step,name,value"):
+        read_panels(tmp_path / "m.csv")
+
+
+def test_terminal_table_has_every_subset_group_and_mean(results: Results) -> None:
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(score_table(results))
+    text = console.export_text()
+    for word in ("scene_i2t", "retrieval", "vqa", "in distribution", "overall", "66.7", "83.3"):
+        assert word in text

@@ -1,0 +1,115 @@
+import csv
+import io
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from rich.console import Console
+
+from cocoa_pl.errors import UserError
+from cocoa_pl.evaluation.runs import collect, find_runs, parse_overrides
+from cocoa_pl.evaluation.summary import Stat, summarise, write_summary
+
+
+def make_run(folder: Path, overrides: list[str], *, overall: float | None) -> None:
+    (folder / ".hydra").mkdir(parents=True)
+    (folder / ".hydra" / "overrides.yaml").write_text(yaml.safe_dump(overrides))
+    if overall is None:
+        return
+    results = {
+        "benchmark": "digits",
+        "checkpoint": "x",
+        "overall": overall,
+        "in_distribution": overall,
+        "out_of_distribution": None,
+        "groups": {"retrieval": overall},
+        "subsets": {"scene_i2t": {"precision_at_1": overall + 0.1}},
+    }
+    (folder / "results.json").write_text(json.dumps(results))
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Path:
+    runs = [("causal", 1, 0.2), ("causal", 2, 0.4), ("bridge", 1, 0.6), ("bridge", 2, None)]
+    for number, (attention, seed, overall) in enumerate(runs):
+        overrides = ["model=tiny", f"+attention={attention}", f"seed={seed}", "hydra.verbose=true"]
+        make_run(tmp_path / str(number), overrides, overall=overall)
+    return tmp_path
+
+
+def test_mean_and_sample_deviation_over_seeds(sweep: Path) -> None:
+    lines = summarise(collect(find_runs(sweep)), metrics=["overall", "scene_i2t"])
+    causal, bridge = lines
+    assert (causal.label, causal.n, bridge.label, bridge.n) == ("causal", 2, "bridge", 1)
+    assert causal.stats["overall"].mean == pytest.approx(0.3)
+    assert causal.stats["overall"].std == pytest.approx(0.02**0.5)  # (0.1² + 0.1²) / (2 - 1)
+    assert causal.stats["scene_i2t"].mean == pytest.approx(0.4)
+    assert bridge.stats["overall"].std is None
+
+
+def test_a_run_without_results_is_listed_as_missing(sweep: Path) -> None:
+    table = write_summary(sweep, collect(find_runs(sweep)), subsets=["scene_i2t"])
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(table)
+    printed = " ".join(console.export_text().split())
+    markdown = (sweep / "summary.md").read_text()
+    for text in (printed, markdown):
+        assert "1 of 2" in text
+        assert "model=tiny attention=bridge seed=2: no results.json in 3" in text
+    assert "| causal | 2 | 30.0 ± 14.1 | 30.0 ± 14.1 | 40.0 ± 14.1 |" in markdown
+
+
+def test_summary_files_hold_the_table_and_the_plot(sweep: Path) -> None:
+    write_summary(sweep, collect(find_runs(sweep)), subsets=["scene_i2t"])
+    with (sweep / "summary.csv").open() as file:
+        causal, bridge = csv.DictReader(file)
+    assert float(causal["overall_std"]) == pytest.approx(0.02**0.5)
+    assert (bridge["runs"], bridge["missing"], bridge["overall_std"]) == ("1", "1", "")
+    assert (sweep / "summary.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_configuration_without_any_result_keeps_its_line(tmp_path: Path) -> None:
+    make_run(tmp_path / "0", ["a=1", "seed=1"], overall=0.5)
+    make_run(tmp_path / "1", ["a=2", "seed=1"], overall=None)
+    make_run(tmp_path / "2", ["a=3", "seed=1"], overall=0.5)
+    (tmp_path / "2" / "results.json").write_text("{")
+    write_summary(tmp_path, collect(find_runs(tmp_path)), subsets=[])
+    text = (tmp_path / "summary.md").read_text()
+    assert "| 2 | 0 of 1 | missing | missing |" in text
+    assert "results.json in 2 is damaged" in text
+
+
+def test_a_sweep_that_failed_as_a_whole_is_summarised_as_missing(tmp_path: Path) -> None:
+    make_run(tmp_path / "0", ["seed=1"], overall=None)
+    write_summary(tmp_path, collect(find_runs(tmp_path)), subsets=["scene_i2t"])
+    assert "| as configured | 0 of 1 | missing | missing |" in (tmp_path / "summary.md").read_text()
+
+
+def test_several_varying_overrides_all_stand_in_the_label(tmp_path: Path) -> None:
+    for number, overrides in enumerate([["a=1", "b=1"], ["a=1", "b=2"], ["a=2", "b=2"]]):
+        make_run(tmp_path / str(number), overrides, overall=0.5)
+    lines = summarise(collect(find_runs(tmp_path)), metrics=["overall"])
+    assert [line.label for line in lines] == ["a=1, b=1", "a=1, b=2", "a=2, b=2"]
+
+
+def test_a_subset_that_a_run_lacks_is_an_error_that_names_the_run(sweep: Path) -> None:
+    with pytest.raises(UserError, match=r"0/results.json: no score scene_t2i"):
+        summarise(collect(find_runs(sweep)), metrics=["scene_t2i"])
+
+
+def test_runs_come_in_numeric_order(tmp_path: Path) -> None:
+    for number in (10, 9, 1):
+        make_run(tmp_path / str(number), [], overall=0.5)
+    assert [folder.name for folder in find_runs(tmp_path)] == ["1", "9", "10"]
+
+
+def test_overrides_of_hydra_itself_do_not_tell_runs_apart() -> None:
+    parsed = parse_overrides(["++a.b=[1,2]", "c=x=y", "hydra.verbose=true", "hydra/launcher=x"])
+    assert parsed == {"a.b": "[1,2]", "c": "x=y"}
+
+
+def test_stat_reads_as_percent() -> None:
+    assert str(Stat((0.9, 0.92))) == "91.0 ± 1.4"
+    assert str(Stat((0.916,))) == "91.6"
+    assert str(Stat(())) == "missing"

@@ -1,0 +1,62 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+SCRIPT = """
+import json, pathlib, hydra
+from hydra.core.hydra_config import HydraConfig
+
+@hydra.main(config_path=".", config_name="config", version_base="1.3")
+def main(config):
+    if config.seed == config.fail:
+        raise RuntimeError("this run fails")
+    x = {"low": 0.2, "high": 0.8}[config.variant] + config.seed / 10
+    results = {"overall": x, "in_distribution": x, "out_of_distribution": None,
+               "groups": {}, "subsets": {"scene_i2t": {"precision_at_1": x}}}
+    folder = pathlib.Path(HydraConfig.get().runtime.output_dir)
+    (folder / "results.json").write_text(json.dumps(results))
+
+main()
+"""
+CONFIG = {
+    "seed": 0,
+    "fail": -1,
+    "variant": "low",
+    "hydra": {
+        "sweep": {"dir": "out", "subdir": "${hydra.job.num}"},
+        "sweeper": {"params": {"variant": "low,high"}},
+        "callbacks": {
+            "summary": {"_target_": "cocoa_pl.sweep.SweepSummary", "subsets": ["scene_i2t"]}
+        },
+    },
+}
+
+
+def sweep(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    (folder / "script.py").write_text(SCRIPT)
+    (folder / "config.yaml").write_text(json.dumps(CONFIG))
+    command = [sys.executable, "script.py", *overrides]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+
+
+def test_a_sweep_ends_with_one_summary(tmp_path: Path) -> None:
+    ended = sweep(tmp_path, "-m", "seed=0,1")
+    assert ended.returncode == 0, ended.stderr
+    assert "25.0±7.1" in ended.stdout
+    assert "| high | 2 | 85.0 ± 7.1 | 85.0 ± 7.1 |" in (tmp_path / "out/summary.md").read_text()
+    assert (tmp_path / "out/summary.png").is_file()
+
+
+def test_failed_runs_of_a_sweep_are_listed_as_missing(tmp_path: Path) -> None:
+    ended = sweep(tmp_path, "-m", "seed=0,1", "fail=1")
+    assert ended.returncode != 0
+    text = (tmp_path / "out/summary.md").read_text()
+    assert "| high | 1 of 2 | 80.0 | 80.0 |" in text
+    assert "variant=low seed=1 fail=1: no results.json in 1" in text
+    assert "not started" not in text
+
+
+def test_a_single_run_writes_no_summary(tmp_path: Path) -> None:
+    assert sweep(tmp_path, "hydra.run.dir=out").returncode == 0
+    assert not (tmp_path / "out/summary.md").exists()

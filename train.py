@@ -1,0 +1,50 @@
+"""Train stages of CoCoA: `python train.py` runs the whole recipe on the embedded digits with a tiny
+model.
+
+python train.py stage=reconstruct model=qwen2vl adapter=dora data=pairs data.path=my.jsonl
+init_from=RUN python train.py -m seed=0,1,2 attention@stage.contrast.policy=causal,bidirectional
+python train.py resume=RUN
+"""
+
+import sys
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from cocoa_pl.assemble import train
+from cocoa_pl.entry import (
+    check_command_line,
+    guarded,
+    register_resolvers,
+    resumed_config,
+    set_up_logging,
+)
+
+
+@hydra.main(config_path="conf", config_name="train", version_base="1.3")
+def main(cfg: DictConfig) -> None:
+    job = HydraConfig.get()
+    run_dir = Path(job.runtime.output_dir)
+    console = set_up_logging(run_dir)
+
+    def run() -> None:
+        resumed = resumed_config(cfg, job.overrides.task) if cfg.resume else cfg
+        train(resumed, run_dir, console)
+
+    if job.mode == RunMode.MULTIRUN:
+        run()  # the sweep goes on with its other jobs and reports this one as missing
+    elif status := guarded(run):
+        sys.exit(status)
+
+
+def start() -> None:
+    check_command_line("train")
+    main()
+
+
+if __name__ == "__main__":
+    register_resolvers()
+    sys.exit(guarded(start))
