@@ -1,15 +1,39 @@
-"""What all tests share: one compute thread each, and GPU tests skipped where there is no GPU."""
+"""What all tests share: one compute thread each, GPU tests skipped where there is no GPU, and a
+tiny Qwen2-VL with samples for it.
+"""
+
+from __future__ import annotations
 
 import os
 
 # Before torch is imported, and for the processes that tests start. Tests compute on small tensors,
 # where threads cost more than they bring; one thread gives the same bits on every machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is looked up on the network
 
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+
+from cocoa_pl.items import IMAGE_SLOT, Item
+
+# transformers takes seconds to import, so only the fixtures that need it do.
+if TYPE_CHECKING:
+    from cocoa_pl.batch import Encoded
+    from cocoa_pl.data.tokenize import Processor
+    from cocoa_pl.models.loading import Loaded
+    from cocoa_pl.models.tiny import TinySource
 
 torch.set_num_threads(1)
+
+SENTENCE = "a red dog and the small cat sleep on one old sofa near two green boats"
+IMAGE_SIZES = ((28, 28), (56, 28), (30, 90), (70, 60), (112, 56))  # width, height
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -20,3 +44,156 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def texts() -> list[str]:
+    """What the tiny tokenizer is trained on."""
+    return [SENTENCE, "the cat and the dog sleep near one red sofa", "two boats"]
+
+
+@pytest.fixture(scope="session")
+def make_source(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., TinySource]:
+    """A `TinySource` far smaller than `model=tiny`; `text` fields can be replaced."""
+    from cocoa_pl.models.tiny import TinySource
+
+    cache_dir = tmp_path_factory.mktemp("tiny")
+
+    def make(*, seed: int = 0, cache_dir: Path = cache_dir, **text: Any) -> TinySource:
+        return TinySource(
+            cache_dir=str(cache_dir),
+            seed=seed,
+            vocabulary_size=320,
+            reserved_rows=4,
+            text={
+                "hidden_size": 32,
+                "intermediate_size": 48,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+                "max_position_embeddings": 256,
+                "initializer_range": 0.2,  # at the usual 0.02 attention hardly moves anything
+                "rope_parameters": {
+                    "rope_type": "default",
+                    "rope_theta": 10.0,
+                    "mrope_section": [2, 1, 1],
+                },
+                **text,
+            },
+            vision={
+                "depth": 2,
+                "embed_dim": 32,
+                "num_heads": 2,
+                "mlp_ratio": 2,
+                "initializer_range": 0.2,
+            },
+            min_pixels=28 * 28,
+            max_pixels=56 * 84,
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(make_source: Callable[..., TinySource], texts: list[str]) -> Path:
+    """The folder of a Qwen2-VL of two layers."""
+    return make_source().folder(texts)
+
+
+@pytest.fixture(scope="session")
+def load_tiny(tiny_folder: Path) -> Callable[..., Loaded]:
+    """Loads a tiny model of its own, for tests that change it."""
+    from cocoa_pl.models.loading import load
+
+    def load_one(
+        *,
+        folder: Path = tiny_folder,
+        dtype: str = "float32",
+        gradient_checkpointing: bool = False,
+    ) -> Loaded:
+        loaded = load(
+            folder, kernel="sdpa", dtype=dtype, gradient_checkpointing=gradient_checkpointing
+        )
+        loaded.backbone.eval()
+        return loaded
+
+    return load_one
+
+
+@pytest.fixture(scope="session")
+def loaded(load_tiny: Callable[..., Loaded]) -> Loaded:
+    """The tiny model in float32, for tests that only read it."""
+    return load_tiny()
+
+
+@pytest.fixture(scope="session")
+def make_processor(loaded: Loaded) -> Callable[..., Processor]:
+    """A `Processor` of the tiny model, with other limits where a test asks for them."""
+    from cocoa_pl.data.tokenize import Processor
+
+    def make(*, max_length: int = 128, max_pixels: int = 56 * 84) -> Processor:
+        return Processor(
+            loaded.tokenizer,
+            loaded.image_processor,
+            max_length=max_length,
+            min_pixels=28 * 28,
+            max_pixels=max_pixels,
+            num_token_rows=loaded.backbone.num_token_rows,
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def processor(make_processor: Callable[..., Processor]) -> Processor:
+    return make_processor()
+
+
+@pytest.fixture(scope="session")
+def make_image() -> Callable[..., Image.Image]:
+    """Noise of a given size: no two pixels alike, so nothing can be swapped unseen."""
+
+    def make(size: tuple[int, int], *, seed: int = 0) -> Image.Image:
+        pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3))
+        return Image.fromarray(pixels.astype(np.uint8))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_item(make_image: Callable[..., Image.Image]) -> Callable[..., Item]:
+    """A random text with some images of different sizes anywhere in it."""
+
+    def make(seed: int, *, images: int = 0) -> Item:
+        rng = random.Random(seed)
+        words = rng.choices(SENTENCE.split(), k=rng.randint(2, 9))
+        for _ in range(images):
+            words.insert(rng.randint(0, len(words)), IMAGE_SLOT)
+        pictures = [
+            make_image(rng.choice(IMAGE_SIZES), seed=rng.getrandbits(32)) for _ in range(images)
+        ]
+        return Item(" ".join(words), tuple(pictures))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_samples(
+    processor: Processor, make_item: Callable[..., Item]
+) -> Callable[..., list[Encoded]]:
+    """One sample for each number of images, every second one with a TARGET where asked for."""
+
+    def make(images: Sequence[int], *, targets: bool = False, seed: int = 0) -> list[Encoded]:
+        samples = []
+        for rank, count in enumerate(images):
+            sample_seed = 1000 * seed + rank
+            item = make_item(sample_seed, images=count)
+            target = make_item(sample_seed + 500).text if targets and rank % 2 == 0 else None
+            samples.append(
+                processor.encode(
+                    item, target, key=item.key, seed=sample_seed, row_id=f"toy row {rank}"
+                )
+            )
+        return samples
+
+    return make

@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.logging import RichHandler
+from transformers.utils import logging as transformers_logging
 
 from cocoa_pl.errors import UserError
 from cocoa_pl.stages.recipe import Interrupted
@@ -32,8 +33,9 @@ log = logging.getLogger(__name__)
 
 
 def register_resolvers() -> None:
-    """`${run_dir:RESUMED,NEW}` is the run folder: the resumed one, or a new one."""
+    """`${run_dir:RESUMED,NEW}` is the run folder, resumed or new; `${sum:A,B}` adds step counts."""
     OmegaConf.register_new_resolver("run_dir", lambda resumed, new: resumed or new, replace=True)
+    OmegaConf.register_new_resolver("sum", lambda *terms: sum(terms), replace=True)
 
 
 def check_command_line(config_name: str) -> None:
@@ -57,6 +59,7 @@ def check_command_line(config_name: str) -> None:
 
 def guarded(run: Callable[[], None]) -> int:
     """Run an entry point; what a user did wrong becomes one sentence and an exit status."""
+    transformers_logging.disable_progress_bar()  # one line for each file it opens
     try:
         run()
     except UserError as error:

@@ -389,6 +389,17 @@ def test_bad_evaluation_row_fails_or_is_skipped(
     assert texts == _classes(2)["tgt_text"]
 
 
+def test_rows_that_share_a_bad_candidate_are_each_named(
+    root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    bad = {"tgt_text": ["class 0", "<|image_1|>"], "tgt_img_path": ["", "images/c.png"]}
+    write(root, [_classes(0) | bad, _classes(1), _classes(2) | bad], split="test")
+    with caplog.at_level(logging.WARNING):
+        assert read_eval(root, on_bad_row="skip").row_ids == ["Set row 1"]
+    assert "skipped 2 bad row(s): Set row 0, candidate" in caplog.text
+    assert "Set row 2: as Set row 0, candidate" in caplog.text
+
+
 def test_evaluation_without_usable_rows_is_an_error(root: Path) -> None:
     write(root, [_classes(0) | {"qry_img_path": "images/c.png"}], split="test")
     with pytest.raises(UserError, match=r"no usable row .*1 skipped"):

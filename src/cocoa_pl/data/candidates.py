@@ -29,8 +29,9 @@ class SideTable:
 
     def __init__(self, *, role: str) -> None:
         self.role = role
-        self._combinations: list[tuple[str, str]] = []
+        self._sides: list[tuple[str, str]] = []
         self._first_rows: list[str] = []
+        self._errors: dict[int, str] = {}
         self._text_codes: dict[str, int] = {}
         self._image_codes: dict[str, int] = {}
         self._numbers: dict[int, int] = {}
@@ -44,34 +45,42 @@ class SideTable:
         )
         numbers = np.empty(len(distinct), dtype=np.int32)
         for rank in np.argsort(first):
-            number = self._numbers.setdefault(int(distinct[rank]), len(self._combinations))
-            if number == len(self._combinations):
+            number = self._numbers.setdefault(int(distinct[rank]), len(self._sides))
+            if number == len(self._sides):
                 position = int(first[rank])
-                self._combinations.append((texts[position].as_py(), images[position].as_py()))
+                self._sides.append((texts[position].as_py(), images[position].as_py()))
                 self._first_rows.append(str(row_ids[position]))
             numbers[rank] = number
         return numbers[inverse.reshape(-1)]
 
-    def build(self, *, image_root: Path) -> tuple[list[Item | None], dict[int, str]]:
-        """All items in number order, None for unusable ones; and number -> what is wrong."""
-        items: list[Item | None] = []
-        errors: dict[int, str] = {}
-        for (text, image), row_id in zip(self._combinations, self._first_rows, strict=True):
-            try:
-                item = make_item(
-                    text,
-                    image,
-                    role=self.role,
-                    where=row_id,
-                    image_root=image_root,
-                    add_missing_slot=False,
-                )
-            except UserError as error:
-                errors[len(items)] = str(error)
-                items.append(None)
-            else:
-                items.append(item)
-        return items, errors
+    def build(self, *, image_root: Path) -> list[Item | None]:
+        """All items in number order, None for unusable ones, about which there is a `complaint`."""
+        return [self._build(number, image_root=image_root) for number in range(len(self._sides))]
+
+    def complaint(self, numbers: np.ndarray, *, row_id: str) -> str | None:
+        """What is wrong with the first unusable one of these combinations, said of this row."""
+        if not self._errors:
+            return None
+        wrong = [number for number in numbers.tolist() if number in self._errors]
+        if not wrong:
+            return None
+        message, first_row = self._errors[wrong[0]], self._first_rows[wrong[0]]
+        return message if row_id == first_row else f"{row_id}: as {message}"
+
+    def _build(self, number: int, *, image_root: Path) -> Item | None:
+        text, image = self._sides[number]
+        try:
+            return make_item(
+                text,
+                image,
+                role=self.role,
+                where=self._first_rows[number],
+                image_root=image_root,
+                add_missing_slot=False,
+            )
+        except UserError as error:
+            self._errors[number] = str(error)
+            return None
 
 
 def _codes(values: pa.Array, *, known: dict[str, int]) -> np.ndarray:

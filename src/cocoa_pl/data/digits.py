@@ -57,7 +57,7 @@ class DigitsData:
         scenes: int,
         task_rows: int,
         validation_rows: int,
-        caption_subsets: Sequence[str],
+        caption_subsets: Sequence[str] | None,
         on_bad_row: OnBadRow,
     ) -> None:
         self.cache_dir = Path(cache_dir)
@@ -67,7 +67,7 @@ class DigitsData:
             "task_rows": task_rows,
             "validation_rows": validation_rows,
         }
-        self.caption_subsets = tuple(caption_subsets)
+        self.caption_subsets = tuple(caption_subsets) if caption_subsets is not None else None
         self.on_bad_row = on_bad_row
 
     def prepare(self) -> Path:

@@ -1,5 +1,6 @@
 """A `Pair` in, the samples that a stage makes of it out. One class for each way of using a pair."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -94,6 +95,17 @@ def describing(pairs: Sequence[Pair], subsets: Sequence[str] | None) -> list[Pai
         raise UserError(
             f"no pair has an image on one side and text on the other (subsets: {subsets})"
         )
+    return kept
+
+
+def first_of_each_subset(pairs: Sequence[Pair], count: int | None) -> list[Pair]:
+    """At most `count` pairs of each subset, in their order; None keeps all."""
+    used: Counter[str] = Counter()
+    kept = []
+    for pair in pairs:
+        used[pair.subset] += 1
+        if count is None or used[pair.subset] <= count:
+            kept.append(pair)
     return kept
 
 

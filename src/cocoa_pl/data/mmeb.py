@@ -127,14 +127,14 @@ def read_eval_subset(
     row_ids, query_index, candidate_index, bad_rows = number_rows(
         root, subset=subset, split=split, queries=queries, candidates=candidates
     )
-    query_items, query_errors = queries.build(image_root=image_root)
-    items, item_errors = candidates.build(image_root=image_root)
-    for row, (query, numbers) in enumerate(zip(query_index, candidate_index, strict=True)):
-        wrong = item_errors.keys() & set(numbers.tolist()) if item_errors else set()
-        if query in query_errors:
-            bad_rows.setdefault(row, query_errors[query])
-        elif wrong:
-            bad_rows.setdefault(row, item_errors[min(wrong)])
+    query_items = queries.build(image_root=image_root)
+    items = candidates.build(image_root=image_root)
+    for row, row_id in enumerate(row_ids):
+        complaint = queries.complaint(query_index[[row]], row_id=row_id) or candidates.complaint(
+            candidate_index[row], row_id=row_id
+        )
+        if complaint:
+            bad_rows.setdefault(row, complaint)
     if bad_rows and on_bad_row == "fail":
         raise UserError(bad_rows[min(bad_rows)])
     log_skipped([bad_rows[row] for row in sorted(bad_rows)], source=subset)

@@ -8,7 +8,7 @@ Every data source has `train_pairs`, `validation_pairs`, `validation_subsets`, `
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TypedDict
+from typing import Protocol, TypedDict
 
 from cocoa_pl.data.holdout import as_subsets, hold_out
 from cocoa_pl.data.mmeb import EvalSubset, read_eval_subset, read_train
@@ -228,3 +228,33 @@ class MmebBenchmark:
             )
             for subset, info in self.table.items()
         ]
+
+
+class HeldOut(Protocol):
+    """Data that hold out rows to be scored."""
+
+    def validation_subsets(self) -> list[EvalSubset]: ...
+
+
+class HeldOutBenchmark:
+    """The rows that training data hold out, scored like a benchmark.
+
+    Args:
+        name: of the benchmark, in results.
+        data: whose rows.
+    """
+
+    def __init__(self, *, name: str, data: HeldOut) -> None:
+        self.name = name
+        self.data = data
+
+    def subsets(self) -> list[EvalSubset]:
+        """The held-out subsets.
+
+        Raises:
+            UserError: if the data hold out nothing.
+        """
+        subsets = self.data.validation_subsets()
+        if not subsets:
+            raise UserError("the data hold out no rows to score; raise data.validation_fraction")
+        return subsets

@@ -1,13 +1,15 @@
 """A Hugging Face folder or hub id in, a backbone with its tokenizer and image processor out."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
 from cocoa_pl.attention import TEXT_ATTENTION
@@ -57,10 +59,16 @@ def find_folder(path: str) -> Path:
     """
     if (Path(path) / "config.json").is_file():
         return Path(path)
+    if (Path(path) / "config.yaml").is_file():
+        raise UserError(
+            f"{path} is a run that has exported no model yet; resume={path} finishes it"
+        )
     if Path(path).exists() or path.startswith((".", "/", "~")) or path.count("/") != 1:
         raise UserError(f"{path} is no model folder: there is no config.json in it")
     try:
         return Path(snapshot_download(path))
+    except HFValidationError as error:
+        raise UserError(f"{path} is neither a model folder nor a name on the hub") from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise UserError(
             f"{path} is not on this disk and the Hugging Face hub cannot be reached "
@@ -76,29 +84,38 @@ def load(folder: Path, *, kernel: str, dtype: str, gradient_checkpointing: bool)
         dtype: a name in `DTYPES`.
 
     Raises:
-        UserError: for a family that is not supported, or weights that do not fit the config.
+        UserError: for a family that is not supported, a missing or broken file, or weights or a
+            tokenizer that do not fit the config.
     """
-    config = AutoConfig.from_pretrained(folder)
+    with _naming(folder):
+        config = AutoConfig.from_pretrained(folder)
     if config.model_type not in FAMILIES:
         raise UserError(
             f"{folder} is a {config.model_type} model; supported are {', '.join(sorted(FAMILIES))}"
         )
-    loaded: Any = AutoModelForImageTextToText.from_pretrained(
-        folder,
-        dtype=DTYPES[dtype],
-        attn_implementation=TEXT_ATTENTION,
-        output_loading_info=True,
-    )
+    with _naming(folder):
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
+            folder,
+            dtype=DTYPES[dtype],
+            attn_implementation=TEXT_ATTENTION,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # not ignored: refused by name below
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
     model, info = loaded
-    wrong = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
+    mismatched = [name for name, *_ in info["mismatched_keys"]]
+    wrong = sorted([*info["missing_keys"], *info["unexpected_keys"], *mismatched])
     if wrong:
         raise UserError(
             f"{folder}: weights do not fit the config, first {wrong[0]} of {len(wrong)}"
         )
+    # Without its files, transformers makes up an empty tokenizer.
+    if tokenizer.convert_tokens_to_ids("<|image_pad|>") != config.image_token_id:
+        raise UserError(f"{folder}: the tokenizer is missing or does not fit the config")
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
-    image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
     backbone = FAMILIES[config.model_type](
         model,
         kernel=kernel,
@@ -106,4 +123,13 @@ def load(folder: Path, *, kernel: str, dtype: str, gradient_checkpointing: bool)
         image_std=list(image_processor.image_std),
         rescale_factor=float(image_processor.rescale_factor),
     )
-    return Loaded(backbone, AutoTokenizer.from_pretrained(folder), image_processor, folder)
+    return Loaded(backbone, tokenizer, image_processor, folder)
+
+
+@contextmanager
+def _naming(folder: Path) -> Iterator[None]:
+    """Missing and broken files of a model are told in one sentence that names the folder."""
+    try:
+        yield
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{folder} cannot be loaded: {str(error).splitlines()[0]}") from error

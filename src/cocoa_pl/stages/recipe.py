@@ -19,7 +19,7 @@ from cocoa_pl.attention import Policy
 from cocoa_pl.callbacks import Pictures, StageProgress
 from cocoa_pl.checkpoint import LastCheckpoint
 from cocoa_pl.data.datamodule import StageData
-from cocoa_pl.data.examples import MakeSamples, describing
+from cocoa_pl.data.examples import MakeSamples, describing, first_of_each_subset
 from cocoa_pl.data.tokenize import Processor
 from cocoa_pl.errors import UserError
 from cocoa_pl.items import Pair
@@ -53,6 +53,7 @@ class Stage:
         module: makes the stage's module of a backbone and a processor.
         make_samples: what the stage makes of a pair.
         describing: use only pairs of an image and its text, of the data's caption subsets.
+        max_rows_per_subset: training rows used of each subset, from the first on; None for all.
         batch_size: rows of a step over all ranks.
         steps, epochs: how long; exactly one is given.
         validate_every: steps between validations; there is always one at the end.
@@ -63,6 +64,7 @@ class Stage:
     module: Callable[..., StageModule]
     make_samples: MakeSamples
     describing: bool
+    max_rows_per_subset: int | None
     batch_size: int
     validation_batch_size: int
     steps: int | None
@@ -141,11 +143,11 @@ def run_stages(
             checkpoint.load_backbone(backbone, state, where=str(settings.last))
             lineage = state["cocoa"]["lineage"]
             continue
+        rows, held_out = train, validation
         if stage.describing:
             rows = describing(train, data.caption_subsets)
             held_out = describing(validation, data.caption_subsets) if validation else []
-        else:
-            rows, held_out = train, validation
+        rows = first_of_each_subset(rows, stage.max_rows_per_subset)
         resumed = state if index == position["stage_index"] else None
         if resumed is not None:
             lineage = resumed["cocoa"]["lineage"]

@@ -1,0 +1,97 @@
+"""The `cocoa` command: small tools around training. `cocoa attention` draws who sees whom."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from rich.console import Console
+from torch import Tensor
+
+from cocoa_pl.attention import Policy, dense_mask, grid_text
+from cocoa_pl.attention.picture import draw_grid
+from cocoa_pl.entry import CONFIGS, guarded
+from cocoa_pl.errors import UserError
+
+
+def main() -> None:
+    """Entry point of the `cocoa` command."""
+    sys.exit(guarded(lambda: _run(sys.argv[1:])))
+
+
+def _run(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="cocoa", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    attention = commands.add_parser(
+        "attention",
+        help="print an attention policy as a 0/1 grid and write it as a PNG",
+        description="Rows attend to columns. Either give segment lengths, or an example: a text "
+        "for CONTEXT (with an image) and one for TARGET, cut into tokens by a model's processor.",
+    )
+    attention.add_argument("policy", help="a file of conf/attention, e.g. eos_bridge")
+    attention.add_argument(
+        "--lengths", default="2,1,2", help="CONTEXT,EOS,TARGET of one sample, e.g. 2,1,2"
+    )
+    attention.add_argument("--text", help="CONTEXT of an example")
+    attention.add_argument("--image", help="an image in front of the text")
+    attention.add_argument("--target", help="TARGET of an example")
+    attention.add_argument("--model", help="whose tokens: a run, an exported folder or a hub id")
+    attention.add_argument("--png", help="where the picture goes (default: POLICY.png)")
+    attention.set_defaults(run=_attention)
+    parsed = parser.parse_args(arguments)
+    parsed.run(parsed)
+
+
+def _attention(arguments: argparse.Namespace) -> None:
+    policy = load_policy(arguments.policy)
+    is_example = arguments.text or arguments.image or arguments.target
+    lengths, tokens = _example(arguments) if is_example else (_lengths(arguments.lengths), None)
+    counts = lengths[0].tolist()
+    letters = [letter for letter, n in zip("AEB", counts, strict=True) for _ in range(n)]
+    mask = dense_mask(policy, lengths)
+    console = Console()
+    console.print(f"{policy.name}: rows attend to columns (A context, E eos, B target)")
+    console.print(grid_text(mask, letters), highlight=False, soft_wrap=True)
+    png = Path(arguments.png or f"{policy.name}.png")
+    draw_grid(png, mask, tokens or letters, segment_lengths=counts, title=policy.name)
+    console.print(f"picture: {png}", soft_wrap=True)
+
+
+def load_policy(name: str) -> Policy:
+    """A policy of conf/attention by its file name.
+
+    Raises:
+        UserError: if there is none.
+    """
+    path = CONFIGS / "attention" / f"{name}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in path.parent.glob("*.yaml")))
+        raise UserError(f"there is no attention policy {name}; there are {known}")
+    policy: Policy = instantiate(OmegaConf.load(path), _convert_="all")
+    return policy
+
+
+def _lengths(text: str) -> Tensor:
+    try:
+        context, eos, target = (int(part) for part in text.split(","))
+    except ValueError as error:
+        raise UserError(f"--lengths is CONTEXT,EOS,TARGET, e.g. 2,1,2, not {text}") from error
+    if min(context, target) < 0 or eos != 1:
+        raise UserError("--lengths: a sample has one EOS and no negative lengths")
+    return torch.tensor([[context, eos, target]])
+
+
+def _example(arguments: argparse.Namespace) -> tuple[Tensor, list[str]]:
+    from cocoa_pl.embedder import Embedder, as_item  # torch models are slow to import
+
+    if not arguments.model:
+        raise UserError("an example needs --model, whose processor cuts it into tokens")
+    processor = Embedder.load(arguments.model, device="cpu").processor
+    context = as_item({"text": arguments.text or "", "image": arguments.image})
+    encoded = processor.encode(context, arguments.target, key=0, seed=0, row_id="the example")
+    tokens = [processor.tokenizer.decode([i]) for i in encoded.input_ids.tolist()]
+    return torch.tensor([encoded.segment_lengths]), tokens

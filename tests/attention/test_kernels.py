@@ -1,0 +1,128 @@
+"""`attend` against its slow twin: one dense-mask SDPA over the whole row, in float64."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from cocoa_pl.attention import Policy, attend, dense_mask, make_plan
+from cocoa_pl.attention.kernels import KERNELS, transformers_attention
+
+ALL = ("context", "eos", "target")
+POLICIES = {
+    "bidirectional": Policy("bidirectional", ALL, ALL, ALL, False),
+    "eos_bridge": Policy("eos_bridge", ("context", "eos"), ALL, ("eos", "target"), False),
+    "strict": Policy("strict", ("context", "eos"), ("context", "eos"), ("eos", "target"), False),
+    "gap": Policy("gap", ("context", "target"), ALL, ("context", "target"), False),
+    "causal": Policy("causal", ALL, ALL, ALL, True),
+}
+LENGTHS = {
+    "one token": [[0, 1, 0]],
+    "no target": [[5, 1, 0], [3, 1, 0]],
+    "no context": [[0, 1, 4], [0, 1, 2]],
+    "equal samples": [[3, 1, 2], [3, 1, 2]],
+    "powers of two": [[3, 1, 4], [7, 1, 8], [1, 1, 2]],
+    "mixed": [[9, 1, 4], [0, 1, 7], [2, 1, 0], [0, 1, 0], [17, 1, 30], [1, 1, 1]],
+}
+
+
+def random_lengths(seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    samples = int(torch.randint(1, 9, (), generator=generator))
+    lengths = torch.randint(-6, 24, (samples, 3), generator=generator).clamp(min=0)
+    lengths[:, 1] = 1
+    return lengths
+
+
+def states(tokens: int, *, heads: int, kv_heads: int, dtype: torch.dtype) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(tokens)
+    return [
+        torch.randn(tokens, n, 8, generator=generator, dtype=dtype).requires_grad_()
+        for n in (heads, kv_heads, kv_heads)
+    ]
+
+
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+    repeats = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(repeats, dim=1) for x in (k, v))
+    q, k, v = (x.transpose(0, 1) for x in (q, k, v))  # (H, T, D)
+    return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(0, 1)
+
+
+def assert_equals_dense(policy: Policy, lengths: Tensor, *, heads: int, kv_heads: int) -> None:
+    """Forward, and the gradients of a random linear function of the output."""
+    q, k, v = states(int(lengths.sum()), heads=heads, kv_heads=kv_heads, dtype=torch.float64)
+    got = attend(q, k, v, make_plan(policy, lengths), kernel="sdpa", scale=0.3)
+    expected = dense_attention(q, k, v, dense_mask(policy, lengths), 0.3)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+    weight = torch.randn(got.shape, generator=torch.Generator().manual_seed(1), dtype=got.dtype)
+    gradients = torch.autograd.grad((got * weight).sum(), (q, k, v))
+    reference = torch.autograd.grad((expected * weight).sum(), (q, k, v))
+    torch.testing.assert_close(gradients, reference, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
+def test_attend_equals_dense_mask_attention(name: str, lengths: list[list[int]]) -> None:
+    assert_equals_dense(POLICIES[name], torch.tensor(lengths), heads=4, kv_heads=4)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("seed", range(12))
+def test_attend_equals_dense_mask_attention_at_random_lengths(name: str, seed: int) -> None:
+    assert_equals_dense(POLICIES[name], random_lengths(seed), heads=6, kv_heads=2)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (4, 2), (4, 1), (6, 3)])
+def test_grouped_heads_share_keys_in_the_stock_order(heads: int, kv_heads: int) -> None:
+    lengths = torch.tensor(LENGTHS["mixed"])
+    assert_equals_dense(POLICIES["eos_bridge"], lengths, heads=heads, kv_heads=kv_heads)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_output_keeps_the_dtype(name: str, dtype: torch.dtype) -> None:
+    lengths = torch.tensor(LENGTHS["mixed"])
+    q, k, v = states(int(lengths.sum()), heads=4, kv_heads=2, dtype=dtype)
+    got = attend(q, k, v, make_plan(POLICIES[name], lengths), kernel="sdpa", scale=0.3)
+    assert got.dtype == dtype
+    expected = dense_attention(
+        q.double(), k.double(), v.double(), dense_mask(POLICIES[name], lengths), 0.3
+    )
+    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+    torch.testing.assert_close(got.double(), expected, rtol=0, atol=tolerance)
+
+
+def test_unknown_kernel_fails_instead_of_falling_back() -> None:
+    q, k, v = states(1, heads=1, kv_heads=1, dtype=torch.float32)
+    plan = make_plan(POLICIES["causal"], torch.tensor([[0, 1, 0]]))
+    assert "no_such_kernel" not in KERNELS
+    with pytest.raises(KeyError, match="no_such_kernel"):
+        attend(q, k, v, plan, kernel="no_such_kernel", scale=1.0)
+
+
+def transformers_call(**changes: Any) -> tuple[Tensor, None]:
+    lengths = torch.tensor([[2, 1, 2]])
+    q, k, v = (x.transpose(0, 1)[None] for x in states(5, heads=4, kv_heads=2, dtype=torch.float64))
+    arguments: dict[str, Any] = {
+        "scaling": 0.3,
+        "plan": make_plan(POLICIES["eos_bridge"], lengths),
+        "kernel": "sdpa",
+        **changes,
+    }
+    return transformers_attention(nn.Module(), q, k, v, None, **arguments)
+
+
+def test_adapter_returns_what_transformers_expects() -> None:
+    output, weights = transformers_call(is_causal=True, unknown_keyword=1)
+    q, k, v = states(5, heads=4, kv_heads=2, dtype=torch.float64)
+    mask = dense_mask(POLICIES["eos_bridge"], torch.tensor([[2, 1, 2]]))
+    torch.testing.assert_close(output, dense_attention(q, k, v, mask, 0.3)[None])  # (1, T, H, D)
+    assert weights is None
+
+
+def test_attention_dropout_is_refused() -> None:
+    with pytest.raises(ValueError, match="attention dropout is not supported"):
+        transformers_call(dropout=0.1)
