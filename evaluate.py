@@ -4,6 +4,7 @@ RUN_OR_EXPORT is a run folder, a .ckpt, an exported folder or a hub id. Writes r
 report.html.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from cocoa_pl.errors import UserError
 
 @hydra.main(config_path="conf", config_name="evaluate", version_base="1.3")
 def main(cfg: DictConfig) -> None:
-    run_dir = Path(HydraConfig.get().runtime.output_dir)
+    run_dir = Path(os.path.relpath(HydraConfig.get().runtime.output_dir))
     console = set_up_logging(run_dir)
 
     def run() -> None:

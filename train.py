@@ -6,6 +6,7 @@ init_from=RUN python train.py -m seed=0,1,2 attention@stage.contrast.policy=caus
 python train.py resume=RUN
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from cocoa_pl.entry import (
 @hydra.main(config_path="conf", config_name="train", version_base="1.3")
 def main(cfg: DictConfig) -> None:
     job = HydraConfig.get()
-    run_dir = Path(job.runtime.output_dir)
+    run_dir = Path(os.path.relpath(job.runtime.output_dir))
     console = set_up_logging(run_dir)
 
     def run() -> None:

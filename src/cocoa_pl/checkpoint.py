@@ -88,7 +88,8 @@ class LastCheckpoint(L.Callback):
         self.path = path
         self.every = every
         self.position = position
-        self.stop_signal: int | None = None
+        self.stopped = False
+        self._signal: int | None = None
         self._handlers: dict[int, Any] = {}
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -113,9 +114,14 @@ class LastCheckpoint(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         step = trainer.global_step
-        if self.stop_signal is not None:
+        # A signal may reach the ranks at different steps; they must end at the same one.
+        asked = self._signal is not None
+        self.stopped = trainer.strategy.reduce_boolean_decision(asked, all=False)
+        if self.stopped:
             trainer.should_stop = True
-        if step % self.every == 0 or step >= trainer.max_steps or self.stop_signal is not None:
+            if step % trainer.val_check_interval:  # should_stop asks for a validation of its own
+                trainer.limit_val_batches = 0
+        if step % self.every == 0 or step >= trainer.max_steps or self.stopped:
             self._save(trainer)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -124,9 +130,9 @@ class LastCheckpoint(L.Callback):
         self._handlers = {}
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
-        if self.stop_signal is not None:  # asked twice: at once
+        if self._signal is not None:  # asked twice: at once
             raise KeyboardInterrupt
-        self.stop_signal = number
+        self._signal = number
 
     def _save(self, trainer: L.Trainer) -> None:
         partial = self.path.with_suffix(".partial")

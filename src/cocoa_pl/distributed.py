@@ -6,6 +6,7 @@ count.
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,6 +27,16 @@ def global_sum(value: Tensor) -> Tensor:
     if world_size() > 1:
         dist.all_reduce(total)
     return total
+
+
+def global_sums(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Sums over ranks, by name; a rank may lack names that others have, as when it had no rows."""
+    if world_size() == 1:
+        return values
+    gathered: list[Any] = [None] * world_size()
+    dist.all_gather_object(gathered, {name: value.cpu() for name, value in values.items()})
+    names = sorted({name for part in gathered for name in part})
+    return {name: sum(part[name] for part in gathered if name in part) for name in names}
 
 
 def gather_rows(rows: Tensor) -> Tensor:

@@ -15,10 +15,10 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
+from hydra.errors import HydraException, InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from rich.console import Console
 from rich.logging import RichHandler
 from transformers.utils import logging as transformers_logging
@@ -117,8 +117,21 @@ def save_config(cfg: DictConfig, run_dir: Path) -> None:
 
 
 def build(node: Any, **extra: Any) -> Any:
-    """Instantiate a config node; lists and dicts arrive as plain Python."""
-    return instantiate(node, _convert_="all", **extra)
+    """Instantiate a config node; lists and dicts arrive as plain Python.
+
+    Raises:
+        UserError: what a constructor says about a value that the user chose.
+    """
+    try:
+        return instantiate(node, _convert_="all", **extra)
+    except InstantiationException as error:
+        if isinstance(error.__cause__, ValueError):  # UserError is one
+            raise UserError(str(error.__cause__)) from error
+        raise
+    except MissingMandatoryValue as error:
+        raise UserError(
+            f"{error.full_key} has no value; give it as {error.full_key}=..."
+        ) from error
 
 
 def _one_value(override: Any, text: str) -> str:

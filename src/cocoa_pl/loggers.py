@@ -2,6 +2,7 @@
 
 import csv
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +12,24 @@ from lightning.pytorch.utilities import rank_zero_only
 from numpy.typing import NDArray
 from PIL import Image
 
+from cocoa_pl.errors import UserError
+
 LoggerFactory = Callable[[Path, str], list[Logger]]
 
 
 class Metrics(Logger):
     """`metrics.csv` of the whole run: one value a row, appended as it comes.
 
-    Columns: stage, step, name, value. Rows from a resumed step on are replaced, not doubled.
+    Columns: stage, step, name, value; `step` counts the optimizer steps behind the weights that the
+    value was measured with. What a resumed run writes again is replaced, not doubled.
     """
 
-    def __init__(self, run_dir: Path, stage: str, *, start_step: int) -> None:
+    def __init__(self, run_dir: Path, stage: str, *, start_step: int, steps: int) -> None:
         super().__init__()
         self.path = run_dir / "metrics.csv"
         self.stage = stage
         self.start_step = start_step
+        self.steps = steps
         self._prepare()
 
     @property
@@ -44,13 +49,20 @@ class Metrics(Logger):
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
         """The resolved config lies beside it already."""
 
+    def _comes_again(self, step: int, name: str) -> bool:
+        """Validation after the step of the checkpoint is over, unless it is the stage's last."""
+        is_over = name.startswith("validation/") and step == self.start_step < self.steps
+        return step >= self.start_step and not is_over
+
     @rank_zero_only
     def _prepare(self) -> None:
         kept = [("stage", "step", "name", "value")]
         if self.path.exists():
             with self.path.open(newline="") as file:
                 rows = [tuple(row) for row in csv.reader(file)][1:]
-            kept += [r for r in rows if r[0] != self.stage or int(r[1]) < self.start_step]  # type: ignore[misc]
+            kept += [
+                r for r in rows if r[0] != self.stage or not self._comes_again(int(r[1]), r[2])
+            ]  # type: ignore[misc]
         with self.path.open("w", newline="") as file:
             csv.writer(file).writerows(kept)
 
@@ -64,6 +76,8 @@ class Wandb:
     """One Weights & Biases run for each stage, grouped by run folder."""
 
     def __init__(self, *, project: str, offline: bool) -> None:
+        if find_spec("wandb") is None:
+            raise UserError('logger=wandb needs Weights & Biases: pip install "cocoa-pl[wandb]"')
         self.project = project
         self.offline = offline
 

@@ -25,7 +25,7 @@ from cocoa_pl.models.loading import Loaded
 
 ALL = ("context", "eos", "target")
 POLICY = Policy("bidirectional", ALL, ALL, ALL, False)
-CONF = Path(__file__).parents[2] / "conf" / "adapter"
+CONF = Path(__file__).parents[2] / "conf"
 TARGETS = [
     r".*language_model\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj",
     r".*visual\.blocks\.\d+\.(attn\.qkv|mlp\.fc1|mlp\.fc2)",
@@ -151,7 +151,8 @@ def test_expression_that_matches_nothing_is_refused(
 @pytest.mark.parametrize("name", ["dora", "lora", "none"])
 def test_adapter_files_fit_the_model(name: str, load_tiny: LoadTiny) -> None:
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        adapter: Any = instantiate(compose(name), _convert_="all")
+        cfg = compose("train", overrides=[f"adapter={name}"])
+    adapter: Any = instantiate(cfg.adapter, _convert_="all")
     backbone = adapter(load_tiny().backbone)
     if isinstance(adapter, FullTuning):
         assert all(p.requires_grad for p in backbone.parameters())

@@ -25,6 +25,8 @@ from cocoa_pl.positions import mrope_positions
 
 log = logging.getLogger(__name__)
 
+MAX_KNOWN_TEXTS = 1 << 16  # prompts and answers come again and again
+
 
 class Processor:
     """Turns items into `Encoded` samples for one model.
@@ -66,6 +68,7 @@ class Processor:
         self.merge_size: int = image_processor.merge_size
         self.patch_size: int = image_processor.patch_size
         self._reported_truncation = False
+        self._known_texts: dict[str, tuple[int, ...]] = {}
 
     @property
     def patch_values(self) -> int:
@@ -87,8 +90,8 @@ class Processor:
         budget = self.max_length - 1 - sum(image.num_tokens + 2 for image in images)
         if budget < 0:
             raise UserError(
-                f"{row_id}: {self.max_length - budget} tokens of images exceed max_length="
-                f"{self.max_length}; lower max_pixels or raise max_length"
+                f"{row_id}: images and the end token take {self.max_length - budget} tokens, more "
+                f"than max_length={self.max_length}; lower max_pixels or raise max_length"
             )
         parts, target_ids = self._truncated(parts, target_ids, budget, row_id)
 
@@ -138,13 +141,13 @@ class Processor:
         return parts
 
     def _text_ids(self, text: str) -> list[int]:
-        """A literal `<|im_end|>` or `<|image_pad|>` in a user's text is spelt out, never a special
-        token.
-        """
-        ids: list[int] = self.tokenizer(
-            text, add_special_tokens=False, split_special_tokens=True
-        ).input_ids
-        return ids
+        """A literal `<|im_end|>` or `<|image_pad|>` in a user's text is spelt out, never obeyed."""
+        if text not in self._known_texts:
+            encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)
+            if len(self._known_texts) >= MAX_KNOWN_TEXTS:
+                self._known_texts.clear()
+            self._known_texts[text] = tuple(encoded.input_ids)
+        return list(self._known_texts[text])
 
     def _truncated(
         self, parts: Sequence[list[int] | _Patches], target: list[int], budget: int, row_id: str

@@ -99,7 +99,8 @@ class Backbone(nn.Module):
         B).
         """
         channels, levels = self.byte_values.shape
-        flat = batch.patches.view(len(batch.patches), channels, -1).int()
+        count, size = batch.patches.shape
+        flat = batch.patches.view(count, channels, size // channels).int()
         row = torch.arange(channels, device=self.device, dtype=torch.int32)[:, None] * levels
         return (
             self.byte_values.flatten()

@@ -18,7 +18,7 @@ from transformers import get_scheduler
 from cocoa_pl.attention import Policy
 from cocoa_pl.batch import Batch, Rows
 from cocoa_pl.data.tokenize import Processor
-from cocoa_pl.distributed import global_sum, rank, sum_gradients
+from cocoa_pl.distributed import global_sums, rank, sum_gradients
 from cocoa_pl.errors import UserError
 from cocoa_pl.models.backbone import Backbone
 from cocoa_pl.randomness import mix
@@ -67,6 +67,7 @@ class StageModule(L.LightningModule):
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
+        self.strict_loading = False  # checkpoints hold what trains; LastCheckpoint compares names
         self.backbone = backbone
         self.processor = processor
         self.policy = policy
@@ -126,16 +127,22 @@ class StageModule(L.LightningModule):
             self._validation_sums[name] = total + value
 
     def on_validation_epoch_end(self) -> None:
-        sums = {name: global_sum(value) for name, value in sorted(self._validation_sums.items())}
+        sums = global_sums(self._validation_sums)
         self._validation_sums = {}
         if sums:
-            self.log_dict({f"validation/{n}": v for n, v in self.means(sums).items()})
+            found = {f"validation/{n}": v for n, v in self.means(sums).items()}
+            # The trainer's own count for loggers is one behind after some resumes.
+            self.log_dict(found | {"step": torch.tensor(float(self.global_step))})
 
     def configure_optimizers(self) -> Any:
         values = self.optimization
         trained = [p for p in self.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
-            trained, lr=values.lr, betas=values.betas, weight_decay=values.weight_decay
+            trained,
+            lr=values.lr,
+            betas=values.betas,
+            weight_decay=values.weight_decay,
+            fused=True,
         )
         scheduler = get_scheduler(
             values.schedule,

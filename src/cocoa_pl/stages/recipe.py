@@ -135,20 +135,15 @@ def run_stages(
     state = checkpoint.read(settings.last) if resume else None
     lineage: list[dict[str, Any]] = []
     for index, stage in enumerate(stages):
-        position = state["cocoa"] if state else {"stage_index": -1, "finished": False}
-        if index < position["stage_index"]:
-            continue
-        if index == position["stage_index"] and position["finished"]:
-            assert state is not None
-            checkpoint.load_backbone(backbone, state, where=str(settings.last))
-            lineage = state["cocoa"]["lineage"]
+        stage_of_state = state["cocoa"]["stage_index"] if state else -1
+        if index < stage_of_state:
             continue
         rows, held_out = train, validation
         if stage.describing:
             rows = describing(train, data.caption_subsets)
             held_out = describing(validation, data.caption_subsets) if validation else []
         rows = first_of_each_subset(rows, stage.max_rows_per_subset)
-        resumed = state if index == position["stage_index"] else None
+        resumed = state if index == stage_of_state else None
         if resumed is not None:
             lineage = resumed["cocoa"]["lineage"]
         entry = _run_stage(
@@ -227,7 +222,7 @@ def _run_stage(
         enable_checkpointing=False,
         use_distributed_sampler=False,
         logger=[
-            Metrics(settings.run_dir, stage.name, start_step=start_step),
+            Metrics(settings.run_dir, stage.name, start_step=start_step, steps=steps),
             *settings.loggers(settings.run_dir, stage.name),
         ],
         callbacks=[
@@ -246,12 +241,17 @@ def _run_stage(
         stage.optimization.lr,
     )
     trainer.fit(module, data, ckpt_path=settings.last if start_step else None)
-    if saver.stop_signal is not None:
+    if saver.stopped:
         raise Interrupted(f"stopped in {stage.name} at step {trainer.global_step} of {steps}")
     metrics: dict[str, float] = {}
     if rows.validation:
-        found = trainer.validate(module, data, verbose=False)[0]
-        metrics = {name.removeprefix("validation/"): value for name, value in found.items()}
+        if start_step == steps or steps % stage.validate_every:  # else the last step just did
+            trainer.validate(module, data, verbose=False)
+        metrics = {
+            name.removeprefix("validation/"): value.item()
+            for name, value in trainer.callback_metrics.items()
+            if name.startswith("validation/")
+        }
         log.info("%s done; %s", label, module.hand_over(metrics))
     else:
         log.info("%s done; there is no validation data to judge it by", label)

@@ -125,8 +125,9 @@ class ReconstructionModule(StageModule):
         losses, hits, errors = self.rebuild(seen)
         sums = {"tokens": seen.token_mask.sum(), "loss": losses.sum(), "hits": hits.sum()}
         sums |= {"patches": seen.patch_mask.sum(), "errors": errors.sum()}
-        if rows.batch.segment_lengths[:, 2].any() and rows.num_rows > 1:
+        if rows.batch.segment_lengths[:, 2].any() and rows.num_rows > 1:  # a row alone has no other
             other = self._with_other_contexts(seen)
+            sums |= {"compared": sums["tokens"], "loss_own": sums["loss"]}
             sums["loss_other"] = self.rebuild(other)[0].sum()
         return sums
 
@@ -137,7 +138,7 @@ class ReconstructionModule(StageModule):
         if self.image_decoder is not None:
             found["loss_patch"] = patches
         if "loss_other" in sums:
-            found["bridge_gain"] = (sums["loss_other"] - sums["loss"]) / sums["tokens"]
+            found["bridge_gain"] = (sums["loss_other"] - sums["loss_own"]) / sums["compared"]
         return found
 
     def hand_over(self, metrics: dict[str, float]) -> str:

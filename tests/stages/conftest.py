@@ -1,0 +1,149 @@
+"""A handful of captioned pictures, a tiny model, and runs of stages whose values come from conf/."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+from hydra import compose, initialize_config_dir
+from PIL import Image
+from rich.console import Console
+from torch import Tensor
+
+from cocoa_pl.assemble import build_stages
+from cocoa_pl.data.sources import PairsData
+from cocoa_pl.data.tokenize import Processor
+from cocoa_pl.entry import CONFIGS, register_resolvers
+from cocoa_pl.loggers import nothing
+from cocoa_pl.models.backbone import Backbone
+from cocoa_pl.models.loading import Loaded
+from cocoa_pl.stages.recipe import RunSettings, Stage, run_stages
+
+COLOURS = ("red", "green", "two", "old")
+THINGS = ("dog", "cat", "sofa", "boats", "sea")
+TRAINING_ROWS, VALIDATION_ROWS = 13, 5
+
+MakeStages = Callable[..., list[Stage]]
+Train = Callable[..., list[dict[str, Any]]]
+ReadMetrics = Callable[[Path], list[tuple[str, str, str, str]]]
+
+
+@pytest.fixture(scope="session")
+def data(
+    tmp_path_factory: pytest.TempPathFactory, make_image: Callable[..., Image.Image]
+) -> PairsData:
+    """Every picture has a caption of its own; validation has pictures that training never shows."""
+    root = tmp_path_factory.mktemp("pictures")
+    captions = [f"a {colour} {thing} near the sofa" for thing in THINGS for colour in COLOURS]
+    rows = []
+    for number, caption in enumerate(captions[: TRAINING_ROWS + VALIDATION_ROWS]):
+        make_image((56, 56), seed=number).save(root / f"{number}.png")
+        rows.append(
+            {"query": "what is it", "query_image": f"{number}.png", "positive": caption},
+        )
+    for name, part in (("train", rows[:TRAINING_ROWS]), ("validation", rows[TRAINING_ROWS:])):
+        (root / f"{name}.jsonl").write_text("\n".join(json.dumps(row) for row in part))
+    return PairsData(
+        path=str(root / "train.jsonl"),
+        image_root=str(root),
+        captions=True,
+        validation_path=str(root / "validation.jsonl"),
+        validation_fraction=0.0,
+        validation_rows=VALIDATION_ROWS,
+        validation_seed=0,
+        on_bad_row="fail",
+    )
+
+
+@pytest.fixture(scope="session")
+def make_stages() -> MakeStages:
+    """The stages of conf/stage/*.yaml for a few steps of four rows."""
+
+    def make(*overrides: str, steps: int = 3) -> list[Stage]:
+        register_resolvers()
+        small = [
+            f"schedule.{name}.{key}"
+            for name in ("pretrain", "warmup", "reconstruct", "contrast")
+            for key in (f"steps={steps}", "batch_size=4", "warmup_steps=1", "lr=1e-3")
+        ]
+        shared = ["validate_every=2", "validation_batch_size=2", "token_budget=60"]
+        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            cfg = compose(
+                "train", overrides=[*small, *(f"schedule.{o}" for o in shared), *overrides]
+            )
+        return build_stages(cfg)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def train(data: PairsData, processor: Processor) -> Train:
+    """`run_stages` on the CPU with only metrics.csv as a logger."""
+
+    def run(
+        run_dir: Path,
+        stages: Sequence[Stage],
+        backbone: Backbone,
+        *,
+        resume: bool = False,
+        num_workers: int = 0,
+        checkpoint_every: int = 100,
+        callbacks: Sequence[L.Callback] = (),
+        data: Any = data,
+    ) -> list[dict[str, Any]]:
+        def trainer(**values: Any) -> L.Trainer:
+            values["callbacks"] = [*values["callbacks"], *callbacks]
+            return L.Trainer(
+                accelerator="cpu", log_every_n_steps=1, enable_model_summary=False, **values
+            )
+
+        settings = RunSettings(
+            run_dir=run_dir,
+            trainer=trainer,
+            loggers=nothing,
+            console=Console(quiet=True),
+            seed=0,
+            num_workers=num_workers,
+            on_bad_row="fail",
+            checkpoint_every=checkpoint_every,
+        )
+        return run_stages(stages, backbone, processor, data, settings, resume=resume)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def fresh(load_tiny: Callable[..., Loaded]) -> Callable[[], Backbone]:
+    """The same untrained backbone each time."""
+
+    def make() -> Backbone:
+        return load_tiny().backbone.requires_grad_(True)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def read_metrics() -> ReadMetrics:
+    """metrics.csv without the rates, which no two runs share."""
+
+    def read(run_dir: Path) -> list[tuple[str, str, str, str]]:
+        with (run_dir / "metrics.csv").open(newline="") as file:
+            rows = [(r["stage"], r["step"], r["name"], r["value"]) for r in csv.DictReader(file)]
+        return [row for row in rows if "per_second" not in row[2]]
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def weights() -> Callable[[Backbone], dict[str, Tensor]]:
+    return partial(_copied)
+
+
+def _copied(backbone: Backbone) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in backbone.state_dict().items()}

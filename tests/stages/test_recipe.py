@@ -1,0 +1,315 @@
+"""Stages chained, stopped and resumed: the same bits whatever happened in between."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor
+
+from cocoa_pl import checkpoint
+from cocoa_pl.data.sources import PairsData
+from cocoa_pl.errors import UserError
+from cocoa_pl.items import Pair
+from cocoa_pl.models.adapters import LowRank
+from cocoa_pl.models.backbone import Backbone
+from cocoa_pl.stages.base import StageModule
+from cocoa_pl.stages.recipe import Interrupted, Stage
+
+STEPS = 5
+NAMES = ["pretrain", "warmup", "reconstruct", "contrast"]
+
+Fresh = Callable[[], Backbone]
+MakeStages = Callable[..., list[Stage]]
+Row = tuple[str, str, str, str]  # stage, step, name, value
+ReadMetrics = Callable[[Path], list[Row]]
+Train = Callable[..., list[dict[str, Any]]]
+Weights = Callable[[Backbone], dict[str, Tensor]]
+
+
+class StopAt(L.Callback):
+    """Presses Ctrl-C when a step of a run is about to be computed; the first step is 1."""
+
+    def __init__(self, step: int, *, number: int = signal.SIGINT) -> None:
+        self.step = step
+        self.number = number
+        self.seen = 0
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.seen += 1
+        if self.seen == self.step:
+            os.kill(os.getpid(), self.number)
+
+
+class PowerCut(Exception):
+    """Ends a run without a chance to save anything."""
+
+
+def fall(*_: Any) -> None:
+    raise PowerCut
+
+
+class FewPairs:
+    """Four pairs, to train on and to validate on."""
+
+    def __init__(self, data: PairsData) -> None:
+        self.caption_subsets = data.caption_subsets
+        self.pairs = data.train_pairs()[:4]
+
+    def train_pairs(self) -> list[Pair]:
+        return self.pairs
+
+    def validation_pairs(self) -> list[Pair]:
+        return self.pairs
+
+    def training_texts(self) -> list[str]:
+        return []
+
+
+class Whole:
+    """What an uninterrupted run leaves."""
+
+    def __init__(
+        self, weights: dict[str, Tensor], metrics: list[Row], lineage: list[dict[str, Any]]
+    ) -> None:
+        self.weights = weights
+        self.metrics = metrics
+        self.lineage = lineage
+
+
+@pytest.fixture(scope="module")
+def whole(
+    tmp_path_factory: pytest.TempPathFactory,
+    make_stages: MakeStages,
+    train: Train,
+    fresh: Fresh,
+    read_metrics: ReadMetrics,
+    weights: Weights,
+) -> Whole:
+    folder, backbone = tmp_path_factory.mktemp("whole"), fresh()
+    lineage = train(folder, make_stages(steps=STEPS), backbone)
+    return Whole(weights(backbone), read_metrics(folder), lineage)
+
+
+def equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[n], second[n]) for n in first)
+
+
+def test_all_four_stages_run_one_after_the_other(whole: Whole) -> None:
+    assert [entry["stage"] for entry in whole.lineage] == NAMES
+    assert list(dict.fromkeys(stage for stage, *_ in whole.metrics)) == NAMES
+    for stage in NAMES:
+        steps = [r[1] for r in whole.metrics if r[0] == stage and r[2] == "train/loss"]
+        assert steps == [str(step) for step in range(STEPS)]
+    assert all(entry["validation"] for entry in whole.lineage)
+    assert [entry["policy"] for entry in whole.lineage] == [
+        "causal",
+        "bidirectional",
+        "eos_bridge",
+        "bidirectional",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("stop_at", "num_workers"),
+    [
+        (2, 0),  # in the middle of pretrain, where a validation is due
+        (STEPS, 1),  # with its last step
+        (STEPS + 3, 1),  # in the middle of warmup, where none is due
+        (2 * STEPS + 1, 0),  # after one step of reconstruct
+        (4 * STEPS, 0),  # with the very last step
+    ],
+)
+def test_a_stopped_run_goes_on_bit_by_bit(
+    stop_at: int,
+    num_workers: int,
+    whole: Whole,
+    tmp_path: Path,
+    make_stages: MakeStages,
+    train: Train,
+    fresh: Fresh,
+    read_metrics: ReadMetrics,
+    weights: Weights,
+) -> None:
+    stages = make_stages(steps=STEPS)
+    with pytest.raises(Interrupted, match="stopped in"):
+        train(tmp_path, stages, fresh(), num_workers=num_workers, callbacks=[StopAt(stop_at)])
+    backbone = fresh()
+    lineage = train(tmp_path, stages, backbone, resume=True, num_workers=num_workers)
+    assert read_metrics(tmp_path) == whole.metrics
+    assert equal(weights(backbone), whole.weights)
+    assert lineage == whole.lineage
+
+
+def test_a_run_can_be_stopped_and_resumed_twice(
+    whole: Whole,
+    tmp_path: Path,
+    make_stages: MakeStages,
+    train: Train,
+    fresh: Fresh,
+    read_metrics: ReadMetrics,
+    weights: Weights,
+) -> None:
+    stages = make_stages(steps=STEPS)
+    with pytest.raises(Interrupted, match="stopped in pretrain at step 3 of 5"):
+        train(tmp_path, stages, fresh(), callbacks=[StopAt(3)])
+    with pytest.raises(Interrupted, match="stopped in pretrain at step 4 of 5"):
+        train(tmp_path, stages, fresh(), resume=True, callbacks=[StopAt(1)])
+    backbone = fresh()
+    train(tmp_path, stages, backbone, resume=True)
+    assert read_metrics(tmp_path) == whole.metrics
+    assert equal(weights(backbone), whole.weights)
+
+
+@pytest.mark.parametrize("step", [4, STEPS + 1, STEPS + 4])
+def test_a_crashed_run_goes_on_from_its_last_regular_checkpoint(
+    step: int,
+    whole: Whole,
+    tmp_path: Path,
+    make_stages: MakeStages,
+    train: Train,
+    fresh: Fresh,
+    read_metrics: ReadMetrics,
+    weights: Weights,
+) -> None:
+    stages, crash = make_stages(steps=STEPS), StopAt(step)
+    crash.number = signal.SIGUSR1
+    before = signal.signal(signal.SIGUSR1, fall)
+    with pytest.raises(PowerCut):
+        train(tmp_path, stages, fresh(), checkpoint_every=2, callbacks=[crash])
+    signal.signal(signal.SIGUSR1, before)
+    backbone = fresh()
+    train(tmp_path, stages, backbone, resume=True)
+    assert read_metrics(tmp_path) == whole.metrics
+    assert equal(weights(backbone), whole.weights)
+
+
+def test_a_finished_run_resumes_to_itself(
+    whole: Whole,
+    tmp_path: Path,
+    make_stages: MakeStages,
+    train: Train,
+    fresh: Fresh,
+    read_metrics: ReadMetrics,
+    weights: Weights,
+) -> None:
+    stages, backbone = make_stages(steps=STEPS), fresh()
+    train(tmp_path, stages, fresh())
+    lineage = train(tmp_path, stages, backbone, resume=True)
+    assert lineage == whole.lineage
+    assert read_metrics(tmp_path) == whole.metrics
+    assert equal(weights(backbone), whole.weights)
+
+
+def test_dropout_of_adapters_goes_on_too(
+    tmp_path: Path, make_stages: MakeStages, train: Train, fresh: Fresh, weights: Weights
+) -> None:
+    adapter = LowRank(
+        rank=2,
+        alpha=4,
+        dropout=0.5,
+        init="gaussian",
+        use_dora=True,
+        target_modules=[r".*language_model.*\.(q|k|v|o)_proj"],
+    )
+    stages = make_stages("stage.order=[reconstruct,contrast]", steps=STEPS)
+
+    def run(name: str, seed: int, **values: Any) -> Backbone:
+        torch.manual_seed(seed)  # an adapter's first values are the caller's
+        backbone = adapter(fresh())
+        train(tmp_path / name, stages, backbone, **values)
+        return backbone
+
+    once = run("once", 0)
+    for stop in (3, STEPS + 2):
+        folder = f"stopped {stop}"
+        with pytest.raises(Interrupted):
+            run(folder, 0, callbacks=[StopAt(stop)])
+        assert equal(weights(run(folder, 1, resume=True)), weights(once))
+    untrained = weights(adapter(fresh()))
+    assert not equal(weights(once), untrained)
+
+
+def test_a_stopped_run_says_where_and_leaves_a_whole_checkpoint(
+    tmp_path: Path, make_stages: MakeStages, train: Train, fresh: Fresh
+) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Interrupted, match="stopped in warmup at step 2 of 5"):
+        train(
+            tmp_path,
+            make_stages(steps=STEPS),
+            fresh(),
+            callbacks=[StopAt(STEPS + 2, number=signal.SIGTERM)],
+        )
+    content = checkpoint.read(tmp_path / "checkpoints" / "last.ckpt")
+    assert content["global_step"] == 2
+    assert content["cocoa"]["stage"] == "warmup"
+    assert [entry["stage"] for entry in content["cocoa"]["lineage"]] == ["pretrain"]
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["last.ckpt"]
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_nothing_to_resume_is_said_before_training(
+    tmp_path: Path, make_stages: MakeStages, train: Train, fresh: Fresh
+) -> None:
+    with pytest.raises(UserError, match=r"there is no checkpoint .*last\.ckpt"):
+        train(tmp_path, make_stages(), fresh(), resume=True)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_stage_learns_a_few_rows_by_heart(
+    name: str,
+    tmp_path: Path,
+    data: PairsData,
+    make_stages: MakeStages,
+    train: Train,
+    fresh: Fresh,
+    read_metrics: ReadMetrics,
+) -> None:
+    overrides = [f"stage.order=[{name}]", f"schedule.{name}.lr=5e-3", "schedule.token_budget=1000"]
+    few = FewPairs(data)
+    train(tmp_path, make_stages(*overrides, steps=40), fresh(), data=few)
+    losses = [float(r[3]) for r in read_metrics(tmp_path) if r[2] == "train/loss"]
+    assert len(losses) == 40
+    assert sum(losses[-3:]) < 0.5 * sum(losses[:3])
+
+
+def test_bridge_gain_tells_a_learnt_bridge_from_none(
+    tmp_path: Path,
+    data: PairsData,
+    make_stages: MakeStages,
+    train: Train,
+    fresh: Fresh,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO", logger="cocoa_pl")
+    shared = [
+        "stage.order=[reconstruct]",
+        "schedule.token_budget=1000",
+        "schedule.validate_every=500",
+    ]
+    few = FewPairs(data)
+    none = train(
+        tmp_path / "none",
+        make_stages(*shared, "schedule.reconstruct.lr=1e-9", steps=1),
+        fresh(),
+        data=few,
+    )
+    nothing_said = caplog.text
+    learnt = train(
+        tmp_path / "learnt",
+        make_stages(*shared, "schedule.reconstruct.lr=5e-3", steps=80),
+        fresh(),
+        data=few,
+    )
+    print(none, learnt)
+    assert abs(none[0]["validation"]["bridge_gain"]) < 0.05
+    assert "EOS still carries nothing" in nothing_said
+    assert learnt[0]["validation"]["bridge_gain"] > 0.5
+    assert caplog.text.count("EOS still carries nothing") == 1

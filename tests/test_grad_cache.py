@@ -1,0 +1,152 @@
+"""Gradients of many chunks in the memory of one."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, normalize
+
+from cocoa_pl.grad_cache import cached_backward
+from cocoa_pl.objectives import info_nce
+
+ROWS, WIDTH = 7, 6
+SEED = 3
+SIZES = [1, 2, 5, ROWS]
+
+
+class Encoder(nn.Module):
+    """Two layers with dropout between them, and a learnable temperature."""
+
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(
+            nn.Linear(WIDTH, 16), nn.Tanh(), nn.Dropout(dropout), nn.Linear(16, WIDTH)
+        )
+        self.log_scale = nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return normalize(self.layers(rows), dim=-1)
+
+    def loss(self, embeddings: Tensor) -> Tensor:
+        """Each row looks for its neighbour among all rows: no chunk's loss is its own affair."""
+        index = torch.arange(len(embeddings)).roll(-1)
+        losses, _ = info_nce(
+            embeddings, embeddings, index, self.log_scale.exp(), false_negatives=None
+        )
+        return losses.mean()
+
+    def gradients(self) -> list[Tensor]:
+        found = [p.grad for p in self.parameters()]
+        self.zero_grad()
+        return [g for g in found if g is not None]
+
+
+@pytest.fixture
+def rows() -> Tensor:
+    return torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(1))
+
+
+def cached(model: Encoder, rows: Tensor, size: int) -> tuple[Tensor, list[Tensor]]:
+    torch.manual_seed(SEED)
+    value = cached_backward(model, rows.split(size), model.loss, backward=lambda t: t.backward())
+    return value, model.gradients()
+
+
+def one_pass(model: Encoder, rows: Tensor, size: int) -> tuple[Tensor, list[Tensor]]:
+    """One graph over the same chunks, which draw their dropout one after the other."""
+    torch.manual_seed(SEED)
+    value = model.loss(torch.cat([model(chunk) for chunk in rows.split(size)]))
+    value.backward()
+    return value.detach(), model.gradients()
+
+
+def close(first: list[Tensor], second: list[Tensor]) -> bool:
+    assert len(first) == len(second)
+    return all(torch.allclose(a, b, atol=1e-6) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_gradients_equal_one_pass_with_dropout(size: int, rows: Tensor) -> None:
+    model = Encoder(0.4)
+    value, found = cached(model, rows, size)
+    expected_value, expected = one_pass(model, rows, size)
+    assert torch.allclose(value, expected_value, atol=1e-6)
+    assert close(found, expected)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_without_dropout_the_cutting_makes_no_difference(size: int, rows: Tensor) -> None:
+    model = Encoder(0.0)
+    value, found = cached(model, rows, size)
+    expected_value, expected = one_pass(model, rows, ROWS)
+    assert torch.allclose(value, expected_value, atol=1e-6)
+    assert close(found, expected)
+
+
+def test_a_learnt_temperature_gets_its_gradient_once(rows: Tensor) -> None:
+    model = Encoder(0.4)
+    _, found = cached(model, rows, 2)
+    _, expected = one_pass(model, rows, 2)
+    names = [name for name, _ in model.named_parameters()]
+    place = names.index("log_scale")
+    assert expected[place].abs() > 1e-3
+    assert torch.allclose(found[place], expected[place], atol=1e-6)
+
+
+def test_accumulating_the_losses_of_chunks_would_be_something_else(rows: Tensor) -> None:
+    """The comparison above can fail: without the other chunks' rows there are fewer negatives."""
+    model = Encoder(0.0)
+    for chunk in rows.split(2):
+        (model.loss(model(chunk)) * len(chunk) / ROWS).backward()
+    assert not close(model.gradients(), one_pass(model, rows, 2)[1])
+
+
+def test_a_second_pass_with_fresh_dropout_would_be_something_else(
+    rows: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The comparison above can fail: the generators must be put back before the second pass."""
+    model = Encoder(0.4)
+    expected = one_pass(model, rows, 2)[1]
+    monkeypatch.setattr(torch, "set_rng_state", lambda state: None)
+    assert not close(cached(model, rows, 2)[1], expected)
+
+
+def test_the_generator_ends_where_the_first_pass_left_it(rows: Tensor) -> None:
+    model = Encoder(0.4)
+    cached(model, rows, 2)
+    after_cache = torch.get_rng_state()
+    one_pass(model, rows, 2)
+    assert torch.equal(after_cache, torch.get_rng_state())
+
+
+def test_each_chunk_is_embedded_without_and_then_with_a_graph(rows: Tensor) -> None:
+    model = Encoder(0.0)
+    seen: list[tuple[int, bool]] = []
+
+    def embed(chunk: Tensor) -> Tensor:
+        seen.append((len(chunk), torch.is_grad_enabled()))
+        return model(chunk)
+
+    cached_backward(embed, rows.split(3), model.loss, backward=lambda t: t.backward())
+    sizes = [len(chunk) for chunk in rows.split(3)]
+    assert seen == [(n, False) for n in sizes] + [(n, True) for n in sizes]
+
+
+def test_gradients_add_to_those_that_are_there(rows: Tensor) -> None:
+    model = Encoder(0.0)
+    _, once = cached(model, rows, 2)
+    for _ in range(2):
+        cached_backward(model, rows.split(2), model.loss, backward=lambda t: t.backward())
+    assert close(model.gradients(), [2 * gradient for gradient in once])
+
+
+def test_the_loss_comes_back_without_a_graph(rows: Tensor) -> None:
+    model = Encoder(0.0)
+    for size in (2, ROWS):
+        value, _ = cached(model, rows, size)
+        assert not value.requires_grad
+    embeddings = model(rows)
+    expected = cross_entropy(
+        embeddings @ embeddings.T * model.log_scale.exp(), torch.arange(ROWS).roll(-1)
+    )
+    assert torch.allclose(value, expected, atol=1e-6)

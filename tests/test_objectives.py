@@ -1,0 +1,221 @@
+"""Losses against closed forms and slow twins."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, normalize
+
+from cocoa_pl.objectives import (
+    info_nce,
+    masked_next_token,
+    matryoshka,
+    rebuilt_patches,
+    same_content,
+)
+
+T, D, V = 12, 6, 9
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def unit(*shape: int, seed: int = 0) -> Tensor:
+    return normalize(random(*shape, seed=seed), dim=-1)
+
+
+# --- Masked next-token prediction ------------------------------------------------------------
+
+TOKEN_MASK = torch.zeros(T, dtype=torch.bool).index_fill(0, torch.tensor([1, 4, 5, 11]), True)
+LABELS = torch.arange(T) % V
+
+
+def test_state_before_a_hidden_token_predicts_it() -> None:
+    hidden, weight = random(T, D), random(V, D, seed=1)
+    losses, right = masked_next_token(hidden, TOKEN_MASK, LABELS, lambda x: x @ weight.T)
+    logits = hidden[:-1] @ weight.T  # of all positions but the last
+    everywhere = cross_entropy(logits, LABELS[1:], reduction="none")
+    torch.testing.assert_close(losses, everywhere[TOKEN_MASK[1:]])
+    assert torch.equal(right, (logits.argmax(1) == LABELS[1:])[TOKEN_MASK[1:]])
+
+
+def test_no_information_costs_the_logarithm_of_the_vocabulary() -> None:
+    losses, _ = masked_next_token(
+        random(T, D), TOKEN_MASK, LABELS, lambda x: torch.zeros(len(x), V)
+    )
+    torch.testing.assert_close(losses, torch.full((4,), math.log(V)))
+
+
+def test_vocabulary_head_runs_on_asked_rows_only_and_losses_are_float32() -> None:
+    rows: list[int] = []
+
+    def vocabulary(states: Tensor) -> Tensor:
+        rows.append(len(states))
+        return states.new_zeros(len(states), V)
+
+    losses, right = masked_next_token(random(T, D).bfloat16(), TOKEN_MASK, LABELS, vocabulary)
+    assert rows == [4]
+    assert losses.dtype == torch.float32
+    assert right.dtype == torch.bool
+
+
+def test_nothing_hidden_gives_empty_losses() -> None:
+    losses, right = masked_next_token(
+        random(T, D), torch.zeros(T, dtype=torch.bool), LABELS, lambda x: x @ random(V, D).T
+    )
+    assert losses.shape == right.shape == (0,)
+    assert float(losses.sum()) == 0
+
+
+def test_gradient_reaches_only_the_states_that_predict() -> None:
+    hidden = random(T, D).requires_grad_()
+    losses, _ = masked_next_token(hidden, TOKEN_MASK, LABELS, lambda x: x @ random(V, D, seed=1).T)
+    (gradient,) = torch.autograd.grad(losses.sum(), hidden)
+    assert torch.equal(gradient.any(1), TOKEN_MASK.roll(-1))
+
+
+# --- Rebuilt patches -------------------------------------------------------------------------
+
+
+def test_rebuilding_error_is_the_mean_square_of_each_visual_token() -> None:
+    predicted, pixels = random(5, 8), random(5, 8, seed=1)
+    expected = [
+        sum((a - b) ** 2 for a, b in zip(p, q, strict=True)) / 8
+        for p, q in zip(predicted.tolist(), pixels.tolist(), strict=True)
+    ]
+    torch.testing.assert_close(rebuilt_patches(predicted, pixels), torch.tensor(expected))
+
+
+def test_perfect_rebuilding_costs_nothing_and_predicting_zero_of_noise_costs_one() -> None:
+    pixels = random(400, 200)
+    assert float(rebuilt_patches(pixels, pixels).sum()) == 0
+    assert abs(float(rebuilt_patches(torch.zeros_like(pixels), pixels).mean()) - 1) < 0.02
+    assert rebuilt_patches(pixels.bfloat16(), pixels).dtype == torch.float32
+
+
+# --- InfoNCE ---------------------------------------------------------------------------------
+
+
+def slow_info_nce(
+    queries: Tensor, candidates: Tensor, positives: list[int], scale: float, ignored: Tensor
+) -> list[float]:
+    losses = []
+    for n, positive in enumerate(positives):
+        scores = [scale * float(queries[n] @ candidate) for candidate in candidates]
+        kept = [score for m, score in enumerate(scores) if not ignored[n, m]]
+        losses.append(math.log(sum(math.exp(score) for score in kept)) - scores[positive])
+    return losses
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_info_nce_equals_its_slow_twin(seed: int) -> None:
+    queries, candidates = unit(4, D, seed=seed), unit(7, D, seed=seed + 10)
+    positives = [3, 0, 6, 1]
+    ignored = random(4, 7, seed=seed) > 0.8
+    ignored[range(4), positives] = False
+    losses, similarity = info_nce(
+        queries,
+        candidates,
+        torch.tensor(positives),
+        torch.tensor(20.0),
+        false_negatives=ignored,
+    )
+    expected = slow_info_nce(queries, candidates, positives, 20.0, ignored)
+    torch.testing.assert_close(losses, torch.tensor(expected))
+    torch.testing.assert_close(similarity, queries @ candidates.T)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 64])
+def test_zero_embeddings_cost_the_logarithm_of_the_batch(batch_size: int) -> None:
+    zeros = torch.zeros(batch_size, D)
+    losses, _ = info_nce(
+        zeros, zeros, torch.arange(batch_size), torch.tensor(50.0), false_negatives=None
+    )
+    torch.testing.assert_close(losses, torch.full((batch_size,), math.log(batch_size)))
+
+
+def test_orthogonal_pairs_have_the_closed_form_loss() -> None:
+    eye, scale = torch.eye(D), 3.0
+    losses, _ = info_nce(eye, eye, torch.arange(D), torch.tensor(scale), false_negatives=None)
+    closed_form = math.log(1 + (D - 1) * math.exp(-scale))
+    torch.testing.assert_close(losses, torch.full((D,), closed_form))
+
+
+def test_without_any_negative_left_nothing_is_lost() -> None:
+    queries = unit(3, D)
+    losses, _ = info_nce(
+        queries,
+        unit(3, D, seed=1),
+        torch.arange(3),
+        torch.tensor(50.0),
+        false_negatives=~torch.eye(3, dtype=torch.bool),
+    )
+    assert torch.equal(losses, torch.zeros(3))
+
+
+def test_ignored_candidates_get_no_gradient_and_the_temperature_gets_one() -> None:
+    candidates = unit(3, D, seed=1).requires_grad_()
+    scale = torch.tensor(5.0, requires_grad=True)
+    ignored = torch.tensor([[False, True, False]])
+    losses, _ = info_nce(unit(1, D), candidates, torch.tensor([0]), scale, false_negatives=ignored)
+    losses.sum().backward()
+    assert candidates.grad is not None
+    assert candidates.grad.any(1).tolist() == [True, False, True]
+    assert scale.grad is not None
+    assert float(scale.grad) != 0
+
+
+def test_similarities_are_computed_in_float32() -> None:
+    queries = unit(3, D).bfloat16()
+    losses, similarity = info_nce(
+        queries, queries, torch.arange(3), torch.tensor(50.0), false_negatives=None
+    )
+    assert losses.dtype == similarity.dtype == torch.float32
+    assert torch.equal(similarity, queries.float() @ queries.float().T)
+
+
+# --- False negatives -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_same_content_equals_its_slow_twin(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    n, m = 5, 9
+    positive = torch.randperm(m, generator=generator)[:n]
+    query_keys = torch.randint(0, 4, (n,), generator=generator)
+    candidate_keys = torch.randint(0, 4, (m,), generator=generator)
+    candidate_query_keys = torch.full((m,), -1).index_copy(0, positive, query_keys)
+    got = same_content(positive, query_keys, candidate_keys, candidate_query_keys)
+    for i in range(n):
+        own = int(positive[i])
+        for j in range(m):
+            same_target = candidate_keys[j] == candidate_keys[own]
+            same_query = candidate_query_keys[j] == query_keys[i]
+            assert bool(got[i, j]) == (j != own and bool(same_target | same_query))
+
+
+def test_equal_targets_and_targets_of_equal_queries_are_no_negatives() -> None:
+    # Queries a, b, a; their positives x, x, y; hard negatives x, z.
+    got = same_content(
+        torch.tensor([0, 1, 2]),
+        torch.tensor([10, 11, 10]),
+        torch.tensor([1, 1, 2, 1, 3]),
+        torch.tensor([10, 11, 10, -1, -1]),
+    )
+    assert got.int().tolist() == [[0, 1, 1, 1, 0], [1, 0, 0, 1, 0], [1, 0, 0, 0, 0]]
+
+
+# --- Matryoshka ------------------------------------------------------------------------------
+
+
+def test_leading_dimensions_are_unit_again() -> None:
+    embeddings = unit(5, D)
+    pieces = matryoshka(embeddings, [D, 3, 1])
+    assert [piece.shape[1] for piece in pieces] == [D, 3, 1]
+    torch.testing.assert_close(pieces[0], embeddings)
+    for piece in pieces:
+        torch.testing.assert_close(piece.norm(dim=1), torch.ones(5))
+        lengths = embeddings[:, : piece.shape[1]].norm(dim=1, keepdim=True)
+        torch.testing.assert_close(piece * lengths, embeddings[:, : piece.shape[1]])
