@@ -1,4 +1,4 @@
-"""M-RoPE positions by hand; parity with the stock model is in `models/test_backbone.py`."""
+"""M-RoPE positions by hand; parity with the stock model is in `models/test_stock_parity.py`."""
 
 import torch
 

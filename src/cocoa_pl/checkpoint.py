@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 from pathlib import Path
 from types import FrameType
@@ -44,12 +45,14 @@ def read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"there is no checkpoint {path}")
     try:
-        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as a checkpoint: {error}") from error
-    if "cocoa" not in content:
+        content: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
+        told = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path} cannot be read as a checkpoint: {told}") from error
+    if not isinstance(content, dict) or "cocoa" not in content:
         raise UserError(f"{path} is not a checkpoint of cocoa_pl")
-    return content
+    found: dict[str, Any] = content
+    return found
 
 
 def load_backbone(backbone: nn.Module, content: dict[str, Any], *, where: str) -> None:
@@ -92,7 +95,8 @@ class LastCheckpoint(L.Callback):
         self._signal: int | None = None
         self._handlers: dict[int, Any] = {}
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # Not at on_fit_start: the trainer then puts its own SIGTERM handler over ours.
         for number in (signal.SIGINT, signal.SIGTERM):
             self._handlers[number] = signal.signal(number, self._stop)
 
@@ -124,7 +128,15 @@ class LastCheckpoint(L.Callback):
         if step % self.every == 0 or step >= trainer.max_steps or self.stopped:
             self._save(trainer)
 
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._give_back()
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        self._give_back()
+
+    def _give_back(self) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self._handlers = {}

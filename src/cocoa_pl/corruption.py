@@ -72,7 +72,8 @@ def hideable_text(batch: Batch, segment: str) -> Tensor:
 def every_next_token(batch: Batch) -> Tensor:
     """(T) bool: what plain captioning predicts, all ordinary text and the end token."""
     token_mask = hideable_text(batch, "context") | hideable_text(batch, "target")
-    return token_mask.index_fill(0, batch.eos_positions.to(token_mask.device), True)
+    preceded = batch.eos_positions[batch.segment_lengths[:, 0] > 0]
+    return token_mask.index_fill(0, preceded.to(token_mask.device), True)
 
 
 def _choose(batch: Batch, eligible: Tensor, ratio: float, stream: int) -> Tensor:

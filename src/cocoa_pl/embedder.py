@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,15 @@ from cocoa_pl.models.backbone import Backbone
 from cocoa_pl.models.loading import find_folder, load
 
 FORMAT = 1  # of cocoa.json
+NEEDED = (
+    "policy",
+    "eos_token_id",
+    "max_length",
+    "min_pixels",
+    "max_pixels",
+    "dtype",
+    "fingerprint",
+)
 
 Input = str | Item | Mapping[str, Any]
 
@@ -46,11 +55,7 @@ class Embedder:
                 with.
         """
         folder = _export_folder(path)
-        described = json.loads((folder / "cocoa.json").read_text())
-        if described["format"] != FORMAT:
-            raise UserError(
-                f"{folder}: format {described['format']} is not {FORMAT}; update cocoa_pl"
-            )
+        described = _read_description(folder / "cocoa.json")
         dtype = described["dtype"]
         loaded = load(folder, kernel="sdpa", dtype=dtype, gradient_checkpointing=False)
         processor = Processor(
@@ -89,25 +94,39 @@ class Embedder:
 
         Returns:
             (N, D) float32, rows of unit length, in the order given.
+
+        Raises:
+            UserError: naming the item that cannot be embedded.
         """
+        if isinstance(items, str | Item | Mapping):
+            raise UserError("encode takes a list of items; put a single one into a list")
         training = self.backbone.training
         self.backbone.eval()
-        vectors: list[NDArray[np.float32]] = []
+        try:
+            vectors = [self._embed(samples) for samples in self._batches(items, batch_tokens)]
+        finally:
+            self.backbone.train(training)
+        return np.concatenate([np.zeros((0, self.dim), np.float32), *vectors])
+
+    def _batches(self, items: Sequence[Input], batch_tokens: int) -> Iterator[list[Encoded]]:
         waiting: list[Encoded] = []
         used = 0
-        for number, item in enumerate(items):
-            sample = self.processor.encode(
-                as_item(item), None, key=0, seed=0, row_id=f"item {number}"
-            )
+        for number, value in enumerate(items):
+            sample = self._encoded(value, where=f"item {number}")
             if waiting and used + len(sample.input_ids) > batch_tokens:
-                vectors.append(self._embed(waiting))
+                yield waiting
                 waiting, used = [], 0
             waiting.append(sample)
             used += len(sample.input_ids)
         if waiting:
-            vectors.append(self._embed(waiting))
-        self.backbone.train(training)
-        return np.concatenate([np.zeros((0, self.dim), np.float32), *vectors])
+            yield waiting
+
+    def _encoded(self, value: Input, *, where: str) -> Encoded:
+        try:
+            item = as_item(value)
+        except ValueError as error:
+            raise UserError(f"{where}: {error}") from error
+        return self.processor.encode(item, None, key=0, seed=0, row_id=where)
 
     def _embed(self, samples: list[Encoded]) -> NDArray[np.float32]:
         batch = pack(samples).to(self.backbone.device)
@@ -125,9 +144,13 @@ def as_item(value: Input) -> Item:
         return value
     if isinstance(value, str):
         value = {"text": value}
+    if not isinstance(value, Mapping):
+        raise ValueError(f"an item is a string, an Item or a dict, not {type(value).__name__}")
     if unknown := set(value) - {"text", "image"}:
         raise ValueError(f"an item has the keys text and image, not {sorted(unknown)}")
     text, image = value.get("text") or "", value.get("image")
+    if not isinstance(text, str):
+        raise ValueError(f"an item's text is a string, not {type(text).__name__}")
     sources: list[Any] = list(image) if isinstance(image, list | tuple) else [image]
     images: tuple[ImageSource, ...] = tuple(
         Path(s) if isinstance(s, str) else s for s in sources if s is not None
@@ -147,3 +170,17 @@ def _export_folder(path: str) -> Path:
     if not (folder / "cocoa.json").is_file():
         raise UserError(f"{folder} holds no cocoa.json: it was not exported by cocoa_pl")
     return folder
+
+
+def _read_description(path: Path) -> dict[str, Any]:
+    try:
+        described = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(described, dict) or "format" not in described:
+        raise UserError(f"{path} does not describe a model exported by cocoa_pl")
+    if described["format"] != FORMAT:
+        raise UserError(f"{path}: format {described['format']} is not {FORMAT}; update cocoa_pl")
+    if missing := [name for name in NEEDED if name not in described]:
+        raise UserError(f"{path} lacks {', '.join(missing)}; export the model again")
+    return described

@@ -9,6 +9,7 @@ import difflib
 import logging
 import re
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,12 @@ from cocoa_pl.stages.recipe import Interrupted
 
 CONFIGS = Path(__file__).parents[2] / "conf"
 RESUMABLE = ("trainer.", "logger", "num_workers", "checkpoint_every", "evaluate")
+
+# What Lightning warns of although nobody can or should do anything about it.
+HARMLESS = (
+    ".*isinstance.treespec, LeafSpec.* is deprecated",  # its own use of torch's pytrees
+    "The number of training batches .* is smaller than the logging interval",  # a short stage
+)
 
 log = logging.getLogger(__name__)
 
@@ -63,10 +70,10 @@ def guarded(run: Callable[[], None]) -> int:
     try:
         run()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        sys.stderr.write(f"error: {error}\n")
         return 2
     except (Interrupted, KeyboardInterrupt) as stop:
-        print(str(stop) or "interrupted", file=sys.stderr)
+        sys.stderr.write(f"{str(stop) or 'interrupted'}\n")
         return 130
     return 0
 
@@ -84,6 +91,8 @@ def set_up_logging(run_dir: Path) -> Console:
     file = logging.FileHandler(run_dir / "log.txt")
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[screen, file], force=True)
+    for harmless in HARMLESS:
+        warnings.filterwarnings("ignore", message=harmless)
     for chatty in ("lightning.pytorch", "lightning.fabric", "httpx", "huggingface_hub"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     return console

@@ -56,13 +56,13 @@ class Metrics(Logger):
 
     @rank_zero_only
     def _prepare(self) -> None:
-        kept = [("stage", "step", "name", "value")]
+        kept = [["stage", "step", "name", "value"]]
         if self.path.exists():
             with self.path.open(newline="") as file:
-                rows = [tuple(row) for row in csv.reader(file)][1:]
+                rows = list(csv.reader(file))[1:]
             kept += [
                 r for r in rows if r[0] != self.stage or not self._comes_again(int(r[1]), r[2])
-            ]  # type: ignore[misc]
+            ]
         with self.path.open("w", newline="") as file:
             csv.writer(file).writerows(kept)
 

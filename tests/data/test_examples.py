@@ -11,6 +11,7 @@ from cocoa_pl.data.examples import (
     PairExamples,
     Sample,
     describing,
+    first_of_each_subset,
     sides,
 )
 from cocoa_pl.errors import UserError
@@ -102,3 +103,9 @@ def test_only_pairs_with_a_describing_text_and_of_the_subsets_are_kept() -> None
 def test_data_without_such_a_pair_is_refused() -> None:
     with pytest.raises(UserError, match=r"no pair has an image .* \(subsets: \['b'\]\)"):
         describing([pair(PICTURE, CAPTION, subset="a")], ["b"])
+
+
+def test_each_subset_gives_its_first_pairs_in_order() -> None:
+    pairs = [pair(PICTURE, CAPTION, subset=name) for name in "abaaba"]
+    assert first_of_each_subset(pairs, 2) == [pairs[i] for i in (0, 1, 2, 4)]
+    assert first_of_each_subset(pairs, None) == pairs

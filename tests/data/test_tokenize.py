@@ -162,14 +162,21 @@ def test_no_length_cuts_an_image_or_eos(
     assert sample.position_ids.shape == (3, len(ids))
 
 
-def test_context_gives_way_before_target(make_processor: Callable[..., Processor]) -> None:
-    sample = encode(make_processor(max_length=6), "the red dog", target="small cat")
-    assert sample.input_ids.tolist() == [269, EOS, 89, 301, 82, 285]
-    assert encode(make_processor(max_length=3), "the", target="small cat").input_ids.tolist() == [
-        EOS,
-        89,
-        301,
-    ]
+def test_context_and_target_share_what_is_left(make_processor: Callable[..., Processor]) -> None:
+    whole = encode(make_processor(max_length=200), LONG, target=LONG)
+    for length in (10, 21, 50):
+        cut = encode(make_processor(max_length=length), LONG, target=LONG)
+        context, _, target = cut.segment_lengths
+        assert (context, target) == (length - 1 - (length - 1) // 2, (length - 1) // 2)
+        assert cut.input_ids[:context].tolist() == whole.input_ids[:context].tolist()
+        assert cut.input_ids[context + 1 :].tolist() == whole.input_ids[:target].tolist()
+
+
+def test_a_short_context_leaves_its_room_to_target(
+    make_processor: Callable[..., Processor],
+) -> None:
+    cut = encode(make_processor(max_length=21), "the", target=LONG)
+    assert cut.segment_lengths == (1, 1, 19)
 
 
 def test_truncation_is_said_once(
@@ -181,7 +188,7 @@ def test_truncation_is_said_once(
         encode(processor, LONG)
         encode(processor, LONG)
     assert [r.getMessage() for r in caplog.records] == [
-        f"toy row 7 is longer than max_length=10 and loses its last {lost} text tokens (said once)"
+        f"toy row 7 is longer than max_length=10 and loses {lost} text tokens (said once)"
     ]
 
 

@@ -1,27 +1,21 @@
-"""The wrapped model against the policy table, against itself one by one, and against the stock
-Hugging Face forward.
+"""The wrapped model against the policy table and against itself one by one; parity with the stock
+forward is in `test_stock_parity.py`.
 """
 
-import copy
+import dataclasses
 import random
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor
-from transformers import AutoModelForImageTextToText
 
 from cocoa_pl.attention import Policy, dense_mask, make_plan
 from cocoa_pl.batch import Batch, Encoded, pack
-from cocoa_pl.data.tokenize import Processor
-from cocoa_pl.items import IMAGE_SLOT, Item
 from cocoa_pl.models.backbone import Backbone
 from cocoa_pl.models.loading import Loaded
-from cocoa_pl.positions import mrope_positions
 
 ALL = ("context", "eos", "target")
 POLICIES = {
@@ -39,18 +33,6 @@ def one_layer(make_source: Any, texts: list[str], load_tiny: Callable[..., Loade
     """float64 and a single layer: deeper stacks rightly leak through EOS."""
     folder = make_source(num_hidden_layers=1).folder(texts)
     return load_tiny(folder=folder).backbone.double()
-
-
-@pytest.fixture(scope="module")
-def stock(tiny_folder: Path) -> Any:
-    return load_stock(tiny_folder, attn_implementation="sdpa")
-
-
-def load_stock(folder: Path, *, attn_implementation: str) -> Any:
-    model = AutoModelForImageTextToText.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation=attn_implementation
-    )
-    return model.eval()
 
 
 def run(backbone: Backbone, batch: Batch, policy: Policy) -> Tensor:
@@ -121,10 +103,9 @@ def test_target_never_sees_context_in_one_layer_but_hears_of_it_through_eos_in_t
     name: str, one_layer: Backbone, loaded: Loaded, make_samples: MakeSamples
 ) -> None:
     (sample,) = make_samples((1,), targets=True)
-    changed = copy.copy(sample)
     ids = sample.input_ids.clone()
     ids[0] += 1
-    object.__setattr__(changed, "input_ids", ids)
+    changed = dataclasses.replace(sample, input_ids=ids)
     first_target = sample.segment_lengths[0] + 1
     for backbone, hears in ((one_layer, False), (loaded.backbone, True)):
         before = run(backbone, pack([sample]), POLICIES[name])
@@ -180,6 +161,18 @@ def test_embeddings_do_not_depend_on_batch_size_order_or_neighbours(
     assert_close(among_others, alone[2], tolerance=tolerance)
 
 
+@pytest.mark.parametrize("name", ["eos_bridge", "causal"])
+def test_embedding_is_the_normalised_state_of_eos(
+    name: str, loaded: Loaded, make_samples: MakeSamples
+) -> None:
+    samples = make_samples(IMAGES, targets=True)
+    with torch.no_grad():
+        embeddings = loaded.backbone.embed(pack(samples), POLICIES[name])
+    for sample, embedding in zip(samples, embeddings, strict=True):
+        state = run(loaded.backbone, pack([sample]), POLICIES[name])[sample.segment_lengths[0]]
+        assert_close(embedding, state / state.norm())
+
+
 def test_embeddings_are_unit_float32_and_tell_samples_apart(
     load_tiny: Callable[..., Loaded], make_samples: MakeSamples
 ) -> None:
@@ -189,163 +182,6 @@ def test_embeddings_are_unit_float32_and_tell_samples_apart(
     assert_close(embeddings.norm(dim=1), torch.ones(len(IMAGES)))
     similarity = embeddings @ embeddings.T - 2 * torch.eye(len(IMAGES))
     assert similarity.max() < 0.999
-
-
-# --- The stock forward -----------------------------------------------------------------------
-
-
-def stock_inputs(batch: Batch, processor: Processor, item: Item) -> dict[str, Tensor]:
-    """What the model's own processor would hand over, for one sample."""
-    inputs = {
-        "input_ids": batch.input_ids[None],
-        "mm_token_type_ids": batch.image_mask[None].int(),
-        "attention_mask": torch.ones_like(batch.input_ids)[None],
-    }
-    if item.images:
-        images = processor.image_processor(list(item.images), return_tensors="pt")
-        inputs["pixel_values"] = images["pixel_values"]
-        inputs["image_grid_thw"] = images["image_grid_thw"]
-    return inputs
-
-
-@pytest.mark.parametrize("images", [0, 1, 2])
-def test_causal_policy_equals_the_stock_forward(
-    images: int, loaded: Loaded, stock: Any, processor: Processor, make_item: Callable[..., Item]
-) -> None:
-    item = make_item(images, images=images)
-    batch = pack([processor.encode(item, None, key=0, seed=0, row_id="toy")])
-    inputs = stock_inputs(batch, processor, item)
-    hidden = run(loaded.backbone, batch, POLICIES["causal"])
-    with torch.no_grad():
-        assert_close(hidden, stock.model(**inputs).last_hidden_state[0])
-        assert_close(loaded.backbone.vocabulary(hidden), stock(**inputs).logits[0])
-
-
-@pytest.mark.parametrize("images", [0, 1, 2])
-def test_bidirectional_policy_equals_the_stock_forward_that_is_not_causal(
-    images: int,
-    loaded: Loaded,
-    tiny_folder: Path,
-    processor: Processor,
-    make_item: Callable[..., Item],
-) -> None:
-    # Eager: without padding the stock mask is None, which stock sdpa takes for causal.
-    stock = load_stock(tiny_folder, attn_implementation="eager")
-    item = make_item(images, images=images)
-    batch = pack([processor.encode(item, None, key=0, seed=0, row_id="toy")])
-    inputs = stock_inputs(batch, processor, item)
-    hidden = run(loaded.backbone, batch, POLICIES["bidirectional"])
-    with torch.no_grad():
-        causal = stock.model(**inputs).last_hidden_state[0]
-        stock.config.text_config.is_causal = False
-        assert_close(hidden, stock.model(**inputs).last_hidden_state[0])
-    assert (hidden - causal).abs().max() > 1e-3
-
-
-def test_stock_forward_of_padded_batches_gives_the_same_packed_states(
-    loaded: Loaded, stock: Any, processor: Processor, make_item: Callable[..., Item]
-) -> None:
-    items = [make_item(seed, images=1) for seed in range(3)]
-    batch = pack([processor.encode(i, None, key=0, seed=0, row_id="toy") for i in items])
-    pieces = [batch.select(i, i + 1) for i in range(3)]
-    longest = int(batch.lengths.max())
-
-    def padded(values: Sequence[Tensor]) -> Tensor:  # on the left, as for generation
-        return torch.stack([torch.cat([v.new_zeros(longest - len(v)), v]) for v in values])
-
-    pictures = processor.image_processor([i.images[0] for i in items], return_tensors="pt")
-    with torch.no_grad():
-        output = stock.model(
-            input_ids=padded([p.input_ids for p in pieces]),
-            attention_mask=padded([torch.ones_like(p.input_ids) for p in pieces]),
-            mm_token_type_ids=padded([p.image_mask.int() for p in pieces]),
-            **pictures,
-        ).last_hidden_state
-    hidden = run(loaded.backbone, batch, POLICIES["causal"])
-    expected = [rows[-p.num_tokens :] for rows, p in zip(output, pieces, strict=True)]
-    assert_close(hidden, torch.cat(expected))
-
-
-LAYOUTS: dict[str, list[int | tuple[int, int, int]]] = {
-    "text only": [7],
-    "image first": [(1, 4, 4), 5],
-    "image last": [5, (1, 4, 4)],
-    "image alone": [(1, 2, 2)],
-    "wide": [3, (1, 2, 12), 2],
-    "tall": [3, (1, 12, 2), 2],
-    "several": [2, (1, 4, 6), 1, (1, 2, 2), 4, (1, 8, 4), 1],
-    "video-like": [2, (3, 4, 6), 3],
-}
-
-
-def random_layout(seed: int) -> list[int | tuple[int, int, int]]:
-    rng = random.Random(seed)
-    layout: list[int | tuple[int, int, int]] = [rng.randint(1, 9)]
-    for _ in range(rng.randint(1, 4)):
-        layout += [(1, 2 * rng.randint(1, 6), 2 * rng.randint(1, 6)), rng.randint(1, 9)]
-    return layout
-
-
-@pytest.mark.parametrize(
-    "layout",
-    [*LAYOUTS.values(), *map(random_layout, range(12))],
-    ids=[*LAYOUTS, *(f"random {seed}" for seed in range(12))],
-)
-def test_mrope_positions_equal_the_stock_ones(
-    layout: list[int | tuple[int, int, int]], stock: Any
-) -> None:
-    kinds: list[int] = []
-    grids = [span for span in layout if not isinstance(span, int)]
-    for span in layout:
-        kinds += [0] * span if isinstance(span, int) else [1] * (span[0] * span[1] * span[2] // 4)
-    expected, _ = stock.model.get_rope_index(
-        input_ids=torch.zeros(1, len(kinds), dtype=torch.int64),
-        mm_token_type_ids=torch.tensor([kinds]),
-        image_grid_thw=torch.tensor(grids).view(-1, 3),
-    )
-    assert torch.equal(mrope_positions(layout, merge_size=2), expected[:, 0])
-
-
-@pytest.mark.parametrize("images", [0, 1, 2, 3])
-def test_positions_of_encoded_items_equal_the_stock_ones(
-    images: int, stock: Any, processor: Processor, make_item: Callable[..., Item]
-) -> None:
-    item = make_item(images, images=images)
-    sample = processor.encode(item, "two boats", key=0, seed=0, row_id="toy")
-    expected, _ = stock.model.get_rope_index(
-        input_ids=sample.input_ids[None],
-        mm_token_type_ids=sample.image_mask[None].int(),
-        image_grid_thw=sample.grids,
-    )
-    assert torch.equal(sample.position_ids, expected[:, 0])
-
-
-@pytest.mark.parametrize("size", [(28, 28), (5, 9), (30, 90), (100, 41), (300, 200), (1, 150)])
-def test_pixels_are_bit_equal_to_the_image_processor(
-    size: tuple[int, int],
-    loaded: Loaded,
-    processor: Processor,
-    make_image: Callable[..., Image.Image],
-) -> None:
-    item = Item(f"{IMAGE_SLOT} and {IMAGE_SLOT}", (make_image(size), make_image((56, 28), seed=1)))
-    batch = pack([processor.encode(item, None, key=0, seed=0, row_id="toy")])
-    expected = processor.image_processor(list(item.images), return_tensors="pt")
-    assert torch.equal(batch.grids, expected["image_grid_thw"])
-    patches = len(batch.patches)
-    frames = expected["pixel_values"].view(patches, 3, 2, -1)  # channels, temporal copies
-    for copy_of_frame in frames.unbind(2):
-        assert torch.equal(loaded.backbone.pixels(batch).view(patches, 3, -1), copy_of_frame)
-
-
-def test_every_byte_is_normalised_as_by_the_image_processor(loaded: Loaded) -> None:
-    levels = torch.arange(256, dtype=torch.uint8).view(16, 16)
-    image = Image.fromarray(levels[:, :, None].expand(-1, -1, 3).contiguous().numpy())
-    pixels = loaded.image_processor(
-        [image.resize((28, 28), Image.Resampling.NEAREST)], return_tensors="pt"
-    )["pixel_values"]
-    values = pixels.view(len(pixels), 3, -1).transpose(0, 1).flatten(1)
-    for channel, expected in zip(loaded.backbone.byte_values, values, strict=True):
-        assert torch.equal(channel.unique(), expected.unique())
 
 
 # --- Wiring ----------------------------------------------------------------------------------

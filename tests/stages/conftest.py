@@ -1,4 +1,4 @@
-"""A handful of captioned pictures, a tiny model, and runs of stages whose values come from conf/."""
+"""Captioned pictures, a tiny model, and runs of stages whose values come from conf/."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from cocoa_pl.errors import UserError
 from cocoa_pl.items import Pair
 from cocoa_pl.models.adapters import LowRank
 from cocoa_pl.models.backbone import Backbone
-from cocoa_pl.stages.base import StageModule
 from cocoa_pl.stages.recipe import Interrupted, Stage
 
 STEPS = 5
@@ -56,17 +55,17 @@ def fall(*_: Any) -> None:
 
 
 class FewPairs:
-    """Four pairs, to train on and to validate on."""
+    """A few pairs, to train on and to validate on."""
 
-    def __init__(self, data: PairsData) -> None:
+    def __init__(self, data: PairsData, count: int) -> None:
         self.caption_subsets = data.caption_subsets
-        self.pairs = data.train_pairs()[:4]
+        self.training = self.validation = data.train_pairs()[:count]
 
     def train_pairs(self) -> list[Pair]:
-        return self.pairs
+        return self.training
 
     def validation_pairs(self) -> list[Pair]:
-        return self.pairs
+        return self.validation
 
     def training_texts(self) -> list[str]:
         return []
@@ -273,7 +272,7 @@ def test_a_stage_learns_a_few_rows_by_heart(
     read_metrics: ReadMetrics,
 ) -> None:
     overrides = [f"stage.order=[{name}]", f"schedule.{name}.lr=5e-3", "schedule.token_budget=1000"]
-    few = FewPairs(data)
+    few = FewPairs(data, 4)
     train(tmp_path, make_stages(*overrides, steps=40), fresh(), data=few)
     losses = [float(r[3]) for r in read_metrics(tmp_path) if r[2] == "train/loss"]
     assert len(losses) == 40
@@ -288,28 +287,87 @@ def test_bridge_gain_tells_a_learnt_bridge_from_none(
     fresh: Fresh,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
+    def gain(name: str, backbone: Backbone, *, lr: float, steps: int) -> float:
+        stages = make_stages(
+            "stage.order=[reconstruct]",
+            "stage.reconstruct.module.text_ratio=1.0",  # nothing of TARGET tells of the rest
+            "schedule.token_budget=1000",
+            "schedule.validate_every=500",
+            "schedule.validation_batch_size=4",
+            f"schedule.reconstruct.lr={lr}",
+            steps=steps,
+        )
+        caplog.clear()
+        entry = train(tmp_path / name, stages, backbone, data=FewPairs(data, 4))[0]
+        found: float = entry["validation"]["bridge_gain"]
+        assert f"bridge gain {found:.2f} nats/token" in caplog.text
+        assert ("EOS still carries nothing" in caplog.text) == (found < 0.05)
+        return found
+
     caplog.set_level("INFO", logger="cocoa_pl")
-    shared = [
-        "stage.order=[reconstruct]",
-        "schedule.token_budget=1000",
-        "schedule.validate_every=500",
-    ]
-    few = FewPairs(data)
-    none = train(
-        tmp_path / "none",
-        make_stages(*shared, "schedule.reconstruct.lr=1e-9", steps=1),
-        fresh(),
-        data=few,
-    )
-    nothing_said = caplog.text
-    learnt = train(
-        tmp_path / "learnt",
-        make_stages(*shared, "schedule.reconstruct.lr=5e-3", steps=80),
-        fresh(),
-        data=few,
-    )
-    print(none, learnt)
-    assert abs(none[0]["validation"]["bridge_gain"]) < 0.05
-    assert "EOS still carries nothing" in nothing_said
-    assert learnt[0]["validation"]["bridge_gain"] > 0.5
-    assert caplog.text.count("EOS still carries nothing") == 1
+    cut = fresh()
+    for layer in cut.stock.model.language_model.layers:
+        layer.self_attn.o_proj.weight.data.zero_()
+    assert abs(gain("cut", cut, lr=1e-9, steps=1)) < 1e-4
+    assert gain("learnt", fresh(), lr=5e-3, steps=80) > 0.3
+
+
+def test_a_row_alone_has_no_other_context_and_does_not_count(
+    tmp_path: Path, data: PairsData, make_stages: MakeStages, train: Train, fresh: Fresh
+) -> None:
+    """Five rows by two: the last batch has one, whose own loss must not be held against it."""
+    gains = []
+    for size, count in ((2, 4), (2, 5)):
+        stages = make_stages(
+            "stage.order=[reconstruct]",
+            f"schedule.validation_batch_size={size}",
+            "schedule.reconstruct.lr=1e-9",
+            steps=1,
+        )
+        few = FewPairs(data, count)
+        few.training = data.train_pairs()
+        entry = train(tmp_path / str(count), stages, fresh(), data=few)[0]
+        gains.append(entry["validation"]["bridge_gain"])
+    assert gains[0] == pytest.approx(gains[1], abs=1e-5)
+
+
+def test_a_gradient_that_is_not_finite_names_its_rows(
+    tmp_path: Path, make_stages: MakeStages, train: Train, fresh: Fresh
+) -> None:
+    backbone = fresh()
+    for parameter in backbone.stock.model.language_model.norm.parameters():
+        parameter.data.fill_(torch.nan)
+    with pytest.raises(UserError, match=r"step 0: the gradient is nan; .*train\.jsonl line \d+, "):
+        train(tmp_path, make_stages(), backbone)
+
+
+@pytest.mark.parametrize(
+    ("steps", "epochs", "expected"),
+    [("7", "null", 7), ("null", "2", 6), ("null", "0.5", 1), ("null", "0.01", 1)],
+)
+def test_a_stage_counts_its_steps(
+    steps: str, epochs: str, expected: int, make_stages: MakeStages
+) -> None:
+    stage = make_stages(f"stage.warmup.steps={steps}", f"stage.warmup.epochs={epochs}")[1]
+    assert stage.count_steps(13) == expected
+
+
+@pytest.mark.parametrize(("steps", "epochs"), [("7", "2"), ("null", "null")])
+def test_a_stage_wants_either_steps_or_epochs(
+    steps: str,
+    epochs: str,
+    tmp_path: Path,
+    make_stages: MakeStages,
+    train: Train,
+    fresh: Fresh,
+) -> None:
+    stages = make_stages(f"stage.pretrain.steps={steps}", f"stage.pretrain.epochs={epochs}")
+    with pytest.raises(UserError, match="stage pretrain: give either steps or epochs"):
+        train(tmp_path, stages, fresh())
+
+
+def test_a_dataset_smaller_than_a_batch_is_refused(
+    tmp_path: Path, data: PairsData, make_stages: MakeStages, train: Train, fresh: Fresh
+) -> None:
+    with pytest.raises(UserError, match="has 3 rows, fewer than one batch of 4; lower"):
+        train(tmp_path, make_stages(), fresh(), data=FewPairs(data, 3))

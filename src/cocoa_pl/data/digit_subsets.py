@@ -120,6 +120,8 @@ def _examples(studio: Studio, drawn: list[Drawn], *, rows: int) -> dict[str, lis
 
 def _task(name: str, examples: list[Example], *, pool: list[Side] | None = None) -> Task:
     """Candidates are the whole pool, by default the positives of all rows."""
+    if not examples:
+        raise UserError(f"digits: so few scenes make no row of {name}; ask for more of them")
     sides = pool or [example.positive for example in examples]
     assert len(set(sides)) == len(sides), f"{name}: two candidates are the same"
     return Task(name, examples, sides, tasks.against_pool(examples, sides))

@@ -152,27 +152,29 @@ class Processor:
     def _truncated(
         self, parts: Sequence[list[int] | _Patches], target: list[int], budget: int, row_id: str
     ) -> tuple[list[list[int] | _Patches], list[int]]:
-        """Cut texts from the end of CONTEXT, then of TARGET, to `budget` tokens."""
-        excess = sum(len(p) for p in parts if isinstance(p, list)) + len(target) - budget
+        """Cut ends of texts to `budget` tokens; TARGET may have half of it, CONTEXT the rest."""
+        num_context = sum(len(part) for part in parts if isinstance(part, list))
+        excess = num_context + len(target) - budget
         if excess <= 0:
             return list(parts), target
         if not self._reported_truncation:
             self._reported_truncation = True
             log.warning(
-                "%s is longer than max_length=%d and loses its last %d text tokens (said once)",
+                "%s is longer than max_length=%d and loses %d text tokens (said once)",
                 row_id,
                 self.max_length,
                 excess,
             )
+        target = target[: max(budget - num_context, budget // 2)]
+        excess = num_context + len(target) - budget
         kept: list[list[int] | _Patches] = []
         for part in reversed(parts):
-            if isinstance(part, list) and excess > 0:
+            if isinstance(part, list):
                 cut = min(excess, len(part))
                 part, excess = part[: len(part) - cut], excess - cut
-            kept.append(part)
-        return [p for p in reversed(kept) if not isinstance(p, list) or p], target[
-            : len(target) - excess
-        ]
+            if isinstance(part, _Patches) or part:
+                kept.append(part)
+        return kept[::-1], target
 
     def _patches(self, image: Image) -> _Patches:
         """Resize and cut by the model's own image processor, on bytes: it only scales and copies

@@ -1,0 +1,197 @@
+"""What trains is saved whole, and loaded whole or not at all."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from cocoa_pl import checkpoint
+from cocoa_pl.checkpoint import LastCheckpoint
+from cocoa_pl.errors import UserError
+from cocoa_pl.models.adapters import LowRank
+from cocoa_pl.models.backbone import Backbone
+from cocoa_pl.models.loading import Loaded
+
+LoadTiny = Callable[..., Loaded]
+
+
+def adapted(load_tiny: LoadTiny) -> Backbone:
+    """A backbone with adapters that look trained."""
+    adapter = LowRank(
+        rank=2,
+        alpha=4,
+        dropout=0.0,
+        init="gaussian",
+        use_dora=False,
+        target_modules=[r".*language_model.*\.(q|v)_proj"],
+    )
+    backbone = adapter(load_tiny().backbone)
+    for name, parameter in backbone.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter)
+    return backbone
+
+
+def content_of(backbone: Backbone) -> dict[str, Any]:
+    state = {f"backbone.{n}": v.clone() for n, v in checkpoint.trained_state(backbone).items()}
+    return {"state_dict": state | {"log_scale": torch.tensor(1.0)}, "cocoa": {}}
+
+
+def test_only_what_trains_is_saved(load_tiny: LoadTiny) -> None:
+    saved = checkpoint.trained_state(adapted(load_tiny))
+    assert saved
+    assert all("lora_" in name for name in saved)
+
+
+def test_adapters_come_back_as_they_were(load_tiny: LoadTiny) -> None:
+    content, other = content_of(adapted(load_tiny)), adapted(load_tiny)
+    checkpoint.load_backbone(other, content, where="last.ckpt")
+    for name, value in checkpoint.trained_state(other).items():
+        assert torch.equal(value, content["state_dict"][f"backbone.{name}"])
+
+
+def test_fully_tuned_weights_come_back_as_they_were(load_tiny: LoadTiny) -> None:
+    trained, other = (load_tiny().backbone.requires_grad_(True) for _ in range(2))
+    for parameter in trained.parameters():
+        parameter.data.add_(0.1)
+    checkpoint.load_backbone(other, content_of(trained), where="last.ckpt")
+    for name, value in trained.state_dict().items():
+        assert torch.equal(other.state_dict()[name], value), name
+
+
+def test_a_missing_adapter_is_refused_by_name(load_tiny: LoadTiny) -> None:
+    backbone = adapted(load_tiny)
+    content = content_of(backbone)
+    name = sorted(n for n in content["state_dict"] if "lora_A" in n)[0]
+    del content["state_dict"][name]
+    message = re.escape(f"last.ckpt misses 1 weights, first {name.removeprefix('backbone.')}")
+    with pytest.raises(UserError, match=message):
+        checkpoint.load_backbone(backbone, content, where="last.ckpt")
+
+
+def test_an_unexpected_adapter_is_refused_by_name(load_tiny: LoadTiny) -> None:
+    backbone = adapted(load_tiny)
+    content = content_of(backbone)
+    content["state_dict"]["backbone.model.extra.lora_A.weight"] = torch.ones(1)
+    with pytest.raises(UserError, match=r"has unexpected 1 weights, first model\.extra\.lora_A"):
+        checkpoint.load_backbone(backbone, content, where="last.ckpt")
+
+
+def test_an_untouched_adapter_is_refused_by_name(load_tiny: LoadTiny) -> None:
+    backbone = adapted(load_tiny)
+    content = content_of(backbone)
+    name = sorted(n for n in content["state_dict"] if "lora_B" in n)[0]
+    content["state_dict"][name].zero_()
+    message = re.escape(f"1 adapters were never trained, first {name.removeprefix('backbone.')}")
+    with pytest.raises(UserError, match=message):
+        checkpoint.load_backbone(backbone, content, where="last.ckpt")
+
+
+def test_a_refused_checkpoint_changes_nothing(load_tiny: LoadTiny) -> None:
+    backbone = adapted(load_tiny)
+    before = {n: v.clone() for n, v in backbone.state_dict().items()}
+    content = content_of(adapted(load_tiny))
+    content["state_dict"].popitem()
+    del content["state_dict"][next(iter(content["state_dict"]))]
+    with pytest.raises(UserError):
+        checkpoint.load_backbone(backbone, content, where="last.ckpt")
+    assert all(torch.equal(backbone.state_dict()[n], v) for n, v in before.items())
+
+
+def test_no_checkpoint_is_said_by_path(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"there is no checkpoint .*none\.ckpt"):
+        checkpoint.read(tmp_path / "none.ckpt")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda whole: b"",
+        lambda whole: b"not a checkpoint at all",
+        lambda whole: whole[: len(whole) // 2],
+        lambda whole: whole[:100] + bytes(100) + whole[200:],
+    ],
+    ids=["empty", "text", "half", "zeros inside"],
+)
+def test_a_damaged_checkpoint_is_said_by_path(
+    damage: Callable[[bytes], bytes], tmp_path: Path
+) -> None:
+    path = tmp_path / "last.ckpt"
+    torch.save({"cocoa": {}, "state_dict": {"a": torch.ones(500)}}, path)
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(UserError, match=r"last\.ckpt cannot be read as a checkpoint"):
+        checkpoint.read(path)
+
+
+@pytest.mark.parametrize("content", [{"state_dict": {}}, [1, 2], torch.ones(2)])
+def test_a_foreign_checkpoint_is_refused(content: object, tmp_path: Path) -> None:
+    path = tmp_path / "last.ckpt"
+    torch.save(content, path)
+    with pytest.raises(UserError, match=r"last\.ckpt is not a checkpoint of cocoa_pl"):
+        checkpoint.read(path)
+
+
+class Toy(L.LightningModule):
+    """One trained weight, and one that is frozen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trained = nn.Parameter(torch.zeros(1))
+        self.frozen = nn.Parameter(torch.zeros(1), requires_grad=False)
+
+    def training_step(self, batch: torch.Tensor) -> torch.Tensor:
+        return (self.trained - batch).square().sum()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def fit(path: Path, *, steps: int, every: int, module: Toy) -> None:
+    saver = LastCheckpoint(path, every=every, position={"stage": "toy", "stage_index": 0})
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_steps=steps,
+        callbacks=[saver],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=path.parent,
+    )
+    trainer.fit(module, DataLoader(torch.ones(20, 1)))
+
+
+@pytest.mark.parametrize(("steps", "every"), [(4, 2), (4, 100), (5, 2)])
+def test_the_last_step_is_always_saved(steps: int, every: int, tmp_path: Path) -> None:
+    path, module = tmp_path / "last.ckpt", Toy()
+    fit(path, steps=steps, every=every, module=module)
+    content = checkpoint.read(path)
+    assert content["global_step"] == steps
+    assert content["cocoa"] == {"stage": "toy", "stage_index": 0, "finished": True}
+    assert content["state_dict"].keys() == {"trained"}
+    assert torch.equal(content["state_dict"]["trained"], module.trained.detach())
+
+
+def test_a_write_that_fails_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "last.ckpt"
+    fit(path, steps=1, every=1, module=Toy())
+    before = path.read_bytes()
+
+    def full(self: L.Trainer, filepath: Path, *_: Any) -> None:
+        Path(filepath).write_bytes(b"half of it")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(L.Trainer, "save_checkpoint", full)
+    with pytest.raises(OSError, match="no space left"):
+        fit(path, steps=2, every=1, module=Toy())
+    assert path.read_bytes() == before

@@ -1,0 +1,357 @@
+"""Two processes on the CPU give what one process gives on the whole batch."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+from PIL import Image
+from rich.console import Console
+from safetensors.torch import load_file
+from torch import nn
+
+from cocoa_pl.assemble import train
+from cocoa_pl.attention import Policy
+from cocoa_pl.batch import Encoded, Rows
+from cocoa_pl.data.datamodule import collate
+from cocoa_pl.data.tokenize import Processor
+from cocoa_pl.distributed import (
+    gather_offset,
+    gather_rows,
+    global_sum,
+    global_sums,
+    rank,
+    sum_gradients,
+    world_size,
+)
+from cocoa_pl.entry import CONFIGS, register_resolvers
+from cocoa_pl.items import Item
+from cocoa_pl.models.loading import load
+from cocoa_pl.stages.base import Optimization, StageModule
+from cocoa_pl.stages.contrastive import ContrastiveModule
+from cocoa_pl.stages.reconstruction import ReconstructionModule
+
+WORLD = 2
+SHARES = (slice(0, 3), slice(3, 5))  # rows of each rank: not the same number
+
+Row = list[Encoded]
+Found = dict[str, dict[str, Any]]
+
+EVERYTHING = ("context", "eos", "target")
+BIDIRECTIONAL = Policy("bidirectional", EVERYTHING, EVERYTHING, EVERYTHING, causal=False)
+BRIDGE = Policy("eos_bridge", ("context", "eos"), EVERYTHING, ("eos", "target"), causal=False)
+SHARED: dict[str, Any] = {
+    "optimization": Optimization(
+        lr=1e-3,
+        weight_decay=0.0,
+        betas=(0.9, 0.98),
+        schedule="linear",
+        warmup_steps=0,
+        clip_norm=1.0,
+    ),
+    "token_budget": 30,  # several chunks on each rank
+    "steps": 3,
+    "seed": 0,
+}
+CONTRAST = {
+    "temperature": 0.1,
+    "learn_temperature": True,
+    "symmetric": False,
+    "mask_false_negatives": False,
+    "matryoshka_dims": (),
+}
+CONTRASTIVE = {
+    "plain": CONTRAST,
+    "masked": CONTRAST | {"mask_false_negatives": True},
+    "symmetric": CONTRAST
+    | {"symmetric": True, "mask_false_negatives": True, "matryoshka_dims": (8, 16)},
+}
+WARMUP = {"text_ratio": 0.2, "text_segment": "context", "patch_ratio": 0.5, "patch_weight": 0.5}
+RECONSTRUCTION = {
+    "warmup": (BIDIRECTIONAL, WARMUP),
+    "bridge": (
+        BRIDGE,
+        {"text_ratio": 0.7, "text_segment": "target", "patch_ratio": 0.0, "patch_weight": 0.0},
+    ),
+}
+
+
+@dataclasses.dataclass
+class Task:
+    """What the processes compute with."""
+
+    config: Path
+    model: Path
+    processor: Processor
+    pairs: list[Row]
+    captions: list[Row]
+
+
+def step(module: StageModule, rows: Rows) -> dict[str, Any]:
+    """Loss and gradients of one global batch, by name."""
+    module.manual_backward = lambda loss: loss.backward()  # type: ignore[method-assign]
+    metrics = module.accumulate(rows)
+    sum_gradients(module.parameters())
+    found = {f"metric {name}": value for name, value in metrics.items()}
+    return found | {n: p.grad for n, p in module.named_parameters() if p.grad is not None}
+
+
+def stage_steps(task: Task, share: slice) -> Found:
+    found: Found = {}
+
+    def backbone() -> Any:
+        loaded = load(task.model, kernel="sdpa", dtype="float32", gradient_checkpointing=False)
+        torch.manual_seed(0)  # of new heads
+        return loaded.backbone.eval()
+
+    for name, values in CONTRASTIVE.items():
+        contrastive = ContrastiveModule(
+            backbone(), processor=task.processor, policy=BIDIRECTIONAL, **values, **SHARED
+        )
+        found[name] = step(contrastive, collate(task.pairs[share]))
+    for name, (policy, choices) in RECONSTRUCTION.items():
+        reconstruction = ReconstructionModule(
+            backbone(), processor=task.processor, policy=policy, **choices, **SHARED
+        )
+        found[name] = step(reconstruction, collate(task.captions[share]))
+    return found
+
+
+def primitives() -> Found:
+    """Sums and gathers of rank-dependent values, forward and backward."""
+    here = rank()
+    rows = torch.arange(2.0 * (here + 1)).view(-1, 2) + 10 * here  # one row, then two
+    rows.requires_grad_()
+    gathered = gather_rows(rows)
+    weight = torch.tensor([1.0, 2.0, 3.0])[:, None] * (here + 1)
+    (gathered * weight).sum().backward()
+    used, unused, frozen = (nn.Parameter(torch.zeros(2)) for _ in range(3))
+    wide = nn.Parameter(torch.zeros(3, dtype=torch.float64))
+    frozen.requires_grad_(False)
+    used.grad = torch.full((2,), here + 1.0)
+    wide.grad = torch.full_like(wide, 5.0)
+    if here:
+        unused.grad = torch.full((2,), 7.0)
+    sum_gradients([used, unused, frozen, wide])
+    names = {"both": torch.tensor(here + 1.0)} | ({"one": torch.tensor(4.0)} if here else {})
+    return {
+        "primitives": {
+            "world": world_size(),
+            "gathered": gathered.detach(),
+            "gradient": rows.grad,
+            "offset": gather_offset(len(rows), torch.device("cpu")),
+            "sum": global_sum(torch.tensor([1.0, here])),
+            "sums": global_sums(names),
+            "used": used.grad,
+            "unused": unused.grad,
+            "frozen": frozen.grad,
+            "wide": wide.grad,
+        }
+    }
+
+
+def run(config: Path, folder: Path) -> None:
+    """The whole of `train.py` but its command line."""
+    folder.mkdir(exist_ok=True)
+    cfg = OmegaConf.load(config)
+    assert isinstance(cfg, DictConfig)
+    train(cfg, folder, Console(quiet=True))
+
+
+def work(index: int, folder: Path) -> None:
+    """One of the processes: computes its share and writes what it found."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/meeting", rank=index, world_size=WORLD
+    )
+    with (folder / "task.pkl").open("rb") as file:
+        task: Task = pickle.load(file)
+    torch.save(primitives() | stage_steps(task, SHARES[index]), folder / f"{index}.pt")
+    # For Lightning: the processes are there already, and know each other.
+    os.environ |= {"LOCAL_RANK": str(index), "NODE_RANK": "0", "WORLD_SIZE": str(WORLD)}
+    run(task.config.with_name("ddp.yaml"), folder / "run")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def task(
+    config: Path, tiny_folder: Path, processor: Processor, make_item: Callable[..., Item]
+) -> Task:
+    """Five rows; of the pairs the first and the last have the same positive, and one in three has
+    a hard negative.
+    """
+
+    def encode(seed: int, images: int, target: str | None = None) -> Encoded:
+        item = make_item(seed, images=images)
+        return processor.encode(item, target, key=item.key, seed=seed, row_id=f"toy row {seed}")
+
+    pairs = [[encode(n, 1), encode(10 + n, 0), encode(20 + n, n % 2)] for n in range(5)]
+    pairs[4][1] = pairs[0][1]
+    captions = [[encode(30 + n, n % 3, make_item(40 + n).text)] for n in range(5)]
+    return Task(config, tiny_folder, processor, pairs, captions)
+
+
+@pytest.fixture(scope="module")
+def config(
+    tiny_folder: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    make_image: Callable[..., Image.Image],
+) -> Path:
+    """A run of the two kinds of stages on a few pairs; beside it the same run by two processes."""
+    folder = tmp_path_factory.mktemp("config")
+    rows = []
+    for number, thing in enumerate(
+        ["dog", "cat", "sofa", "boats", "sea", "old", "red", "green", "two", "small", "sleep"]
+    ):
+        make_image((56, 56), seed=number).save(folder / f"{number}.png")
+        rows.append(
+            {"query_image": f"{number}.png", "positive": " ".join(["a"] * number + [thing])}
+        )
+    (folder / "pairs.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    stages = ("warmup", "contrast")
+    overrides = [
+        f"init_from={tiny_folder}",
+        "data=pairs",
+        f"data.path={folder}/pairs.jsonl",
+        f"data.image_root={folder}",
+        "data.validation_fraction=0.3",
+        f"stage.order=[{','.join(stages)}]",
+        "schedule.token_budget=60",
+        "schedule.validate_every=2",
+        "schedule.validation_batch_size=2",
+        *(f"schedule.{s}.{o}" for s in stages for o in ("steps=3", "batch_size=4", "lr=1e-3")),
+        "num_workers=0",
+        "evaluate=false",
+        "logger=none",
+        "trainer.log_every_n_steps=1",
+    ]
+    register_resolvers()
+    for name, trainer in (("cpu", ["trainer=cpu"]), ("ddp", ["trainer=ddp", "trainer.devices=2"])):
+        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            cfg = compose("train", [*overrides, *trainer, "trainer.accelerator=cpu"])
+        OmegaConf.save(cfg, folder / f"{name}.yaml", resolve=True)
+    return folder / "cpu.yaml"
+
+
+@pytest.fixture(scope="module")
+def folder(task: Task, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes leave behind."""
+    folder = tmp_path_factory.mktemp("ranks")
+    with (folder / "task.pkl").open("wb") as file:
+        pickle.dump(task, file)
+    mp.spawn(work, args=(folder,), nprocs=WORLD)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ranks(folder: Path) -> list[Found]:
+    """What each of the processes found."""
+    return [torch.load(folder / f"{index}.pt", weights_only=False) for index in range(WORLD)]
+
+
+@pytest.fixture(scope="module")
+def whole(task: Task) -> Found:
+    """What one process finds on all rows."""
+    return stage_steps(task, slice(None))
+
+
+def test_gathered_rows_are_those_of_all_ranks_in_order(ranks: list[Found]) -> None:
+    expected = torch.tensor([[0.0, 1.0], [10.0, 11.0], [12.0, 13.0]])
+    for found in ranks:
+        assert found["primitives"]["world"] == 2
+        assert torch.equal(found["primitives"]["gathered"], expected)
+    assert [found["primitives"]["offset"] for found in ranks] == [0, 1]
+
+
+def test_a_gathered_row_gets_the_gradient_of_all_ranks(ranks: list[Found]) -> None:
+    # Row i counted i+1 times on rank 0 and twice that on rank 1.
+    gradients = [found["primitives"]["gradient"] for found in ranks]
+    assert torch.equal(gradients[0], torch.tensor([[3.0, 3.0]]))
+    assert torch.equal(gradients[1], torch.tensor([[6.0, 6.0], [9.0, 9.0]]))
+
+
+def test_gradients_are_summed_and_a_missing_one_counts_as_zero(ranks: list[Found]) -> None:
+    for found in (part["primitives"] for part in ranks):
+        assert torch.equal(found["used"], torch.full((2,), 3.0))
+        assert torch.equal(found["unused"], torch.full((2,), 7.0))
+        assert found["frozen"] is None
+        assert found["wide"].dtype == torch.float64
+        assert torch.equal(found["wide"], torch.full((3,), 10.0, dtype=torch.float64))
+
+
+def test_sums_are_over_ranks_even_of_names_that_one_lacks(ranks: list[Found]) -> None:
+    for found in (part["primitives"] for part in ranks):
+        assert torch.equal(found["sum"], torch.tensor([2.0, 1.0]))
+        assert found["sums"] == {"both": torch.tensor(3.0), "one": torch.tensor(4.0)}
+
+
+def test_on_one_process_everything_is_the_identity() -> None:
+    rows, parameter = torch.ones(3, 2, requires_grad=True), nn.Parameter(torch.ones(2))
+    parameter.grad = torch.full((2,), 4.0)
+    sum_gradients([parameter])
+    assert gather_rows(rows) is rows
+    assert gather_offset(3, rows.device) == 0
+    assert torch.equal(global_sum(rows), rows)
+    assert global_sums({"a": rows}) == {"a": rows}
+    assert torch.equal(parameter.grad, torch.full((2,), 4.0))
+
+
+@pytest.mark.parametrize("name", [*CONTRASTIVE, *RECONSTRUCTION])
+def test_loss_and_gradients_equal_one_process_on_the_whole_batch(
+    name: str, ranks: list[Found], whole: Found
+) -> None:
+    for found in (part[name] for part in ranks):
+        assert found.keys() == whole[name].keys()
+        for key, value in whole[name].items():
+            torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-5, msg=key)
+
+
+def test_what_is_compared_depends_on_every_choice(whole: Found) -> None:
+    losses = [float(whole[name]["metric loss"]) for name in CONTRASTIVE]
+    assert len({round(loss, 4) for loss in losses}) == len(losses)
+    assert all(bool(whole[name]["log_scale"].abs() > 1e-4) for name in CONTRASTIVE)
+
+
+def test_ranks_hide_different_numbers_of_tokens(task: Task) -> None:
+    """Otherwise a mean of the ranks' means would pass too."""
+    sizes = [sum(row[0].segment_lengths[2] for row in task.captions[share]) for share in SHARES]
+    assert sizes[0] != sizes[1]
+
+
+def test_a_run_of_two_processes_equals_a_run_of_one(
+    config: Path, folder: Path, tmp_path: Path
+) -> None:
+    run(config, tmp_path)
+    losses = [numbers(path) for path in (tmp_path, folder / "run")]
+    assert losses[0].keys() == losses[1].keys()
+    for key, value in losses[0].items():
+        assert losses[1][key] == pytest.approx(value, rel=1e-3, abs=1e-4), key
+    weights = [
+        load_file(path / "model" / "model.safetensors") for path in (tmp_path, folder / "run")
+    ]
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, rtol=0, atol=1e-4, msg=name)
+
+
+def numbers(run_dir: Path) -> dict[tuple[str, str, str], float]:
+    """metrics.csv without rates, and without contrast's validation: its candidates are a rank's."""
+    with (run_dir / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return {
+        (row["stage"], row["step"], row["name"]): float(row["value"])
+        for row in rows
+        if "per_second" not in row["name"]
+        and (row["stage"], row["name"].split("/")[0]) != ("contrast", "validation")
+    }

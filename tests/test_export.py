@@ -1,0 +1,257 @@
+"""The exported folder is an ordinary Hugging Face model that gives the same vectors."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn.functional import normalize
+from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+
+from cocoa_pl.attention import Policy
+from cocoa_pl.data.tokenize import Processor
+from cocoa_pl.embedder import Embedder
+from cocoa_pl.errors import UserError
+from cocoa_pl.export import export, lineage_of
+from cocoa_pl.items import IMAGE_SLOT, Item
+from cocoa_pl.models.adapters import LowRank
+from cocoa_pl.models.loading import Loaded
+
+EVERYTHING = ("context", "eos", "target")
+POLICIES = {
+    name: Policy(name, EVERYTHING, EVERYTHING, EVERYTHING, causal=name == "causal")
+    for name in ("causal", "bidirectional")
+}
+LINEAGE = [{"stage": "contrast", "steps": 3}]
+
+LoadTiny = Callable[..., Loaded]
+
+
+@pytest.fixture(scope="module")
+def items(make_image: Callable[..., Image.Image]) -> list[Item]:
+    """A text, a picture, and both, of different lengths."""
+    small, large = make_image((56, 28), seed=1), make_image((70, 60), seed=2)
+    return [
+        Item("a red dog"),
+        Item(IMAGE_SLOT, (small,)),
+        Item(f"the small cat {IMAGE_SLOT} sleeps on one sofa", (large,)),
+    ]
+
+
+@pytest.fixture(scope="module")
+def exported(
+    tmp_path_factory: pytest.TempPathFactory, load_tiny: LoadTiny, processor: Processor
+) -> dict[str, Path]:
+    """One folder for each policy."""
+    folders = {}
+    for name, policy in POLICIES.items():
+        folders[name] = tmp_path_factory.mktemp(name) / "model"
+        embedder = Embedder(load_tiny().backbone, processor, policy)
+        export(embedder, folders[name], lineage=LINEAGE)
+    return folders
+
+
+@pytest.fixture
+def copy(exported: dict[str, Path], tmp_path: Path) -> Path:
+    """An exported folder to be tampered with."""
+    return Path(shutil.copytree(exported["bidirectional"], tmp_path / "model"))
+
+
+def by_plain_transformers(folder: Path, item: Item) -> NDArray[np.float32]:
+    """What a user without this package computes, one item at a time."""
+    model: Any = AutoModelForImageTextToText.from_pretrained(folder, attn_implementation="sdpa")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    inputs: dict[str, Any] = {}
+    text = item.text
+    if item.images:
+        image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+        inputs = dict(image_processor(images=list(item.images), return_tensors="pt"))
+        visual = int(inputs["image_grid_thw"].prod()) // image_processor.merge_size**2
+        pad = "<|image_pad|>" * visual
+        text = text.replace(IMAGE_SLOT, f"<|vision_start|>{pad}<|vision_end|>")
+    ids = tokenizer(text + tokenizer.eos_token, return_tensors="pt").input_ids
+    inputs["mm_token_type_ids"] = (ids == model.config.image_token_id).int()
+    with torch.no_grad():
+        output = model.model(input_ids=ids, attention_mask=torch.ones_like(ids), **inputs)
+    vector: NDArray[np.float32] = normalize(output.last_hidden_state[0, -1].float(), dim=0).numpy()
+    return vector
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_plain_transformers_gives_the_same_vectors(
+    policy: str, exported: dict[str, Path], items: list[Item]
+) -> None:
+    ours = Embedder.load(str(exported[policy]), device="cpu").encode(items)
+    for item, vector in zip(items, ours, strict=True):
+        found = by_plain_transformers(exported[policy], item)
+        np.testing.assert_allclose(found, vector, atol=1e-5)
+
+
+def test_policies_give_different_vectors(exported: dict[str, Path], items: list[Item]) -> None:
+    """The comparison above can fail: attention matters to this model."""
+    first, second = (
+        Embedder.load(str(folder), device="cpu").encode(items) for folder in exported.values()
+    )
+    assert np.abs(first - second).max() > 1e-2
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_config_says_whether_attention_is_causal(policy: str, exported: dict[str, Path]) -> None:
+    config = json.loads((exported[policy] / "config.json").read_text())
+    assert config["text_config"]["is_causal"] == (policy == "causal")
+    assert "cocoa" not in (exported[policy] / "config.json").read_text()
+
+
+def test_exporting_leaves_the_model_as_it_was(
+    load_tiny: LoadTiny, processor: Processor, items: list[Item], tmp_path: Path
+) -> None:
+    embedder = Embedder(load_tiny().backbone, processor, POLICIES["bidirectional"])
+    before = embedder.encode(items)
+    export(embedder, tmp_path / "model", lineage=[])
+    np.testing.assert_array_equal(embedder.encode(items), before)
+
+
+def test_cocoa_json_tells_what_vectors_depend_on(
+    exported: dict[str, Path], processor: Processor
+) -> None:
+    described = json.loads((exported["bidirectional"] / "cocoa.json").read_text())
+    assert described["policy"]["name"] == "bidirectional"
+    assert described["pooling"] == "eos"
+    assert described["normalize"] is True
+    assert described["eos_token_id"] == processor.eos_id
+    assert described["lineage"] == LINEAGE == lineage_of(str(exported["bidirectional"]))
+    assert np.array(described["fingerprint"]).shape == (3, 32)
+
+
+def test_a_foreign_folder_has_no_lineage(tiny_folder: Path) -> None:
+    assert lineage_of(str(tiny_folder)) == []
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_adapters_are_merged_into_the_weights(
+    use_dora: bool, load_tiny: LoadTiny, processor: Processor, items: list[Item], tmp_path: Path
+) -> None:
+    adapter = LowRank(
+        rank=2,
+        alpha=4,
+        dropout=0.1,
+        init="gaussian",
+        use_dora=use_dora,
+        target_modules=[r".*language_model.*\.(q|v)_proj", r".*visual.*(qkv|fc1)"],
+    )
+    plain = Embedder(load_tiny().backbone, processor, POLICIES["bidirectional"]).encode(items)
+    backbone = adapter(load_tiny().backbone)
+    for name, parameter in backbone.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.3)
+    embedder = Embedder(backbone, processor, POLICIES["bidirectional"])
+    adapted = embedder.encode(items)
+    assert np.abs(adapted - plain).max() > 1e-2
+    export(embedder, tmp_path / "model", lineage=[])
+    merged = Embedder.load(str(tmp_path / "model"), device="cpu").encode(items)
+    np.testing.assert_allclose(merged, adapted, atol=1e-4)
+    assert not any("lora" in name for name in load_file(tmp_path / "model" / "model.safetensors"))
+    np.testing.assert_array_equal(embedder.encode(items), adapted)  # still adapters
+
+
+def test_a_run_folder_stands_for_its_model(exported: dict[str, Path], items: list[Item]) -> None:
+    folder = exported["causal"]
+    inner = Embedder.load(str(folder), device="cpu").encode(items)
+    outer = Embedder.load(str(folder.parent), device="cpu").encode(items)
+    np.testing.assert_array_equal(inner, outer)
+
+
+def test_an_export_replaces_an_older_one_whole(
+    copy: Path, load_tiny: LoadTiny, processor: Processor
+) -> None:
+    (copy / "left over.txt").write_text("from the older one")
+    export(Embedder(load_tiny().backbone, processor, POLICIES["causal"]), copy, lineage=[])
+    assert not (copy / "left over.txt").exists()
+    assert [p.name for p in copy.parent.iterdir()] == ["model"]
+    assert Embedder.load(str(copy), device="cpu").policy.name == "causal"
+
+
+def test_an_export_that_fails_leaves_the_older_one(
+    copy: Path, load_tiny: LoadTiny, processor: Processor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = sorted(p.name for p in copy.iterdir())
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(processor.tokenizer, "save_pretrained", full)
+    with pytest.raises(OSError, match="no space left"):
+        export(Embedder(load_tiny().backbone, processor, POLICIES["causal"]), copy, lineage=[])
+    assert sorted(p.name for p in copy.iterdir()) == before
+    assert [p.name for p in copy.parent.iterdir()] == ["model"]
+
+
+def test_changed_weights_are_refused(copy: Path) -> None:
+    weights = load_file(copy / "model.safetensors")
+    name = next(n for n in weights if "layers.0.self_attn.v_proj.weight" in n)
+    weights[name] = weights[name] * 1.5
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="does not give the vectors it was exported with"):
+        Embedder.load(str(copy), device="cpu")
+
+
+def test_a_changed_tokenizer_is_refused(copy: Path) -> None:
+    path = copy / "tokenizer.json"
+    content = json.loads(path.read_text())
+    vocabulary = content["model"]["vocab"]
+    first, second = (w for w, i in vocabulary.items() if i in (vocabulary["a"], vocabulary["e"]))
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="does not give the vectors it was exported with"):
+        Embedder.load(str(copy), device="cpu")
+
+
+def test_another_end_token_is_refused(copy: Path) -> None:
+    path = copy / "tokenizer_config.json"
+    path.write_text(path.read_text().replace('"<|im_end|>"', '"<|endoftext|>"'))
+    with pytest.raises(UserError, match="the tokenizer's end token is"):
+        Embedder.load(str(copy), device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"policy": POLICIES["causal"].to_dict()}, "does not give the vectors"),
+        ({"max_pixels": 28 * 28}, "does not give the vectors"),
+        ({"fingerprint": [[0.0] * 31] * 3}, "vectors have 32 dimensions, not 31"),
+        ({"fingerprint": [[float("nan")] * 32] * 3}, "does not give the vectors"),
+        ({"format": 99}, "format 99 is not 1; update cocoa_pl"),
+    ],
+)
+def test_a_changed_cocoa_json_is_refused(change: dict[str, Any], message: str, copy: Path) -> None:
+    path = copy / "cocoa.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UserError, match=message):
+        Embedder.load(str(copy), device="cpu")
+
+
+@pytest.mark.parametrize("content", ["", "{", "{}", "[1]", '{"format": 1}'])
+def test_a_damaged_cocoa_json_is_named(content: str, copy: Path) -> None:
+    (copy / "cocoa.json").write_text(content)
+    with pytest.raises(UserError, match=r"cocoa\.json"):
+        Embedder.load(str(copy), device="cpu")
+
+
+def test_a_model_of_others_is_not_an_embedder(tiny_folder: Path) -> None:
+    with pytest.raises(UserError, match=r"holds no cocoa\.json: it was not exported by cocoa_pl"):
+        Embedder.load(str(tiny_folder), device="cpu")
+
+
+def test_no_folder_at_all_is_said(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is no model folder"):
+        Embedder.load(str(tmp_path / "none"), device="cpu")
