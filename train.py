@@ -1,9 +1,9 @@
 """Train stages of CoCoA: `python train.py` runs the whole recipe on the embedded digits with a tiny
 model.
 
-python train.py stage=reconstruct model=qwen2vl adapter=dora data=pairs data.path=my.jsonl
-init_from=RUN python train.py -m seed=0,1,2 attention@stage.contrast.policy=causal,bidirectional
-python train.py resume=RUN
+    python train.py stage=reconstruct model=qwen2vl adapter=dora data=pairs data.path=my.jsonl
+    python train.py -m seed=0,1,2 attention@stage.contrast.policy=causal,bidirectional
+    python train.py resume=RUN
 """
 
 import os
@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 
 from cocoa_pl.assemble import train
 from cocoa_pl.entry import (
+    INTERRUPTED,
     check_command_line,
     guarded,
     register_resolvers,
@@ -24,21 +25,22 @@ from cocoa_pl.entry import (
     set_up_logging,
 )
 
+statuses: list[int] = []  # of the runs of a sweep, or of the one run
+
 
 @hydra.main(config_path="conf", config_name="train", version_base="1.3")
 def main(cfg: DictConfig) -> None:
     job = HydraConfig.get()
     run_dir = Path(os.path.relpath(job.runtime.output_dir))
-    console = set_up_logging(run_dir)
 
     def run() -> None:
+        console = set_up_logging(run_dir)
         resumed = resumed_config(cfg, job.overrides.task) if cfg.resume else cfg
         train(resumed, run_dir, console)
 
-    if job.mode == RunMode.MULTIRUN:
-        run()  # the sweep goes on with its other jobs and reports this one as missing
-    elif status := guarded(run):
-        sys.exit(status)
+    statuses.append(guarded(run))
+    if job.mode == RunMode.MULTIRUN and statuses[-1] == INTERRUPTED:
+        raise KeyboardInterrupt  # ends the sweep; a mistake in one run does not
 
 
 def start() -> None:
@@ -48,4 +50,4 @@ def start() -> None:
 
 if __name__ == "__main__":
     register_resolvers()
-    sys.exit(guarded(start))
+    sys.exit(guarded(start) or max(statuses, default=0))

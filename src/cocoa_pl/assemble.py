@@ -33,6 +33,7 @@ def train(cfg: DictConfig, run_dir: Path, console: Console) -> None:
     save_config(cfg, run_dir)
     stages = build_stages(cfg)
     data = build(cfg.data)
+    benchmark = build(cfg.benchmark) if cfg.evaluate else None  # its mistakes are told before hours
     loaded = open_model(cfg, data.training_texts)
     backbone = build(cfg.adapter)(loaded.backbone)
     log.info("%s", trainable_line(backbone))
@@ -62,10 +63,10 @@ def train(cfg: DictConfig, run_dir: Path, console: Console) -> None:
     if torch.distributed.is_initialized() and torch.distributed.get_rank():
         return
     export(embedder, run_dir / "model", lineage=[*lineage_of(str(loaded.folder)), *lineage])
-    if cfg.evaluate:
+    if benchmark is not None:
         score(
             embedder,
-            build(cfg.benchmark),
+            benchmark,
             run_dir,
             console,
             checkpoint_name=str(run_dir),

@@ -163,5 +163,12 @@ def pack(samples: Sequence[Encoded]) -> Batch:
     )
 
 
+def ranges(starts: Tensor, lengths: Tensor) -> Tensor:
+    """Concatenated arange(start, start + length) for each pair: (N), (N) -> (sum of lengths)."""
+    ends = lengths.cumsum(0)
+    within = torch.arange(int(lengths.sum())) - torch.repeat_interleave(ends - lengths, lengths)
+    return torch.repeat_interleave(starts, lengths) + within
+
+
 def _span(sizes: Tensor, start: int, stop: int) -> slice:
     return slice(int(sizes[:start].sum()), int(sizes[:stop].sum()))

@@ -4,7 +4,7 @@
 and to be rebuilt. What is hidden follows from each sample's seed alone (`randomness.py`).
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,6 +13,18 @@ from cocoa_pl.batch import SEGMENTS, Batch
 from cocoa_pl.randomness import normal, uniform
 
 _TEXT_STREAM, _PATCH_STREAM, _NOISE_STREAM = 1, 2, 3
+
+
+@dataclass(frozen=True)
+class Corrupted:
+    """A batch as the model sees it, and what it must say."""
+
+    batch: Batch
+    labels: Tensor  # (T) the uncorrupted tokens
+    token_mask: Tensor  # (T) bool, tokens to predict
+    patch_mask: Tensor  # (T) bool, visual tokens to rebuild
+    pixels: Tensor  # (P, B) clean
+    corrupted_pixels: Tensor  # (P, B)
 
 
 def hide_text(

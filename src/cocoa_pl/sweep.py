@@ -10,6 +10,7 @@ In a config:
 """
 
 import logging
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ class SweepSummary(Callback):
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         folder = _sweep_folder(config)
-        console = Console()
+        console = Console() if sys.stdout.isatty() else Console(width=160)
         console.print(self._write(folder))
         console.print(f"summary: {folder / 'summary.md'} and summary.csv, summary.png beside it")
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from cocoa_pl.attention.policy import Policy
+from cocoa_pl.batch import ranges
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ def make_plan(policy: Policy, segment_lengths: Tensor) -> Plan:
     return Plan(
         cu_seqlens_q=_cumulative(q_lengths),
         cu_seqlens_k=_cumulative(k_parts.sum(1)),
-        kv_index=_ranges(starts.flatten(), k_parts.flatten()),
+        kv_index=ranges(starts.flatten(), k_parts.flatten()),
         causal=policy.causal,
         device=torch.device("cpu"),
     )
@@ -158,13 +159,6 @@ def _merge_equal_rows(table: list[list[bool]]) -> list[list[int]]:
 
 def _cumulative(lengths: Tensor) -> Tensor:
     return torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
-
-
-def _ranges(starts: Tensor, lengths: Tensor) -> Tensor:
-    """Concatenated arange(start, start + length), without a Python loop."""
-    ends = lengths.cumsum(0)
-    within = torch.arange(int(lengths.sum())) - torch.repeat_interleave(ends - lengths, lengths)
-    return torch.repeat_interleave(starts, lengths) + within
 
 
 def _power_of_two(lengths: Tensor) -> Tensor:

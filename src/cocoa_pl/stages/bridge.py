@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from cocoa_pl.batch import Batch
+from cocoa_pl.batch import Batch, ranges
 
 
 def exchange_contexts(batch: Batch) -> tuple[Batch, Tensor, Tensor]:
@@ -39,8 +39,8 @@ def exchange_contexts(batch: Batch) -> tuple[Batch, Tensor, Tensor]:
     index, shift = torch.cat(tokens), torch.cat(shifts).to(batch.position_ids.device)
     patch_starts = batch.patches_per_sample.cumsum(0) - batch.patches_per_sample
     image_starts = batch.images_per_sample.cumsum(0) - batch.images_per_sample
-    patches = _ranges(patch_starts[donors], batch.patches_per_sample[donors])
-    images = _ranges(image_starts[donors], batch.images_per_sample[donors])
+    patches = ranges(patch_starts[donors], batch.patches_per_sample[donors])
+    images = ranges(image_starts[donors], batch.images_per_sample[donors])
     exchanged = replace(
         batch,
         input_ids=batch.input_ids[index],
@@ -53,10 +53,3 @@ def exchange_contexts(batch: Batch) -> tuple[Batch, Tensor, Tensor]:
         images_per_sample=batch.images_per_sample[donors],
     )
     return exchanged, index, patches
-
-
-def _ranges(starts: Tensor, lengths: Tensor) -> Tensor:
-    pieces = [
-        torch.arange(s, s + n) for s, n in zip(starts.tolist(), lengths.tolist(), strict=True)
-    ]
-    return torch.cat(pieces)

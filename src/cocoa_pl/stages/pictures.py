@@ -4,17 +4,15 @@ texts.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cocoa_pl.corruption import Corrupted
 from cocoa_pl.models.backbone import Backbone
-
-if TYPE_CHECKING:
-    from cocoa_pl.stages.reconstruction import Corrupted
 
 Picture = NDArray[np.float32]
 

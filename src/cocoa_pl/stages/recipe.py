@@ -58,6 +58,9 @@ class Stage:
         steps, epochs: how long; exactly one is given.
         validate_every: steps between validations; there is always one at the end.
         policy: attention while it trains.
+
+    Raises:
+        UserError: unless exactly one of steps and epochs is given, and all counts are positive.
     """
 
     name: str
@@ -74,14 +77,16 @@ class Stage:
     optimization: Optimization
     token_budget: int
 
-    def count_steps(self, num_rows: int) -> int:
-        """Optimizer steps of the stage.
-
-        Raises:
-            UserError: unless exactly one of steps and epochs is given.
-        """
+    def __post_init__(self) -> None:
         if (self.steps is None) == (self.epochs is None):
             raise UserError(f"stage {self.name}: give either steps or epochs")
+        positive = ("batch_size", "validation_batch_size", "validate_every", "token_budget")
+        for field in (*positive, "steps" if self.epochs is None else "epochs"):
+            if getattr(self, field) <= 0:
+                raise UserError(f"stage {self.name}: {field} must be positive")
+
+    def count_steps(self, num_rows: int) -> int:
+        """Optimizer steps of the stage."""
         if self.steps is not None:
             return self.steps
         assert self.epochs is not None

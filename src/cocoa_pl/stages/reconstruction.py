@@ -4,7 +4,6 @@ module.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from cocoa_pl.attention import Plan, make_plan
 from cocoa_pl.batch import Batch, Rows
-from cocoa_pl.corruption import every_next_token, hide_patches, hide_text
+from cocoa_pl.corruption import Corrupted, every_next_token, hide_patches, hide_text
 from cocoa_pl.distributed import global_sum
 from cocoa_pl.models.backbone import Backbone
 from cocoa_pl.models.heads import ImageDecoder, token_pixels
@@ -23,18 +22,6 @@ from cocoa_pl.stages.pictures import MAX_PICTURES, hidden_text, image_triptychs
 
 # A bridge that gains less than this tells target tokens hardly anything about their context.
 NO_BRIDGE_GAIN = 0.05  # nats per token
-
-
-@dataclass(frozen=True)
-class Corrupted:
-    """A batch as the model sees it, and what it must say."""
-
-    batch: Batch
-    labels: Tensor  # (T) the uncorrupted tokens
-    token_mask: Tensor  # (T) bool, tokens to predict
-    patch_mask: Tensor  # (T) bool, visual tokens to rebuild
-    pixels: Tensor  # (P, B) clean
-    corrupted_pixels: Tensor  # (P, B)
 
 
 class ReconstructionModule(StageModule):

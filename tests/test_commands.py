@@ -1,0 +1,387 @@
+"""`train.py` and `evaluate.py` as they are typed, on a very small model and few scenes."""
+
+from __future__ import annotations
+
+import json
+import logging
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from rich.console import Console
+
+from cocoa_pl.assemble import open_embedder, score
+from cocoa_pl.data.digits import DigitsBenchmark
+from cocoa_pl.entry import CONFIGS
+
+ROOT = CONFIGS.parent
+STAGES = ("pretrain", "warmup", "reconstruct", "contrast")
+
+
+class Ended(NamedTuple):
+    """How a command ended."""
+
+    status: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Ended]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def small(cache: Path) -> list[str]:
+    """Overrides that leave of everything as little as works."""
+    return [
+        f"cache_dir={cache}",
+        "data.scenes=60",
+        "data.task_rows=20",
+        "data.validation_rows=25",
+        "benchmark.scenes=60",
+        "benchmark.task_rows=12",
+        *(f"schedule.{stage}.{key}" for stage in STAGES for key in ("steps=2", "batch_size=8")),
+        "model.source.text.hidden_size=32",
+        "model.source.text.intermediate_size=48",
+        "model.source.text.num_hidden_layers=1",
+        "model.source.text.rope_parameters.mrope_section=[1,1,2]",
+        "model.source.vision.depth=1",
+        "model.source.vision.embed_dim=32",
+        "logger=none",
+        "trainer=cpu",
+        "num_workers=0",
+    ]
+
+
+def command(script: str, *arguments: str, cwd: Path) -> Ended:
+    """As a shell runs it."""
+    ended = subprocess.run(
+        [sys.executable, str(ROOT / script), *arguments],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return Ended(ended.returncode, ended.stdout, ended.stderr)
+
+
+@pytest.fixture
+def run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Run]:
+    """The same in this process, which has everything imported."""
+    root = logging.getLogger()
+    before = (root.level, list(root.handlers))
+
+    def in_process(script: str, *arguments: str) -> Ended:
+        monkeypatch.setattr(sys, "argv", [str(ROOT / script), *arguments])
+        monkeypatch.chdir(tmp_path)
+        status = 0
+        try:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        except SystemExit as ended:
+            status = int(ended.code or 0)
+        return Ended(status, *capsys.readouterr())
+
+    yield in_process
+    root.setLevel(before[0])
+    root.handlers[:] = before[1]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, small: list[str]) -> tuple[Path, Ended]:
+    """The whole recipe in a process of its own: its run folder, and what it said."""
+    folder = tmp_path_factory.mktemp("finished")
+    ended = command("train.py", *small, "hydra.run.dir=run", cwd=folder)
+    assert ended.status == 0, ended.err
+    return folder / "run", ended
+
+
+def scores(folder: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((folder / "results.json").read_text())
+    return {name: subset["precision_at_1"] for name, subset in content["subsets"].items()}
+
+
+def test_a_run_leaves_everything_it_promises(finished: tuple[Path, Ended]) -> None:
+    folder, _ = finished
+    for name in (
+        "config.yaml",
+        "checkpoints/last.ckpt",
+        "model/config.json",
+        "model/model.safetensors",
+        "model/tokenizer.json",
+        "model/preprocessor_config.json",
+        "model/cocoa.json",
+        "metrics.csv",
+        "results.json",
+        "report.html",
+        "log.txt",
+        "pictures/warmup_images.png",
+        "pictures/reconstruct_text.md",
+        "pictures/contrast_similarity.png",
+    ):
+        assert (folder / name).stat().st_size > 0, name
+    lineage = json.loads((folder / "model" / "cocoa.json").read_text())["lineage"]
+    assert [entry["stage"] for entry in lineage] == list(STAGES)
+    assert "${" not in (folder / "config.yaml").read_text()
+
+
+def test_a_run_says_what_it_does(finished: tuple[Path, Ended]) -> None:
+    _, ended = finished
+    assert "parameters train" in ended.out
+    for number, stage in enumerate(STAGES, start=1):
+        assert f"{number}/4 {stage} 2/2" in ended.out
+        assert f"{number}/4 {stage} done; validation: " in ended.out
+    assert "bridge gain" in ended.out
+    assert "scene_i2t" in ended.out
+    assert ended.out.splitlines()[-1] == "report: run/report.html"
+    assert ended.err == ""
+
+
+def test_results_have_the_public_schema(finished: tuple[Path, Ended]) -> None:
+    content = json.loads((finished[0] / "results.json").read_text())
+    assert {
+        "benchmark",
+        "checkpoint",
+        "overall",
+        "in_distribution",
+        "out_of_distribution",
+        "groups",
+        "subsets",
+    } <= content.keys()
+    assert content["groups"].keys() == {"classification", "vqa", "retrieval", "grounding"}
+    for subset in content["subsets"].values():
+        assert {
+            "group",
+            "in_distribution",
+            "precision_at_1",
+            "precision_at_1_strict",
+            "num_queries",
+            "num_candidates",
+        } <= subset.keys()
+        assert 0 <= subset["precision_at_1_strict"] <= subset["precision_at_1"] <= 1
+    assert {"scene_i2t", "scene_t2i", "scene_i2i", "scene_it2i"} <= content["subsets"].keys()
+
+
+def test_evaluating_a_run_gives_its_scores(
+    finished: tuple[Path, Ended], small: list[str], run: Run, tmp_path: Path
+) -> None:
+    given = [o for o in small if o.startswith(("cache_dir", "benchmark"))]
+    ended = run("evaluate.py", f"ckpt={finished[0]}", *given, "hydra.run.dir=scored")
+    assert ended.status == 0, ended.err
+    assert ended.out.splitlines()[-1] == "report: scored/report.html"
+    assert scores(tmp_path / "scored") == scores(finished[0])
+    assert "loss" in (tmp_path / "scored" / "report.html").read_text()
+
+
+@pytest.mark.parametrize("part", ["model", "checkpoints/last.ckpt"])
+def test_parts_of_a_run_score_as_the_run(
+    part: str, finished: tuple[Path, Ended], cache: Path, tmp_path: Path
+) -> None:
+    benchmark = DigitsBenchmark(
+        name="digits",
+        cache_dir=str(cache),
+        seed=0,
+        scenes=60,
+        task_rows=12,
+        on_bad_row="fail",
+    )
+    score(
+        open_embedder(str(finished[0] / part), device="cpu"),
+        benchmark,
+        tmp_path,
+        Console(quiet=True),
+        checkpoint_name=part,
+        facts={},
+        metrics_csv=None,
+    )
+    assert scores(tmp_path) == scores(finished[0])
+
+
+def test_resuming_a_finished_run_scores_it_again(
+    finished: tuple[Path, Ended], run: Run, tmp_path: Path
+) -> None:
+    shutil.copytree(finished[0], tmp_path / "copy")
+    (tmp_path / "copy" / "results.json").unlink()
+    ended = run("train.py", "resume=copy")
+    assert ended.status == 0, ended.err
+    assert scores(tmp_path / "copy") == scores(finished[0])
+    assert "pretrain" not in ended.out
+    lineages = [
+        json.loads((folder / "model" / "cocoa.json").read_text())["lineage"]
+        for folder in (tmp_path / "copy", finished[0])
+    ]
+    assert lineages[0] == lineages[1]
+
+
+def test_a_stage_starts_from_an_earlier_run(
+    finished: tuple[Path, Ended], small: list[str], run: Run, tmp_path: Path
+) -> None:
+    ended = run(
+        "train.py",
+        *(o for o in small if "schedule" not in o or "contrast" in o),
+        f"init_from={finished[0]}",
+        "stage=contrast",
+        "adapter=lora",
+        "evaluate=false",
+        "hydra.run.dir=more",
+    )
+    assert ended.status == 0, ended.err
+    assert f"starting from {finished[0] / 'model'}" in ended.out
+    lineage = json.loads((tmp_path / "more" / "model" / "cocoa.json").read_text())["lineage"]
+    assert [entry["stage"] for entry in lineage] == [*STAGES, "contrast"]
+    assert not (tmp_path / "more" / "results.json").exists()
+
+
+PAIRS = ["data=pairs", "data.image_root=.", "evaluate=false"]
+# What somebody may type, and a part of the sentence that answers it.
+MISTAKES: dict[str, tuple[list[str], str]] = {
+    "unknown key": (["train.py", "sede=3"], "unknown key sede (did you mean seed?)"),
+    "no network": (["train.py", "SMALL", "model=qwen2vl", "schedule=tiny"], "model.source.path="),
+    "nothing to resume": (["train.py", "resume=folder"], "there is no run"),
+    "not a run to start from": (["train.py", "SMALL", "init_from=folder"], "folder"),
+    "nothing exported to start from": (["train.py", "SMALL", "init_from=stopped"], "resume="),
+    "no such data": (["train.py", *PAIRS, "data.path=no.jsonl"], "no.jsonl does not exist"),
+    "no path": (["train.py", *PAIRS], "data.path has no value; give it as data.path=..."),
+    "empty data": (["train.py", *PAIRS, "data.path=empty.jsonl"], "empty.jsonl"),
+    "bad row": (["train.py", *PAIRS, "data.path=bad.jsonl"], "bad.jsonl line 1, query: "),
+    "batch too large": (
+        ["train.py", "SMALL", "schedule.pretrain.batch_size=4096"],
+        "the training data has 60 rows, fewer than one batch of 4096",
+    ),
+    "no benchmark": (
+        ["train.py", "SMALL", "benchmark=mmeb_v1"],
+        "benchmark.root",
+    ),
+    "nothing to score": (["evaluate.py"], "say which model to score"),
+    "no such model": (["evaluate.py", "ckpt=./none"], "./none is no model folder"),
+    "no such checkpoint": (["evaluate.py", "ckpt=none.ckpt"], "no checkpoint none.ckpt"),
+    "broken checkpoint": (["evaluate.py", "ckpt=folder/broken.ckpt"], "cannot be read as a"),
+    "unfinished run": (["evaluate.py", "ckpt=stopped"], "resume=stopped finishes it"),
+}
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> None:
+    """What the mistakes are made with."""
+    rows = [{"query_image": "none.png", "positive": f"caption {number}"} for number in range(8)]
+    (tmp_path / "bad.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "broken.ckpt").write_bytes(b"not a checkpoint")
+    (tmp_path / "stopped").mkdir()
+    (tmp_path / "stopped" / "config.yaml").write_text("seed: 0\n")
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+@pytest.mark.usefixtures("files")
+def test_a_mistake_is_one_sentence_and_status_two(name: str, small: list[str], run: Run) -> None:
+    (script, *arguments), told = MISTAKES[name]
+    if "SMALL" in arguments:
+        place = arguments.index("SMALL")
+        chosen = [a.split("=")[0] for a in arguments]
+        replaced = tuple(f"{key}." for key in chosen if key != "schedule")
+        kept = [o for o in small if not o.startswith(replaced)]
+        arguments[place : place + 1] = kept
+    ended = run(script, *arguments)
+    assert ended.status == 2, ended.err
+    assert told in ended.err
+    assert ended.err.startswith("error: ")
+    assert ended.err.count("\n") == 1
+    assert "Traceback" not in ended.err + ended.out
+
+
+def test_a_mistake_in_a_shell_ends_the_same_way(tmp_path: Path) -> None:
+    ended = command("train.py", "model=tinny", cwd=tmp_path)
+    assert ended.status == 2
+    assert ended.err.startswith("error: model=tinny does not exist (did you mean tiny?)")
+    assert ended.err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_a_run_that_can_be_resumed(small: list[str], run: Run, tmp_path: Path) -> None:
+    long = [o for o in small if "steps" not in o]
+    arguments = [*long, "stage=contrast", "stage.contrast.steps=60", "schedule.validate_every=1000"]
+    arguments = [o for o in arguments if "schedule.p" not in o]
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *arguments, "hydra.run.dir=run"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "1/1 contrast 6/60" in line:
+            break
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert told.startswith("stopped in contrast at step ")
+    assert told.count("\n") == 1
+    assert not (tmp_path / "run" / "model").exists()
+    ended = run("train.py", "resume=run")
+    assert ended.status == 0, ended.err
+    assert ended.err == ""
+    assert "contrast done" in ended.out
+    assert scores(tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_sweep_goes_on_after_a_mistake_and_ends_with_a_summary(
+    small: list[str], tmp_path: Path
+) -> None:
+    given = [o for o in small if "steps" not in o or "contrast" in o]
+    ended = command(
+        "train.py",
+        "-m",
+        *given,
+        "stage=contrast",
+        "seed=0,1",
+        "stage.contrast.batch_size=8,4096",
+        "hydra.sweep.dir=sweep",
+        cwd=tmp_path,
+    )
+    assert ended.status == 2
+    assert "Traceback" not in ended.err + ended.out
+    assert ended.err.count("error: the training data has") == 2
+    summary = (tmp_path / "sweep" / "summary.md").read_text()
+    assert summary.count("no results.json in") == 2
+    assert "0 of 2" in summary
+    assert "summary: " in ended.out.splitlines()[-1]
+    assert "overall" in ended.out
+    for number in (0, 2):
+        assert scores(tmp_path / "sweep" / str(number))
+
+
+@pytest.mark.slow
+def test_two_processes_started_by_the_trainer_end_as_one_run(
+    small: list[str], tmp_path: Path
+) -> None:
+    given = [o for o in small if o != "trainer=cpu"]
+    ended = command(
+        "train.py",
+        *given,
+        "trainer=ddp",
+        "trainer.accelerator=cpu",
+        "trainer.devices=2",
+        "hydra.run.dir=run",
+        cwd=tmp_path,
+    )
+    assert ended.status == 0, ended.err
+    assert scores(tmp_path / "run")
+    assert ended.err == ""
+    for said in ("parameters train", "4/4 contrast done", "report: run/report.html"):
+        assert ended.out.count(said) == 1, said
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]

@@ -1,0 +1,270 @@
+"""Configs are strict: what is written in YAML or typed is exactly what the code takes."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.utils import get_object
+from omegaconf import DictConfig, OmegaConf
+
+from cocoa_pl.assemble import build_stages
+from cocoa_pl.entry import (
+    CONFIGS,
+    build,
+    check_command_line,
+    guarded,
+    register_resolvers,
+    resumed_config,
+    save_config,
+)
+from cocoa_pl.errors import UserError
+from cocoa_pl.stages.recipe import Interrupted
+
+ROOT = CONFIGS.parent
+GROUPS = ("adapter", "arm", "benchmark", "data", "experiment", "logger", "model", "schedule")
+GROUPS += ("stage", "trainer")
+# What the code fills in where a config is marked `_partial_`.
+PIECES = {"backbone", "shared"}
+
+
+@pytest.fixture(autouse=True)
+def resolvers() -> None:
+    register_resolvers()
+
+
+def composed(*overrides: str, name: str = "train") -> DictConfig:
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return compose(name, overrides=list(overrides))
+
+
+def options(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
+
+
+def choices() -> list[str]:
+    """Every file of every group, as it is chosen on a command line."""
+    simple = [f"{group}={option}" for group in GROUPS for option in options(group)]
+    policies = [f"attention@stage.contrast.policy={option}" for option in options("attention")]
+    return [*simple, *policies]
+
+
+def targets(node: Any, where: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every place of a config that makes an object."""
+    if isinstance(node, dict):
+        if "_target_" in node:
+            yield where, node
+        for key, value in node.items():
+            yield from targets(value, f"{where}.{key}")
+
+
+def test_every_group_of_configs_is_covered() -> None:
+    assert {path.name for path in CONFIGS.iterdir() if path.is_dir()} == {
+        *GROUPS,
+        "attention",
+        "stages",  # parts of `stage`
+    }
+
+
+@pytest.mark.parametrize("choice", choices())
+def test_every_config_composes_and_names_what_constructors_take(choice: str) -> None:
+    """Required means required: keys are the constructor's parameters, no more and no fewer."""
+    plain = OmegaConf.to_container(composed(choice), resolve=False)
+    found = list(targets(plain))
+    assert found
+    for where, node in found:
+        made = get_object(node["_target_"])
+        parameters = inspect.signature(made).parameters
+        keys = {key for key in node if not key.startswith("_")}
+        if node["_target_"] in ("lightning.Trainer", "hydra.utils.get_method"):
+            assert keys <= parameters.keys(), where
+        else:
+            wanted = parameters.keys() - (PIECES if "_partial_" in node else set())
+            assert keys == wanted, where
+
+
+@pytest.mark.parametrize("stage", options("stage"))
+@pytest.mark.parametrize("schedule", options("schedule"))
+def test_every_stage_can_be_built_with_every_schedule(stage: str, schedule: str) -> None:
+    cfg = composed(f"stage={stage}", f"schedule={schedule}")
+    assert [made.name for made in build_stages(cfg)] == list(cfg.stage.order)
+
+
+@pytest.mark.parametrize("arm", [arm for arm in options("arm") if arm != "from_base"])
+def test_every_arm_of_the_ablation_can_be_built(arm: str) -> None:
+    overrides = ["experiment=ablation", f"arm={arm}"]
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        cfg = compose("train", overrides=overrides)
+    assert cfg.arm_name
+    assert build_stages(cfg)
+
+
+@pytest.mark.parametrize("name", ["adapter", "logger", "trainer"])
+def test_small_objects_can_be_built(name: str) -> None:
+    for option in options(name):
+        if option != "wandb":  # an extra
+            assert callable(build(composed(f"{name}={option}")[name]))
+
+
+def readme_commands() -> list[str]:
+    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
+    found = re.findall(r"^\s*(python (?:train|evaluate)\.py[^#\n`]*)", text, flags=re.MULTILINE)
+    return [" ".join(command.split()) for command in found]
+
+
+@pytest.mark.parametrize("command", readme_commands())
+def test_commands_of_the_readme_compose(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, script, *arguments = shlex.split(command)
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    check_command_line(Path(script).stem)
+
+
+def test_the_readme_has_commands() -> None:
+    assert len(readme_commands()) > 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["sede=3"], r"unknown key sede \(did you mean seed\?\)"),
+        (["modle=tiny"], r"unknown key modle \(did you mean model\?\)"),
+        (["scheduler=tiny"], r"unknown key scheduler \(did you mean schedule\?\)"),
+        (
+            ["stage.contrast.batchsize=3"],
+            r"unknown key stage\.contrast\.batchsize \(did you mean stage\.contrast\.batch_size",
+        ),
+        (
+            ["trainer.devcies=2"],
+            r"unknown key trainer\.devcies \(did you mean trainer\.devices\?\)",
+        ),
+        (["stage=contrast", "stage.warmup.steps=3"], r"unknown key stage\.warmup\.steps "),
+        (["seed=3", "data.scens=3"], r"unknown key data\.scens \(did you mean data\.scenes\?\)"),
+        (["model=tinny"], r"model=tinny does not exist \(did you mean tiny\?\); there are .*tiny"),
+        (["stage=recipee"], r"stage=recipee does not exist \(did you mean recipe\?\); there are"),
+        (
+            ["experiment=ablatoin"],
+            r"experiment=ablatoin does not exist \(did you mean ablation\?\)",
+        ),
+        (["arm=warmpu"], r"arm=warmpu does not exist \(did you mean warmup\?\)"),
+        (["benchmark=foo"], r"benchmark=foo does not exist; there are digits, "),
+        (
+            ["attention@stage.contrast.policy=causall"],
+            r"policy=causall does not exist \(did you mean causal\?\)",
+        ),
+        (
+            ["attention@stage.contrst.policy=causal"],
+            r"unknown key stage\.contrst\.policy \(did you mean stage\.contrast\.policy\?\)",
+        ),
+        (
+            ["stage.contrast.policy=causal"],
+            r"holds several values; did you mean attention@stage\.contrast\.policy=causal\?",
+        ),
+        (["seed=many"], r"seed=many: this key needs a value like 0"),
+        (["stage.order=contrast"], r"stage\.order is a list; write stage\.order=\[contrast\]"),
+        (["-m", "seed=0,1", "sede=2"], r"unknown key sede"),
+        (["-m", "model=tiny,tinny"], r"model=tinny does not exist"),
+        (["contrast"], r"Error parsing override 'contrast'; write key=value"),
+        (["=3"], r"."),
+    ],
+)
+def test_a_slip_of_the_hand_is_told_with_the_nearest_name(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    with pytest.raises(UserError, match=message):
+        check_command_line("train")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["-m", "seed=0,1", "attention@stage.contrast.policy=causal,bidirectional"],
+        ["-m", "seed=range(0,3)"],
+        ["--cfg", "job"],
+        ["stage.contrast.epochs=2", "stage.contrast.steps=null"],
+        ["schedule.contrast.lr=1e-3", "schedule.contrast.temperature=1"],
+        ["stage.contrast.module.matryoshka_dims=[16,32]"],
+        ["hydra.run.dir=runs/a"],
+        ["data=mmeb", "data.root=x", "model=qwen2vl", "model.source.path=y"],
+        ["data.validation_path=x", "data=pairs", "data.path=a", "data.image_root=b"],
+    ],
+)
+def test_what_hydra_allows_is_allowed(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    check_command_line("train")
+
+
+def test_a_stage_that_the_config_does_not_hold_is_said() -> None:
+    with pytest.raises(UserError, match="order names warmpu; this config holds pretrain, warmup"):
+        build_stages(composed("stage.order=[warmpu]"))
+
+
+def test_what_a_constructor_refuses_is_the_users_to_read() -> None:
+    with pytest.raises(UserError, match="bridge sources must be shares"):
+        build_stages(composed("stage.reconstruct.make_samples.sources.query=0.9"))
+    with pytest.raises(UserError, match="stage warmup: batch_size must be positive"):
+        build_stages(composed("stage.warmup.batch_size=0"))
+    with pytest.raises(UserError, match=r"data\.path has no value; give it as data\.path="):
+        build(composed("data=pairs").data)
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "told"),
+    [
+        (None, 0, ""),
+        (UserError("no such row"), 2, "error: no such row\n"),
+        (Interrupted("stopped at step 3"), 130, "stopped at step 3\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+    ],
+)
+def test_how_a_command_ends(
+    error: BaseException | None, status: int, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run() -> None:
+        if error is not None:
+            raise error
+
+    assert guarded(run) == status
+    assert capsys.readouterr().err == told
+
+
+def test_a_bug_keeps_its_traceback() -> None:
+    def run() -> None:
+        raise RuntimeError("a bug of ours")
+
+    with pytest.raises(RuntimeError, match="a bug of ours"):
+        guarded(run)
+
+
+def test_a_resumed_run_keeps_its_config(tmp_path: Path) -> None:
+    save_config(composed("seed=5", "stage=contrast", "evaluate=true"), tmp_path)
+    given = [f"resume={tmp_path}", "num_workers=3", "logger=none", "evaluate=false"]
+    resumed = resumed_config(composed(*given), given)
+    assert (resumed.seed, list(resumed.stage.order)) == (5, ["contrast"])
+    assert (resumed.num_workers, resumed.evaluate) == (3, False)
+    assert resumed.logger.path == "cocoa_pl.loggers.nothing"
+    assert resumed.resume == str(tmp_path)
+
+
+@pytest.mark.parametrize("changed", ["seed=6", "stage=warmup", "schedule.contrast.steps=9"])
+def test_a_resumed_run_cannot_become_another(changed: str, tmp_path: Path) -> None:
+    save_config(composed("seed=5"), tmp_path)
+    given = [f"resume={tmp_path}", changed]
+    with pytest.raises(UserError, match=f"keeps its config; {re.escape(changed)} cannot"):
+        resumed_config(composed(*given), given)
+
+
+def test_there_must_be_a_run_to_resume(tmp_path: Path) -> None:
+    given = [f"resume={tmp_path}"]
+    with pytest.raises(UserError, match=r"there is no run \(no config\.yaml\) in that folder"):
+        resumed_config(composed(*given), given)
