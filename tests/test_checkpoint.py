@@ -11,7 +11,7 @@ import lightning as L
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 from cocoa_pl import checkpoint
 from cocoa_pl.checkpoint import LastCheckpoint
@@ -147,8 +147,8 @@ class Toy(L.LightningModule):
         self.trained = nn.Parameter(torch.zeros(1))
         self.frozen = nn.Parameter(torch.zeros(1), requires_grad=False)
 
-    def training_step(self, batch: torch.Tensor) -> torch.Tensor:
-        return (self.trained - batch).square().sum()
+    def training_step(self, batch: list[torch.Tensor]) -> torch.Tensor:
+        return (self.trained - batch[0]).square().sum()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.1)
@@ -166,7 +166,7 @@ def fit(path: Path, *, steps: int, every: int, module: Toy) -> None:
         enable_model_summary=False,
         default_root_dir=path.parent,
     )
-    trainer.fit(module, DataLoader(torch.ones(20, 1)))
+    trainer.fit(module, DataLoader(TensorDataset(torch.ones(20, 1))))
 
 
 @pytest.mark.parametrize(("steps", "every"), [(4, 2), (4, 100), (5, 2)])

@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
 from torch import nn
+from torch.multiprocessing.spawn import spawn
 
 from cocoa_pl.assemble import train
 from cocoa_pl.attention import Policy
@@ -65,7 +65,7 @@ SHARED: dict[str, Any] = {
     "steps": 3,
     "seed": 0,
 }
-CONTRAST = {
+CONTRAST: dict[str, Any] = {
     "temperature": 0.1,
     "learn_temperature": True,
     "symmetric": False,
@@ -78,8 +78,13 @@ CONTRASTIVE = {
     "symmetric": CONTRAST
     | {"symmetric": True, "mask_false_negatives": True, "matryoshka_dims": (8, 16)},
 }
-WARMUP = {"text_ratio": 0.2, "text_segment": "context", "patch_ratio": 0.5, "patch_weight": 0.5}
-RECONSTRUCTION = {
+WARMUP: dict[str, Any] = {
+    "text_ratio": 0.2,
+    "text_segment": "context",
+    "patch_ratio": 0.5,
+    "patch_weight": 0.5,
+}
+RECONSTRUCTION: dict[str, tuple[Policy, dict[str, Any]]] = {
     "warmup": (BIDIRECTIONAL, WARMUP),
     "bridge": (
         BRIDGE,
@@ -101,7 +106,7 @@ class Task:
 
 def step(module: StageModule, rows: Rows) -> dict[str, Any]:
     """Loss and gradients of one global batch, by name."""
-    module.manual_backward = lambda loss: loss.backward()  # type: ignore[method-assign]
+    module.manual_backward = lambda loss: loss.backward()  # type: ignore[method-assign, misc]
     metrics = module.accumulate(rows)
     sum_gradients(module.parameters())
     found = {f"metric {name}": value for name, value in metrics.items()}
@@ -251,7 +256,7 @@ def folder(task: Task, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
     with (folder / "task.pkl").open("wb") as file:
         pickle.dump(task, file)
-    mp.spawn(work, args=(folder,), nprocs=WORLD)
+    spawn(work, args=(folder,), nprocs=WORLD)
     return folder
 
 
@@ -336,8 +341,8 @@ def test_a_run_of_two_processes_equals_a_run_of_one(
     run(config, tmp_path)
     losses = [numbers(path) for path in (tmp_path, folder / "run")]
     assert losses[0].keys() == losses[1].keys()
-    for key, value in losses[0].items():
-        assert losses[1][key] == pytest.approx(value, rel=1e-3, abs=1e-4), key
+    for key, number in losses[0].items():
+        assert losses[1][key] == pytest.approx(number, rel=1e-3, abs=1e-4), key
     weights = [
         load_file(path / "model" / "model.safetensors") for path in (tmp_path, folder / "run")
     ]

@@ -29,8 +29,10 @@ from cocoa_pl.errors import UserError
 from cocoa_pl.stages.recipe import Interrupted
 
 ROOT = CONFIGS.parent
-GROUPS = ("adapter", "arm", "benchmark", "data", "experiment", "logger", "model", "schedule")
-GROUPS += ("stage", "trainer")
+GROUPS = (
+    *("adapter", "arm", "benchmark", "data", "experiment"),
+    *("logger", "model", "schedule", "stage", "trainer"),
+)
 # What the code fills in where a config is marked `_partial_`.
 PIECES = {"backbone", "shared"}
 

@@ -109,9 +109,8 @@ def set_up_logging(run_dir: Path) -> Console:
     screen.setFormatter(logging.Formatter("%(message)s"))
     file = logging.FileHandler(run_dir / "log.txt")
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    level = (
-        logging.WARNING if rank_zero_only.rank else logging.INFO
-    )  # of several processes one talks
+    is_first: bool = rank_zero_only.rank == 0  # type: ignore[attr-defined]
+    level = logging.INFO if is_first else logging.WARNING  # of several processes one talks
     logging.basicConfig(level=level, handlers=[screen, file], force=True)
     for harmless in HARMLESS:
         warnings.filterwarnings("ignore", message=harmless)

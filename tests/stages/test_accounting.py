@@ -75,7 +75,7 @@ def step(load_tiny: Callable[..., Loaded], processor: Processor) -> Step:
             steps=1,
             seed=0,
         )
-        module.manual_backward = lambda loss: loss.backward()  # type: ignore[method-assign]
+        module.manual_backward = lambda loss: loss.backward()  # type: ignore[method-assign, misc]
         metrics: Found = {}
         for batch in batches:
             metrics = module.accumulate(batch)

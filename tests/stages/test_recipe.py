@@ -354,16 +354,18 @@ def test_a_stage_counts_its_steps(
 
 @pytest.mark.parametrize(("steps", "epochs"), [("7", "2"), ("null", "null")])
 def test_a_stage_wants_either_steps_or_epochs(
-    steps: str,
-    epochs: str,
-    tmp_path: Path,
-    make_stages: MakeStages,
-    train: Train,
-    fresh: Fresh,
+    steps: str, epochs: str, make_stages: MakeStages
 ) -> None:
-    stages = make_stages(f"stage.pretrain.steps={steps}", f"stage.pretrain.epochs={epochs}")
     with pytest.raises(UserError, match="stage pretrain: give either steps or epochs"):
-        train(tmp_path, stages, fresh())
+        make_stages(f"stage.pretrain.steps={steps}", f"stage.pretrain.epochs={epochs}")
+
+
+@pytest.mark.parametrize(
+    "key", ["steps", "batch_size", "validation_batch_size", "validate_every", "token_budget"]
+)
+def test_a_stage_wants_counts_above_zero(key: str, make_stages: MakeStages) -> None:
+    with pytest.raises(UserError, match=f"stage contrast: {key} must be positive"):
+        make_stages(f"stage.contrast.{key}=0")
 
 
 def test_a_dataset_smaller_than_a_batch_is_refused(

@@ -116,9 +116,9 @@ class StageModule(L.LightningModule):
                 f"step {self.global_step}: the gradient is {norm.item()}; rows of this batch: "
                 + ", ".join(rows.batch.row_ids[: rows.num_rows])
             )
+        metrics |= {"gradient_norm": norm, "lr": torch.tensor(scheduler.get_last_lr()[0])}
         optimizer.step()
         scheduler.step()
-        metrics |= {"gradient_norm": norm, "lr": torch.tensor(scheduler.get_last_lr()[0])}
         self.log_dict({f"train/{name}": value for name, value in metrics.items()})
 
     def validation_step(self, rows: Rows, batch_idx: int) -> None:
