@@ -13,7 +13,8 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from cocoa_pl.assemble import open_embedder, score
-from cocoa_pl.entry import build, check_command_line, guarded, register_resolvers, set_up_logging
+from cocoa_pl.command_line import check_command_line
+from cocoa_pl.entry import build, guarded, register_resolvers, set_up_logging
 from cocoa_pl.errors import UserError
 
 

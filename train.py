@@ -16,9 +16,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from cocoa_pl.assemble import train
+from cocoa_pl.command_line import check_command_line
 from cocoa_pl.entry import (
     INTERRUPTED,
-    check_command_line,
     guarded,
     register_resolvers,
     resumed_config,

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from cocoa_pl import cli
-from cocoa_pl.entry import CONFIGS
+from cocoa_pl.command_line import CONFIGS
 from cocoa_pl.errors import UserError
 
 POLICIES = sorted(path.stem for path in (CONFIGS / "attention").glob("*.yaml"))

@@ -17,8 +17,8 @@ import pytest
 from rich.console import Console
 
 from cocoa_pl.assemble import open_embedder, score
+from cocoa_pl.command_line import CONFIGS
 from cocoa_pl.data.digits import DigitsBenchmark
-from cocoa_pl.entry import CONFIGS
 
 ROOT = CONFIGS.parent
 STAGES = ("pretrain", "warmup", "reconstruct", "contrast")

@@ -25,6 +25,7 @@ from torch.multiprocessing.spawn import spawn
 from cocoa_pl.assemble import train
 from cocoa_pl.attention import Policy
 from cocoa_pl.batch import Encoded, Rows
+from cocoa_pl.command_line import CONFIGS
 from cocoa_pl.data.datamodule import collate
 from cocoa_pl.data.tokenize import Processor
 from cocoa_pl.distributed import (
@@ -36,7 +37,7 @@ from cocoa_pl.distributed import (
     sum_gradients,
     world_size,
 )
-from cocoa_pl.entry import CONFIGS, register_resolvers
+from cocoa_pl.entry import register_resolvers
 from cocoa_pl.items import Item
 from cocoa_pl.models.loading import load
 from cocoa_pl.stages.base import Optimization, StageModule

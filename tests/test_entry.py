@@ -16,10 +16,9 @@ from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
 from cocoa_pl.assemble import build_stages
+from cocoa_pl.command_line import CONFIGS, check_command_line
 from cocoa_pl.entry import (
-    CONFIGS,
     build,
-    check_command_line,
     guarded,
     register_resolvers,
     resumed_config,

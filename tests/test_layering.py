@@ -24,11 +24,11 @@ LAYERS = (
         *("stages", "evaluation", "checkpoint", "embedder", "export", "fingerprint"),
         *("callbacks", "loggers"),
     },
-    {"cli", "sweep", "entry", "assemble"},
+    {"cli", "sweep", "entry", "assemble", "command_line"},
 )
 # Within a layer, or against its direction, these would be allowed by the table alone.
 FORBIDDEN = {("data", "models"), ("evaluation", "models")}
-KNOWS_HYDRA = {"cli", "sweep", "entry", "assemble"}
+KNOWS_HYDRA = {"cli", "sweep", "entry", "assemble", "command_line"}
 PUBLIC = {"embedder"}  # what the package itself offers
 
 

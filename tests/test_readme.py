@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
-from cocoa_pl.entry import CONFIGS, register_resolvers
+from cocoa_pl.command_line import CONFIGS
+from cocoa_pl.entry import register_resolvers
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
 

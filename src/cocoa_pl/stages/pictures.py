@@ -20,8 +20,8 @@ MAX_PICTURES = 8
 
 
 def hidden_text(backbone: Backbone, hidden: Tensor, seen: Corrupted, tokenizer: Any) -> str:
-    """The first samples' text with hidden tokens as blanks, the model's guesses behind an arrow
-    (Markdown).
+    """The first samples' CONTEXT | TARGET with hidden tokens as blanks, and below it with the
+    model's guesses in their place (Markdown).
     """
     positions = seen.token_mask.nonzero()[:, 0]
     guesses = dict(
@@ -31,12 +31,17 @@ def hidden_text(backbone: Backbone, hidden: Tensor, seen: Corrupted, tokenizer: 
             strict=True,
         )
     )
+    labels, text = seen.labels.tolist(), seen.batch.text_mask.tolist()
     lines, start = [], 0
-    for length in seen.batch.lengths.tolist()[:MAX_PICTURES]:
-        shown = [p for p in range(start, start + length) if p in guesses or seen.batch.text_mask[p]]
-        labels = seen.labels.tolist()
-        masked = "".join("▁" if p in guesses else tokenizer.decode([labels[p]]) for p in shown)
-        rebuilt = tokenizer.decode([guesses.get(p, labels[p]) for p in shown])
+    for length, eos in zip(
+        seen.batch.lengths.tolist()[:MAX_PICTURES], seen.batch.eos_positions.tolist(), strict=False
+    ):
+        shown = [p for p in range(start, start + length) if p in guesses or text[p] or p == eos]
+        said = {p: " | " if p == eos else tokenizer.decode([labels[p]]) for p in shown}
+        masked = "".join("▁" if p in guesses else said[p] for p in shown)
+        rebuilt = "".join(
+            tokenizer.decode([guesses[p]]) if p in guesses else said[p] for p in shown
+        )
         lines.append(f"- `{_flat(masked)}`\n  → `{_flat(rebuilt)}`")
         start += length
     return "\n".join(lines)
