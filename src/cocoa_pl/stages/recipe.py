@@ -216,7 +216,49 @@ def _run_stage(
         every=settings.checkpoint_every,
         position={"stage": stage.name, "stage_index": index, "lineage": lineage},
     )
-    trainer = settings.trainer(
+    trainer = _make_trainer(stage, settings, saver, label=label, start_step=start_step, steps=steps)
+    log.info(
+        "%s: %d rows, %d steps of %d, attention %s, lr %g",
+        label,
+        len(rows.train),
+        steps,
+        stage.batch_size,
+        stage.policy.name,
+        stage.optimization.lr,
+    )
+    trainer.fit(module, data, ckpt_path=settings.last if start_step else None)
+    if saver.stopped:
+        raise Interrupted(f"stopped in {stage.name} at step {trainer.global_step} of {steps}")
+    metrics: dict[str, float] = {}
+    if rows.validation:
+        if start_step == steps or steps % stage.validate_every:  # else the last step just did
+            trainer.validate(module, data, verbose=False)
+        metrics = _validation_metrics(trainer)
+        log.info("%s done; %s", label, module.hand_over(metrics))
+    else:
+        log.info("%s done; there is no validation data to judge it by", label)
+    return {
+        "stage": stage.name,
+        "steps": steps,
+        "batch_size": stage.batch_size,
+        "lr": stage.optimization.lr,
+        "policy": stage.policy.name,
+        "seed": settings.seed,
+        "validation": metrics,
+    }
+
+
+def _make_trainer(
+    stage: Stage,
+    settings: RunSettings,
+    saver: LastCheckpoint,
+    *,
+    label: str,
+    start_step: int,
+    steps: int,
+) -> L.Trainer:
+    """The config's trainer, with what the recipe decides: steps, validation, loggers, callbacks."""
+    return settings.trainer(
         default_root_dir=settings.run_dir,
         max_steps=steps,
         max_epochs=-1,
@@ -236,36 +278,11 @@ def _run_stage(
             saver,
         ],
     )
-    log.info(
-        "%s: %d rows, %d steps of %d, attention %s, lr %g",
-        label,
-        len(rows.train),
-        steps,
-        stage.batch_size,
-        stage.policy.name,
-        stage.optimization.lr,
-    )
-    trainer.fit(module, data, ckpt_path=settings.last if start_step else None)
-    if saver.stopped:
-        raise Interrupted(f"stopped in {stage.name} at step {trainer.global_step} of {steps}")
-    metrics: dict[str, float] = {}
-    if rows.validation:
-        if start_step == steps or steps % stage.validate_every:  # else the last step just did
-            trainer.validate(module, data, verbose=False)
-        metrics = {
-            name.removeprefix("validation/"): value.item()
-            for name, value in trainer.callback_metrics.items()
-            if name.startswith("validation/")
-        }
-        log.info("%s done; %s", label, module.hand_over(metrics))
-    else:
-        log.info("%s done; there is no validation data to judge it by", label)
+
+
+def _validation_metrics(trainer: L.Trainer) -> dict[str, float]:
     return {
-        "stage": stage.name,
-        "steps": steps,
-        "batch_size": stage.batch_size,
-        "lr": stage.optimization.lr,
-        "policy": stage.policy.name,
-        "seed": settings.seed,
-        "validation": metrics,
+        name.removeprefix("validation/"): value.item()
+        for name, value in trainer.callback_metrics.items()
+        if name.startswith("validation/")
     }
