@@ -5,6 +5,7 @@ and never forked.
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from cocoa_pl.batch import Batch
 log = logging.getLogger(__name__)
 
 
-class Backbone(nn.Module):
+class Backbone(nn.Module, ABC):
     """What every family shares; a family says how its stock model is fed (see `qwen_vl.py`).
 
     Args:
@@ -57,13 +58,13 @@ class Backbone(nn.Module):
         return getattr(self.model, "get_base_model", lambda: self.model)()
 
     @property
+    @abstractmethod
     def merge_size(self) -> int:
         """A visual token is merge_size x merge_size patches."""
-        raise NotImplementedError
 
     @property
-    def hidden_size(self) -> int:
-        raise NotImplementedError
+    @abstractmethod
+    def hidden_size(self) -> int: ...
 
     @property
     def num_token_rows(self) -> int:
@@ -74,6 +75,7 @@ class Backbone(nn.Module):
     def device(self) -> torch.device:
         return self.byte_values.device
 
+    @abstractmethod
     def forward(self, batch: Batch, plan: Plan, pixels: Tensor | None = None) -> Tensor:
         """Last hidden states of every token.
 
@@ -84,15 +86,14 @@ class Backbone(nn.Module):
         Returns:
             (T, D).
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def decoder_layer(self) -> nn.Module:
         """A new layer of the language model's own kind, for the image decoder."""
-        raise NotImplementedError
 
+    @abstractmethod
     def run_layer(self, layer: nn.Module, hidden: Tensor, batch: Batch, plan: Plan) -> Tensor:
         """Feed packed states (T, D) through such a layer."""
-        raise NotImplementedError
 
     def pixels(self, batch: Batch) -> Tensor:
         """uint8 patches to normalised floats on the device, bit-equal to the image processor: (P,

@@ -4,6 +4,7 @@ resume.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,7 +42,7 @@ class Optimization:
     clip_norm: float
 
 
-class StageModule(L.LightningModule):
+class StageModule(L.LightningModule, ABC):
     """A backbone with a stage's objective.
 
     Optimization is manual: a step holds as many micro-batches as the token budget asks for, and
@@ -77,29 +78,29 @@ class StageModule(L.LightningModule):
         self.seed = seed
         self._validation_sums: dict[str, Tensor] = {}
 
+    @abstractmethod
     def accumulate(self, rows: Rows) -> dict[str, Tensor]:
         """Run the backward passes of one global batch and return what to log, already exact over
         ranks.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def measure(self, rows: Rows) -> dict[str, Tensor]:
         """Sums over a validation batch, by name; `means` divides them at the end."""
-        raise NotImplementedError
 
+    @abstractmethod
     def means(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
         """Validation sums over all batches and ranks to the numbers that are logged."""
-        raise NotImplementedError
 
+    @abstractmethod
     def illustrate(self, rows: Rows) -> dict[str, Any]:
         """Pictures (float arrays H, W, 3 in [0, 1]) or texts of what the stage does on validation
         rows.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def hand_over(self, metrics: dict[str, float]) -> str:
         """One sentence on whether the stage did its work, from its own validation measure."""
-        raise NotImplementedError
 
     def training_step(self, rows: Rows, batch_idx: int) -> None:
         # Dropout follows from the step alone, so a resumed run needs no generator state.
