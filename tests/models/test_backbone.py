@@ -257,6 +257,6 @@ def test_a_layer_of_its_own_runs_by_the_plan(loaded: Loaded, make_samples: MakeS
 
 def test_unknown_kernel_is_refused_by_name(loaded: Loaded) -> None:
     with pytest.raises(ValueError, match=r"unknown attention kernel 'fast'.*sdpa"):
-        Backbone(
+        type(loaded.backbone)(
             loaded.backbone.model, kernel="fast", image_mean=[0], image_std=[1], rescale_factor=1.0
         )
