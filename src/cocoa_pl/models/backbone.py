@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,10 @@ class Backbone(nn.Module, ABC):
         image_mean, image_std: pixel statistics of the model's image processor.
         rescale_factor: what its image processor multiplies uint8 pixels by.
     """
+
+    # The family's image processor on PIL; in older transformers 5 the automatic choice asks for
+    # torchvision.
+    image_processor: ClassVar[Any]
 
     byte_values: Tensor
 

@@ -10,7 +10,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
 from cocoa_pl.attention import TEXT_ATTENTION
 from cocoa_pl.errors import UserError
@@ -93,6 +93,7 @@ def load(folder: Path, *, kernel: str, dtype: str, gradient_checkpointing: bool)
         raise UserError(
             f"{folder} is a {config.model_type} model; supported are {', '.join(sorted(FAMILIES))}"
         )
+    family = FAMILIES[config.model_type]
     with _naming(folder):
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
             folder,
@@ -102,7 +103,7 @@ def load(folder: Path, *, kernel: str, dtype: str, gradient_checkpointing: bool)
             ignore_mismatched_sizes=True,  # not ignored: refused by name below
         )
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+        image_processor = family.image_processor.from_pretrained(folder)
     model, info = loaded
     mismatched = [name for name, *_ in info["mismatched_keys"]]
     wrong = sorted([*info["missing_keys"], *info["unexpected_keys"], *mismatched])
@@ -116,7 +117,7 @@ def load(folder: Path, *, kernel: str, dtype: str, gradient_checkpointing: bool)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
-    backbone = FAMILIES[config.model_type](
+    backbone = family(
         model,
         kernel=kernel,
         image_mean=list(image_processor.image_mean),

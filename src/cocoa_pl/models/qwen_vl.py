@@ -6,6 +6,7 @@ Adding a family is a file like this one, an entry in `models/loading.py` and a `
 from typing import Any
 
 from torch import Tensor, nn
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from cocoa_pl.attention import VISION_ATTENTION, Plan, self_plan
 from cocoa_pl.batch import Batch
@@ -14,6 +15,8 @@ from cocoa_pl.models.backbone import Backbone
 
 class Qwen2VLBackbone(Backbone):
     """A stock `Qwen2VLForConditionalGeneration` whose attention follows a plan."""
+
+    image_processor = Qwen2VLImageProcessorPil
 
     def __init__(self, model: nn.Module, **kwargs: Any) -> None:
         super().__init__(model, **kwargs)
