@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import re
-import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -112,23 +111,6 @@ def test_small_objects_can_be_built(name: str) -> None:
     for option in options(name):
         if option != "wandb":  # an extra
             assert callable(build(composed(f"{name}={option}")[name]))
-
-
-def readme_commands() -> list[str]:
-    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
-    found = re.findall(r"^\s*(python (?:train|evaluate)\.py[^#\n`]*)", text, flags=re.MULTILINE)
-    return [" ".join(command.split()) for command in found]
-
-
-@pytest.mark.parametrize("command", readme_commands())
-def test_commands_of_the_readme_compose(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, script, *arguments = shlex.split(command)
-    monkeypatch.setattr(sys, "argv", [script, *arguments])
-    check_command_line(Path(script).stem)
-
-
-def test_the_readme_has_commands() -> None:
-    assert len(readme_commands()) > 5
 
 
 @pytest.mark.parametrize(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
 
-from cocoa_pl.command_line import CONFIGS
+from cocoa_pl.command_line import CONFIGS, check_command_line
 from cocoa_pl.entry import register_resolvers
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
@@ -26,11 +27,15 @@ def test_the_readme_holds_commands() -> None:
 
 
 @pytest.mark.parametrize("command", commands(), ids=" ".join)
-def test_a_command_of_the_readme_composes(command: list[str]) -> None:
+def test_a_command_of_the_readme_composes(
+    command: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     script, *overrides = command
+    register_resolvers()
+    monkeypatch.setattr(sys, "argv", command)
+    check_command_line(script.removesuffix(".py"))
     sweep = "-m" in overrides
     chosen = [o.split(",")[0] if sweep else o for o in overrides if not o.startswith("-")]
-    register_resolvers()
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         config = compose(script.removesuffix(".py"), overrides=chosen)
     for override in chosen:

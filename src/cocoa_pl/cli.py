@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import torch
-from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from rich.console import Console
 from torch import Tensor
@@ -15,7 +14,8 @@ from torch import Tensor
 from cocoa_pl.attention import Policy, dense_mask, grid_text
 from cocoa_pl.attention.picture import draw_grid
 from cocoa_pl.command_line import CONFIGS
-from cocoa_pl.entry import guarded
+from cocoa_pl.embedder import Embedder, as_item
+from cocoa_pl.entry import build, guarded
 from cocoa_pl.errors import UserError
 
 
@@ -72,7 +72,7 @@ def load_policy(name: str) -> Policy:
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in path.parent.glob("*.yaml")))
         raise UserError(f"there is no attention policy {name}; there are {known}")
-    policy: Policy = instantiate(OmegaConf.load(path), _convert_="all")
+    policy: Policy = build(OmegaConf.load(path))
     return policy
 
 
@@ -87,10 +87,10 @@ def _lengths(text: str) -> Tensor:
 
 
 def _example(arguments: argparse.Namespace) -> tuple[Tensor, list[str]]:
-    from cocoa_pl.embedder import Embedder, as_item  # torch models are slow to import
-
     if not arguments.model:
         raise UserError("an example needs --model, whose processor cuts it into tokens")
+    if not (arguments.text or arguments.image):
+        raise UserError("an example needs --text or --image for its CONTEXT")
     processor = Embedder.load(arguments.model, device="cpu").processor
     context = as_item({"text": arguments.text or "", "image": arguments.image})
     encoded = processor.encode(context, arguments.target, key=0, seed=0, row_id="the example")
