@@ -1,5 +1,5 @@
 """What all tests share: one compute thread each, GPU tests skipped where there is no GPU, and a
-tiny Qwen2-VL with samples for it.
+tiny model with samples for it: Qwen2-VL, or any family in the modules that run over all of them.
 """
 
 from __future__ import annotations
@@ -35,6 +35,29 @@ torch.set_num_threads(1)
 SENTENCE = "a red dog and the small cat sleep on one old sofa near two green boats"
 IMAGE_SIZES = ((28, 28), (56, 28), (30, 90), (70, 60), (112, 56))  # width, height
 
+# What the tiny models of the families do not share: fields of the text and vision configurations.
+TINY_TEXT: dict[str, dict[str, Any]] = {
+    "qwen2_vl": {},
+    "qwen2_5_vl": {},
+    "qwen3_vl": {"head_dim": 8},
+}
+TINY_VISION: dict[str, dict[str, Any]] = {
+    "qwen2_vl": {"embed_dim": 32, "mlp_ratio": 2},
+    # Windows of 2 x 2 visual tokens in the first block, whole images in the second.
+    "qwen2_5_vl": {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "window_size": 56,
+        "fullatt_block_indexes": [1],
+    },
+    "qwen3_vl": {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_position_embeddings": 16,
+        "deepstack_visual_indexes": [0, 1],
+    },
+}
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Without CUDA, `-m gpu` skips with a reason instead of failing one by one."""
@@ -53,7 +76,22 @@ def texts() -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def make_source(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., TinySource]:
+def family(request: pytest.FixtureRequest) -> str:
+    """The family of the tiny model; a module runs over all of them with `EVERY_FAMILY`."""
+    name: str = getattr(request, "param", "qwen2_vl")
+    return name
+
+
+@pytest.fixture(scope="session")
+def token_side(family: str) -> int:
+    """Pixels of the side of one visual token."""
+    return 32 if family == "qwen3_vl" else 28
+
+
+@pytest.fixture(scope="session")
+def make_source(
+    tmp_path_factory: pytest.TempPathFactory, family: str, token_side: int
+) -> Callable[..., TinySource]:
     """A `TinySource` far smaller than `model=tiny`; `text` fields can be replaced."""
     from cocoa_pl.models.tiny import TinySource
 
@@ -62,6 +100,7 @@ def make_source(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., TinyS
     def make(*, seed: int = 0, cache_dir: Path = cache_dir, **text: Any) -> TinySource:
         return TinySource(
             cache_dir=str(cache_dir),
+            family=family,
             seed=seed,
             vocabulary_size=320,
             reserved_rows=4,
@@ -78,17 +117,17 @@ def make_source(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., TinyS
                     "rope_theta": 10.0,
                     "mrope_section": [2, 1, 1],
                 },
+                **TINY_TEXT[family],
                 **text,
             },
             vision={
                 "depth": 2,
-                "embed_dim": 32,
                 "num_heads": 2,
-                "mlp_ratio": 2,
                 "initializer_range": 0.2,
+                **TINY_VISION[family],
             },
-            min_pixels=28 * 28,
-            max_pixels=56 * 84,
+            min_pixels=token_side**2,
+            max_pixels=6 * token_side**2,
         )
 
     return make
@@ -96,7 +135,7 @@ def make_source(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., TinyS
 
 @pytest.fixture(scope="session")
 def tiny_folder(make_source: Callable[..., TinySource], texts: list[str]) -> Path:
-    """The folder of a Qwen2-VL of two layers."""
+    """The folder of a model of two layers."""
     return make_source().folder(texts)
 
 
@@ -127,16 +166,16 @@ def loaded(load_tiny: Callable[..., Loaded]) -> Loaded:
 
 
 @pytest.fixture(scope="session")
-def make_processor(loaded: Loaded) -> Callable[..., Processor]:
+def make_processor(loaded: Loaded, token_side: int) -> Callable[..., Processor]:
     """A `Processor` of the tiny model, with other limits where a test asks for them."""
     from cocoa_pl.data.tokenize import Processor
 
-    def make(*, max_length: int = 128, max_pixels: int = 56 * 84) -> Processor:
+    def make(*, max_length: int = 128, max_pixels: int = 6 * token_side**2) -> Processor:
         return Processor(
             loaded.tokenizer,
             loaded.image_processor,
             max_length=max_length,
-            min_pixels=28 * 28,
+            min_pixels=token_side**2,
             max_pixels=max_pixels,
             num_token_rows=loaded.backbone.num_token_rows,
         )

@@ -19,7 +19,7 @@ from cocoa_pl.errors import UserError
 from cocoa_pl.fingerprint import check_fingerprint
 from cocoa_pl.items import IMAGE_SLOT, ImageSource, Item
 from cocoa_pl.models.backbone import Backbone
-from cocoa_pl.models.loading import find_folder, load
+from cocoa_pl.models.loading import ADAPTER_CONFIG, find_folder, load
 
 FORMAT = 1  # of cocoa.json
 NEEDED = (
@@ -167,6 +167,11 @@ def _export_folder(path: str) -> Path:
     """The exported folder that a run folder holds, or that the path is itself."""
     inner = Path(path) / "model"
     folder = find_folder(str(inner if (inner / "cocoa.json").is_file() else path))
+    if (folder / ADAPTER_CONFIG).is_file():
+        raise UserError(
+            f"{folder} is an adapter, which says nothing of attention and pooling; make a model of "
+            f"it first: train.py init_from={folder} stage=... exports one"
+        )
     if not (folder / "cocoa.json").is_file():
         raise UserError(f"{folder} holds no cocoa.json: it was not exported by cocoa_pl")
     return folder

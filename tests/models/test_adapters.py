@@ -1,6 +1,7 @@
-"""LoRA and DoRA on the tiny model: sizes, dtypes, merging."""
+"""LoRA and DoRA on the tiny models: sizes, dtypes, merging."""
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +22,23 @@ from cocoa_pl.models.adapters import (
     untouched_adapters,
 )
 from cocoa_pl.models.backbone import Backbone
-from cocoa_pl.models.loading import Loaded
+from cocoa_pl.models.loading import FAMILIES, Loaded
 
 ALL = ("context", "eos", "target")
 POLICY = Policy("bidirectional", ALL, ALL, ALL, False)
 CONF = Path(__file__).parents[2] / "conf"
 TARGETS = [
     r".*language_model\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj",
-    r".*visual\.blocks\.\d+\.(attn\.qkv|mlp\.fc1|mlp\.fc2)",
+    r".*visual\.blocks\.\d+\.(attn\.qkv|mlp\.(linear_)?fc\d|mlp\.(gate|up|down)_proj)",
 ]
-# in and out features of the adapted layers of the tiny model: 2 text layers, 2 vision blocks
+# in and out features of the adapted layers of the tiny models: 2 text layers, 2 vision blocks
 TEXT = [(32, 32), (32, 16), (32, 16), (32, 32), (32, 48), (32, 48), (48, 32)]
-VISION = [(32, 96), (32, 64), (64, 32)]
+VISION = {
+    "qwen2_vl": [(32, 96), (32, 64), (64, 32)],
+    "qwen2_5_vl": [(32, 96), (32, 64), (32, 64), (64, 32)],
+    "qwen3_vl": [(32, 96), (32, 64), (64, 32)],
+}
+every_family = pytest.mark.parametrize("family", sorted(FAMILIES), indirect=True, scope="session")
 LoadTiny = Callable[..., Loaded]
 
 
@@ -67,14 +73,15 @@ def embed(backbone: Backbone, batch: Batch) -> Tensor:
         return backbone.embed(batch, POLICY)
 
 
+@every_family
 @pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
 def test_only_adapters_train_and_there_are_as_many_as_the_ranks_say(
-    use_dora: bool, load_tiny: LoadTiny
+    use_dora: bool, family: str, load_tiny: LoadTiny
 ) -> None:
     backbone = low_rank(use_dora=use_dora)(load_tiny().backbone)
     kinds = (".lora_A.", ".lora_B.", ".lora_magnitude_vector.")
     assert all(any(kind in name for kind in kinds) for name in trained(backbone))
-    layers = 2 * (TEXT + VISION)
+    layers = 2 * (TEXT + VISION[family])
     expected = sum(2 * (fan_in + fan_out) + use_dora * fan_out for fan_in, fan_out in layers)
     assert sum(p.numel() for p in trained(backbone).values()) == expected
     assert trainable_line(backbone).startswith(f"{expected:,} of ")
@@ -99,6 +106,7 @@ def test_new_adapters_change_nothing_until_they_train(
     )
 
 
+@every_family
 @pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
 def test_every_adapter_gets_a_gradient(use_dora: bool, load_tiny: LoadTiny, batch: Batch) -> None:
     backbone = adapted(load_tiny, use_dora=use_dora).train()
@@ -109,6 +117,7 @@ def test_every_adapter_gets_a_gradient(use_dora: bool, load_tiny: LoadTiny, batc
     assert all(p.grad is None for p in backbone.parameters() if not p.requires_grad)
 
 
+@every_family
 @pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
 def test_merged_model_embeds_alike_and_the_original_stays(
     use_dora: bool, load_tiny: LoadTiny, loaded: Loaded, batch: Batch
@@ -132,7 +141,7 @@ def test_model_without_adapters_is_merged_already(loaded: Loaded) -> None:
 def test_untouched_adapters_are_named(load_tiny: LoadTiny) -> None:
     fresh = low_rank(use_dora=True)(load_tiny().backbone).state_dict()
     names = untouched_adapters(fresh)
-    assert len(names) == 2 * len(TEXT + VISION)
+    assert len(names) == 2 * len(TEXT + VISION["qwen2_vl"])
     assert all(".lora_B." in name for name in names)
     state = adapted(load_tiny, use_dora=True).state_dict()
     assert untouched_adapters(state) == []
@@ -148,16 +157,21 @@ def test_expression_that_matches_nothing_is_refused(
         low_rank(use_dora=False, targets=targets)(load_tiny().backbone)
 
 
-@pytest.mark.parametrize("name", ["dora", "lora", "none"])
-def test_adapter_files_fit_the_model(name: str, load_tiny: LoadTiny) -> None:
+@cache
+def adapter_file(name: str) -> Any:
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("train", overrides=[f"adapter={name}"])
-    adapter: Any = instantiate(cfg.adapter, _convert_="all")
+        return compose("train", overrides=[f"adapter={name}"]).adapter
+
+
+@every_family
+@pytest.mark.parametrize("name", ["dora", "lora", "none"])
+def test_adapter_files_fit_the_model(name: str, family: str, load_tiny: LoadTiny) -> None:
+    adapter: Any = instantiate(adapter_file(name), _convert_="all")
     backbone = adapter(load_tiny().backbone)
     if isinstance(adapter, FullTuning):
         assert all(p.requires_grad for p in backbone.parameters())
         return
-    layers = 2 * (TEXT + VISION)
+    layers = 2 * (TEXT + VISION[family])
     expected = sum(8 * (a + b) + (name == "dora") * b for a, b in layers)
     assert sum(p.numel() for p in trained(backbone).values()) == expected
     assert backbone.model.peft_config["default"].lora_alpha == 64

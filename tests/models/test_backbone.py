@@ -1,5 +1,5 @@
-"""The wrapped model against the policy table and against itself one by one; parity with the stock
-forward is in `test_stock_parity.py`.
+"""Every family's wrapped model against the policy table and against itself one by one; parity with
+the stock forward is in `test_stock_parity.py`.
 """
 
 import dataclasses
@@ -13,9 +13,13 @@ import torch
 from torch import Tensor
 
 from cocoa_pl.attention import Policy, dense_mask, make_plan
+from cocoa_pl.attention.kernels import KERNELS
 from cocoa_pl.batch import Batch, Encoded, pack
+from cocoa_pl.data.tokenize import Processor
 from cocoa_pl.models.backbone import Backbone
-from cocoa_pl.models.loading import Loaded
+from cocoa_pl.models.loading import FAMILIES, Loaded
+
+pytestmark = pytest.mark.parametrize("family", sorted(FAMILIES), indirect=True, scope="session")
 
 ALL = ("context", "eos", "target")
 POLICIES = {
@@ -188,14 +192,27 @@ def test_embeddings_are_unit_float32_and_tell_samples_apart(
 
 
 def test_model_without_a_plan_fails_instead_of_running_causally(
-    loaded: Loaded, make_samples: MakeSamples
+    loaded: Loaded, processor: Processor, make_samples: MakeSamples
 ) -> None:
     model = loaded.backbone.stock
     (sample,) = make_samples((0,))
+    frames = torch.zeros(4, 2 * processor.patch_values)
     with pytest.raises(TypeError, match="plan"):
         model(input_ids=sample.input_ids[None])
-    with pytest.raises(TypeError, match="plan"):
-        model.model.visual(torch.zeros(4, 2 * 3 * 14 * 14), grid_thw=torch.tensor([[1, 2, 2]]))
+    with pytest.raises((TypeError, KeyError), match="plan"):
+        model.model.visual(frames, grid_thw=torch.tensor([[1, 2, 2]]))
+
+
+def test_vision_tower_never_waits_for_the_device(
+    load_tiny: Callable[..., Loaded], make_samples: MakeSamples, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A tensor without values cannot be read back: on a GPU each such reading would be a wait.
+    monkeypatch.setitem(KERNELS, "sdpa", lambda q, k, v, plan, scale: q)
+    backbone = load_tiny().backbone.to("meta")
+    batch = pack(make_samples((1, 0, 2)))
+    pixels = torch.empty(batch.patches.shape, device="meta")
+    tokens = backbone._see(pixels, batch.grids).pooler_output
+    assert tokens.shape == (int(batch.image_mask.sum()), backbone.hidden_size)
 
 
 def gradients(backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
@@ -225,6 +242,16 @@ def test_gradient_checkpointing_gives_the_same_gradients(
     assert plain.keys() == checkpointed.keys()
     for name, gradient in plain.items():
         assert torch.equal(checkpointed[name], gradient), name
+
+
+def test_batch_without_images_leaves_the_vision_tower_without_gradients(
+    load_tiny: Callable[..., Loaded], make_samples: MakeSamples
+) -> None:
+    backbone = load_tiny(gradient_checkpointing=True).backbone
+    found = gradients(backbone, pack(make_samples((0, 0), targets=True)))
+    text = {name for name, _ in backbone.named_parameters() if ".visual." not in name}
+    assert set(found) == text
+    assert [name for name, gradient in found.items() if not gradient.any()] == []
 
 
 def test_every_parameter_gets_a_gradient(

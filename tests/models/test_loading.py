@@ -1,6 +1,7 @@
 """Model folders that load, and one sentence for each of those that do not."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -53,7 +54,8 @@ def test_folder_loads_in_the_dtype_asked_for(load_tiny: LoadTiny, dtype: str) ->
 
 def test_other_family_is_refused_by_its_name(load_tiny: LoadTiny, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps({"model_type": "bert"}))
-    assert message(load_tiny, folder) == f"{folder} is a bert model; supported are qwen2_vl"
+    supported = "qwen2_5_vl, qwen2_vl, qwen3_vl"
+    assert message(load_tiny, folder) == f"{folder} is a bert model; supported are {supported}"
 
 
 @pytest.mark.parametrize("config", ["{", "{}", '{"model_type": "no_such_model"}'])
@@ -75,6 +77,47 @@ def test_unexpected_weight_is_refused_by_name(load_tiny: LoadTiny, folder: Path)
 def test_weight_of_another_shape_is_refused_by_name(load_tiny: LoadTiny, folder: Path) -> None:
     change_weights(folder, lambda weights, name: weights.update({name: weights[name][:-1] + 0}))
     assert f"{UP} of 1" in message(load_tiny, folder)
+
+
+def rename_weights(folder: Path, rename: Callable[[str], str]) -> set[str]:
+    weights = load_file(folder / "model.safetensors")
+    renamed = {rename(name): value for name, value in weights.items()}
+    save_file(renamed, folder / "model.safetensors", metadata={"format": "pt"})
+    return set(renamed)
+
+
+def older(name: str) -> str:
+    """The names of weights until transformers 4.51: `visual.*` and `model.layers.*`."""
+    return re.sub(r"^model\.visual\.", "visual.", name).replace("model.language_model.", "model.")
+
+
+def current(name: str) -> str:
+    """The names that the model's own modules have."""
+    name = re.sub(r"^model\.(?!language_model\.|visual\.)", "model.language_model.", name)
+    return re.sub(r"^visual\.", "model.visual.", name)
+
+
+@pytest.mark.parametrize("rename", [older, current])
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"], indirect=True, scope="session")
+def test_weights_under_names_of_both_layouts_load_alike(
+    rename: Callable[[str], str], load_tiny: LoadTiny, loaded: Loaded, folder: Path
+) -> None:
+    names = rename_weights(folder, rename)
+    prefix = {"older": "model.layers.0.", "current": "model.language_model.layers.0."}
+    assert any(name.startswith(prefix[rename.__name__]) for name in names)
+    found = load_tiny(folder=folder).backbone.state_dict()
+    expected = loaded.backbone.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl"], indirect=True, scope="session")
+def test_layout_that_a_family_never_had_is_refused(
+    load_tiny: LoadTiny, loaded: Loaded, folder: Path
+) -> None:
+    assert rename_weights(folder, current) <= set(loaded.backbone.stock.state_dict())
+    rename_weights(folder, older)
+    assert "weights do not fit the config, first lm_head.weight" in message(load_tiny, folder)
 
 
 def test_missing_and_truncated_weight_files_are_refused(load_tiny: LoadTiny, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""The wrapped model against the stock Hugging Face model: states, logits, positions, pixels."""
+"""Every family's wrapped model against the stock one: states, logits, positions, pixels."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -16,8 +16,10 @@ from cocoa_pl.batch import Batch, pack
 from cocoa_pl.data.tokenize import Processor
 from cocoa_pl.items import IMAGE_SLOT, Item
 from cocoa_pl.models.backbone import Backbone
-from cocoa_pl.models.loading import Loaded
+from cocoa_pl.models.loading import FAMILIES, Loaded
 from cocoa_pl.positions import mrope_positions
+
+pytestmark = pytest.mark.parametrize("family", sorted(FAMILIES), indirect=True, scope="session")
 
 ALL = ("context", "eos", "target")
 CAUSAL = Policy("causal", ALL, ALL, ALL, True)
@@ -91,6 +93,33 @@ def test_bidirectional_policy_equals_the_stock_forward_that_is_not_causal(
         stock.config.text_config.is_causal = False
         assert_close(hidden, stock.model(**inputs).last_hidden_state[0])
     assert (hidden - causal).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("policy", [CAUSAL, BIDIRECTIONAL], ids=["causal", "bidirectional"])
+def test_large_images_of_several_sizes_equal_the_stock_forward(
+    policy: Policy,
+    loaded: Loaded,
+    tiny_folder: Path,
+    make_processor: Callable[..., Processor],
+    make_image: Callable[..., Image.Image],
+    token_side: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Visual tokens, width x height: where the tower has windows, whole ones and cut ones.
+    sizes = [(5, 7), (4, 4), (8, 3), (1, 1)]
+    images = [make_image((token_side * w, token_side * h), seed=w) for w, h in sizes]
+    processor = make_processor(max_pixels=64 * token_side**2)
+    item = Item("a {0} and {0}{0} then {0}".replace("{0}", IMAGE_SLOT), tuple(images))
+    batch = pack([processor.encode(item, None, key=0, seed=0, row_id="toy")])
+    assert (batch.grids[:, 1:].flip(1) // 2).tolist() == [list(size) for size in sizes]
+    bounds = {"shortest_edge": 1, "longest_edge": 64 * token_side**2}
+    monkeypatch.setattr(processor.image_processor, "size", bounds)
+    stock = load_stock(tiny_folder, attn_implementation="eager")
+    stock.config.text_config.is_causal = policy.causal
+    hidden = run(loaded.backbone, batch, policy)
+    with torch.no_grad():
+        inputs = stock_inputs(batch, processor, item)
+        assert_close(hidden, stock.model(**inputs).last_hidden_state[0])
 
 
 def test_stock_forward_of_padded_batches_gives_the_same_packed_states(

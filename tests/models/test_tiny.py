@@ -1,4 +1,4 @@
-"""The tiny model is an ordinary Hugging Face folder, built once."""
+"""The tiny models are ordinary Hugging Face folders, built once."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,16 +6,22 @@ from typing import Any
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
     AutoModelForImageTextToText,
     AutoTokenizer,
     Qwen2VLForConditionalGeneration,
 )
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from cocoa_pl.models.tiny import SPECIAL_TOKENS, TinySource
+from cocoa_pl.errors import UserError
+from cocoa_pl.models.loading import FAMILIES
+from cocoa_pl.models.tiny import SPECIAL_TOKENS, TWINS, TinySource
 
+CONF = Path(__file__).parents[2] / "conf"
+every_family = pytest.mark.parametrize("family", sorted(FAMILIES), indirect=True, scope="session")
 MakeSource = Callable[..., TinySource]
 
 
@@ -26,10 +32,11 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return state
 
 
-def test_plain_transformers_loads_the_folder_and_generates(tiny_folder: Path) -> None:
+@every_family
+def test_plain_transformers_loads_the_folder_and_generates(family: str, tiny_folder: Path) -> None:
     loaded: Any = AutoModelForImageTextToText.from_pretrained(tiny_folder, output_loading_info=True)
     model, info = loaded
-    assert model.config.model_type == "qwen2_vl"
+    assert model.config.model_type == family
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
     ids = tokenizer("two boats", return_tensors="pt")["input_ids"]
@@ -39,6 +46,7 @@ def test_plain_transformers_loads_the_folder_and_generates(tiny_folder: Path) ->
     assert generated.shape[1] > ids.shape[1]
 
 
+@every_family
 def test_special_tokens_have_the_ids_of_the_config(tiny_folder: Path) -> None:
     config = AutoConfig.from_pretrained(tiny_folder)
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
@@ -58,10 +66,50 @@ def test_reserved_rows_stay_behind_the_vocabulary(tiny_folder: Path) -> None:
     assert len(tokenizer) <= 320
 
 
-def test_image_processor_keeps_the_given_bounds(tiny_folder: Path) -> None:
-    processor = AutoImageProcessor.from_pretrained(tiny_folder, backend="pil")
-    assert (processor.size["shortest_edge"], processor.size["longest_edge"]) == (784, 56 * 84)
-    assert (processor.patch_size, processor.merge_size) == (14, 2)
+@every_family
+def test_image_processor_keeps_the_given_bounds_and_reads_pixels_like_the_large_models(
+    family: str, tiny_folder: Path, token_side: int
+) -> None:
+    processor = Qwen2VLImageProcessorPil.from_pretrained(tiny_folder)
+    bounds = (processor.size["shortest_edge"], processor.size["longest_edge"])
+    assert bounds == (token_side**2, 6 * token_side**2)
+    assert (processor.patch_size, processor.merge_size) == (token_side // 2, 2)
+    grey = family == "qwen3_vl"
+    assert list(processor.image_mean) == (
+        [0.5] * 3 if grey else [0.48145466, 0.4578275, 0.40821073]
+    )
+    assert list(processor.image_std) == (
+        [0.5] * 3 if grey else [0.26862954, 0.26130258, 0.27577711]
+    )
+
+
+def test_every_family_has_a_twin_and_another_is_refused(tmp_path: Path) -> None:
+    assert set(TWINS) == set(FAMILIES)
+    with pytest.raises(UserError, match=r"model\.source\.family: there is no qwen9, only qwen2_vl"):
+        TinySource(
+            cache_dir=str(tmp_path),
+            family="qwen9",
+            seed=0,
+            vocabulary_size=300,
+            reserved_rows=1,
+            text={},
+            vision={},
+            min_pixels=1,
+            max_pixels=1,
+        )
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny_qwen25vl", "tiny_qwen3vl"])
+def test_tiny_models_are_of_the_size_their_files_tell(
+    name: str, texts: list[str], tmp_path: Path
+) -> None:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("train", overrides=[f"model={name}", f"cache_dir={tmp_path}"])
+    source: TinySource = instantiate(cfg.model.source, _convert_="all")
+    found = weights(source.folder(texts))
+    assert 0.9e6 < sum(value.numel() for value in found.values()) < 2e6
+    side = 32 if name == "tiny_qwen3vl" else 28
+    assert (cfg.model.min_pixels, cfg.model.max_pixels) == (side**2, (4 * side) ** 2)
 
 
 @pytest.mark.parametrize(

@@ -75,6 +75,19 @@ class Processor:
         """Bytes of one patch of one frame: channels x side x side."""
         return 3 * self.patch_size**2
 
+    def count_text_tokens(self, text: str) -> int:
+        """Tokens of a text without image slots."""
+        return len(self._text_ids(text))
+
+    def count_visual_tokens(self, width: int, height: int) -> int:
+        """Visual tokens of a picture of this size; its start and end tokens not counted."""
+        patches = self.image_processor.get_number_of_image_patches(
+            height,
+            width,
+            {"min_pixels": self.size.shortest_edge, "max_pixels": self.size.longest_edge},
+        )
+        return int(patches) // self.merge_size**2
+
     def encode(
         self, context: Item, target: str | None, *, key: int, seed: int, row_id: str
     ) -> Encoded:

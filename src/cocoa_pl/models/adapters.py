@@ -17,10 +17,13 @@ log = logging.getLogger(__name__)
 
 
 class FullTuning:
-    """Every parameter of the backbone trains."""
+    """Every parameter of the backbone trains, in float32 whatever the model computes in.
+
+    In bfloat16 an update of less than 1/256 of a weight would round away.
+    """
 
     def __call__(self, backbone: Backbone) -> Backbone:
-        return backbone.requires_grad_(True)
+        return backbone.float().requires_grad_(True)
 
 
 class LowRank:

@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 class Backbone(nn.Module, ABC):
-    """What every family shares; a family says how its stock model is fed (see `qwen_vl.py`).
+    """What every family shares; a family says how its stock model is fed (see `qwen2_vl.py`).
 
     Args:
         model: a stock generative vision-language model, possibly with peft adapters inside.
@@ -50,6 +50,8 @@ class Backbone(nn.Module, ABC):
         log.info("attention kernel: %s", kernel)
         self.model = model
         self.kernel = kernel
+        # Of matrix products; what trains is kept in float32 all the same (see `adapters.py`).
+        self.compute_dtype: torch.dtype = self.stock.dtype
         # A byte has 256 values: the image processor's own arithmetic, done once for all pixels to
         # come.
         scaled = (torch.arange(256).double() * rescale_factor).float()
@@ -71,6 +73,11 @@ class Backbone(nn.Module, ABC):
     def hidden_size(self) -> int: ...
 
     @property
+    def blocks(self) -> list[nn.Module]:
+        """The repeated blocks of the language model and of the vision tower."""
+        return [*self.stock.model.language_model.layers, *self.stock.model.visual.blocks]
+
+    @property
     def num_token_rows(self) -> int:
         """Rows of the token embedding, reserved ones included."""
         return int(self.stock.get_input_embeddings().weight.shape[0])
@@ -78,6 +85,23 @@ class Backbone(nn.Module, ABC):
     @property
     def device(self) -> torch.device:
         return self.byte_values.device
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with self.autocast():
+            return super().__call__(*args, **kwargs)
+
+    def autocast(self) -> torch.autocast:
+        """Matrix products in the model's own type, in training as in evaluation.
+
+        Without autocast's cache of weights: what the first pass of a gradient cache leaves there
+        has no gradient.
+        """
+        return torch.autocast(
+            self.device.type,
+            dtype=self.compute_dtype,
+            enabled=self.compute_dtype != torch.float32,
+            cache_enabled=False,
+        )
 
     @abstractmethod
     def forward(self, batch: Batch, plan: Plan, pixels: Tensor | None = None) -> Tensor:
@@ -115,11 +139,13 @@ class Backbone(nn.Module, ABC):
 
     def vocabulary(self, hidden: Tensor) -> Tensor:
         """Logits of chosen states: (M, D) -> (M, V)."""
-        logits: Tensor = self.stock.get_output_embeddings()(hidden)
+        with self.autocast():
+            logits: Tensor = self.stock.get_output_embeddings()(hidden)
         return logits
 
     def embed(self, batch: Batch, policy: Policy) -> Tensor:
         """The L2-normalised last hidden state at each sample's EOS, (S, D) float32."""
         hidden = self(batch, make_plan(policy, batch.segment_lengths).to(self.device))
-        eos = hidden.index_select(0, batch.eos_positions.to(hidden.device))
+        real = batch.eos_positions[: batch.num_samples - batch.num_fillers]
+        eos = hidden.index_select(0, real.to(hidden.device))
         return normalize(eos.float(), dim=-1)

@@ -29,9 +29,10 @@ class ImageDecoder(nn.Module):
         """(T, D) states to (V, merge_size ** 2 * B) normalised pixels of the V hidden visual
         tokens.
         """
-        states = backbone.run_layer(self.layer, hidden, batch, plan)
-        rows = states.index_select(0, patch_mask.nonzero()[:, 0])
-        pixels: Tensor = self.projection(rows)
+        with backbone.autocast():
+            states = backbone.run_layer(self.layer, hidden, batch, plan)
+            rows = states.index_select(0, patch_mask.nonzero()[:, 0])
+            pixels: Tensor = self.projection(rows)
         return pixels
 
 

@@ -15,10 +15,18 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 from cocoa_pl.attention import TEXT_ATTENTION
 from cocoa_pl.errors import UserError
 from cocoa_pl.models.backbone import Backbone
-from cocoa_pl.models.qwen_vl import Qwen2VLBackbone
+from cocoa_pl.models.qwen2_5_vl import Qwen25VLBackbone
+from cocoa_pl.models.qwen2_vl import Qwen2VLBackbone
+from cocoa_pl.models.qwen3_vl import Qwen3VLBackbone
 
 # One entry for each family, by the `model_type` in its config.json.
-FAMILIES: dict[str, type[Backbone]] = {"qwen2_vl": Qwen2VLBackbone}
+FAMILIES: dict[str, type[Backbone]] = {
+    "qwen2_vl": Qwen2VLBackbone,
+    "qwen2_5_vl": Qwen25VLBackbone,
+    "qwen3_vl": Qwen3VLBackbone,
+}
+
+ADAPTER_CONFIG = "adapter_config.json"  # of a folder that holds an adapter (`adapter_folders.py`)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -42,6 +50,16 @@ class PretrainedSource:
 
 
 @dataclass(frozen=True)
+class Inputs:
+    """What makes a model's input of texts and images, and how many rows its token embedding has."""
+
+    family: type[Backbone]
+    tokenizer: Any
+    image_processor: Any
+    num_token_rows: int
+
+
+@dataclass(frozen=True)
 class Loaded:
     """A model as it came from its folder."""
 
@@ -52,12 +70,12 @@ class Loaded:
 
 
 def find_folder(path: str) -> Path:
-    """The local folder of a model.
+    """The local folder of a model, or of an adapter.
 
     Raises:
         UserError: if it is neither on this disk nor to be had from the hub.
     """
-    if (Path(path) / "config.json").is_file():
+    if any((Path(path) / name).is_file() for name in ("config.json", ADAPTER_CONFIG)):
         return Path(path)
     if (Path(path) / "config.yaml").is_file():
         raise UserError(
@@ -84,8 +102,50 @@ def load(folder: Path, *, kernel: str, dtype: str, gradient_checkpointing: bool)
         dtype: a name in `DTYPES`.
 
     Raises:
-        UserError: for a family that is not supported, a missing or broken file, or weights or a
-            tokenizer that do not fit the config.
+        UserError: for a family that is not supported, a missing or broken file, weights or a
+            tokenizer that do not fit the config, or an adapter lying in the same folder.
+    """
+    if (folder / ADAPTER_CONFIG).is_file():  # transformers would add it, or another model's weights
+        raise UserError(
+            f"{folder} holds an adapter ({ADAPTER_CONFIG}); a model and an adapter go into folders "
+            "of their own"
+        )
+    inputs = load_inputs(folder)
+    with _naming(folder):
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
+            folder,
+            dtype=DTYPES[dtype],
+            attn_implementation=TEXT_ATTENTION,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # not ignored: refused by name below
+        )
+    model, info = loaded
+    mismatched = [name for name, *_ in info["mismatched_keys"]]
+    wrong = sorted([*info["missing_keys"], *info["unexpected_keys"], *mismatched])
+    if wrong:
+        raise UserError(
+            f"{folder}: weights do not fit the config, first {wrong[0]} of {len(wrong)}"
+        )
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    image_processor = inputs.image_processor
+    backbone = inputs.family(
+        model,
+        kernel=kernel,
+        image_mean=list(image_processor.image_mean),
+        image_std=list(image_processor.image_std),
+        rescale_factor=float(image_processor.rescale_factor),
+    )
+    return Loaded(backbone, inputs.tokenizer, image_processor, folder)
+
+
+def load_inputs(folder: Path) -> Inputs:
+    """All of a model's folder but its weights.
+
+    Raises:
+        UserError: for a family that is not supported, a missing or broken file, or a tokenizer that
+            does not fit the config.
     """
     with _naming(folder):
         config = AutoConfig.from_pretrained(folder)
@@ -95,36 +155,12 @@ def load(folder: Path, *, kernel: str, dtype: str, gradient_checkpointing: bool)
         )
     family = FAMILIES[config.model_type]
     with _naming(folder):
-        loaded: Any = AutoModelForImageTextToText.from_pretrained(
-            folder,
-            dtype=DTYPES[dtype],
-            attn_implementation=TEXT_ATTENTION,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # not ignored: refused by name below
-        )
         tokenizer = AutoTokenizer.from_pretrained(folder)
         image_processor = family.image_processor.from_pretrained(folder)
-    model, info = loaded
-    mismatched = [name for name, *_ in info["mismatched_keys"]]
-    wrong = sorted([*info["missing_keys"], *info["unexpected_keys"], *mismatched])
-    if wrong:
-        raise UserError(
-            f"{folder}: weights do not fit the config, first {wrong[0]} of {len(wrong)}"
-        )
     # Without its files, transformers makes up an empty tokenizer.
     if tokenizer.convert_tokens_to_ids("<|image_pad|>") != config.image_token_id:
         raise UserError(f"{folder}: the tokenizer is missing or does not fit the config")
-    if gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.enable_input_require_grads()
-    backbone = family(
-        model,
-        kernel=kernel,
-        image_mean=list(image_processor.image_mean),
-        image_std=list(image_processor.image_std),
-        rescale_factor=float(image_processor.rescale_factor),
-    )
-    return Loaded(backbone, tokenizer, image_processor, folder)
+    return Inputs(family, tokenizer, image_processor, config.get_text_config().vocab_size)
 
 
 @contextmanager

@@ -1,20 +1,28 @@
-"""Qwen2-VL: how its stock model is fed a packed batch.
+"""What the Qwen-VL families share: how a stock model of theirs is fed a packed batch.
 
-Adding a family is a file like this one, an entry in `models/loading.py` and a `conf/model/*.yaml`.
+Adding a family of this kind is a file like `qwen2_vl.py`, an entry in `models/loading.py`, an entry
+in `models/tiny.py`, and a `conf/model/*.yaml`.
 """
 
+from abc import abstractmethod
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from cocoa_pl.attention import VISION_ATTENTION, Plan, self_plan
+from cocoa_pl.attention import VISION_ATTENTION, Plan
 from cocoa_pl.batch import Batch
+from cocoa_pl.models import vision_grids
 from cocoa_pl.models.backbone import Backbone
 
 
-class Qwen2VLBackbone(Backbone):
-    """A stock `Qwen2VLForConditionalGeneration` whose attention follows a plan."""
+class QwenVLBackbone(Backbone):
+    """A stock Qwen-VL model whose attention follows a plan.
+
+    All families read pixels with the image processor of the first; its patch size and statistics
+    differ and are read from the model's folder.
+    """
 
     image_processor = Qwen2VLImageProcessorPil
 
@@ -23,6 +31,25 @@ class Qwen2VLBackbone(Backbone):
         # Set after construction: a name with "flash" in it at construction makes transformers look
         # for a kernel.
         self.stock.model.visual.config._attn_implementation = VISION_ATTENTION
+
+    @abstractmethod
+    def vision_inputs(self, grids: Tensor) -> dict[str, Any]:
+        """What this family's tower asks for beside the patches and their positions.
+
+        Args:
+            grids: (I, 3) int64 on the CPU, at least one image.
+
+        Returns:
+            Keywords of the stock tower; among them `plan`. Tensors and plans are on the CPU.
+        """
+
+    def text_inputs(self, vision: Any, batch: Batch) -> dict[str, Any]:
+        """What this family's language model takes from the tower beside the visual tokens.
+
+        Args:
+            vision: the stock tower's output.
+        """
+        return {}
 
     @property
     def merge_size(self) -> int:
@@ -35,16 +62,19 @@ class Qwen2VLBackbone(Backbone):
     def forward(self, batch: Batch, plan: Plan, pixels: Tensor | None = None) -> Tensor:
         model = self.stock.model
         states = model.get_input_embeddings()(batch.input_ids)  # (T, D)
+        more = {}
         if len(batch.grids):
-            visual = self._visual_tokens(self.pixels(batch) if pixels is None else pixels, batch)
+            vision = self._see(self.pixels(batch) if pixels is None else pixels, batch.grids)
             rows = batch.image_mask.nonzero()[:, 0]
-            states = states.index_copy(0, rows, visual.to(states.dtype))
+            states = states.index_copy(0, rows, vision.pooler_output.to(states.dtype))
+            more = self.text_inputs(vision, batch)
         output = model.language_model(
             inputs_embeds=states[None],
             position_ids=batch.position_ids[:, None],  # without them transformers falls back to 1-D
             plan=plan,
             kernel=self.kernel,
             use_cache=False,
+            **more,
         )
         hidden: Tensor = output.last_hidden_state[0]
         return hidden
@@ -65,20 +95,27 @@ class Qwen2VLBackbone(Backbone):
         )
         return output[0]
 
-    def _visual_tokens(self, pixels: Tensor, batch: Batch) -> Tensor:
-        """(P, B) -> (V, D)."""
+    def _see(self, pixels: Tensor, grids: Tensor) -> Any:
+        """(P, B) float -> the stock tower's output; its `pooler_output` is (V, D)."""
         visual = self.stock.model.visual
         config = visual.config
         frames = pixels.view(len(pixels), config.in_channels, 1, -1)
-        frames = frames.expand(-1, -1, config.temporal_patch_size, -1).flatten(
-            1
-        )  # a still image, repeated
-        plan = self_plan(batch.grids.prod(1)).to(pixels.device)
-        output = visual(
+        # A still image is one frame, repeated.
+        frames = frames.expand(-1, -1, config.temporal_patch_size, -1).flatten(1)
+        patches = grids.prod(1)  # of each image
+        inputs = {
+            "position_ids": vision_grids.positions(grids, merge_size=self.merge_size),
+            "cu_seqlens": nn.functional.pad(patches.cumsum(0), (1, 0)).int(),
+            **self.vision_inputs(grids),
+        }
+        return visual(
             frames.to(visual.dtype),
-            grid_thw=batch.grids.to(pixels.device),
-            plan=plan,
+            grid_thw=grids,  # everything that the tower would work out of them is given
+            max_seqlen=int(patches.max()),
             kernel=self.kernel,
+            **{name: _moved(value, pixels.device) for name, value in inputs.items()},
         )
-        tokens: Tensor = output.pooler_output
-        return tokens
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    return value if isinstance(value, int) else value.to(device)

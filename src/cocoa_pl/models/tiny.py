@@ -1,4 +1,4 @@
-"""Training texts in, a small Qwen2-VL with random weights out, as an ordinary Hugging Face folder.
+"""Training texts in, a small model with random weights out, as an ordinary Hugging Face folder.
 
 Nothing behind it knows that the model is small: it is loaded by the same code as
 Qwen/Qwen2-VL-2B-Instruct.
@@ -9,13 +9,44 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedTokenizerFast
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.utils.constants import (
+    IMAGENET_STANDARD_MEAN,
+    IMAGENET_STANDARD_STD,
+    OPENAI_CLIP_MEAN,
+    OPENAI_CLIP_STD,
+)
+
+from cocoa_pl.errors import UserError
+
+
+@dataclass(frozen=True)
+class Twin:
+    """What a family's small models take from its large ones beside their classes.
+
+    Attributes:
+        output_field: of the vision configuration: the language model's hidden size.
+        image_mean, image_std: pixel statistics of the published image processor.
+    """
+
+    output_field: str
+    image_mean: Sequence[float]
+    image_std: Sequence[float]
+
+
+# By `model_type`.
+TWINS = {
+    "qwen2_vl": Twin("hidden_size", OPENAI_CLIP_MEAN, OPENAI_CLIP_STD),
+    "qwen2_5_vl": Twin("out_hidden_size", OPENAI_CLIP_MEAN, OPENAI_CLIP_STD),
+    "qwen3_vl": Twin("out_hidden_size", IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD),
+}
 
 # The special tokens of Qwen2-VL, by the same names.
 SPECIAL_TOKENS = (
@@ -34,18 +65,23 @@ class TinySource:
 
     Args:
         cache_dir: where the folder is kept.
+        family: a name in `TWINS`.
         seed: of the random weights.
         vocabulary_size: tokens of the tokenizer, special ones included.
         reserved_rows: embedding rows that no token uses, as in Qwen2-VL; one becomes the mask
             token.
         text, vision: fields of the stock text and vision configurations.
         min_pixels, max_pixels: bounds of the image processor, pixels per image.
+
+    Raises:
+        UserError: for a family that there is no twin of.
     """
 
     def __init__(
         self,
         *,
         cache_dir: str,
+        family: str,
         seed: int,
         vocabulary_size: int,
         reserved_rows: int,
@@ -54,8 +90,11 @@ class TinySource:
         min_pixels: int,
         max_pixels: int,
     ) -> None:
+        if family not in TWINS:
+            raise UserError(f"model.source.family: there is no {family}, only {', '.join(TWINS)}")
         self.cache_dir = Path(cache_dir)
         self.values: dict[str, Any] = {
+            "family": family,
             "seed": seed,
             "vocabulary_size": vocabulary_size,
             "reserved_rows": reserved_rows,
@@ -83,14 +122,16 @@ class TinySource:
         token: Any = tokenizer.convert_tokens_to_ids
         # Rows are counted from the size asked for, so that the shape does not depend on the texts.
         rows = values["vocabulary_size"] + values["reserved_rows"]
-        config: Any = Qwen2VLConfig(
+        twin = TWINS[values["family"]]
+        config: Any = AutoConfig.for_model(
+            values["family"],
             text_config={
                 **values["text"],
                 "vocab_size": rows,
                 "bos_token_id": token("<|endoftext|>"),
                 "eos_token_id": token("<|im_end|>"),
             },
-            vision_config={**values["vision"], "hidden_size": values["text"]["hidden_size"]},
+            vision_config={**values["vision"], twin.output_field: values["text"]["hidden_size"]},
             image_token_id=token("<|image_pad|>"),
             video_token_id=token("<|video_pad|>"),
             vision_start_token_id=token("<|vision_start|>"),
@@ -99,13 +140,15 @@ class TinySource:
         )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(values["seed"])
-            Qwen2VLForConditionalGeneration(config).save_pretrained(folder)
+            AutoModelForImageTextToText.from_config(config).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         Qwen2VLImageProcessorPil(
             patch_size=config.vision_config.patch_size,
             merge_size=config.vision_config.spatial_merge_size,
             temporal_patch_size=config.vision_config.temporal_patch_size,
             size={"shortest_edge": values["min_pixels"], "longest_edge": values["max_pixels"]},
+            image_mean=list(twin.image_mean),
+            image_std=list(twin.image_std),
         ).save_pretrained(folder)
 
 

@@ -1,0 +1,371 @@
+"""Adapter folders of peft in both key layouts: they load whole, or one sentence says why not."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from cocoa_pl.assemble import open_model
+from cocoa_pl.attention import Policy
+from cocoa_pl.batch import Batch, Encoded, pack
+from cocoa_pl.embedder import Embedder
+from cocoa_pl.errors import UserError
+from cocoa_pl.models.adapter_folders import base_path, is_adapter, load_adapter
+from cocoa_pl.models.backbone import Backbone
+from cocoa_pl.models.loading import FAMILIES, Loaded, find_folder, load
+
+CONF = Path(__file__).parents[2] / "conf"
+ALL = ("context", "eos", "target")
+POLICY = Policy("bidirectional", ALL, ALL, ALL, False)
+# As published: by the last part of the name, the same for every layout.
+TARGETS = ["q_proj", "v_proj", "o_proj", "down_proj", "qkv"]
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+Change = Callable[[dict[str, Tensor]], object]
+
+
+def older(key: str) -> str:
+    """The names that transformers wrote until 4.51."""
+    key = key.replace("base_model.model.model.visual.", "base_model.model.visual.")
+    return key.replace("base_model.model.model.language_model.", "base_model.model.model.")
+
+
+def current(key: str) -> str:
+    key = key.replace("base_model.model.visual.", "base_model.model.model.visual.")
+    return re.sub(
+        r"^base_model\.model\.model\.(?!language_model|visual)",
+        "base_model.model.model.language_model.",
+        key,
+    )
+
+
+LAYOUTS = {"older": older, "current": current}
+
+
+def save_adapter(
+    backbone: Backbone, folder: Path, *, base: Path, layout: Callable[[str], str], **options: Any
+) -> Path:
+    """Give the backbone a random adapter and write it as peft does, under the names of a layout."""
+    config = peft.LoraConfig(**{"r": 2, "lora_alpha": 8, "target_modules": TARGETS, **options})
+    model: Any = peft.get_peft_model(backbone.model, config)  # type: ignore[arg-type]
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_B." in name:
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+            elif ".lora_magnitude_vector." in name:
+                parameter.mul_(1.1)
+    backbone.model = model
+    model.save_pretrained(folder)
+    weights = load_file(folder / WEIGHTS)
+    save_file({layout(key): value for key, value in weights.items()}, folder / WEIGHTS)
+    described = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps({**described, "base_model_name_or_path": str(base)}))
+    return folder
+
+
+@pytest.fixture
+def batch(make_samples: Callable[..., list[Encoded]]) -> Batch:
+    return pack(make_samples((1, 0, 2)))
+
+
+def embed(backbone: Backbone, batch: Batch) -> Tensor:
+    with torch.no_grad():
+        return backbone.eval().embed(batch, POLICY)
+
+
+def open_adapter(folder: Path, base: Path) -> Loaded:
+    return load_adapter(
+        folder, base=base, kernel="sdpa", dtype="float32", gradient_checkpointing=False
+    )
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "dora": {"use_dora": True},
+    "rank-stabilised": {"use_rslora": True},
+    "ranks of their own": {
+        "rank_pattern": {"q_proj": 3, r"layers\.0\.mlp\.down_proj": 4},
+        "alpha_pattern": {"q_proj": 5, "qkv": 2},
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [
+        *(("qwen2_vl", kind) for kind in KINDS),
+        *((family, "dora") for family in FAMILIES if family != "qwen2_vl"),
+    ],
+    indirect=["family"],
+    scope="session",
+)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_vectors_are_those_of_the_peft_model(
+    kind: str,
+    layout: str,
+    load_tiny: Callable[..., Loaded],
+    tiny_folder: Path,
+    batch: Batch,
+    tmp_path: Path,
+) -> None:
+    backbone = load_tiny().backbone
+    before = embed(backbone, batch)
+    save_adapter(backbone, tmp_path, base=tiny_folder, layout=LAYOUTS[layout], **KINDS[kind])
+    expected = embed(backbone, batch)
+    found = open_adapter(tmp_path, tiny_folder).backbone
+    torch.testing.assert_close(embed(found, batch), expected, rtol=0, atol=1e-5)
+    assert (expected - before).abs().max() > 1e-2
+    assert not isinstance(found.model, peft.PeftModel)
+    assert all(parameter.requires_grad for parameter in found.parameters())
+
+
+def test_adapter_merged_into_a_bfloat16_base_gives_nearly_the_same_vectors(
+    load_tiny: Callable[..., Loaded], tiny_folder: Path, batch: Batch, tmp_path: Path
+) -> None:
+    backbone = load_tiny().backbone
+    save_adapter(backbone, tmp_path, base=tiny_folder, layout=older, use_dora=True)
+    expected = embed(backbone, batch)
+    loaded = load_adapter(
+        tmp_path, base=tiny_folder, kernel="sdpa", dtype="bfloat16", gradient_checkpointing=True
+    )
+    assert {parameter.dtype for parameter in loaded.backbone.parameters()} == {torch.bfloat16}
+    # 8 bits of mantissa, rounded in each of two layers.
+    torch.testing.assert_close(embed(loaded.backbone, batch), expected, rtol=0, atol=2**-5)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_expressions_over_names_of_either_layout_are_understood(
+    layout: str, load_tiny: Callable[..., Loaded], tiny_folder: Path, batch: Batch, tmp_path: Path
+) -> None:
+    backbone = load_tiny().backbone
+    targets = r"model\.language_model\.layers\.\d+\.self_attn\.(q|k|v|o)_proj"
+    save_adapter(
+        backbone, tmp_path, base=tiny_folder, layout=LAYOUTS[layout], target_modules=targets
+    )
+    expected = embed(backbone, batch)
+    if layout == "older":
+        config = json.loads((tmp_path / CONFIG).read_text())
+        config["target_modules"] = r"model\.layers\.\d+\.self_attn\.(q|k|v|o)_proj"
+        (tmp_path / CONFIG).write_text(json.dumps(config))
+    found = open_adapter(tmp_path, tiny_folder).backbone
+    torch.testing.assert_close(embed(found, batch), expected, rtol=0, atol=1e-5)
+
+
+# --- What is refused -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def intact(
+    load_tiny: Callable[..., Loaded], tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A DoRA adapter in the older layout."""
+    place = tmp_path_factory.mktemp("adapter")
+    return save_adapter(load_tiny().backbone, place, base=tiny_folder, layout=older, use_dora=True)
+
+
+@pytest.fixture
+def folder(intact: Path, tmp_path: Path) -> Path:
+    """A copy that a test may damage."""
+    return Path(shutil.copytree(intact, tmp_path / "adapter"))
+
+
+V = "base_model.model.model.layers.1.self_attn.v_proj"
+
+
+def drop_layer(weights: dict[str, Tensor]) -> None:
+    for key in [key for key in weights if key.startswith(V)]:
+        del weights[key]
+
+
+def zero(weights: dict[str, Tensor]) -> None:
+    for key, value in weights.items():
+        if ".lora_B." in key:
+            value.zero_()
+
+
+def repeat_current(weights: dict[str, Tensor]) -> None:
+    for key in [key for key in weights if key.startswith(V)]:
+        weights[current(key)] = weights[key].clone()
+
+
+DAMAGES: dict[str, tuple[Change, str]] = {
+    "a missing matrix": (lambda w: w.pop(f"{V}.lora_B.weight"), rf"misses {re.escape(V)}\.lora_B"),
+    "a missing magnitude": (
+        lambda w: w.pop(f"{V}.lora_magnitude_vector"),
+        rf"misses {re.escape(V)}\.lora_magnitude_vector",
+    ),
+    "a missing layer": (drop_layer, r"misses model\.language_model\.layers\.1\.self_attn\.v_proj"),
+    "a layer too many": (
+        lambda w: w.update(
+            {key.replace("v_proj", "k_proj"): w[key].clone() for key in list(w) if V in key}
+        ),
+        r"holds model\.language_model\.layers\.1\.self_attn\.k_proj, which target_modules does not",
+    ),
+    "no such layer": (
+        lambda w: w.update({key.replace("layers.1", "layers.7"): w[key] + 0 for key in list(w)}),
+        r"layers\.7\.mlp\.down_proj\.lora_A\.weight has no place in the model",
+    ),
+    "another kind of weight": (
+        lambda w: w.update({"base_model.model.lm_head.weight": torch.ones(2)}),
+        r"base_model\.model\.lm_head\.weight belongs to no LoRA or DoRA layer",
+    ),
+    "another prefix": (
+        lambda w: w.update({"encoder.model.layers.0.lora_A.weight": torch.ones(2)}),
+        r"encoder\.model\.layers\.0\.lora_A\.weight belongs to no",
+    ),
+    "the same layer twice": (repeat_current, "which are the same layer"),
+    "another size": (
+        lambda w: w.update({f"{V}.lora_A.weight": torch.ones(2, 33)}),
+        rf"{re.escape(V)}\.lora_A\.weight has the shape \(2, 33\), not \(2, 32\)",
+    ),
+    "an untrained one": (zero, "was never trained: all lora_B are zero"),
+    "values that are none": (
+        lambda w: w[f"{V}.lora_B.weight"].fill_(float("nan")),
+        "cannot be merged",
+    ),
+    "an empty file": (lambda w: w.clear(), "is empty"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_what_does_not_fit_is_refused_by_name(damage: str, folder: Path, tiny_folder: Path) -> None:
+    change, told = DAMAGES[damage]
+    weights = load_file(folder / WEIGHTS)
+    change(weights)
+    save_file(weights, folder / WEIGHTS)
+    with pytest.raises(UserError, match=told):
+        open_adapter(folder, tiny_folder)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("peft_type", "IA3", "IA3 adapters are not supported, only LoRA and DoRA"),
+        ("use_dora", False, "lora_magnitude_vector is unexpected: use_dora is off"),
+        ("init_lora_weights", "pissa", "changed the base's weights"),
+        ("ensure_weight_tying", True, "ensure_weight_tying=True is not understood"),
+        ("layer_replication", [[0, 2], [1, 2]], "layer_replication=.* is not understood"),
+        ("invented_later", {"a": 1}, "invented_later=.* is not understood"),
+        ("target_modules", None, "which target_modules does not ask for"),
+        ("target_modules", [*TARGETS, "k_proj"], r"misses .*k_proj, which target_modules asks for"),
+    ],
+)
+def test_config_that_does_not_fit_is_refused(
+    key: str, value: object, told: str, folder: Path, tiny_folder: Path
+) -> None:
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps({**config, key: value}))
+    with pytest.raises(UserError, match=told):
+        open_adapter(folder, tiny_folder)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}"])
+def test_unreadable_config_is_refused(text: str, folder: Path, tiny_folder: Path) -> None:
+    (folder / CONFIG).write_text(text)
+    with pytest.raises(UserError, match=r"adapter_config\.json cannot be read"):
+        open_adapter(folder, tiny_folder)
+
+
+def test_missing_weights_are_refused(folder: Path, tiny_folder: Path) -> None:
+    (folder / WEIGHTS).unlink()
+    with pytest.raises(UserError, match=r"adapter_model\.safetensors cannot be loaded"):
+        open_adapter(folder, tiny_folder)
+
+
+def test_model_and_adapter_in_one_folder_are_refused(folder: Path, tiny_folder: Path) -> None:
+    shutil.copy(tiny_folder / "model.safetensors", folder)
+    with pytest.raises(UserError, match=r"holds a model \(model\.safetensors\) and an adapter"):
+        open_adapter(folder, tiny_folder)
+    with pytest.raises(UserError, match="go into folders of their own"):
+        load(folder, kernel="sdpa", dtype="float32", gradient_checkpointing=False)
+
+
+def test_matrices_that_stayed_zero_are_told(
+    folder: Path, tiny_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    weights = load_file(folder / WEIGHTS)
+    weights[f"{V}.lora_B.weight"].zero_()
+    save_file(weights, folder / WEIGHTS)
+    open_adapter(folder, tiny_folder)
+    assert f"1 lora_B are zero, first {V}.lora_B.weight" in caplog.text
+
+
+# --- Where the base is -----------------------------------------------------------------------
+
+
+def test_base_is_the_one_that_the_adapter_names(folder: Path, tiny_folder: Path) -> None:
+    assert is_adapter(folder)
+    assert not is_adapter(tiny_folder)
+    assert find_folder(str(folder)) == folder
+    assert base_path(folder, copy=None) == str(tiny_folder)
+    assert base_path(folder, copy="Qwen/Qwen2-VL-2B-Instruct") == str(tiny_folder)
+
+
+def test_local_copy_of_the_base_counts_by_its_name(folder: Path) -> None:
+    config = json.loads((folder / CONFIG).read_text())
+    for base, copy, expected in (
+        ("Qwen/Qwen2-VL-2B-Instruct", "/data/Qwen2-VL-2B-Instruct", "/data/Qwen2-VL-2B-Instruct"),
+        ("Qwen/Qwen2-VL-2B-Instruct", "/data/other", "Qwen/Qwen2-VL-2B-Instruct"),
+        ("/their/disk/tiny", "/data/tiny", "/data/tiny"),
+    ):
+        (folder / CONFIG).write_text(json.dumps({**config, "base_model_name_or_path": base}))
+        assert base_path(folder, copy=copy) == expected
+
+
+@pytest.mark.parametrize(
+    ("base", "told"),
+    [
+        ("/their/disk/tiny", r"for /their/disk/tiny, which is not here.*path=/path/to/tiny$"),
+        (None, "does not name its base_model_name_or_path"),
+    ],
+)
+def test_base_that_is_not_here_is_told(base: str | None, told: str, folder: Path) -> None:
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps({**config, "base_model_name_or_path": base}))
+    with pytest.raises(UserError, match=told):
+        base_path(folder, copy=None)
+
+
+def composed(*overrides: str) -> DictConfig:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("train", overrides=[*overrides])
+
+
+def test_training_starts_from_an_adapter_on_the_base_it_names(
+    folder: Path, tiny_folder: Path, batch: Batch
+) -> None:
+    loaded = open_model(composed(f"init_from={folder}"), lambda: [])
+    expected = open_adapter(folder, tiny_folder).backbone
+    torch.testing.assert_close(embed(loaded.backbone, batch), embed(expected, batch))
+    assert loaded.folder == folder
+
+
+def test_training_starts_from_an_adapter_on_a_local_copy_of_its_base(
+    folder: Path, tiny_folder: Path, tmp_path: Path, batch: Batch
+) -> None:
+    config = json.loads((folder / CONFIG).read_text())
+    described = {**config, "base_model_name_or_path": "someone/tiny-model"}
+    (folder / CONFIG).write_text(json.dumps(described))
+    copy = Path(shutil.copytree(tiny_folder, tmp_path / "tiny-model"))
+    options = ("model=qwen2vl", "model.dtype=float32", "model.gradient_checkpointing=false")
+    cfg = composed(f"init_from={folder}", *options, f"model.source.path={copy}")
+    expected = open_adapter(folder, tiny_folder).backbone
+    found = open_model(cfg, lambda: []).backbone
+    torch.testing.assert_close(embed(found, batch), embed(expected, batch))
+    with pytest.raises(UserError, match=r"someone/tiny-model is not on this disk.*path=/path/to"):
+        open_model(composed(f"init_from={folder}"), lambda: [])
+
+
+def test_adapter_alone_is_no_embedder(folder: Path) -> None:
+    with pytest.raises(UserError, match=rf"train\.py init_from={folder}"):
+        Embedder.load(str(folder), device="cpu")

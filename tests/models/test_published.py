@@ -1,0 +1,211 @@
+"""The published architectures on the meta device: sizes, reserved rows, and what adapters hit."""
+
+import re
+from collections import Counter
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from torch import nn
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+from cocoa_pl.errors import UserError
+from cocoa_pl.models.adapters import LowRank
+from cocoa_pl.models.loading import FAMILIES
+from cocoa_pl.models.published import KNOWN, find_config, meta_model
+
+CONF = Path(__file__).parents[2] / "conf"
+TEXT = (
+    *(f"self_attn.{name}_proj" for name in "qkvo"),
+    *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
+)
+# The linear layers of one vision block that are adapted, by family; `attn.proj` is not.
+VISION = {
+    "qwen2_vl": ("attn.qkv", "mlp.fc1", "mlp.fc2"),
+    "qwen2_5_vl": ("attn.qkv", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+    "qwen3_vl": ("attn.qkv", "mlp.linear_fc1", "mlp.linear_fc2"),
+}
+# Language model layers and vision blocks.
+DEPTHS = {
+    "Qwen/Qwen2-VL-2B-Instruct": (28, 32),
+    "Qwen/Qwen2-VL-7B-Instruct": (28, 32),
+    "Qwen/Qwen2.5-VL-3B-Instruct": (36, 32),
+    "Qwen/Qwen2.5-VL-7B-Instruct": (28, 32),
+    "Qwen/Qwen3-VL-2B-Instruct": (28, 24),
+    "Qwen/Qwen3-VL-4B-Instruct": (36, 24),
+    "Qwen/Qwen3-VL-8B-Instruct": (36, 27),
+}
+# Parameters of DoRA at rank 8, by hand for one model: 28 text layers and 32 vision blocks.
+DORA_2B = 28 * (
+    8 * (2 * (1536 + 1536) + 2 * (1536 + 256) + 3 * (1536 + 8960))
+    + (2 * 1536 + 2 * 256 + 2 * 8960 + 1536)
+) + 32 * (8 * ((1280 + 3840) + 2 * (1280 + 5120)) + (3840 + 5120 + 1280))
+
+everywhere = pytest.mark.parametrize("name", KNOWN)
+
+
+@cache
+def model_of(name: str) -> nn.Module:
+    return meta_model(KNOWN[name].config())
+
+
+@cache
+def adapter_of(name: str) -> Any:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("train", overrides=[f"adapter={name}"])
+    return instantiate(cfg.adapter, _convert_="all")
+
+
+def modules_hit(model: nn.Module, adapter: LowRank) -> set[str]:
+    names = [name for name, _ in model.named_modules()]
+    return {n for n in names if any(re.fullmatch(e, n) for e in adapter.target_modules)}
+
+
+def test_every_published_model_has_a_file_and_every_file_a_published_model() -> None:
+    files = [yaml.safe_load(file.read_text()) for file in (CONF / "model").glob("*.yaml")]
+    assert {file["source"]["path"] for file in files if "path" in file["source"]} == set(KNOWN)
+
+
+@everywhere
+def test_parameters_are_as_many_as_published(name: str) -> None:
+    model = model_of(name)
+    assert sum(parameter.numel() for parameter in model.parameters()) == KNOWN[name].parameters
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+@everywhere
+def test_family_is_supported(name: str) -> None:
+    assert KNOWN[name].config().model_type in FAMILIES
+
+
+@everywhere
+def test_last_row_is_reserved_so_nothing_is_resized(name: str) -> None:
+    model: Any = model_of(name)
+    rows, _ = model.get_input_embeddings().weight.shape
+    mask_id = rows - 1  # as the tokenizing processor takes it
+    assert mask_id >= KNOWN[name].num_tokens
+    config = model.config
+    special = (config.image_token_id, config.video_token_id, config.text_config.eos_token_id)
+    assert max(special) < KNOWN[name].num_tokens
+    assert model.get_output_embeddings().weight.shape[0] == rows
+
+
+@pytest.mark.parametrize("adapter", ["lora", "dora"])
+@everywhere
+def test_adapters_hit_exactly_the_layers_meant(name: str, adapter: str) -> None:
+    model: Any = model_of(name)
+    layers, blocks = DEPTHS[name]
+    hit = modules_hit(model, adapter_of(adapter))
+    text, vision = "model.language_model.layers", "model.visual.blocks"
+    expected = [f"{text}.{i}.{kind}" for i in range(layers) for kind in TEXT]
+    expected += [f"{vision}.{i}.{kind}" for i in range(blocks) for kind in VISION[family(name)]]
+    assert hit == set(expected)
+    assert len(hit) == 7 * layers + len(VISION[family(name)]) * blocks
+    assert all(isinstance(model.get_submodule(module), nn.Linear) for module in hit)
+
+
+def family(name: str) -> str:
+    return str(KNOWN[name].config().model_type)
+
+
+@everywhere
+def test_every_expression_of_every_adapter_file_matches(name: str) -> None:
+    names = [module for module, _ in model_of(name).named_modules()]
+    for file in (CONF / "adapter").glob("*.yaml"):
+        adapter = adapter_of(file.stem)
+        for expression in getattr(adapter, "target_modules", ()):
+            assert any(re.fullmatch(expression, module) for module in names), expression
+
+
+def test_peft_adapts_what_the_expressions_match() -> None:
+    name = "Qwen/Qwen2-VL-2B-Instruct"
+    config = KNOWN[name].config()
+    adapter = adapter_of("dora")
+    hit = modules_hit(model_of(name), adapter)
+    with torch.device("meta"):
+        adapted = peft.get_peft_model(meta_model(config), adapter.config)  # type: ignore[arg-type]
+    found = Counter(
+        parameter.removeprefix("base_model.model.").split(".lora_")[0]
+        for parameter, value in adapted.named_parameters()
+        if value.requires_grad
+    )
+    assert set(found) == hit
+    assert set(found.values()) == {3}  # A, B and the magnitudes
+    trained = sum(value.numel() for value in adapted.parameters() if value.requires_grad)
+    assert trained == DORA_2B
+
+
+@pytest.mark.parametrize(("factor", "low", "mid"), [(28, 144, 576), (32, 100, 441)])
+def test_pixel_limits_hold_as_many_visual_tokens_as_the_files_tell(
+    factor: int, low: int, mid: int
+) -> None:
+    limits = yaml.safe_load((CONF / "model" / "qwen2vl.yaml").read_text())
+    if factor == 32:
+        limits |= yaml.safe_load((CONF / "model" / "qwen3vl_2b.yaml").read_text())
+    for name, side, expected in (("max_pixels", 336, low), ("eval_max_pixels", 672, mid)):
+        for given in (side, 3 * side):  # of just the size, and of a larger one
+            height, width = smart_resize(
+                given,
+                given,
+                factor=factor,
+                min_pixels=limits["min_pixels"],
+                max_pixels=limits[name],
+            )
+            assert height * width // factor**2 == expected
+    smallest = smart_resize(
+        1, 1, factor=factor, min_pixels=limits["min_pixels"], max_pixels=limits["max_pixels"]
+    )
+    assert smallest == (2 * factor, 2 * factor)
+
+
+# --- Where a configuration comes from --------------------------------------------------------
+
+
+def test_local_folder_comes_before_the_table(tiny_folder: Path) -> None:
+    found: Any = find_config(str(tiny_folder))
+    assert found.text_config.hidden_size == 32
+
+
+def test_hub_cache_comes_before_the_table(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cached(name: str, file: str) -> str | None:
+        return str(tiny_folder / file) if name == "Qwen/Qwen3-VL-2B-Instruct" else None
+
+    monkeypatch.setattr("cocoa_pl.models.published.try_to_load_from_cache", cached)
+    found: Any = find_config("Qwen/Qwen3-VL-2B-Instruct")
+    assert found.text_config.hidden_size == 32
+    assert find_config("Qwen/Qwen3-VL-4B-Instruct").to_dict() == (
+        KNOWN["Qwen/Qwen3-VL-4B-Instruct"].config().to_dict()
+    )
+
+
+@pytest.mark.parametrize("path", ["Qwen/unknown", "nowhere", "./nowhere", "a b/c"])
+def test_unknown_model_is_refused_with_those_known(path: str) -> None:
+    with pytest.raises(UserError, match=rf"no config\.json for {path}.*Qwen/Qwen3-VL-8B-Instruct"):
+        find_config(path)
+
+
+def test_configurations_do_not_share_state() -> None:
+    published = KNOWN["Qwen/Qwen2.5-VL-3B-Instruct"]
+    first: Any = published.config()
+    first.vision_config.fullatt_block_indexes.append(99)
+    second: Any = published.config()
+    assert second.vision_config.fullatt_block_indexes == [7, 15, 23, 31]
+
+
+@everywhere
+def test_config_survives_a_folder(name: str, tmp_path: Path) -> None:
+    config: Any = KNOWN[name].config()
+    config.save_pretrained(tmp_path)
+    again: Any = find_config(str(tmp_path))
+    assert (again.text_config.num_hidden_layers, again.vision_config.depth) == DEPTHS[name]
+    assert again.text_config.rope_parameters == config.text_config.rope_parameters
+    assert again.dtype == torch.bfloat16
