@@ -19,6 +19,8 @@ from cocoa_pl.assemble import train
 from cocoa_pl.command_line import check_command_line
 from cocoa_pl.entry import (
     INTERRUPTED,
+    check_run_folder,
+    end_with_launcher,
     guarded,
     register_resolvers,
     resumed_config,
@@ -34,6 +36,8 @@ def main(cfg: DictConfig) -> None:
     run_dir = Path(os.path.relpath(job.runtime.output_dir))
 
     def run() -> None:
+        if job.mode == RunMode.RUN and not cfg.resume:
+            check_run_folder(job.overrides.hydra)
         console = set_up_logging(run_dir)
         resumed = resumed_config(cfg, job.overrides.task) if cfg.resume else cfg
         train(resumed, run_dir, console)
@@ -44,6 +48,7 @@ def main(cfg: DictConfig) -> None:
 
 
 def start() -> None:
+    end_with_launcher()
     check_command_line("train")
     main()
 

@@ -53,7 +53,7 @@ def test_only_what_trains_is_saved(load_tiny: LoadTiny) -> None:
 
 def test_adapters_come_back_as_they_were(load_tiny: LoadTiny) -> None:
     content, other = content_of(adapted(load_tiny)), adapted(load_tiny)
-    checkpoint.load_backbone(other, content, where="last.ckpt")
+    checkpoint.load_backbone(other, content["state_dict"], where="last.ckpt")
     for name, value in checkpoint.trained_state(other).items():
         assert torch.equal(value, content["state_dict"][f"backbone.{name}"])
 
@@ -62,7 +62,7 @@ def test_fully_tuned_weights_come_back_as_they_were(load_tiny: LoadTiny) -> None
     trained, other = (load_tiny().backbone.requires_grad_(True) for _ in range(2))
     for parameter in trained.parameters():
         parameter.data.add_(0.1)
-    checkpoint.load_backbone(other, content_of(trained), where="last.ckpt")
+    checkpoint.load_backbone(other, content_of(trained)["state_dict"], where="last.ckpt")
     for name, value in trained.state_dict().items():
         assert torch.equal(other.state_dict()[name], value), name
 
@@ -74,7 +74,7 @@ def test_a_missing_adapter_is_refused_by_name(load_tiny: LoadTiny) -> None:
     del content["state_dict"][name]
     message = re.escape(f"last.ckpt misses 1 weights, first {name.removeprefix('backbone.')}")
     with pytest.raises(UserError, match=message):
-        checkpoint.load_backbone(backbone, content, where="last.ckpt")
+        checkpoint.load_backbone(backbone, content["state_dict"], where="last.ckpt")
 
 
 def test_an_unexpected_adapter_is_refused_by_name(load_tiny: LoadTiny) -> None:
@@ -82,7 +82,7 @@ def test_an_unexpected_adapter_is_refused_by_name(load_tiny: LoadTiny) -> None:
     content = content_of(backbone)
     content["state_dict"]["backbone.model.extra.lora_A.weight"] = torch.ones(1)
     with pytest.raises(UserError, match=r"has unexpected 1 weights, first model\.extra\.lora_A"):
-        checkpoint.load_backbone(backbone, content, where="last.ckpt")
+        checkpoint.load_backbone(backbone, content["state_dict"], where="last.ckpt")
 
 
 def test_an_untouched_adapter_is_refused_by_name(load_tiny: LoadTiny) -> None:
@@ -92,7 +92,7 @@ def test_an_untouched_adapter_is_refused_by_name(load_tiny: LoadTiny) -> None:
     content["state_dict"][name].zero_()
     message = re.escape(f"1 adapters were never trained, first {name.removeprefix('backbone.')}")
     with pytest.raises(UserError, match=message):
-        checkpoint.load_backbone(backbone, content, where="last.ckpt")
+        checkpoint.load_backbone(backbone, content["state_dict"], where="last.ckpt")
 
 
 def test_a_refused_checkpoint_changes_nothing(load_tiny: LoadTiny) -> None:
@@ -102,7 +102,7 @@ def test_a_refused_checkpoint_changes_nothing(load_tiny: LoadTiny) -> None:
     content["state_dict"].popitem()
     del content["state_dict"][next(iter(content["state_dict"]))]
     with pytest.raises(UserError):
-        checkpoint.load_backbone(backbone, content, where="last.ckpt")
+        checkpoint.load_backbone(backbone, content["state_dict"], where="last.ckpt")
     assert all(torch.equal(backbone.state_dict()[n], v) for n, v in before.items())
 
 
@@ -192,6 +192,8 @@ def test_a_write_that_fails_leaves_the_old_file(
         raise OSError("no space left on device")
 
     monkeypatch.setattr(L.Trainer, "save_checkpoint", full)
-    with pytest.raises(OSError, match="no space left"):
-        fit(path, steps=2, every=1, module=Toy())
+    told = r"of step 2 cannot be written \(no space left on device\); .*last\.ckpt is as it was"
+    with pytest.raises(UserError, match=told):
+        fit(path, steps=2, every=2, module=Toy())
     assert path.read_bytes() == before
+    assert [left.name for left in tmp_path.iterdir()] == ["last.ckpt"]

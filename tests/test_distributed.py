@@ -1,11 +1,10 @@
-"""Two processes on the CPU give what one process gives on the whole batch."""
+"""Two processes on the CPU give in one step what one process gives on the whole batch; whole runs
+are in `test_parallel_runs.py`.
+"""
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import json
-import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -14,18 +13,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig, OmegaConf
-from PIL import Image
-from rich.console import Console
-from safetensors.torch import load_file
 from torch import nn
 from torch.multiprocessing.spawn import spawn
 
-from cocoa_pl.assemble import train
+from cocoa_pl import distributed
 from cocoa_pl.attention import Policy
 from cocoa_pl.batch import Encoded, Rows
-from cocoa_pl.command_line import CONFIGS
 from cocoa_pl.data.datamodule import collate
 from cocoa_pl.data.tokenize import Processor
 from cocoa_pl.distributed import (
@@ -33,11 +26,11 @@ from cocoa_pl.distributed import (
     gather_rows,
     global_sum,
     global_sums,
+    is_lost_peer,
     rank,
     sum_gradients,
     world_size,
 )
-from cocoa_pl.entry import register_resolvers
 from cocoa_pl.items import Item
 from cocoa_pl.models.loading import load
 from cocoa_pl.stages.base import Optimization, StageModule
@@ -98,7 +91,6 @@ RECONSTRUCTION: dict[str, tuple[Policy, dict[str, Any]]] = {
 class Task:
     """What the processes compute with."""
 
-    config: Path
     model: Path
     processor: Processor
     pairs: list[Row]
@@ -143,14 +135,14 @@ def primitives() -> Found:
     gathered = gather_rows(rows)
     weight = torch.tensor([1.0, 2.0, 3.0])[:, None] * (here + 1)
     (gathered * weight).sum().backward()
-    used, unused, frozen = (nn.Parameter(torch.zeros(2)) for _ in range(3))
+    used, unused, nowhere, frozen = (nn.Parameter(torch.zeros(2)) for _ in range(4))
     wide = nn.Parameter(torch.zeros(3, dtype=torch.float64))
     frozen.requires_grad_(False)
     used.grad = torch.full((2,), here + 1.0)
     wide.grad = torch.full_like(wide, 5.0)
     if here:
         unused.grad = torch.full((2,), 7.0)
-    sum_gradients([used, unused, frozen, wide])
+    sum_gradients([used, unused, nowhere, frozen, wide])
     names = {"both": torch.tensor(here + 1.0)} | ({"one": torch.tensor(4.0)} if here else {})
     return {
         "primitives": {
@@ -162,18 +154,11 @@ def primitives() -> Found:
             "sums": global_sums(names),
             "used": used.grad,
             "unused": unused.grad,
+            "nowhere": nowhere.grad,
             "frozen": frozen.grad,
             "wide": wide.grad,
         }
     }
-
-
-def run(config: Path, folder: Path) -> None:
-    """The whole of `train.py` but its command line."""
-    folder.mkdir(exist_ok=True)
-    cfg = OmegaConf.load(config)
-    assert isinstance(cfg, DictConfig)
-    train(cfg, folder, Console(quiet=True))
 
 
 def work(index: int, folder: Path) -> None:
@@ -185,16 +170,11 @@ def work(index: int, folder: Path) -> None:
     with (folder / "task.pkl").open("rb") as file:
         task: Task = pickle.load(file)
     torch.save(primitives() | stage_steps(task, SHARES[index]), folder / f"{index}.pt")
-    # For Lightning: the processes are there already, and know each other.
-    os.environ |= {"LOCAL_RANK": str(index), "NODE_RANK": "0", "WORLD_SIZE": str(WORLD)}
-    run(task.config.with_name("ddp.yaml"), folder / "run")
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def task(
-    config: Path, tiny_folder: Path, processor: Processor, make_item: Callable[..., Item]
-) -> Task:
+def task(tiny_folder: Path, processor: Processor, make_item: Callable[..., Item]) -> Task:
     """Five rows; of the pairs the first and the last have the same positive, and one in three has
     a hard negative.
     """
@@ -206,49 +186,7 @@ def task(
     pairs = [[encode(n, 1), encode(10 + n, 0), encode(20 + n, n % 2)] for n in range(5)]
     pairs[4][1] = pairs[0][1]
     captions = [[encode(30 + n, n % 3, make_item(40 + n).text)] for n in range(5)]
-    return Task(config, tiny_folder, processor, pairs, captions)
-
-
-@pytest.fixture(scope="module")
-def config(
-    tiny_folder: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-    make_image: Callable[..., Image.Image],
-) -> Path:
-    """A run of the two kinds of stages on a few pairs; beside it the same run by two processes."""
-    folder = tmp_path_factory.mktemp("config")
-    rows = []
-    for number, thing in enumerate(
-        ["dog", "cat", "sofa", "boats", "sea", "old", "red", "green", "two", "small", "sleep"]
-    ):
-        make_image((56, 56), seed=number).save(folder / f"{number}.png")
-        rows.append(
-            {"query_image": f"{number}.png", "positive": " ".join(["a"] * number + [thing])}
-        )
-    (folder / "pairs.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    stages = ("warmup", "contrast")
-    overrides = [
-        f"init_from={tiny_folder}",
-        "data=pairs",
-        f"data.path={folder}/pairs.jsonl",
-        f"data.image_root={folder}",
-        "data.validation_fraction=0.3",
-        f"stage.order=[{','.join(stages)}]",
-        "schedule.token_budget=60",
-        "schedule.validate_every=2",
-        "schedule.validation_batch_size=2",
-        *(f"schedule.{s}.{o}" for s in stages for o in ("steps=3", "batch_size=4", "lr=1e-3")),
-        "num_workers=0",
-        "evaluate=false",
-        "logger=none",
-        "trainer.log_every_n_steps=1",
-    ]
-    register_resolvers()
-    for name, trainer in (("cpu", ["trainer=cpu"]), ("ddp", ["trainer=ddp", "trainer.devices=2"])):
-        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            cfg = compose("train", [*overrides, *trainer, "trainer.accelerator=cpu"])
-        OmegaConf.save(cfg, folder / f"{name}.yaml", resolve=True)
-    return folder / "cpu.yaml"
+    return Task(tiny_folder, processor, pairs, captions)
 
 
 @pytest.fixture(scope="module")
@@ -292,6 +230,7 @@ def test_gradients_are_summed_and_a_missing_one_counts_as_zero(ranks: list[Found
     for found in (part["primitives"] for part in ranks):
         assert torch.equal(found["used"], torch.full((2,), 3.0))
         assert torch.equal(found["unused"], torch.full((2,), 7.0))
+        assert found["nowhere"] is None  # as on one process: the optimizer leaves it alone
         assert found["frozen"] is None
         assert found["wide"].dtype == torch.float64
         assert torch.equal(found["wide"], torch.full((3,), 10.0, dtype=torch.float64))
@@ -327,7 +266,7 @@ def test_loss_and_gradients_equal_one_process_on_the_whole_batch(
 def test_what_is_compared_depends_on_every_choice(whole: Found) -> None:
     losses = [float(whole[name]["metric loss"]) for name in CONTRASTIVE]
     assert len({round(loss, 4) for loss in losses}) == len(losses)
-    assert all(bool(whole[name]["log_scale"].abs() > 1e-4) for name in CONTRASTIVE)
+    assert all(bool(whole[name]["temperature.log_scale"].abs() > 1e-4) for name in CONTRASTIVE)
 
 
 def test_ranks_hide_different_numbers_of_tokens(task: Task) -> None:
@@ -336,28 +275,22 @@ def test_ranks_hide_different_numbers_of_tokens(task: Task) -> None:
     assert sizes[0] != sizes[1]
 
 
-def test_a_run_of_two_processes_equals_a_run_of_one(
-    config: Path, folder: Path, tmp_path: Path
+def test_gradients_go_in_pieces_of_one_type_and_bounded_size(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    run(config, tmp_path)
-    losses = [numbers(path) for path in (tmp_path, folder / "run")]
-    assert losses[0].keys() == losses[1].keys()
-    for key, number in losses[0].items():
-        assert losses[1][key] == pytest.approx(number, rel=1e-3, abs=1e-4), key
-    weights = [
-        load_file(path / "model" / "model.safetensors") for path in (tmp_path, folder / "run")
-    ]
-    for name, value in weights[0].items():
-        torch.testing.assert_close(weights[1][name], value, rtol=0, atol=1e-4, msg=name)
+    monkeypatch.setattr(distributed, "BUCKET_BYTES", 40)
+    shapes = [(4,), (4,), (4,), (20,), (1,)]
+    parameters = [nn.Parameter(torch.zeros(shape)) for shape in shapes]
+    parameters.append(nn.Parameter(torch.zeros(2, dtype=torch.float64)))
+    buckets = list(distributed._buckets(parameters))
+    assert [[p.numel() for p in bucket] for bucket in buckets] == [[4, 4], [4], [20], [1], [2]]
+    assert sum(p.numel() for bucket in buckets for p in bucket) == 35
 
 
-def numbers(run_dir: Path) -> dict[tuple[str, str, str], float]:
-    """metrics.csv without rates, and without contrast's validation: its candidates are a rank's."""
-    with (run_dir / "metrics.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    return {
-        (row["stage"], row["step"], row["name"]): float(row["value"])
-        for row in rows
-        if "per_second" not in row["name"]
-        and (row["stage"], row["name"].split("/")[0]) != ("contrast", "validation")
-    }
+def test_only_an_exchange_that_failed_is_a_lost_peer(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = RuntimeError("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer")
+    assert not is_lost_peer(told)  # alone
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    assert is_lost_peer(told)
+    assert is_lost_peer(dist.DistBackendError("NCCL"))
+    assert not is_lost_peer(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))

@@ -14,10 +14,12 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
+from cocoa_pl import distributed
 from cocoa_pl.assemble import build_stages
 from cocoa_pl.command_line import CONFIGS, check_command_line
 from cocoa_pl.entry import (
     build,
+    check_run_folder,
     guarded,
     register_resolvers,
     resumed_config,
@@ -227,6 +229,56 @@ def test_a_bug_keeps_its_traceback() -> None:
 
     with pytest.raises(RuntimeError, match="a bug of ours"):
         guarded(run)
+
+
+def test_a_lost_process_is_said_in_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+
+    def run() -> None:
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer")
+
+    assert guarded(run) == 3
+    told = capsys.readouterr().err
+    assert told.startswith("error: another process of this job was killed")
+    assert told.count("\n") == 1
+
+
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "8"}
+SLURM = {"SLURM_NTASKS": "16", "SLURM_JOB_NAME": "cocoa"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "overrides", "refused"),
+    [
+        ({}, [], False),
+        ({"WORLD_SIZE": "2", "LOCAL_RANK": "1"}, [], False),  # Lightning tells its processes
+        (TORCHRUN, [], True),
+        (TORCHRUN, ["hydra.job.chdir=false"], True),
+        (TORCHRUN, ["hydra.run.dir=runs/first"], False),
+        (TORCHRUN | {"WORLD_SIZE": "1"}, [], False),
+        (SLURM, [], True),
+        (SLURM, ["hydra.run.dir=runs/first"], False),
+        (SLURM | {"SLURM_NTASKS": "1"}, [], False),
+        (SLURM | {"SLURM_JOB_NAME": "interactive"}, [], False),
+    ],
+)
+def test_processes_started_from_outside_must_be_told_the_run_folder(
+    environment: dict[str, str],
+    overrides: list[str],
+    refused: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in {*TORCHRUN, *SLURM, "LOCAL_RANK"}:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    if refused:
+        with pytest.raises(UserError, match=r"must share one run folder; give it as hydra\.run\.dir"):
+            check_run_folder(overrides)
+    else:
+        check_run_folder(overrides)
 
 
 def test_a_resumed_run_keeps_its_config(tmp_path: Path) -> None:

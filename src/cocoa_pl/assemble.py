@@ -14,18 +14,24 @@ from rich.console import Console
 
 from cocoa_pl import checkpoint
 from cocoa_pl.data.tokenize import Processor
+from cocoa_pl.distributed import rank
 from cocoa_pl.embedder import Embedder
 from cocoa_pl.entry import build, save_config
 from cocoa_pl.errors import UserError
 from cocoa_pl.evaluation.benchmark import evaluate
 from cocoa_pl.evaluation.report import score_table, write_report
 from cocoa_pl.export import export, lineage_of
+from cocoa_pl.models.adapter_folders import base_path, is_adapter, load_adapter
 from cocoa_pl.models.adapters import trainable_line
 from cocoa_pl.models.backbone import Backbone
-from cocoa_pl.models.loading import Loaded, PretrainedSource, load
+from cocoa_pl.models.loading import Loaded, PretrainedSource, find_folder, load
+from cocoa_pl.randomness import mix
+from cocoa_pl.sharding import full_state, is_sharded
 from cocoa_pl.stages.recipe import RunSettings, Stage, run_stages
 
 log = logging.getLogger(__name__)
+
+_ADAPTER_STREAM = 5
 
 
 def train(cfg: DictConfig, run_dir: Path, console: Console) -> None:
@@ -35,7 +41,7 @@ def train(cfg: DictConfig, run_dir: Path, console: Console) -> None:
     data = build(cfg.data)
     benchmark = build(cfg.benchmark) if cfg.evaluate else None  # its mistakes are told before hours
     loaded = open_model(cfg, data.training_texts)
-    backbone = build(cfg.adapter)(loaded.backbone)
+    backbone = with_adapter(cfg, loaded)
     log.info("%s", trainable_line(backbone))
     settings = RunSettings(
         run_dir=run_dir,
@@ -55,14 +61,21 @@ def train(cfg: DictConfig, run_dir: Path, console: Console) -> None:
         settings,
         resume=cfg.resume is not None,
     )
+    weights = full_state(backbone) if is_sharded(backbone) else None  # of all ranks together
+    if rank():
+        return
+    if weights is not None:
+        loaded = open_model(cfg, data.training_texts)
+        backbone = with_adapter(cfg, loaded)
+        checkpoint.load_trained(backbone, weights, where=str(settings.last))
     embedder = Embedder(
         backbone,
         make_processor(cfg, loaded, max_pixels=cfg.model.eval_max_pixels),
         stages[-1].policy,
     )
-    if torch.distributed.is_initialized() and torch.distributed.get_rank():
-        return
-    export(embedder, run_dir / "model", lineage=[*lineage_of(str(loaded.folder)), *lineage])
+    embedder = export(
+        embedder, run_dir / "model", lineage=[*lineage_of(str(loaded.folder)), *lineage]
+    )
     if benchmark is not None:
         score(
             embedder,
@@ -88,21 +101,58 @@ def build_stages(cfg: DictConfig) -> list[Stage]:
     return [build(cfg.stage[name]) for name in order]
 
 
-def open_model(cfg: DictConfig, texts: Callable[[], Sequence[str]]) -> Loaded:
-    """The model that training starts from: an earlier run's, or the config's own source."""
+def model_folder(cfg: DictConfig, texts: Callable[[], Sequence[str]]) -> Path:
+    """The folder of the model, or of the adapter, that training starts from."""
     if cfg.init_from is None:
-        folder = build(cfg.model.source).folder(texts())
+        own: Path = build(cfg.model.source).folder(texts())
+        return own
+    exported = Path(cfg.init_from) / "model"
+    path = str(exported) if exported.is_dir() else cfg.init_from
+    folder = PretrainedSource(path=path).folder(())
+    log.info("starting from %s", folder)
+    return folder
+
+
+def open_model(cfg: DictConfig, texts: Callable[[], Sequence[str]]) -> Loaded:
+    """The model that training starts from: an earlier run's, an adapter on its base, or the
+    config's own source.
+    """
+    folder = model_folder(cfg, texts)
+    options = {
+        "kernel": cfg.model.kernel,
+        "dtype": cfg.model.dtype,
+        "gradient_checkpointing": cfg.model.gradient_checkpointing,
+    }
+    if is_adapter(folder):
+        base = find_folder(base_path(folder, copy=cfg.model.source.get("path")))
+        loaded = load_adapter(folder, base=base, **options)
     else:
-        exported = Path(cfg.init_from) / "model"
-        path = str(exported) if exported.is_dir() else cfg.init_from
-        folder = PretrainedSource(path=path).folder(())
-        log.info("starting from %s", folder)
-    return load(
-        folder,
-        kernel=cfg.model.kernel,
-        dtype=cfg.model.dtype,
-        gradient_checkpointing=cfg.model.gradient_checkpointing,
-    )
+        loaded = load(folder, **options)
+    choose_end_token(loaded.tokenizer, cfg.model.eos_token)
+    return loaded
+
+
+def choose_end_token(tokenizer: Any, token: str | None) -> None:
+    """Make another of the tokenizer's special tokens its end token, EOS; None keeps its own.
+
+    Raises:
+        UserError: if it has no such token.
+    """
+    if token is None:
+        return
+    known = list(tokenizer.added_tokens_encoder)
+    if token not in known:
+        raise UserError(
+            f"model.eos_token={token} is no special token; there are {', '.join(known)}"
+        )
+    tokenizer.eos_token = token
+
+
+def with_adapter(cfg: DictConfig, loaded: Loaded) -> Backbone:
+    """The loaded backbone with what shall train; new adapters follow from the run's seed alone."""
+    torch.manual_seed(mix(cfg.seed, _ADAPTER_STREAM))
+    backbone: Backbone = build(cfg.adapter)(loaded.backbone)
+    return backbone
 
 
 def make_processor(cfg: DictConfig, loaded: Loaded, *, max_pixels: int) -> Processor:
@@ -127,8 +177,9 @@ def open_embedder(path: str, *, device: str) -> Embedder:
     cfg = OmegaConf.load(run_dir / "config.yaml")
     assert isinstance(cfg, DictConfig)
     loaded = open_model(cfg, lambda: build(cfg.data).training_texts())
-    backbone: Backbone = build(cfg.adapter)(loaded.backbone)
-    checkpoint.load_backbone(backbone, content, where=path)
+    backbone = with_adapter(cfg, loaded)
+    weights = checkpoint.read_weights(Path(path), content)
+    checkpoint.load_backbone(backbone, weights, where=path)
     stage = build_stages(cfg)[content["cocoa"]["stage_index"]]
     processor = make_processor(cfg, loaded, max_pixels=cfg.model.eval_max_pixels)
     return Embedder(backbone, processor, stage.policy)
@@ -146,7 +197,11 @@ def score(
 ) -> None:
     """Evaluate, write results.json and report.html, and show the table."""
     results = evaluate(
-        embedder.encode, benchmark.subsets(), benchmark=benchmark.name, checkpoint=checkpoint_name
+        embedder.encode,
+        benchmark.subsets(),
+        benchmark=benchmark.name,
+        checkpoint=checkpoint_name,
+        is_partial=benchmark.is_partial,
     )
     results.write_json(run_dir / "results.json")
     write_report(

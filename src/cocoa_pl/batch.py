@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,6 +57,7 @@ class Batch:
     grids: Tensor  # (I, 3) int64, CPU
     images_per_sample: Tensor  # (S) int64, CPU
     row_ids: tuple[str, ...]
+    num_fillers: int = 0  # of the last samples: they keep ranks in step and are in no loss
 
     @property
     def num_samples(self) -> int:
@@ -75,6 +77,11 @@ class Batch:
         """Where each sample's EOS lies in the row: (S) int64, CPU."""
         ends = self.lengths.cumsum(0)
         return ends - self.segment_lengths[:, 2] - 1
+
+    @property
+    def num_real_tokens(self) -> int:
+        """Tokens before the fillers."""
+        return int(self.lengths[: self.num_samples - self.num_fillers].sum())
 
     @property
     def patches_per_sample(self) -> Tensor:
@@ -144,6 +151,7 @@ class Rows:
 
 
 _DEVICE_FIELDS = tuple(f.name for f in fields(Batch))[:7]
+_NUM_TENSORS = 10
 
 
 def pack(samples: Sequence[Encoded]) -> Batch:
@@ -161,6 +169,17 @@ def pack(samples: Sequence[Encoded]) -> Batch:
         images_per_sample=torch.tensor([len(s.grids) for s in samples]),
         row_ids=tuple(s.row_id for s in samples),
     )
+
+
+def join(batches: Sequence[Batch]) -> Batch:
+    """Batches end to end as one; only the last may have fillers."""
+    assert not any(batch.num_fillers for batch in batches[:-1])
+    joined: dict[str, Any] = {
+        f.name: torch.cat([getattr(b, f.name) for b in batches], dim=int(f.name == "position_ids"))
+        for f in fields(Batch)[:_NUM_TENSORS]
+    }
+    row_ids = tuple(row_id for batch in batches for row_id in batch.row_ids)
+    return Batch(**joined, row_ids=row_ids, num_fillers=batches[-1].num_fillers)
 
 
 def ranges(starts: Tensor, lengths: Tensor) -> Tensor:

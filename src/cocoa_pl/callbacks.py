@@ -133,8 +133,12 @@ class Pictures(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if batch_idx or not trainer.is_global_zero:
+        if batch_idx:
+            return
+        # On all ranks, because sharded parameters are gathered by all together.
+        pictures: dict[str, Any] = pl_module.illustrate(batch)  # type: ignore[operator]
+        if not trainer.is_global_zero:
             return
         loggers: list[Logger] = trainer.loggers
-        for name, content in pl_module.illustrate(batch).items():  # type: ignore[operator]
+        for name, content in pictures.items():
             show(loggers, self.run_dir, f"{self.stage}/{name}", content, trainer.global_step)

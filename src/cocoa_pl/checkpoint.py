@@ -1,9 +1,14 @@
-"""Trainer checkpoints: what trains is saved, and what is loaded must be exactly that, by name."""
+"""Trainer checkpoints: what trains is saved, and what is loaded must be exactly that, by name.
+
+A checkpoint is a file, or with sharded parameters a folder to which every process writes its share
+(`sharding.py`).
+"""
 
 from __future__ import annotations
 
 import os
 import pickle
+import shutil
 import signal
 from pathlib import Path
 from types import FrameType
@@ -12,9 +17,11 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint import CheckpointException
 
 from cocoa_pl.errors import UserError
 from cocoa_pl.models.adapters import untouched_adapters
+from cocoa_pl.sharding import META, FullySharded, read_meta, read_tensors
 
 BACKBONE = "backbone."
 
@@ -37,15 +44,19 @@ def check_names(expected: set[str], found: set[str], *, where: str) -> None:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A checkpoint's content, on the CPU.
+    """A checkpoint's content, on the CPU; of a folder without its tensors (see `read_weights`).
 
     Raises:
         UserError: if there is none, or it cannot be read.
     """
-    if not path.is_file():
+    if not (path.is_file() or (path / META).is_file()):
         raise UserError(f"there is no checkpoint {path}")
     try:
-        content: Any = torch.load(path, map_location="cpu", weights_only=True)
+        content: Any = (
+            read_meta(path)
+            if path.is_dir()
+            else torch.load(path, map_location="cpu", weights_only=True)
+        )
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
         told = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{path} cannot be read as a checkpoint: {told}") from error
@@ -55,7 +66,13 @@ def read(path: Path) -> dict[str, Any]:
     return found
 
 
-def load_backbone(backbone: nn.Module, content: dict[str, Any], *, where: str) -> None:
+def read_weights(path: Path, content: dict[str, Any]) -> dict[str, Tensor]:
+    """The trained weights of a checkpoint that `read` has opened, by name."""
+    weights: dict[str, Tensor] = content["state_dict"] if path.is_file() else read_tensors(path)
+    return weights
+
+
+def load_backbone(backbone: nn.Module, weights: dict[str, Tensor], *, where: str) -> None:
     """Put a checkpoint's trained weights into a backbone, all of them or none.
 
     Raises:
@@ -63,9 +80,14 @@ def load_backbone(backbone: nn.Module, content: dict[str, Any], *, where: str) -
     """
     state = {
         name.removeprefix(BACKBONE): value
-        for name, value in content["state_dict"].items()
+        for name, value in weights.items()
         if name.startswith(BACKBONE)
     }
+    load_trained(backbone, state, where=where)
+
+
+def load_trained(backbone: nn.Module, state: dict[str, Tensor], *, where: str) -> None:
+    """As `load_backbone`, of weights that are named as in the backbone itself."""
     check_names(set(trained_state(backbone)), set(state), where=where)
     if untouched := untouched_adapters(state):
         raise UserError(
@@ -147,7 +169,56 @@ class LastCheckpoint(L.Callback):
         self._signal = number
 
     def _save(self, trainer: L.Trainer) -> None:
-        partial = self.path.with_suffix(".partial")
-        trainer.save_checkpoint(partial)
+        sharded = isinstance(trainer.strategy, FullySharded)
+        name = f"{self.position['stage_index']}-{trainer.global_step}.shards"
+        partial = self.path.with_name(name if sharded else "last.partial")
+        reason = ""
+        try:
+            trainer.save_checkpoint(partial)
+        except (OSError, RuntimeError, CheckpointException) as error:
+            reason = first_reason(error)
+            if not sharded:  # the other ranks wait behind the writing, which is rank 0's alone
+                trainer.strategy.barrier()
+        failed = trainer.strategy.reduce_boolean_decision(bool(reason), all=False)
+        if failed:
+            _remove(partial)
+            kept = f"{self.path} is as it was" if self.path.exists() else "there is none yet"
+            raise UserError(
+                f"the checkpoint of step {trainer.global_step} cannot be written "
+                f"({reason or 'on another rank'}); {kept}. Make room, then resume the run"
+            )
         if trainer.is_global_zero:
-            os.replace(partial, self.path)
+            _put_in_place(partial, self.path)
+
+
+def first_reason(error: BaseException) -> str:
+    """What lies at the bottom of a failed write, in one line."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    return (str(error) or type(error).__name__).strip().splitlines()[0]
+
+
+def _put_in_place(partial: Path, path: Path) -> None:
+    """Let `path` be the new checkpoint from one moment to the next.
+
+    A file takes the old one's name. A folder cannot, so `path` is a link to it that is exchanged.
+    """
+    if partial.is_file():
+        if path.is_symlink():
+            path.unlink()
+        os.replace(partial, path)
+        return
+    link = path.with_name("last.link")
+    link.unlink(missing_ok=True)
+    link.symlink_to(partial.name)
+    os.replace(link, path)
+    for folder in path.parent.glob("*.shards"):
+        if folder != partial:
+            shutil.rmtree(folder)
+
+
+def _remove(partial: Path) -> None:
+    if partial.is_dir():
+        shutil.rmtree(partial, ignore_errors=True)
+    else:
+        partial.unlink(missing_ok=True)

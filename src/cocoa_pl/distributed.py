@@ -5,12 +5,16 @@ Gradients are summed over ranks (never averaged), because every loss is already 
 count.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import groupby
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+BUCKET_BYTES = 256 * 2**20  # of one reduction: full tuning of 7B would double its gradients else
 
 
 def world_size() -> int:
@@ -33,8 +37,7 @@ def global_sums(values: dict[str, Tensor]) -> dict[str, Tensor]:
     """Sums over ranks, by name; a rank may lack names that others have, as when it had no rows."""
     if world_size() == 1:
         return values
-    gathered: list[Any] = [None] * world_size()
-    dist.all_gather_object(gathered, {name: value.cpu() for name, value in values.items()})
+    gathered = all_objects({name: value.cpu() for name, value in values.items()})
     names = sorted({name for part in gathered for name in part})
     return {name: sum(part[name] for part in gathered if name in part) for name in names}
 
@@ -57,22 +60,75 @@ def gather_offset(num_rows: int, device: torch.device) -> int:
     return int(_row_counts(num_rows, device)[: rank()].sum())
 
 
-def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Add up the gradients of all ranks in one flat call; a parameter that a rank did not use
-    counts as zero there.
-    """
+def global_max(value: Tensor) -> Tensor:
+    """Elementwise maximum over ranks, without gradient."""
+    highest = value.detach().clone()
+    if world_size() > 1:
+        dist.all_reduce(highest, op=dist.ReduceOp.MAX)
+    return highest
+
+
+def all_objects(mine: Any) -> list[Any]:
+    """What every rank says, in rank order; for bookkeeping, not for large tensors."""
     if world_size() == 1:
+        return [mine]
+    found: list[Any] = [None] * world_size()
+    dist.all_gather_object(found, mine)
+    return found
+
+
+def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Add up the gradients of all ranks, in flat calls of at most `BUCKET_BYTES`.
+
+    A parameter that a rank did not use counts as zero there; one that no rank used keeps no
+    gradient, as it would on one process. Sharded parameters (FSDP2) have their sums already.
+    """
+    trained = [p for p in parameters if p.requires_grad and not isinstance(p, DTensor)]
+    if world_size() == 1 or not trained:
         return
-    trained = [p for p in parameters if p.requires_grad]
-    gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in trained]
-    for dtype in sorted({g.dtype for g in gradients}, key=str):
-        group = [(p, g) for p, g in zip(trained, gradients, strict=True) if g.dtype == dtype]
-        flat = torch.cat([g.flatten() for _, g in group])
+    here = torch.tensor([p.grad is not None for p in trained], device=trained[0].device)
+    used = global_max(here.int()).tolist()
+    for bucket in _buckets([p for p, anywhere in zip(trained, used, strict=True) if anywhere]):
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
         dist.all_reduce(flat)
-        for (parameter, gradient), part in zip(
-            group, flat.split([g.numel() for _, g in group]), strict=True
-        ):
-            parameter.grad = part.view_as(gradient)
+        for parameter, part in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
+            parameter.grad = part.view_as(parameter)
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+    """Bound the norm of the gradient of all parameters together; also of sharded ones.
+
+    Returns:
+        () the norm before clipping, the same on all ranks.
+    """
+    norm = nn.utils.clip_grad_norm_(parameters, max_norm)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def _buckets(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """Parameters of one dtype in pieces of at most `BUCKET_BYTES` (a larger one is alone)."""
+    for _, group in groupby(sorted(parameters, key=_dtype), key=_dtype):
+        bucket: list[nn.Parameter] = []
+        size = 0
+        for parameter in group:
+            if bucket and size + parameter.nbytes > BUCKET_BYTES:
+                yield bucket
+                bucket, size = [], 0
+            bucket.append(parameter)
+            size += parameter.nbytes
+        yield bucket
+
+
+def _dtype(parameter: nn.Parameter) -> str:
+    return str(parameter.dtype)
+
+
+def is_lost_peer(error: RuntimeError) -> bool:
+    """Whether an exchange failed because another process is gone, rather than by a mistake here."""
+    if world_size() == 1:
+        return False
+    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
 
 
 def _row_counts(num_rows: int, device: torch.device) -> Tensor:

@@ -6,7 +6,10 @@ Nothing behind this module knows Hydra or OmegaConf.
 from __future__ import annotations
 
 import logging
+import os
 import sys
+import threading
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +17,7 @@ from typing import Any
 
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
+from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
@@ -22,10 +26,12 @@ from rich.logging import RichHandler
 from transformers.utils import logging as transformers_logging
 
 from cocoa_pl.command_line import first_line
+from cocoa_pl.distributed import is_lost_peer
 from cocoa_pl.errors import UserError
 from cocoa_pl.stages.recipe import Interrupted
 
-MISTAKE, INTERRUPTED = 2, 130  # exit statuses
+MISTAKE, LOST_PEER, INTERRUPTED = 2, 3, 130  # exit statuses
+LAUNCHER_CHECK_SECONDS = 2.0
 RESUMABLE = ("trainer.", "logger", "num_workers", "checkpoint_every", "evaluate")
 
 # What Lightning warns of although nobody can or should do anything about it.
@@ -34,6 +40,7 @@ HARMLESS = (
     "The number of training batches .* is smaller than the logging interval",  # a short stage
     "It is recommended to use .*sync_dist=True",  # values are summed over ranks before
     "You're resuming from a checkpoint that ended before",  # the sampler counts steps, not epochs
+    "FSDP2-wrapped module .* returned a view tensor",  # nothing writes into the states it returns
 )
 
 log = logging.getLogger(__name__)
@@ -59,7 +66,59 @@ def guarded(run: Callable[[], None]) -> int:
     except (Interrupted, KeyboardInterrupt) as stop:
         sys.stderr.write(f"{str(stop) or 'interrupted'}\n")
         return INTERRUPTED
+    except RuntimeError as error:
+        if not is_lost_peer(error):
+            raise
+        sys.stderr.write(
+            "error: another process of this job was killed, or ended with a message of its own; "
+            "resume=RUN goes on from the last checkpoint\n"
+        )
+        return LOST_PEER
     return 0
+
+
+def check_run_folder(overrides: Sequence[str]) -> None:
+    """All processes of a job must agree on the run folder, which by default holds the time.
+
+    Args:
+        overrides: of Hydra's own keys on the command line.
+
+    Raises:
+        UserError: if torchrun or SLURM started several processes and no folder was named.
+    """
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if SLURMEnvironment.detect():
+        several = int(os.environ["SLURM_NTASKS"]) > 1
+    elif not TorchElasticEnvironment.detect():
+        return  # the processes that Lightning starts are told
+    if several and not any(o.startswith("hydra.run.dir=") for o in overrides):
+        raise UserError(
+            "several processes were started from outside and must share one run folder; "
+            "give it as hydra.run.dir=runs/NAME (or resume=RUN)"
+        )
+
+
+def end_with_launcher() -> None:
+    """A process that Lightning started on this machine ends when the one that started it is killed.
+
+    Otherwise it would wait for that one until an exchange times out. torchrun and SLURM see to it
+    themselves.
+    """
+    outside = SLURMEnvironment.detect() or TorchElasticEnvironment.detect()
+    if outside or int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        return
+    launcher = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == launcher:
+            time.sleep(LAUNCHER_CHECK_SECONDS)
+        sys.stderr.write(
+            "error: the first process of this job was killed; "
+            "resume=RUN goes on from the last checkpoint\n"
+        )
+        os._exit(LOST_PEER)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def set_up_logging(run_dir: Path) -> Console:
@@ -81,6 +140,10 @@ def set_up_logging(run_dir: Path) -> Console:
         warnings.filterwarnings("ignore", message=harmless)
     for chatty in ("lightning.pytorch", "lightning.fabric", "httpx", "huggingface_hub"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
+    # Its one line is that it ends the job because one of the processes has died.
+    logging.getLogger("lightning.fabric.strategies.launchers.subprocess_script").setLevel(
+        logging.INFO
+    )
     return console
 
 

@@ -22,15 +22,20 @@ from cocoa_pl.models.adapters import merged
 log = logging.getLogger(__name__)
 
 
-def export(embedder: Embedder, folder: Path, *, lineage: Sequence[dict[str, Any]]) -> None:
-    """Write the folder whole or not at all; adapters are merged into the weights.
+def export(embedder: Embedder, folder: Path, *, lineage: Sequence[dict[str, Any]]) -> Embedder:
+    """Write the folder whole or not at all; adapters are merged into the weights, which are rounded
+    to the type that the model computes in.
 
     Plain transformers can load it, and reads the bidirectional policy from `text_config.is_causal`.
 
     Args:
         lineage: one entry for each stage that made the weights.
+
+    Returns:
+        The embedder as exported: what is scored is what is handed over.
     """
     plain = merged(embedder.backbone)
+    plain.stock.to(plain.compute_dtype)
     whole = Embedder(plain, embedder.processor, embedder.policy)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
@@ -58,6 +63,7 @@ def export(embedder: Embedder, folder: Path, *, lineage: Sequence[dict[str, Any]
             shutil.rmtree(folder)
         fresh.rename(folder)
     log.info("exported %s", folder)
+    return whole
 
 
 def lineage_of(path: str) -> list[dict[str, Any]]:

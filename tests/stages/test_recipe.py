@@ -339,6 +339,9 @@ def test_a_gradient_that_is_not_finite_names_its_rows(
         parameter.data.fill_(torch.nan)
     with pytest.raises(UserError, match=r"step 0: the gradient is nan; .*train\.jsonl line \d+, "):
         train(tmp_path, make_stages(), backbone)
+    bad = (tmp_path / "bad_batch.txt").read_text().splitlines()
+    assert len(bad) == len(set(bad)) == make_stages()[0].batch_size
+    assert all("train.jsonl line " in row_id for row_id in bad)
 
 
 @pytest.mark.parametrize(

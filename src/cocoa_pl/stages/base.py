@@ -5,9 +5,10 @@ resume.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -19,10 +20,14 @@ from transformers import get_scheduler
 from cocoa_pl.attention import Policy
 from cocoa_pl.batch import Batch, Rows
 from cocoa_pl.data.tokenize import Processor
-from cocoa_pl.distributed import global_sums, rank, sum_gradients
+from cocoa_pl.distributed import all_objects, clip_gradients, global_sums, rank, sum_gradients
 from cocoa_pl.errors import UserError
 from cocoa_pl.models.backbone import Backbone
 from cocoa_pl.randomness import mix
+from cocoa_pl.sharding import FullySharded, reshard, shard
+from cocoa_pl.stages.lockstep import Fillers, in_lockstep, make_fillers
+
+SHOWN_ROWS = 8
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,28 @@ class StageModule(L.LightningModule, ABC):
         self.steps = steps
         self.seed = seed
         self._validation_sums: dict[str, Tensor] = {}
+        # With sharded parameters every rank must use the same parts of the model at the same time.
+        self._fillers: Fillers | None = None
+
+    @property
+    @abstractmethod
+    def parts(self) -> list[torch.nn.Module]:
+        """Modules that steps call, which hold all parameters between them."""
+
+    def configure_model(self) -> None:
+        strategy = self.trainer.strategy
+        if not isinstance(strategy, FullySharded):
+            return
+        self._fillers = make_fillers(self.processor)
+        everything_trains = all(p.requires_grad for p in self.backbone.parameters())
+        half = self.backbone.compute_dtype != torch.float32
+        shard(
+            self.parts,
+            blocks=self.backbone.blocks,
+            mesh=strategy.device_mesh["data_parallel"],
+            # Adapters stay in float32 beside a base that is in bfloat16 already.
+            compute_dtype=self.backbone.compute_dtype if half and everything_trains else None,
+        )
 
     @abstractmethod
     def accumulate(self, rows: Rows) -> dict[str, Tensor]:
@@ -111,12 +138,9 @@ class StageModule(L.LightningModule, ABC):
         with self._local_gradients():
             metrics = self.accumulate(rows)
         sum_gradients(self.parameters())
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters(), self.optimization.clip_norm)
+        norm = clip_gradients(self.parameters(), self.optimization.clip_norm)
         if not torch.isfinite(norm):
-            raise UserError(
-                f"step {self.global_step}: the gradient is {norm.item()}; rows of this batch: "
-                + ", ".join(rows.batch.row_ids[: rows.num_rows])
-            )
+            self._refuse_step(norm.item(), rows)
         metrics |= {"gradient_norm": norm, "lr": torch.tensor(scheduler.get_last_lr()[0])}
         optimizer.step()
         scheduler.step()
@@ -128,6 +152,7 @@ class StageModule(L.LightningModule, ABC):
             self._validation_sums[name] = total + value
 
     def on_validation_epoch_end(self) -> None:
+        reshard(self)  # a forward pass alone leaves parameters gathered
         sums = global_sums(self._validation_sums)
         self._validation_sums = {}
         if sums:
@@ -157,7 +182,26 @@ class StageModule(L.LightningModule, ABC):
         }
 
     def chunks(self, batch: Batch) -> list[Batch]:
-        return batch.chunk(self.token_budget)
+        """Pieces of at most `token_budget` tokens; with sharded parameters as many as other ranks
+        have.
+        """
+        return self.in_step(batch.chunk(self.token_budget))
+
+    def in_step(self, pieces: Sequence[Batch]) -> list[Batch]:
+        """The pieces with what keeps the ranks in step, where parameters are sharded."""
+        return list(pieces) if self._fillers is None else in_lockstep(pieces, self._fillers)
+
+    def _refuse_step(self, norm: float, rows: Rows) -> None:
+        mine = list(rows.batch.row_ids[: rows.num_rows])
+        ids = [row_id for part in all_objects(mine) for row_id in part]
+        told = ", ".join(ids[:SHOWN_ROWS]) + (", ..." if len(ids) > SHOWN_ROWS else "")
+        path = Path(self.trainer.default_root_dir) / "bad_batch.txt"
+        if rank() == 0:
+            path.write_text("".join(f"{row_id}\n" for row_id in ids))
+        raise UserError(
+            f"step {self.global_step}: the gradient is {norm}; the batch had the rows {told} "
+            f"(all {len(ids)} in {path}). The weights are as before this step"
+        )
 
     @contextmanager
     def _local_gradients(self) -> Iterator[None]:

@@ -21,7 +21,8 @@ def exchange_contexts(batch: Batch) -> tuple[Batch, Tensor, Tensor]:
         made from.
     """
     samples = torch.arange(batch.num_samples)
-    donors = samples.roll(1)
+    real = batch.num_samples - batch.num_fillers
+    donors = torch.cat([samples[:real].roll(1), samples[real:]])
     lengths = batch.segment_lengths
     starts = batch.lengths.cumsum(0) - batch.lengths
     tokens, shifts = [], []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +20,47 @@ from cocoa_pl.stages.pictures import heat_map
 
 # CLIP's bound on a learnt inverse temperature (arXiv 2103.00020, section 2.5).
 MAX_SCALE = 100.0
+
+
+class Temperature(nn.Module):
+    """The inverse temperature of the softmax, as exp of a parameter.
+
+    Args:
+        temperature: where it starts.
+        learn: whether it trains.
+    """
+
+    def __init__(self, temperature: float, *, learn: bool) -> None:
+        super().__init__()
+        start = torch.tensor([math.log(1 / temperature)])  # FSDP2 splits no scalars
+        self.log_scale = nn.Parameter(start, requires_grad=learn)
+
+    def forward(self) -> Tensor:
+        return self.log_scale[0].exp().clamp(max=MAX_SCALE)
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Queries of this rank and what they choose from: the candidates of all ranks.
+
+    Attributes:
+        queries: (n, D) unit rows.
+        candidates: (M, D) unit rows.
+        index: (n) int64, each query's positive among the candidates.
+        masked: (n, M) bool, True = no negative; None to mask nothing.
+    """
+
+    queries: Tensor
+    candidates: Tensor
+    index: Tensor
+    masked: Tensor | None
+
+    def hits(self, similarity: Tensor) -> Tensor:
+        """How many queries are nearest to their positive: ()."""
+        seen = similarity
+        if self.masked is not None:
+            seen = seen.masked_fill(self.masked, -torch.inf)
+        return (seen.argmax(1) == self.index).sum()
 
 
 class ContrastiveModule(StageModule):
@@ -45,9 +87,8 @@ class ContrastiveModule(StageModule):
         **shared: Any,
     ) -> None:
         super().__init__(backbone, **shared)
-        self.log_scale = nn.Parameter(
-            torch.tensor(math.log(1 / temperature)), requires_grad=learn_temperature
-        )
+        self.temperature = Temperature(temperature, learn=learn_temperature)
+        self.learn_temperature = learn_temperature
         self.symmetric = symmetric
         self.mask_false_negatives = mask_false_negatives
         self.dims = (*matryoshka_dims, backbone.hidden_size)
@@ -57,15 +98,16 @@ class ContrastiveModule(StageModule):
             )
 
     @property
-    def scale(self) -> Tensor:
-        return self.log_scale.exp().clamp(max=MAX_SCALE)
+    def parts(self) -> list[nn.Module]:
+        return [self.backbone, *([self.temperature] if self.learn_temperature else [])]
 
     def accumulate(self, rows: Rows) -> dict[str, Tensor]:
-        hits = torch.zeros((), device=self.device)
+        hits, scale = torch.zeros(2, device=self.device)
 
         def loss(embeddings: Tensor) -> Tensor:
-            value, found = self.loss(embeddings, rows)
+            value, found, used_scale = self.loss(embeddings, rows)
             hits.copy_(found)
+            scale.copy_(used_scale.detach())
             return value
 
         value = cached_backward(
@@ -75,76 +117,90 @@ class ContrastiveModule(StageModule):
             backward=self.manual_backward,
         )
         total, accuracy = global_sum(torch.stack([value, hits]))
-        metrics = {"loss": total, "accuracy": accuracy, "temperature": 1 / self.scale.detach()}
-        return metrics
+        return {"loss": total, "accuracy": accuracy, "temperature": 1 / scale}
 
-    def loss(self, embeddings: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
-        """This rank's share of the loss over the global batch, and of the share of hits at the full
-        width.
+    def loss(self, embeddings: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+        """This rank's share of the loss over the global batch, its share of hits at the full width,
+        and the inverse temperature.
 
         Args:
             embeddings: (S, D), queries, positives, negatives of this rank.
         """
-        n = rows.num_rows
-        keys = rows.batch.keys
+        n, keys = rows.num_rows, rows.batch.keys
         count = global_sum(torch.tensor(float(n), device=embeddings.device))
-        offset = gather_offset(len(embeddings) - n, embeddings.device)
-        index = offset + torch.arange(n, device=embeddings.device)
-        own_query_keys = torch.full_like(keys[n:], -1)
-        own_query_keys[:n] = keys[:n]
-        candidate_keys, query_of_candidate = gather_rows(keys[n:]), gather_rows(own_query_keys)
-        queries, candidates = embeddings[:n], gather_rows(embeddings[n:])
-        masked = self._masked(index, keys[:n], candidate_keys, query_of_candidate)
-
-        losses, similarity = torch.zeros(n, device=embeddings.device), None
-        for q, c in zip(
-            matryoshka(queries, self.dims), matryoshka(candidates, self.dims), strict=True
-        ):
-            value, similarity = info_nce(q, c, index, self.scale, false_negatives=masked)
-            losses = losses + value
-        assert similarity is not None
+        task, scale = self._candidates(embeddings, keys, n), self.temperature()
+        losses, similarity = self._widths(task, scale)
         if self.symmetric:
-            losses = (losses + self._reverse(embeddings, keys, n)) / 2
-        seen = similarity if masked is None else similarity.masked_fill(masked, -torch.inf)
-        hits = (seen.argmax(1) == index).sum()
-        return losses.sum() / len(self.dims) / count, hits / count
+            losses = (losses + self._widths(self._reversed(embeddings, keys, n), scale)[0]) / 2
+        return losses.sum() / len(self.dims) / count, task.hits(similarity) / count, scale
 
-    def _reverse(self, embeddings: Tensor, keys: Tensor, n: int) -> Tensor:
-        offset = gather_offset(n, embeddings.device)
-        index = offset + torch.arange(n, device=embeddings.device)
-        query_keys, positive_keys = gather_rows(keys[:n]), gather_rows(keys[n : 2 * n])
-        masked = self._masked(index, keys[n : 2 * n], query_keys, positive_keys)
-        queries = gather_rows(embeddings[:n])
-        losses = torch.zeros(n, device=embeddings.device)
-        for p, q in zip(
-            matryoshka(embeddings[n : 2 * n], self.dims),
-            matryoshka(queries, self.dims),
+    def _widths(self, task: Candidates, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """Losses (n) summed over the Matryoshka widths, and similarities (n, M) at the full one."""
+        losses, similarity = torch.zeros_like(task.queries[:, 0]), None
+        for queries, candidates in zip(
+            matryoshka(task.queries, self.dims),
+            matryoshka(task.candidates, self.dims),
             strict=True,
         ):
-            losses = losses + info_nce(p, q, index, self.scale, false_negatives=masked)[0]
-        return losses
+            value, similarity = info_nce(
+                queries, candidates, task.index, scale, false_negatives=task.masked
+            )
+            losses = losses + value
+        assert similarity is not None
+        return losses, similarity
 
-    def _masked(
-        self, index: Tensor, keys: Tensor, candidate_keys: Tensor, partner_keys: Tensor
-    ) -> Tensor | None:
-        if not self.mask_false_negatives:
-            return None
-        return same_content(index, keys, candidate_keys, partner_keys)
+    def _candidates(self, embeddings: Tensor, keys: Tensor, n: int) -> Candidates:
+        """Queries among the positives and hard negatives of all ranks."""
+        own_query_keys = torch.full_like(keys[n:], -1)
+        own_query_keys[:n] = keys[:n]
+        return self._task(
+            embeddings[:n], embeddings[n:], keys[:n], gather_rows(keys[n:]), own_query_keys
+        )
+
+    def _reversed(self, embeddings: Tensor, keys: Tensor, n: int) -> Candidates:
+        """Positives among the queries of all ranks."""
+        return self._task(
+            embeddings[n : 2 * n],
+            embeddings[:n],
+            keys[n : 2 * n],
+            gather_rows(keys[:n]),
+            keys[n : 2 * n],
+        )
+
+    def _task(
+        self,
+        queries: Tensor,
+        own_candidates: Tensor,
+        query_keys: Tensor,
+        candidate_keys: Tensor,
+        own_partner_keys: Tensor,
+    ) -> Candidates:
+        device = queries.device
+        offset = gather_offset(len(own_candidates), device)
+        index = offset + torch.arange(len(queries), device=device)
+        partner_keys = gather_rows(own_partner_keys)
+        masked = None
+        if self.mask_false_negatives:
+            masked = same_content(index, query_keys, candidate_keys, partner_keys)
+        return Candidates(queries, gather_rows(own_candidates), index, masked)
 
     def measure(self, rows: Rows) -> dict[str, Tensor]:
-        """Validation is local to a rank's batch: loss and precision among its own candidates."""
+        """Among the positives and hard negatives of all ranks, as in training."""
         n = rows.num_rows
-        embeddings = self.backbone.embed(rows.batch, self.policy)
-        keys, index = rows.batch.keys, torch.arange(n, device=embeddings.device)
-        partner = torch.full_like(keys[n:], -1)
-        partner[:n] = keys[:n]
-        masked = self._masked(index, keys[:n], keys[n:], partner)
+        embeddings = self.backbone.embed(self.in_step([rows.batch])[0], self.policy)
+        task = self._candidates(embeddings, rows.batch.keys, n)
         losses, similarity = info_nce(
-            embeddings[:n], embeddings[n:], index, self.scale, false_negatives=masked
+            task.queries,
+            task.candidates,
+            task.index,
+            self.temperature(),
+            false_negatives=task.masked,
         )
-        seen = similarity if masked is None else similarity.masked_fill(masked, -torch.inf)
-        hits = (seen.argmax(1) == index).sum()
-        return {"rows": torch.tensor(n, device=self.device), "loss": losses.sum(), "hits": hits}
+        return {
+            "rows": torch.tensor(n, device=self.device),
+            "loss": losses.sum(),
+            "hits": task.hits(similarity),
+        }
 
     def means(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
         return {"loss": sums["loss"] / sums["rows"], "accuracy": sums["hits"] / sums["rows"]}
@@ -156,6 +212,6 @@ class ContrastiveModule(StageModule):
         )
 
     def illustrate(self, rows: Rows) -> dict[str, Any]:
-        embeddings = self.backbone.embed(rows.batch, self.policy)
+        embeddings = self.backbone.embed(self.in_step([rows.batch])[0], self.policy)
         n = rows.num_rows
         return {"similarity": heat_map(embeddings[:n] @ embeddings[n : 2 * n].T)}

@@ -33,8 +33,9 @@ def hidden_text(backbone: Backbone, hidden: Tensor, seen: Corrupted, tokenizer: 
     )
     labels, text = seen.labels.tolist(), seen.batch.text_mask.tolist()
     lines, start = [], 0
+    count = min(MAX_PICTURES, seen.batch.num_samples - seen.batch.num_fillers)
     for length, eos in zip(
-        seen.batch.lengths.tolist()[:MAX_PICTURES], seen.batch.eos_positions.tolist(), strict=False
+        seen.batch.lengths.tolist()[:count], seen.batch.eos_positions.tolist(), strict=False
     ):
         shown = [p for p in range(start, start + length) if p in guesses or text[p] or p == eos]
         said = {p: " | " if p == eos else tokenizer.decode([labels[p]]) for p in shown}
@@ -53,7 +54,10 @@ def image_triptychs(backbone: Backbone, seen: Corrupted, predicted: Tensor) -> P
     hidden = seen.patch_mask[seen.batch.image_mask].repeat_interleave(backbone.merge_size**2)
     rebuilt[hidden] = predicted.float().view(-1, seen.pixels.shape[1])
     rows, start = [], 0
-    for grid in seen.batch.grids.tolist()[:MAX_PICTURES]:
+    real = int(
+        seen.batch.images_per_sample[: seen.batch.num_samples - seen.batch.num_fillers].sum()
+    )
+    for grid in seen.batch.grids.tolist()[: min(MAX_PICTURES, real)]:
         stop = start + grid[0] * grid[1] * grid[2]
         versions = (seen.pixels, seen.corrupted_pixels, rebuilt)
         rows.append(

@@ -18,8 +18,11 @@ from cocoa_pl import checkpoint
 from cocoa_pl.attention import Policy
 from cocoa_pl.callbacks import Pictures, StageProgress
 from cocoa_pl.checkpoint import LastCheckpoint
-from cocoa_pl.data.datamodule import StageData
+from cocoa_pl.data.composite import DataOfStages, source_of
+from cocoa_pl.data.datamodule import StageData, check_mixing
 from cocoa_pl.data.examples import MakeSamples, describing, first_of_each_subset
+from cocoa_pl.data.mixing import Mixing
+from cocoa_pl.data.stream import PairStream
 from cocoa_pl.data.tokenize import Processor
 from cocoa_pl.errors import UserError
 from cocoa_pl.items import Pair
@@ -38,9 +41,9 @@ class TrainingData(Protocol):
 
     caption_subsets: Sequence[str] | None
 
-    def train_pairs(self) -> list[Pair]: ...
+    def train_pairs(self) -> Sequence[Pair] | PairStream: ...
 
-    def validation_pairs(self) -> list[Pair]: ...
+    def validation_pairs(self) -> Sequence[Pair]: ...
 
     def training_texts(self) -> list[str]: ...
 
@@ -53,6 +56,7 @@ class Stage:
         module: makes the stage's module of a backbone and a processor.
         make_samples: what the stage makes of a pair.
         describing: use only pairs of an image and its text, of the data's caption subsets.
+        mixing: how batches are composed of subsets.
         max_rows_per_subset: training rows used of each subset, from the first on; None for all.
         batch_size: rows of a step over all ranks.
         steps, epochs: how long; exactly one is given.
@@ -67,6 +71,7 @@ class Stage:
     module: Callable[..., StageModule]
     make_samples: MakeSamples
     describing: bool
+    mixing: Mixing
     max_rows_per_subset: int | None
     batch_size: int
     validation_batch_size: int
@@ -85,11 +90,20 @@ class Stage:
             if getattr(self, field) <= 0:
                 raise UserError(f"stage {self.name}: {field} must be positive")
 
-    def count_steps(self, num_rows: int) -> int:
-        """Optimizer steps of the stage."""
+    def count_steps(self, num_rows: int | None) -> int:
+        """Optimizer steps of the stage; `num_rows` is None for a stream.
+
+        Raises:
+            UserError: for epochs of a stream.
+        """
         if self.steps is not None:
             return self.steps
         assert self.epochs is not None
+        if num_rows is None:
+            raise UserError(
+                f"stage {self.name}: a stream has no length, so epochs cannot be counted; "
+                f"give steps (schedule.{self.name}.steps=... schedule.{self.name}.epochs=null)"
+            )
         return max(1, math.floor(self.epochs * (num_rows // self.batch_size)))
 
 
@@ -119,7 +133,7 @@ def run_stages(
     stages: Sequence[Stage],
     backbone: Backbone,
     processor: Processor,
-    data: TrainingData,
+    data: TrainingData | DataOfStages,
     settings: RunSettings,
     *,
     resume: bool,
@@ -136,25 +150,20 @@ def run_stages(
         Interrupted: when somebody stopped the run.
     """
     settings.last.parent.mkdir(parents=True, exist_ok=True)
-    train, validation = data.train_pairs(), data.validation_pairs()
+    rows = [_rows_of(stage, source_of(data, stage.name)) for stage in stages]
     state = checkpoint.read(settings.last) if resume else None
     lineage: list[dict[str, Any]] = []
     for index, stage in enumerate(stages):
         stage_of_state = state["cocoa"]["stage_index"] if state else -1
         if index < stage_of_state:
             continue
-        rows, held_out = train, validation
-        if stage.describing:
-            rows = describing(train, data.caption_subsets)
-            held_out = describing(validation, data.caption_subsets) if validation else []
-        rows = first_of_each_subset(rows, stage.max_rows_per_subset)
         resumed = state if index == stage_of_state else None
         if resumed is not None:
             lineage = resumed["cocoa"]["lineage"]
         entry = _run_stage(
             stage,
             backbone,
-            StageRows(rows, held_out),
+            rows[index],
             processor,
             settings,
             label=f"{index + 1}/{len(stages)} {stage.name}",
@@ -170,8 +179,25 @@ def run_stages(
 class StageRows:
     """Pairs of a stage."""
 
-    train: Sequence[Pair]
+    train: Sequence[Pair] | PairStream
     validation: Sequence[Pair]
+
+    @property
+    def num_train(self) -> int | None:
+        """None for a stream."""
+        return None if isinstance(self.train, PairStream) else len(self.train)
+
+
+def _rows_of(stage: Stage, source: TrainingData) -> StageRows:
+    """What the stage trains on; what it cannot train on is refused before any stage begins."""
+    train, validation = source.train_pairs(), source.validation_pairs()
+    if stage.describing:
+        train = describing(train, source.caption_subsets)
+        validation = describing(validation, source.caption_subsets) if validation else []
+    rows = StageRows(first_of_each_subset(train, stage.max_rows_per_subset), validation)
+    stage.count_steps(rows.num_train)
+    check_mixing(rows.train, stage.mixing, batch_size=stage.batch_size)
+    return rows
 
 
 def _run_stage(
@@ -186,7 +212,7 @@ def _run_stage(
     lineage: list[dict[str, Any]],
     start_step: int,
 ) -> dict[str, Any]:
-    steps = stage.count_steps(len(rows.train))
+    steps = stage.count_steps(rows.num_train)
     seed = mix(settings.seed, index)
     L.seed_everything(seed % 2**32, verbose=False)  # new heads
     module = stage.module(
@@ -203,6 +229,7 @@ def _run_stage(
         rows.validation,
         make_samples=stage.make_samples,
         processor=processor,
+        mixing=stage.mixing,
         batch_size=stage.batch_size,
         validation_batch_size=stage.validation_batch_size,
         steps=steps,
@@ -218,9 +245,9 @@ def _run_stage(
     )
     trainer = _make_trainer(stage, settings, saver, label=label, start_step=start_step, steps=steps)
     log.info(
-        "%s: %d rows, %d steps of %d, attention %s, lr %g",
+        "%s: %s rows, %d steps of %d, attention %s, lr %g",
         label,
-        len(rows.train),
+        "streamed" if rows.num_train is None else rows.num_train,
         steps,
         stage.batch_size,
         stage.policy.name,

@@ -7,7 +7,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cocoa_pl.attention import Plan, make_plan
 from cocoa_pl.batch import Batch, Rows
@@ -72,7 +72,14 @@ class ReconstructionModule(StageModule):
             corrupted, patch_mask = hide_patches(
                 batch, pixels, ratio=self.patch_ratio, merge_size=self.backbone.merge_size
             )
-        return Corrupted(seen, batch.input_ids, token_mask, patch_mask, pixels, corrupted)
+        real = torch.arange(batch.num_tokens, device=token_mask.device) < batch.num_real_tokens
+        return Corrupted(
+            seen, batch.input_ids, token_mask & real, patch_mask & real, pixels, corrupted
+        )
+
+    @property
+    def parts(self) -> list[nn.Module]:
+        return [self.backbone, *([self.image_decoder] if self.image_decoder is not None else [])]
 
     def rebuild(self, seen: Corrupted) -> tuple[Tensor, Tensor, Tensor]:
         """Cross-entropies (M) and hits (M) of hidden tokens, squared errors (V) of hidden visual
@@ -108,14 +115,16 @@ class ReconstructionModule(StageModule):
         return metrics | ({"loss_patch": patches} if self.image_decoder is not None else {})
 
     def measure(self, rows: Rows) -> dict[str, Tensor]:
-        seen = self.corrupt(rows.batch)
+        seen = self.corrupt(self.in_step([rows.batch])[0])
         losses, hits, errors = self.rebuild(seen)
         sums = {"tokens": seen.token_mask.sum(), "loss": losses.sum(), "hits": hits.sum()}
         sums |= {"patches": seen.patch_mask.sum(), "errors": errors.sum()}
-        if rows.batch.segment_lengths[:, 2].any() and rows.num_rows > 1:  # a row alone has no other
+        if self.text_segment == "target":
             other = self._with_other_contexts(seen)
-            sums |= {"compared": sums["tokens"], "loss_own": sums["loss"]}
-            sums["loss_other"] = self.rebuild(other)[0].sum()
+            loss = self.rebuild(other)[0].sum()
+            alone = rows.num_rows == 1  # a row alone has no other
+            compared = {"compared": sums["tokens"], "loss_own": sums["loss"], "loss_other": loss}
+            sums |= {name: value * (not alone) for name, value in compared.items()}
         return sums
 
     def means(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -124,7 +133,7 @@ class ReconstructionModule(StageModule):
         found["accuracy"] = sums["hits"] / sums["tokens"]
         if self.image_decoder is not None:
             found["loss_patch"] = patches
-        if "loss_other" in sums:
+        if sums.get("compared", 0):
             found["bridge_gain"] = (sums["loss_other"] - sums["loss_own"]) / sums["compared"]
         return found
 
@@ -145,7 +154,8 @@ class ReconstructionModule(StageModule):
         return told
 
     def illustrate(self, rows: Rows) -> dict[str, Any]:
-        seen = self.corrupt(rows.batch.select(0, min(MAX_PICTURES, rows.num_rows)))
+        few = rows.batch.select(0, min(MAX_PICTURES, rows.num_rows))
+        seen = self.corrupt(self.in_step([few])[0])
         plan = self._plan(seen.batch)
         hidden = self.backbone(seen.batch, plan, seen.corrupted_pixels)
         pictures: dict[str, Any] = {
@@ -153,7 +163,8 @@ class ReconstructionModule(StageModule):
         }
         if self.image_decoder is not None:
             predicted = self.image_decoder(self.backbone, hidden, seen.batch, plan, seen.patch_mask)
-            pictures["images"] = image_triptychs(self.backbone, seen, predicted)
+            if len(few.grids):
+                pictures["images"] = image_triptychs(self.backbone, seen, predicted)
         return pictures
 
     def _plan(self, batch: Batch) -> Plan:

@@ -1,0 +1,182 @@
+"""FSDP2: weights, gradients and optimizer state split over all processes, block by block.
+
+A block's weights are gathered while it runs and its gradients are reduced at once, so a process
+never holds more than its share and one block (torch.distributed.fsdp.fully_shard; ZeRO, arXiv
+1910.02054, stage 3). Checkpoints are folders, to which every process writes its share.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+META = "meta.pt"  # of a checkpoint folder: all that is not a tensor of the model or the optimizer
+MODEL, OPTIMIZER = "state_dict", "optimizer_0"
+
+
+STRATEGY = "fully_sharded"  # its name in trainer configs; each stage gets a fresh one
+
+
+class FullySharded(ModelParallelStrategy):
+    """Lightning's strategy for FSDP2 over all processes of a job.
+
+    Checkpoints hold what trains and nothing else, as on one process, and load on any number of
+    processes.
+
+    Args:
+        timeout_minutes: how long a process waits for the others in one exchange.
+    """
+
+    def __init__(self, *, timeout_minutes: float) -> None:
+        super().__init__(tensor_parallel_size=1, timeout=timedelta(minutes=timeout_minutes))
+
+    def setup_environment(self) -> None:
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """This rank's shares of the trained parameters."""
+        reshard(self._whole)
+        return {n: p.detach() for n, p in self._whole.named_parameters() if p.requires_grad}
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
+    ) -> None:
+        path = Path(self.broadcast(str(filepath)))
+        if self.is_global_zero and path.exists():
+            shutil.rmtree(path)
+        self.barrier()
+        path.mkdir(parents=True, exist_ok=True)
+        tensors = {
+            MODEL: checkpoint.pop("state_dict"),
+            OPTIMIZER: checkpoint.pop("optimizer_states")[0],
+        }
+        dcp.save(tensors, checkpoint_id=path)  # fails on all ranks together
+        problem = ""
+        if self.is_global_zero:
+            try:
+                torch.save(checkpoint | {"names": sorted(tensors[MODEL])}, path / META)
+            except (OSError, RuntimeError) as error:
+                problem = str(error)
+        if problem := self.broadcast(problem):
+            raise OSError(problem)
+
+    def load_checkpoint(
+        self, checkpoint_path: Any, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        path = Path(self.broadcast(str(checkpoint_path)))
+        meta = read_meta(path)
+        found = set(meta.pop("names"))
+        mine = self.lightning_module_state_dict()
+        # Only what both have; the caller compares the names and refuses what does not match.
+        dcp.load({MODEL: {n: mine[n] for n in found & set(mine)}}, checkpoint_id=path)
+        if found == set(mine):
+            for optimizer in self.optimizers:
+                state = {OPTIMIZER: get_optimizer_state_dict(self._whole, optimizer)}
+                dcp.load(state, checkpoint_id=path)
+                set_optimizer_state_dict(self._whole, optimizer, optim_state_dict=state[OPTIMIZER])
+        return meta | {"state_dict": dict.fromkeys(found)}
+
+    @property
+    def _whole(self) -> nn.Module:
+        assert self.model is not None
+        return self.model
+
+
+StrategyRegistry.register(
+    STRATEGY, FullySharded, description="FSDP2 over all processes", timeout_minutes=30
+)
+
+
+def shard(
+    parts: Iterable[nn.Module],
+    *,
+    blocks: Iterable[nn.Module],
+    mesh: DeviceMesh,
+    compute_dtype: torch.dtype | None,
+) -> None:
+    """Split parameters in place; a part that is split already stays as it is.
+
+    Gradients are summed over ranks, not averaged: every loss is divided by a global count.
+
+    Args:
+        parts: modules that are called from outside, each with all its parameters.
+        blocks: their repeated blocks, gathered one at a time.
+        compute_dtype: weights are gathered in this type; None for their own.
+    """
+    precision = MixedPrecisionPolicy(
+        param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    for module in (*blocks, *parts):
+        if isinstance(module, FSDPModule):
+            module.reshard()
+            continue
+        fully_shard(module, mesh=mesh, mp_policy=precision)
+        assert isinstance(module, FSDPModule)
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)  # gloo has no other
+
+
+def reshard(module: nn.Module) -> None:
+    """Give up gathered parameters: a forward pass that no backward pass follows keeps them, and
+    after an optimizer step they would be stale.
+    """
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether a module's parameters are split over processes."""
+    return any(isinstance(parameter, DTensor) for parameter in module.parameters())
+
+
+def full_state(module: nn.Module) -> dict[str, Tensor]:
+    """Trained parameters whole, on the CPU of rank 0; empty on other ranks.
+
+    Every rank must call this at the same time; one parameter is gathered at a time.
+    """
+    reshard(module)
+    first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    state: dict[str, Tensor] = {}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            value = parameter.detach()
+            whole = value.full_tensor() if isinstance(value, DTensor) else value
+            if first:
+                state[name] = whole.cpu()
+    return state
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """All of a checkpoint folder but its tensors."""
+    meta: dict[str, Any] = torch.load(folder / META, map_location="cpu", weights_only=True)
+    return meta
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """The trained parameters of a checkpoint folder, whole, on the CPU, by one process alone."""
+    prefix = f"{MODEL}."
+    known = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    empty: dict[str, Any] = {
+        name.removeprefix(prefix): torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in known.items()
+        if name.startswith(prefix)
+    }
+    dcp.load({MODEL: empty}, checkpoint_id=folder, no_dist=True)
+    return empty

@@ -1,0 +1,180 @@
+"""What happens to runs of several processes when a process dies, the disk is full, or the cluster
+wants its machines back.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from cocoa_pl.checkpoint import read, read_weights
+from cocoa_pl.command_line import CONFIGS
+
+ROOT = CONFIGS.parent
+STEPS = 24
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+Start = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture
+def start(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Start:
+    """Starts a contrastive run of two processes that checkpoints every 4 steps."""
+    cache = tmp_path_factory.getbasetemp() / "faults-cache"
+    small = [
+        f"cache_dir={cache}",
+        "stage=contrast",
+        "data.scenes=60",
+        "data.task_rows=20",
+        "data.validation_rows=25",
+        f"schedule.contrast.steps={STEPS}",
+        "schedule.contrast.batch_size=16",
+        "schedule.validate_every=1000",
+        "model.source.text.num_hidden_layers=1",
+        "model.source.vision.depth=1",
+        "trainer.accelerator=cpu",
+        "trainer.devices=2",
+        "trainer.log_every_n_steps=1",
+        "logger=none",
+        "num_workers=0",
+        "checkpoint_every=4",
+        "evaluate=false",
+    ]
+
+    def begin(*arguments: str) -> subprocess.Popen[str]:
+        given = arguments if arguments[0].startswith("resume=") else (*small, *arguments)
+        return subprocess.Popen(
+            [sys.executable, str(ROOT / "train.py"), *given],
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    return begin
+
+
+def finish(process: subprocess.Popen[str], *, within: float = 240) -> tuple[int, str]:
+    """Exit status, and what was said to stderr."""
+    _, told = process.communicate(timeout=within)
+    return process.returncode, told
+
+
+def wait_for_checkpoint(process: subprocess.Popen[str], run_dir: Path) -> None:
+    deadline = time.monotonic() + 120
+    while not (run_dir / "checkpoints" / "last.ckpt").exists():
+        assert process.poll() is None, finish(process)
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def ranks_of(process: subprocess.Popen[str]) -> list[int]:
+    """Process ids of rank 0 and rank 1."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return [process.pid, *map(int, children)]
+
+
+def losses(run_dir: Path) -> dict[str, float]:
+    with (run_dir / "metrics.csv").open(newline="") as file:
+        return {
+            r["step"]: float(r["value"]) for r in csv.DictReader(file) if r["name"] == "train/loss"
+        }
+
+
+def assert_as_if_nothing_had_happened(run_dir: Path, undisturbed: Path) -> None:
+    found, expected = losses(run_dir), losses(undisturbed)
+    assert len(expected) == STEPS
+    assert found == pytest.approx(expected, rel=1e-5)
+    paths = [folder / "checkpoints" / "last.ckpt" for folder in (run_dir, undisturbed)]
+    weights, others = (read_weights(path, read(path)) for path in paths)
+    for name, value in others.items():
+        torch.testing.assert_close(weights[name], value, rtol=0, atol=1e-5, msg=name)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("trainer", ["ddp", "fsdp"])
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_rank_ends_the_job_and_the_run_goes_on_exactly(
+    trainer: str, victim: int, start: Start, tmp_path: Path
+) -> None:
+    process = start(f"trainer={trainer}", "hydra.run.dir=run")
+    wait_for_checkpoint(process, tmp_path / "run")
+    ranks = ranks_of(process)
+    killed = time.monotonic()
+    os.kill(ranks[victim], signal.SIGKILL)
+    status, told = finish(process, within=60)
+    while any(is_running(pid) for pid in ranks):
+        assert time.monotonic() - killed < 60
+        time.sleep(0.1)
+    assert status == (-signal.SIGKILL if victim == 0 else 3)
+    assert "error: " in told
+    assert "of this job was killed" in told
+    assert "resume=RUN" in told
+    assert "Traceback" not in told
+    assert finish(start("resume=run"))[0] == 0
+    assert finish(start(f"trainer={trainer}", "hydra.run.dir=undisturbed"))[0] == 0
+    assert_as_if_nothing_had_happened(tmp_path / "run", tmp_path / "undisturbed")
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process is there and not merely waiting for its parent to look at how it ended."""
+    try:
+        return ") Z " not in Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="needs prlimit")
+@pytest.mark.parametrize("trainer", ["ddp", "fsdp"])
+def test_a_full_disk_leaves_the_checkpoint_before(
+    trainer: str, start: Start, tmp_path: Path
+) -> None:
+    """A limit on the size of files fails a write as a full disk does, after some of it."""
+    process = start(f"trainer={trainer}", "hydra.run.dir=run")
+    wait_for_checkpoint(process, tmp_path / "run")
+    for pid in ranks_of(process):
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (100_000, 100_000))
+    status, told = finish(process)
+    assert status == 2
+    assert "cannot be written (" in told
+    assert "last.ckpt is as it was. Make room, then resume the run" in told
+    assert "Traceback" not in told
+    path = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    content = read(path)
+    assert content["global_step"] % 4 == 0
+    assert read_weights(path, content)
+    assert len(list(path.parent.iterdir())) == (2 if trainer == "fsdp" else 1)
+    assert finish(start("resume=run"))[0] == 0
+    assert read(path)["global_step"] == STEPS
+
+
+@pytest.mark.parametrize("trainer", ["ddp", "fsdp"])
+def test_a_run_that_is_asked_to_leave_saves_itself(
+    trainer: str, start: Start, tmp_path: Path
+) -> None:
+    """SIGTERM, which SLURM sends before it takes the machines away."""
+    process = start(f"trainer={trainer}", "hydra.run.dir=run", "checkpoint_every=1000")
+    log = tmp_path / "run" / "log.txt"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and f"/{STEPS}" in log.read_text()):  # it has done some steps
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    status, told = finish(process, within=60)
+    assert status == 130
+    assert "stopped in contrast at step " in told
+    saved = read(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"]
+    assert 0 < saved < STEPS
+    assert finish(start("resume=run"))[0] == 0
+    assert finish(start(f"trainer={trainer}", "hydra.run.dir=undisturbed"))[0] == 0
+    assert_as_if_nothing_had_happened(tmp_path / "run", tmp_path / "undisturbed")

@@ -1,0 +1,217 @@
+"""The three stages on 1, 2 and 4 processes, with replicated and with sharded parameters: the same
+losses and the same weights.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+from PIL import Image
+from rich.console import Console
+from safetensors.torch import load_file
+from torch.multiprocessing.spawn import spawn
+
+from cocoa_pl.assemble import train
+from cocoa_pl.batch import Rows
+from cocoa_pl.checkpoint import read, read_weights
+from cocoa_pl.command_line import CONFIGS
+from cocoa_pl.distributed import rank
+from cocoa_pl.entry import register_resolvers
+from cocoa_pl.stages.contrastive import ContrastiveModule
+from cocoa_pl.stages.recipe import Interrupted
+
+STAGES = ("warmup", "reconstruct", "contrast")
+TUNINGS = {
+    "full": ["adapter=none"],
+    "dora": ["adapter=dora", "adapter.dropout=0", "model.gradient_checkpointing=true"],
+}
+STRATEGIES = ("ddp", "fsdp")
+STOP_AT = 2  # step of contrast after which one rank gets SIGTERM
+
+
+@dataclass(frozen=True)
+class Job:
+    """One call of `train`."""
+
+    config: Path
+    run_dir: Path
+    resume: bool = False
+    stopped: bool = False
+
+
+def run(job: Job) -> None:
+    """The whole of `train.py` but its command line."""
+    job.run_dir.mkdir(parents=True, exist_ok=True)
+    cfg = OmegaConf.load(job.config)
+    assert isinstance(cfg, DictConfig)
+    cfg.resume = str(job.run_dir) if job.resume else None
+    train(cfg, job.run_dir, Console(quiet=True))
+
+
+def run_and_stop(job: Job) -> None:
+    """As if the cluster wanted one of the machines back."""
+    original = ContrastiveModule.training_step
+
+    def step(self: ContrastiveModule, rows: Rows, batch_idx: int) -> None:
+        original(self, rows, batch_idx)
+        if self.global_step == STOP_AT and rank() == dist.get_world_size() - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    ContrastiveModule.training_step = step  # type: ignore[method-assign]
+    try:
+        with pytest.raises(Interrupted, match=f"contrast at step {STOP_AT} of 5"):
+            run(job)
+    finally:
+        ContrastiveModule.training_step = original  # type: ignore[method-assign]
+
+
+def work(index: int, world: int, meeting: str, jobs: list[Job]) -> None:
+    """One of the processes."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=index, world_size=world)
+    # For Lightning: the processes are there already, and know each other.
+    os.environ |= {"LOCAL_RANK": str(index), "NODE_RANK": "0", "WORLD_SIZE": str(world)}
+    register_resolvers()
+    for job in jobs:
+        run_and_stop(job) if job.stopped else run(job)
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def compose_run(
+    tiny_folder: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    make_image: Callable[..., Image.Image],
+) -> Callable[..., Path]:
+    """Writes the config of a run on 24 pairs, every third without an image."""
+    folder = tmp_path_factory.mktemp("configs")
+    words = ["dog", "cat", "sofa", "boats", "sea", "old", "red", "green"]
+    rows = []
+    for number in range(24):
+        make_image((56, 28 * (1 + number % 3)), seed=number).save(folder / f"{number}.png")
+        text = " ".join([*["a"] * (number // 2), words[number % 8], words[number // 3]])
+        query = {"query_image": f"{number}.png"} if number % 3 else {"query": f"the {number}"}
+        rows.append(query | {"positive": text})
+    (folder / "pairs.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    shared = [
+        f"init_from={tiny_folder}",
+        "data=pairs",
+        f"data.path={folder}/pairs.jsonl",
+        f"data.image_root={folder}",
+        "data.validation_fraction=0.33",
+        f"stage.order=[{','.join(STAGES)}]",
+        "schedule.token_budget=40",
+        "schedule.validate_every=5",
+        "schedule.validation_batch_size=4",
+        *(f"schedule.{s}.{o}" for s in STAGES for o in ("steps=5", "batch_size=8")),
+        *(f"schedule.{s}.{o}" for s in STAGES for o in ("warmup_steps=0", "lr=3e-3")),
+        "num_workers=0",
+        "evaluate=false",
+        "logger=none",
+        "trainer.log_every_n_steps=1",
+        "trainer.accelerator=cpu",
+    ]
+
+    def write(strategy: str, tuning: str, world: int) -> Path:
+        register_resolvers()
+        trainer = [f"trainer={strategy}", f"trainer.devices={world}"]
+        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            cfg = compose("train", [*shared, *TUNINGS[tuning], *trainer])
+        path = folder / f"{strategy}-{tuning}-{world}.yaml"
+        OmegaConf.save(cfg, path, resolve=True)
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def runs(
+    compose_run: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """All runs, by name; made once. The sharded run of 4 is stopped, and a run of 2 goes on."""
+    folder = tmp_path_factory.mktemp("runs")
+
+    def job(strategy: str, tuning: str, world: int, **values: bool) -> Job:
+        name = f"{strategy}-{tuning}-{world}"
+        return Job(compose_run(strategy, tuning, world), folder / name, **values)
+
+    for tuning in TUNINGS:
+        run(job("cpu", tuning, 1))
+    of_two = [job(s, tuning, 2) for s in STRATEGIES for tuning in TUNINGS]
+    of_four = [job(s, tuning, 4) for s in STRATEGIES for tuning in TUNINGS]
+    moved = {t: Job(compose_run("fsdp", t, 4), folder / f"moved-{t}") for t in TUNINGS}
+    stopped = [Job(j.config, j.run_dir, stopped=True) for j in moved.values()]
+    resumed = [Job(compose_run("fsdp", t, 2), j.run_dir, resume=True) for t, j in moved.items()]
+    for world, jobs in ((4, [*of_four, *stopped]), (2, [*of_two, *resumed])):
+        spawn(work, args=(world, str(folder / f"meeting{world}"), jobs), nprocs=world)
+    return lambda name: folder / name
+
+
+OTHERS = [f"{s}-{t}-{w}" for s in STRATEGIES for t in TUNINGS for w in (2, 4)]
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("name", [*OTHERS, "moved-full", "moved-dora"])
+def test_losses_and_weights_equal_those_of_one_process(
+    name: str, runs: Callable[[str], Path]
+) -> None:
+    alone = runs(f"cpu-{name.split('-')[1]}-1")
+    expected, found = numbers(alone), numbers(runs(name))
+    assert expected.keys() == found.keys()
+    for key, number in expected.items():
+        assert found[key] == pytest.approx(number, rel=1e-3, abs=1e-4), key
+    weights, others = (load_file(r / "model" / "model.safetensors") for r in (alone, runs(name)))
+    for key, value in weights.items():
+        torch.testing.assert_close(others[key], value, rtol=0, atol=2e-4, msg=lambda m, k=key: k + m)
+
+
+@pytest.mark.parametrize("tuning", TUNINGS)
+def test_the_runs_have_moved_the_weights(
+    tuning: str, runs: Callable[[str], Path], tiny_folder: Path
+) -> None:
+    """Otherwise equal weights would say nothing."""
+    before = load_file(tiny_folder / "model.safetensors")
+    after = load_file(runs(f"cpu-{tuning}-1") / "model" / "model.safetensors")
+    moved = [name for name, value in after.items() if (value - before[name]).abs().max() > 2e-3]
+    assert len(moved) >= 20
+
+
+@pytest.mark.parametrize("tuning", TUNINGS)
+def test_a_folder_of_shards_holds_the_weights_that_a_file_holds(
+    tuning: str, runs: Callable[[str], Path]
+) -> None:
+    paths = [runs(f"{s}-{tuning}-2") / "checkpoints" / "last.ckpt" for s in STRATEGIES]
+    file, folder = (read_weights(path, read(path)) for path in paths)
+    assert paths[1].is_dir()
+    assert file.keys() == folder.keys()
+    for key, value in file.items():
+        torch.testing.assert_close(folder[key], value, rtol=0, atol=2e-4, msg=key)
+
+
+def test_only_the_newest_shards_are_kept(runs: Callable[[str], Path]) -> None:
+    left = sorted(path.name for path in (runs("moved-full") / "checkpoints").iterdir())
+    assert left == ["2-5.shards", "last.ckpt"]
+
+
+def numbers(run_dir: Path) -> dict[tuple[str, str, str], float]:
+    """metrics.csv without rates, and without the bridge gain: whose contexts are exchanged depends
+    on the rows of a rank.
+    """
+    with (run_dir / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return {
+        (row["stage"], row["step"], row["name"]): float(row["value"])
+        for row in rows
+        if "per_second" not in row["name"] and "bridge_gain" not in row["name"]
+    }
