@@ -1,15 +1,19 @@
-"""`cocoa attention`: the grid of the paper, a picture, and mistakes told in one sentence."""
+"""The `cocoa` command: light until a sub-command is asked for, mistakes told in one sentence."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import types
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from rich.console import Console
 
 from cocoa_pl import cli
 from cocoa_pl.command_line import CONFIGS
-from cocoa_pl.errors import UserError
+from cocoa_pl.entry import MISTAKE
 
 POLICIES = sorted(path.stem for path in (CONFIGS / "attention").glob("*.yaml"))
 
@@ -24,14 +28,14 @@ A A E B B
 
 
 def test_the_printed_grid_is_the_papers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    cli._run(["attention", "eos_bridge", "--png", str(tmp_path / "grid.png")])
+    cli.run(["attention", "eos_bridge", "--png", str(tmp_path / "grid.png")])
     assert PAPER in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_every_policy_has_a_picture(policy: str, tmp_path: Path) -> None:
     png = tmp_path / "grid.png"
-    cli._run(["attention", policy, "--lengths", "3,1,4", "--png", str(png)])
+    cli.run(["attention", policy, "--lengths", "3,1,4", "--png", str(png)])
     with Image.open(png) as picture:
         assert picture.size[0] > 300
         # unseen cells aside, the three segments' colours are there
@@ -48,6 +52,62 @@ def test_every_policy_has_a_picture(policy: str, tmp_path: Path) -> None:
         (["causal", "--target", "a dog", "--model", "runs/A"], "needs --text or --image"),
     ],
 )
-def test_a_mistake_is_one_sentence(arguments: list[str], told: str) -> None:
-    with pytest.raises(UserError, match=told):
-        cli._run(["attention", *arguments])
+def test_a_mistake_is_one_sentence(
+    arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run(["attention", *arguments]) == MISTAKE
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert told in line
+
+
+def test_help_names_every_command_and_loads_none() -> None:
+    """A user who asks what there is does not wait for torch."""
+    code = (
+        "import sys\nfrom cocoa_pl import cli\ntry:\n    cli.run(['--help'])\n"
+        "except SystemExit as stop:\n    assert stop.code == 0\n"
+        "loaded = {'torch', 'transformers', 'lightning', 'hydra'} & set(sys.modules)\n"
+        "assert not loaded, loaded"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    for name, command in cli.COMMANDS.items():
+        assert f"{name} " in done.stdout
+        assert command.summary in done.stdout
+
+
+@pytest.mark.parametrize("name", [name for name, c in cli.COMMANDS.items() if c.about])
+def test_help_of_a_command_with_overrides_shows_commands_to_copy(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.run([name, "--help"])
+    assert stop.value.code == 0
+    assert f"  cocoa {name} " in capsys.readouterr().out
+
+
+def test_an_unknown_command_is_refused_with_the_known_ones(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.run(["docter"])
+    assert stop.value.code == MISTAKE
+    assert "invalid choice: 'docter'" in capsys.readouterr().err
+
+
+def test_a_commands_exit_status_is_the_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[str]] = []
+
+    def run(arguments: list[str], console: Console) -> int:
+        seen.append(arguments)
+        return 1
+
+    module = types.ModuleType("finds_something")
+    module.run = run  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "finds_something", module)
+    command = cli.Command(module="finds_something", summary="", about="about")
+    monkeypatch.setitem(cli.COMMANDS, "find", command)
+    assert cli.run(["find", "data=mmeb", "data.root=x"]) == 1
+    assert seen == [["data=mmeb", "data.root=x"]]

@@ -1,98 +1,116 @@
-"""The `cocoa` command: small tools around training. `cocoa attention` draws who sees whom."""
+"""The `cocoa` command: the first word in, the sub-command of that name run, its exit status out.
+
+A sub-command is imported only when it is asked for: torch and transformers take seconds.
+"""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-import torch
-from omegaconf import OmegaConf
 from rich.console import Console
-from torch import Tensor
 
-from cocoa_pl.attention import Policy, dense_mask, grid_text
-from cocoa_pl.attention.picture import draw_grid
-from cocoa_pl.command_line import CONFIGS
-from cocoa_pl.embedder import Embedder, as_item
-from cocoa_pl.entry import build, guarded
-from cocoa_pl.errors import UserError
+
+@dataclass(frozen=True)
+class Command:
+    """A sub-command.
+
+    Attributes:
+        module: offers `run(arguments: Sequence[str], console: Console) -> int`, the exit status.
+        summary: one line in the list of commands.
+        about: what `--help` says of a command whose arguments are `key=value`, as of `train.py`;
+            None for one that parses its own arguments.
+    """
+
+    module: str
+    summary: str
+    about: str | None
+
+
+COMMANDS = {
+    "attention": Command(
+        module="cocoa_pl.commands.attention",
+        summary="print an attention policy as a 0/1 grid and write it as a PNG",
+        about=None,
+    ),
+    "doctor": Command(
+        module="cocoa_pl.commands.doctor",
+        summary="check a data set and its images before training",
+        about="""\
+Check every row and every image that training would read, and report all that is wrong with them.
+Keys and values are those of train.py; the doctor's own begin with doctor.
+
+  cocoa doctor
+  cocoa doctor data=mmeb data.root=MMEB-train model=qwen2vl model.source.path=Qwen2-VL-2B-Instruct
+  cocoa doctor data=pairs data.path=my.jsonl data.image_root=images doctor.workers=8
+
+Exit status: 0 healthy, 1 if something would stop training, 2 for a mistake in the command.""",
+    ),
+    "plan": Command(
+        module="cocoa_pl.planning.command",
+        summary="what a training run needs: memory, time, disk",
+        about="""\
+Work out what a training run needs before anybody pays for it: parameters, memory per GPU, FLOPs,
+hours, disk. Keys and values are those of train.py.
+
+  cocoa plan experiment=paper_qwen2vl_2b data.root=MMEB-train gpus=8""",
+    ),
+}
 
 
 def main() -> None:
     """Entry point of the `cocoa` command."""
-    sys.exit(guarded(lambda: _run(sys.argv[1:])))
+    sys.exit(run(sys.argv[1:]))
 
 
-def _run(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="cocoa", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    attention = commands.add_parser(
-        "attention",
-        help="print an attention policy as a 0/1 grid and write it as a PNG",
-        description="Rows attend to columns. Either give segment lengths, or an example: a text "
-        "for CONTEXT (with an image) and one for TARGET, cut into tokens by a model's processor.",
-    )
-    attention.add_argument("policy", help="a file of conf/attention, e.g. eos_bridge")
-    attention.add_argument(
-        "--lengths", default="2,1,2", help="CONTEXT,EOS,TARGET of one sample, e.g. 2,1,2"
-    )
-    attention.add_argument("--text", help="CONTEXT of an example")
-    attention.add_argument("--image", help="an image in front of the text")
-    attention.add_argument("--target", help="TARGET of an example")
-    attention.add_argument("--model", help="whose tokens: a run, an exported folder or a hub id")
-    attention.add_argument("--png", help="where the picture goes (default: POLICY.png)")
-    attention.set_defaults(run=_attention)
-    parsed = parser.parse_args(arguments)
-    parsed.run(parsed)
+def run(arguments: Sequence[str]) -> int:
+    """Run a command line without its first word, `cocoa`; a user's mistake is one sentence.
 
-
-def _attention(arguments: argparse.Namespace) -> None:
-    policy = load_policy(arguments.policy)
-    is_example = arguments.text or arguments.image or arguments.target
-    lengths, tokens = _example(arguments) if is_example else (_lengths(arguments.lengths), None)
-    counts = lengths[0].tolist()
-    letters = [letter for letter, n in zip("AEB", counts, strict=True) for _ in range(n)]
-    mask = dense_mask(policy, lengths)
-    console = Console()
-    console.print(f"{policy.name}: rows attend to columns (A context, E eos, B target)")
-    console.print(grid_text(mask, letters), highlight=False, soft_wrap=True)
-    png = Path(arguments.png or f"{policy.name}.png")
-    draw_grid(png, mask, tokens or letters, segment_lengths=counts, title=policy.name)
-    console.print(f"picture: {png}", soft_wrap=True)
-
-
-def load_policy(name: str) -> Policy:
-    """A policy of conf/attention by its file name.
-
-    Raises:
-        UserError: if there is none.
+    Returns:
+        The sub-command's exit status, 2 for a user's mistake, 130 when interrupted.
     """
-    path = CONFIGS / "attention" / f"{name}.yaml"
-    if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in path.parent.glob("*.yaml")))
-        raise UserError(f"there is no attention policy {name}; there are {known}")
-    policy: Policy = build(OmegaConf.load(path))
-    return policy
+    parsed = _parser().parse_args(arguments)
+    command, rest = COMMANDS[parsed.command], list(parsed.arguments)
+    if command.about is not None:
+        rest = _overrides(parsed.command, command.about, rest)
+    # Not at the top of the file: `cocoa --help` should not wait for them.
+    from cocoa_pl.entry import guarded
+
+    statuses: list[int] = []
+
+    def body() -> None:
+        module = importlib.import_module(command.module)
+        statuses.append(module.run(rest, Console()))
+
+    return guarded(body) or statuses[0]
 
 
-def _lengths(text: str) -> Tensor:
-    try:
-        context, eos, target = (int(part) for part in text.split(","))
-    except ValueError as error:
-        raise UserError(f"--lengths is CONTEXT,EOS,TARGET, e.g. 2,1,2, not {text}") from error
-    if min(context, target) < 0 or eos != 1:
-        raise UserError("--lengths: a sample has one EOS and no negative lengths")
-    return torch.tensor([[context, eos, target]])
+def _parser() -> argparse.ArgumentParser:
+    width = max(map(len, COMMANDS))
+    parser = argparse.ArgumentParser(
+        prog="cocoa",
+        usage="cocoa COMMAND ...",
+        description="Small tools around training (python train.py).",
+        epilog="commands:\n"
+        + "\n".join(f"  {name:{width}}  {c.summary}" for name, c in COMMANDS.items())
+        + "\n\n`cocoa COMMAND --help` says more.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=argparse.SUPPRESS)
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    return parser
 
 
-def _example(arguments: argparse.Namespace) -> tuple[Tensor, list[str]]:
-    if not arguments.model:
-        raise UserError("an example needs --model, whose processor cuts it into tokens")
-    if not (arguments.text or arguments.image):
-        raise UserError("an example needs --text or --image for its CONTEXT")
-    processor = Embedder.load(arguments.model, device="cpu").processor
-    context = as_item({"text": arguments.text or "", "image": arguments.image})
-    encoded = processor.encode(context, arguments.target, key=0, seed=0, row_id="the example")
-    tokens = [processor.tokenizer.decode([i]) for i in encoded.input_ids.tolist()]
-    return torch.tensor([encoded.segment_lengths]), tokens
+def _overrides(name: str, about: str, arguments: Sequence[str]) -> list[str]:
+    """The `key=value` words; `--help` prints what the command is about and exits."""
+    parser = argparse.ArgumentParser(
+        prog=f"cocoa {name}",
+        usage=f"cocoa {name} [KEY=VALUE ...]",
+        description=about,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=argparse.SUPPRESS)
+    return list(parser.parse_args(arguments).overrides)

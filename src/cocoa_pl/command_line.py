@@ -34,11 +34,34 @@ def check_command_line(config_name: str) -> None:
     arguments = get_args_parser().parse_args(sys.argv[1:])
     if arguments.config_name or arguments.config_path or arguments.config_dir:
         return  # the configs are not ours
+    check_overrides(config_name, arguments.overrides)
+
+
+def compose_overrides(config_name: str, overrides: Sequence[str]) -> DictConfig:
+    """The config that these overrides choose, for a command that is not run by Hydra.
+
+    Raises:
+        UserError: as `check_overrides`, and for several values of a key, which only a sweep takes.
+    """
+    check_overrides(config_name, overrides)
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
+        if override.is_sweep_override():
+            raise UserError(f"{override.input_line}: one value at a time; there are no sweeps here")
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return compose(config_name, overrides=list(overrides))
+
+
+def check_overrides(config_name: str, overrides: Sequence[str]) -> None:
+    """Compose these overrides once, to say in one sentence what is wrong with them.
+
+    Raises:
+        UserError: for an unknown key, group or option, or a value of the wrong kind.
+    """
     try:
-        parsed = OverridesParser.create().parse_overrides(arguments.overrides)
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
     except HydraException as error:
         raise UserError(f"{first_line(error)}; write key=value") from error
-    values = [_values(o, text) for o, text in zip(parsed, arguments.overrides, strict=True)]
+    values = [_values(o, text) for o, text in zip(parsed, overrides, strict=True)]
     for text in chain.from_iterable(values):
         _check_option(text)
     single = [texts[0] for texts in values]
@@ -109,6 +132,8 @@ def _check_kind(cfg: DictConfig, override: Any, text: str) -> None:
 def _explain(error: Exception, keys: Sequence[str]) -> str:
     """Hydra's message with the nearest existing name."""
     message = first_line(error)
+    if "submitit" in message:
+        return 'cluster=slurm needs the submitit launcher: pip install "cocoa-pl[slurm]"'
     if placed := re.search(r"[Cc]ould not override '([^'@]+)@([^']+)'", message):
         places = [key for key in keys if key.rpartition(".")[2] == placed[2].rpartition(".")[2]]
         return f"unknown key {placed[2]}{_nearest(placed[2], places)}"

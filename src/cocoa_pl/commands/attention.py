@@ -1,0 +1,95 @@
+"""`cocoa attention`: a policy in, its grid on the terminal and its picture as a PNG out."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from omegaconf import OmegaConf
+from rich.console import Console
+from torch import Tensor
+
+from cocoa_pl.attention import Policy, dense_mask, grid_text
+from cocoa_pl.attention.picture import draw_grid
+from cocoa_pl.command_line import CONFIGS
+from cocoa_pl.embedder import Embedder, as_item
+from cocoa_pl.entry import build
+from cocoa_pl.errors import UserError
+
+
+def run(arguments: Sequence[str], console: Console) -> int:
+    """Print and draw who sees whom; the exit status is 0.
+
+    Raises:
+        UserError: for an unknown policy, wrong lengths, or an example without a model.
+    """
+    parsed = _parser().parse_args(arguments)
+    policy = load_policy(parsed.policy)
+    is_example = parsed.text or parsed.image or parsed.target
+    lengths, tokens = _example(parsed) if is_example else (_lengths(parsed.lengths), None)
+    counts = lengths[0].tolist()
+    letters = [letter for letter, n in zip("AEB", counts, strict=True) for _ in range(n)]
+    mask = dense_mask(policy, lengths)
+    console.print(f"{policy.name}: rows attend to columns (A context, E eos, B target)")
+    console.print(grid_text(mask, letters), highlight=False, soft_wrap=True)
+    png = Path(parsed.png or f"{policy.name}.png")
+    draw_grid(png, mask, tokens or letters, segment_lengths=counts, title=policy.name)
+    console.print(f"picture: {png}", soft_wrap=True)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="cocoa attention",
+        description="Print an attention policy as a 0/1 grid and write it as a PNG. Rows attend "
+        "to columns. Either give segment lengths, or an example: a text for CONTEXT (with an "
+        "image) and one for TARGET, cut into tokens by a model's processor.",
+    )
+    parser.add_argument("policy", help="a file of conf/attention, e.g. eos_bridge")
+    parser.add_argument(
+        "--lengths", default="2,1,2", help="CONTEXT,EOS,TARGET of one sample, e.g. 2,1,2"
+    )
+    parser.add_argument("--text", help="CONTEXT of an example")
+    parser.add_argument("--image", help="an image in front of the text")
+    parser.add_argument("--target", help="TARGET of an example")
+    parser.add_argument("--model", help="whose tokens: a run, an exported folder or a hub id")
+    parser.add_argument("--png", help="where the picture goes (default: POLICY.png)")
+    return parser
+
+
+def load_policy(name: str) -> Policy:
+    """A policy of conf/attention by its file name.
+
+    Raises:
+        UserError: if there is none.
+    """
+    path = CONFIGS / "attention" / f"{name}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in path.parent.glob("*.yaml")))
+        raise UserError(f"there is no attention policy {name}; there are {known}")
+    policy: Policy = build(OmegaConf.load(path))
+    return policy
+
+
+def _lengths(text: str) -> Tensor:
+    try:
+        context, eos, target = (int(part) for part in text.split(","))
+    except ValueError as error:
+        raise UserError(f"--lengths is CONTEXT,EOS,TARGET, e.g. 2,1,2, not {text}") from error
+    if min(context, target) < 0 or eos != 1:
+        raise UserError("--lengths: a sample has one EOS and no negative lengths")
+    return torch.tensor([[context, eos, target]])
+
+
+def _example(arguments: argparse.Namespace) -> tuple[Tensor, list[str]]:
+    if not arguments.model:
+        raise UserError("an example needs --model, whose processor cuts it into tokens")
+    if not (arguments.text or arguments.image):
+        raise UserError("an example needs --text or --image for its CONTEXT")
+    processor = Embedder.load(arguments.model, device="cpu").processor
+    context = as_item({"text": arguments.text or "", "image": arguments.image})
+    encoded = processor.encode(context, arguments.target, key=0, seed=0, row_id="the example")
+    tokens = [processor.tokenizer.decode([i]) for i in encoded.input_ids.tolist()]
+    return torch.tensor([encoded.segment_lengths]), tokens

@@ -1,0 +1,167 @@
+"""`cocoa doctor`: the configuration of a training run in, what is wrong with its data out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from cocoa_pl.assemble import build_stages, choose_end_token, model_folder
+from cocoa_pl.command_line import compose_overrides
+from cocoa_pl.data.rows import distinct_texts
+from cocoa_pl.data.sources import HeldOutBenchmark
+from cocoa_pl.data.tokenize import Processor
+from cocoa_pl.doctor.examination import Settings, Watch, examine
+from cocoa_pl.doctor.findings import Findings
+from cocoa_pl.doctor.histogram import draw_lengths
+from cocoa_pl.doctor.reading import Pieces, Reading, read
+from cocoa_pl.doctor.report import show, write_json
+from cocoa_pl.entry import build, register_resolvers
+from cocoa_pl.errors import UserError
+from cocoa_pl.models.adapter_folders import base_path, is_adapter
+from cocoa_pl.models.loading import find_folder, load_inputs
+from cocoa_pl.stages.recipe import Stage
+
+SICK = 1  # exit status: something would stop training
+
+
+def run(overrides: Sequence[str], console: Console) -> int:
+    """Check the data that `python train.py` with these overrides would read.
+
+    Returns:
+        1 if anything would stop training under `on_bad_row=fail`, else 0.
+
+    Raises:
+        UserError: for a mistake in the overrides.
+    """
+    register_resolvers()
+    cfg = compose_overrides("doctor", overrides)
+    _tell_readers_to_go_on(cfg)
+    out = Path(cfg.out)
+    findings = Findings()
+    with console.status("reading rows"):
+        stages = build_stages(cfg)
+        reading = _read(cfg, stages, findings)
+        processors, reason = _processors(cfg, reading)
+    settings = Settings(
+        stages=stages,
+        processor=processors[0] if processors else None,
+        eval_processor=processors[1] if processors else None,
+        seed=cfg.seed,
+        workers=os.cpu_count() or 1 if cfg.workers is None else cfg.workers,
+    )
+    with _progress(console) as progress:
+        examination = examine(reading, settings, findings, watch=_watch(progress, console))
+    not_checked = [reason] if reason else []
+    show(console, examination, not_checked=not_checked)
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "doctor.json", examination, not_checked=not_checked)
+    written = [out / "doctor.json"]
+    if examination.lengths:
+        draw_lengths(out / "lengths.png", examination.lengths, examination.visual)
+        written.append(out / "lengths.png")
+    console.print(f"written: {', '.join(map(str, written))}", soft_wrap=True, highlight=False)
+    return SICK if findings.stops_training else 0
+
+
+def _tell_readers_to_go_on(cfg: DictConfig) -> None:
+    """Bad rows are complained about and left out, so that one does not hide the next."""
+    cfg.on_bad_row = "skip"
+    for group in ("data", "benchmark"):
+        if "on_bad_row" in cfg[group]:
+            cfg[group].on_bad_row = "skip"
+
+
+def _read(cfg: DictConfig, stages: Sequence[Stage], findings: Findings) -> Reading:
+    data = build(cfg.data)
+    benchmark = build(cfg.benchmark) if cfg.evaluate else None
+    if isinstance(benchmark, HeldOutBenchmark):
+        benchmark = None  # the validation rows, which are read anyway
+    pieces = Pieces(
+        data=lambda: _one_by_one(cfg.data), benchmark=lambda: _one_by_one(cfg.benchmark)
+    )
+    return read(data, stages, benchmark, findings, pieces=pieces)
+
+
+def _one_by_one(node: DictConfig) -> list[Any]:
+    """What the config builds, for each of its subsets alone; nothing if it has no subsets.
+
+    Lists and mappings whose entries are all subsets (`caption_subsets`, `table`) are cut, too.
+    """
+    names = list(node.get("subsets") or node.get("table") or ())
+    content = OmegaConf.to_container(node, resolve=True)
+    assert isinstance(content, dict)
+    made = []
+    for name in names:
+        alone = dict(content)
+        for key, value in content.items():
+            if isinstance(value, list) and set(value) <= set(names):
+                alone[key] = [entry for entry in value if entry == name]
+            elif isinstance(value, dict) and set(value) <= set(names):
+                alone[key] = {entry: about for entry, about in value.items() if entry == name}
+        made.append(build(alone))
+    return made
+
+
+def _processors(cfg: DictConfig, reading: Reading) -> tuple[list[Processor], str]:
+    """Processors for training and for evaluation, or a sentence on why there are none.
+
+    Raises:
+        UserError: for a folder that was named and is none, or a model that is not supported.
+    """
+    if not any(len(source.train) for source in reading.sources):
+        return [], "token lengths: there are no rows"
+    texts = chain.from_iterable(source.train for source in reading.sources)
+    try:
+        folder = model_folder(cfg, lambda: distinct_texts(texts))
+        if is_adapter(folder):
+            folder = find_folder(base_path(folder, copy=cfg.model.source.get("path")))
+    except UserError as error:
+        if not isinstance(error.__cause__, OSError):  # not the network
+            raise
+        return [], f"token lengths: {error}"
+    inputs = load_inputs(folder)
+    choose_end_token(inputs.tokenizer, cfg.model.eos_token)
+    made = [
+        Processor(
+            inputs.tokenizer,
+            inputs.image_processor,
+            max_length=cfg.model.max_length,
+            min_pixels=cfg.model.min_pixels,
+            max_pixels=max_pixels,
+            num_token_rows=inputs.num_token_rows,
+        )
+        for max_pixels in (cfg.model.max_pixels, cfg.model.eval_max_pixels)
+    ]
+    return made, ""
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+    )
+
+
+def _watch(progress: Progress, console: Console) -> Watch:
+    def watch(label: str, total: int) -> Callable[[int], None]:
+        if not console.is_terminal:  # a log shows no bars, but where a long check stands
+            console.print(f"checking {label} ({total:,})", highlight=False)
+        task = progress.add_task(label, total=total)
+
+        def advance(done: int) -> None:
+            progress.advance(task, done)
+
+        return advance
+
+    return watch

@@ -1,0 +1,163 @@
+"""What can be wrong with data: kinds with a severity, single findings, and all findings of a check.
+
+Only the first of each kind are kept in full: millions of rows may share one fault.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import Enum
+
+KEPT = 1000  # findings of a kind that are kept in full; the rest is counted
+
+
+class Severity(Enum):
+    """What a finding does to a run with `on_bad_row=fail`."""
+
+    STOPS = "stops training"
+    LOSES = "loses rows or text"
+    INFORMS = "information"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A fault: how bad it is, what it is called, and what to do about it."""
+
+    severity: Severity
+    title: str
+    advice: str
+
+
+_STOPS, _LOSES, _INFORMS = Severity
+
+# The order is the report's.
+KINDS = {
+    "unreadable_source": Kind(
+        _STOPS, "files or folders that cannot be read", "see the message; nothing behind it is read"
+    ),
+    "too_few_rows": Kind(
+        _STOPS, "stage without enough rows", "lower its batch_size, or give it more rows"
+    ),
+    "missing_image": Kind(_STOPS, "image missing", "unpack all image archives; check image_root"),
+    "path_outside_root": Kind(
+        _STOPS, "image path leaves the root", "write paths relative to image_root"
+    ),
+    "corrupt_image": Kind(_STOPS, "image corrupt or cut off", "fetch the file again"),
+    "mac_resource_image": Kind(
+        _STOPS,
+        "macOS resource file in place of an image",
+        "unpack the archive again without its ._* files",
+    ),
+    "elongated_image": Kind(_STOPS, "image too elongated", "crop it or drop the row"),
+    "placeholder_mismatch": Kind(
+        _STOPS, "placeholder and image do not match", "one <|image_1|> for each image"
+    ),
+    "empty_text": Kind(_STOPS, "neither text nor image", "fill the side or drop the row"),
+    "duplicate_pair": Kind(_STOPS, "same pair twice", "remove one"),
+    "bad_row": Kind(_STOPS, "row of the wrong form", "see the message"),
+    "images_exceed_length": Kind(
+        _STOPS, "images alone exceed max_length", "lower max_pixels or raise max_length"
+    ),
+    "repeated_row": Kind(_LOSES, "row repeats another, left out", "nothing, or remove it"),
+    "truncated_text": Kind(_LOSES, "text cut to max_length", "raise max_length or shorten texts"),
+    "negative_is_positive": Kind(
+        _LOSES, "negative equal to the positive", "mine negatives again without the answers"
+    ),
+    "overlap_pair": Kind(
+        _INFORMS, "pair is in the evaluation, too", "drop it: scores would be too high"
+    ),
+    "overlap_query": Kind(
+        _INFORMS, "query is in the evaluation, too", "drop it: scores would be too high"
+    ),
+    "overlap_image": Kind(
+        _INFORMS, "image is in the evaluation, too", "drop it if pictures should be unseen"
+    ),
+    "several_positives": Kind(
+        _INFORMS,
+        "query with several positives",
+        "in one batch they are false negatives of each other",
+    ),
+    "repeated_content": Kind(
+        _INFORMS, "same pair in other rows or files", "counts twice in training; drop one"
+    ),
+    "identical_images": Kind(
+        _INFORMS, "same image under several names", "one file would do; equal images are not masked"
+    ),
+    "tiny_image": Kind(_INFORMS, "image of a few pixels", "often a placeholder; look at it"),
+    "enlarged_image": Kind(
+        _INFORMS, "image below min_pixels, enlarged", "lower min_pixels to save tokens"
+    ),
+    "special_token": Kind(
+        _INFORMS, "text holds a special token's name", "it is spelt out, never obeyed"
+    ),
+    "mac_resource_files": Kind(
+        _INFORMS, "macOS resource files lie around", "no row uses them; they may be deleted"
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One fault in one place.
+
+    Attributes:
+        kind: a name in `KINDS`.
+        part: `train`, `validation`, a benchmark's name, or a stage's.
+        row_id: as in messages of the readers; empty where no single row is meant.
+        role: `query`, `positive`, `negative` or `candidate`; empty where it is the whole row.
+        file: the image; empty where it is not about one.
+    """
+
+    kind: str
+    part: str
+    row_id: str
+    role: str
+    file: str
+    message: str
+
+
+class Findings:
+    """All findings of a check, counted by kind; the first `KEPT` of each are kept."""
+
+    def __init__(self, found: Iterable[Finding] = ()) -> None:
+        self._counts: Counter[str] = Counter()
+        self._kept: dict[str, list[Finding]] = {kind: [] for kind in KINDS}
+        for finding in found:
+            self.add(finding)
+
+    def add(self, finding: Finding) -> None:
+        self._counts[finding.kind] += 1
+        kept = self._kept[finding.kind]
+        if len(kept) < KEPT:
+            kept.append(finding)
+
+    def join(self, others: Findings) -> None:
+        """Add all findings of another check."""
+        for kind in others.kinds():
+            for finding in others.kept(kind):
+                self.add(finding)
+            self._counts[kind] += others.count(kind) - len(others.kept(kind))
+
+    def count(self, kind: str) -> int:
+        """How often the kind was found, also beyond those that are kept."""
+        return self._counts[kind]
+
+    def kept(self, kind: str) -> list[Finding]:
+        """The first findings of a kind, in the order of the data."""
+        return self._kept[kind]
+
+    def kinds(self) -> list[str]:
+        """The kinds that were found, in the report's order."""
+        return [kind for kind in KINDS if self._counts[kind]]
+
+    def total(self, severity: Severity) -> int:
+        """How many findings of this severity there are."""
+        kinds = [kind for kind, about in KINDS.items() if about.severity is severity]
+        return sum(self._counts[kind] for kind in kinds)
+
+    @property
+    def stops_training(self) -> bool:
+        """Whether a run with `on_bad_row=fail` would stop."""
+        return self.total(Severity.STOPS) > 0

@@ -1,0 +1,156 @@
+"""Distinct images in, what is known of each out: its size, the hash of its content, what is wrong.
+
+Every file is read and decoded once, by the code that training uses.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from cocoa_pl.data.images import open_image
+from cocoa_pl.doctor.complaints import kind_of
+from cocoa_pl.doctor.parallel import ordered_map
+from cocoa_pl.errors import UserError
+from cocoa_pl.items import ImageSource, Item
+
+CHUNK = 64  # images: a second or less of work
+TINY_SIDE = 8  # pixels; below it there is nothing to see
+
+# The first bytes of AppleDouble and AppleSingle files, which macOS packs beside the real ones.
+_MAC_MAGIC = (b"\x00\x05\x16\x07", b"\x00\x05\x16\x00")
+_WHERE = "image"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Why an image cannot be used: a kind of finding, and the reader's words without the row."""
+
+    kind: str
+    message: str
+
+
+class Gallery:
+    """All distinct images of the data, numbered in the order in which they are first met."""
+
+    def __init__(self) -> None:
+        self.sources: list[ImageSource] = []
+        self._numbers: dict[str | bytes, int] = {}
+        self.sizes = np.empty((0, 2), dtype=np.int64)  # [N, 2] width and height; 0 if unreadable
+        self.digests = np.empty(0, dtype=np.uint64)  # [N] of the files' bytes
+        self.faults: dict[int, Fault] = {}
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+    def note(self, item: Item) -> None:
+        """Number the images of an item that were not met before."""
+        for image in item.images:
+            new = len(self.sources)
+            if self._numbers.setdefault(image_identity(image), new) == new:
+                self.sources.append(image)
+
+    def number(self, image: ImageSource) -> int:
+        return self._numbers[image_identity(image)]
+
+    def open_all(self, *, workers: int, advance: Callable[[int], None]) -> None:
+        """Decode every image; `advance` is told how many are done."""
+        sizes: list[np.ndarray] = []
+        digests: list[np.ndarray] = []
+        done = 0
+        for result in ordered_map(_examine, _chunks(self.sources), workers=workers):
+            sizes.append(result.sizes)
+            digests.append(result.digests)
+            self.faults |= {done + place: fault for place, fault in result.faults.items()}
+            done += len(result.sizes)
+            advance(len(result.sizes))
+        if sizes:
+            self.sizes, self.digests = np.concatenate(sizes), np.concatenate(digests)
+
+    def content_key(self, item: Item) -> int:
+        """63-bit identity of text and image contents, whatever the files are called."""
+        digest = hashlib.blake2b(item.text.encode(), digest_size=8)
+        for image in item.images:
+            digest.update(b"\0" + int(self.digests[self.number(image)]).to_bytes(8, "little"))
+        return int.from_bytes(digest.digest(), "little") >> 1
+
+
+def file_name(image: ImageSource) -> str:
+    """The path of an image, or nothing for one that is not a file."""
+    return str(image) if isinstance(image, Path) else ""
+
+
+def mac_resource_files(images: Iterable[ImageSource]) -> Iterator[tuple[Path, int]]:
+    """Folders of these images, in name order, with the number of other `._*` files in each."""
+    used = {image for image in images if isinstance(image, Path)}
+    for folder in sorted({image.parent for image in used}):
+        count = sum(path not in used for path in folder.glob("._*")) if folder.is_dir() else 0
+        if count:
+            yield folder, count
+
+
+@dataclass(frozen=True)
+class _Examined:
+    sizes: np.ndarray
+    digests: np.ndarray
+    faults: dict[int, Fault]
+
+
+def _examine(sources: Sequence[ImageSource]) -> _Examined:
+    sizes = np.zeros((len(sources), 2), dtype=np.int64)
+    digests = np.zeros(len(sources), dtype=np.uint64)
+    faults: dict[int, Fault] = {}
+    for place, source in enumerate(sources):
+        try:
+            sizes[place] = open_image(source, where=_WHERE).size
+            digests[place] = _digest(_content(source))
+        except (UserError, OSError) as error:
+            faults[place] = _fault(source, str(error).removeprefix(f"{_WHERE}: "))
+            # Something of its own: two unreadable files are not the same picture.
+            digests[place] = _digest(b"unreadable\0" + str(source).encode(errors="replace"))
+    return _Examined(sizes, digests, faults)
+
+
+def _fault(source: ImageSource, message: str) -> Fault:
+    kind = kind_of(message)[0]
+    if kind == "corrupt_image" and _is_mac_resource(source):
+        return Fault("mac_resource_image", f"{message}; it is a macOS resource file")
+    return Fault(kind, message)
+
+
+def _is_mac_resource(source: ImageSource) -> bool:
+    if isinstance(source, bytes):
+        return source[:4] in _MAC_MAGIC
+    if not isinstance(source, Path):
+        return False
+    if source.name.startswith("._"):
+        return True
+    with suppress(OSError), source.open("rb") as file:
+        return file.read(4) in _MAC_MAGIC
+    return False  # it may not be read at all
+
+
+def _content(source: ImageSource) -> bytes:
+    if isinstance(source, Path):
+        return source.read_bytes()  # from the page cache: it was just decoded
+    return source if isinstance(source, bytes) else source.tobytes()
+
+
+def _digest(content: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+
+
+def image_identity(image: ImageSource) -> str | bytes:
+    """What tells images apart before they are opened: a path, or a hash of embedded bytes."""
+    if isinstance(image, Path):
+        return str(image)
+    return hashlib.blake2b(_content(image), digest_size=16).digest()
+
+
+def _chunks(sources: Sequence[ImageSource]) -> Iterator[Sequence[ImageSource]]:
+    return (sources[start : start + CHUNK] for start in range(0, len(sources), CHUNK))

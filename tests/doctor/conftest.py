@@ -1,0 +1,159 @@
+"""A small MMEB folder with one of each disease, and `cocoa doctor` run on a folder."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from rich.console import Console
+
+COLUMNS = ("qry", "qry_image_path", "pos_text", "pos_image_path", "neg_text", "neg_image_path")
+APPLE_DOUBLE = b"\x00\x05\x16\x07\x00\x02\x00\x00Mac OS X        "
+MAX_LENGTH = 18  # tokens: an image of 112 x 112 takes 19 with its marks and EOS
+
+# Small enough for a dozen rows, and small files of a model that is built at once.
+SMALL = (
+    f"model.max_length={MAX_LENGTH}",
+    *[f"schedule.{stage}.batch_size=2" for stage in ("pretrain", "warmup", "reconstruct")],
+    "schedule.contrast.batch_size=2",
+    *[f"model.source.text.{key}=8" for key in ("hidden_size", "intermediate_size")],
+    "model.source.text.num_hidden_layers=1",
+    "model.source.vision.depth=1",
+)
+
+
+@dataclass(frozen=True)
+class Checkup:
+    """What a run of `cocoa doctor` left behind."""
+
+    status: int
+    report: dict[str, Any]
+    text: str
+    out: Path
+
+    def rows(self, kind: str) -> list[str]:
+        """Numbers of the rows with this finding, as strings, without repetitions."""
+        return list(dict.fromkeys(f["row_id"].rpartition(" ")[2] for f in self.findings(kind)))
+
+    def findings(self, kind: str) -> list[dict[str, str]]:
+        return [finding for finding in self.report["findings"] if finding["kind"] == kind]
+
+
+def noise(path: Path, size: tuple[int, int], *, seed: int) -> Path:
+    """A picture that no other seed gives."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3))
+    Image.fromarray(pixels.astype(np.uint8)).save(path)
+    return path
+
+
+def row(image: str = "", caption: str = "a dog", **changes: Any) -> dict[str, Any]:
+    """A healthy row: an image with a question, and its caption."""
+    return {
+        "qry": "<|image_1|>\nName it",
+        "qry_image_path": image,
+        "pos_text": caption,
+        "pos_image_path": "",
+        "neg_text": "",
+        "neg_image_path": "",
+        **changes,
+    }
+
+
+def write_rows(root: Path, rows: list[dict[str, Any]], *, subset: str = "Set") -> Path:
+    """Training rows in MMEB's layout."""
+    (root / subset).mkdir(parents=True, exist_ok=True)
+    schema = pa.schema([(name, pa.string()) for name in COLUMNS])
+    pq.write_table(
+        pa.Table.from_pylist(rows, schema=schema), root / subset / "original-00000-of-1.parquet"
+    )
+    return root
+
+
+def diseases(root: Path) -> dict[str, dict[str, Any]]:
+    """Disease -> the row that has it; files are written below `root`."""
+    images = root / "images"
+    for number in range(12):
+        noise(images / f"{number}.png", (28, 28), seed=number)
+    noise(root.parent / "outside.png", (28, 28), seed=100)
+    (images / "corrupt.png").write_bytes(b"not a picture at all")
+    whole = io.BytesIO()
+    Image.open(images / "1.png").resize((200, 200)).save(whole, "JPEG")
+    (images / "cut.jpg").write_bytes(whole.getvalue()[:700])
+    (images / "._3.png").write_bytes(APPLE_DOUBLE)
+    (images / "mac.png").write_bytes(APPLE_DOUBLE)
+    noise(images / "long.png", (1, 300), seed=101)
+    noise(images / "large.png", (112, 112), seed=102)
+    noise(images / "tiny.png", (4, 40), seed=103)
+    noise(images / "small.png", (20, 30), seed=104)
+    (images / "copy.png").write_bytes((images / "0.png").read_bytes())
+    return {
+        "healthy": row("images/0.png", "a red dog"),
+        "missing": row("images/nowhere.png", "a lost dog"),
+        "corrupt": row("images/corrupt.png", "a broken dog"),
+        "cut": row("images/cut.jpg", "half a dog"),
+        "mac by name": row("images/._3.png", "a hidden dog"),
+        "mac by content": row("images/mac.png", "a strange dog"),
+        "elongated": row("images/long.png", "a long dog"),
+        "outside": row("../outside.png", "a far dog"),
+        "absolute": row("/etc/hostname", "a wrong dog"),
+        "no placeholder": row("images/1.png", "a mute dog", qry="Name it"),
+        "two placeholders": row("images/1.png", "two dogs", qry="<|image_1|><|image_1|>"),
+        "empty": row("images/1.png", " "),
+        "null": row("images/1.png", None),
+        "repeated": row("images/0.png", "a red dog"),
+        "too long": row("images/2.png", " ".join(["a dog and a cat"] * 6)),
+        "too large": row("images/large.png", "a large dog"),
+        "tiny": row("images/tiny.png", "a tiny dog"),
+        "small": row("images/small.png", "a small dog"),
+        "special": row("images/3.png", "a dog <|im_end|>"),
+        "two answers, first": row("", "one dog", qry="Who barks"),
+        "two answers, second": row("", "one fox", qry="Who barks"),
+        "copied image": row("images/copy.png", "another dog"),
+        "wrong negative": row("images/4.png", "a good dog", neg_text="['a cat', 'a good dog']"),
+        "other rows": row("images/5.png", "a last dog"),
+    }
+
+
+@pytest.fixture(scope="session")
+def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("doctor_cache")
+
+
+@pytest.fixture(scope="session")
+def check_up(cache_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Checkup]:
+    """Run `cocoa doctor` with these overrides on a terminal of a given width."""
+    from cocoa_pl.commands import doctor
+
+    def run(*overrides: str, width: int = 120) -> Checkup:
+        out = tmp_path_factory.mktemp("checkup")
+        console = Console(file=io.StringIO(), record=True, width=width)
+        status = doctor.run([f"out={out}", f"cache_dir={cache_dir}", *overrides], console)
+        report = json.loads((out / "doctor.json").read_text())
+        return Checkup(status, report, console.export_text(), out)
+
+    return run
+
+
+def mmeb(root: Path, *overrides: str) -> list[str]:
+    """Overrides for a folder with the one subset `Set`."""
+    return [
+        "data=mmeb",
+        f"data.root={root}",
+        "data.subsets=[Set]",
+        "data.caption_subsets=[Set]",
+        "data.validation_fraction=0",
+        "evaluate=false",
+        "workers=0",
+        *SMALL,
+        *overrides,
+    ]

@@ -1,0 +1,252 @@
+"""One row with each disease: the doctor names it and its severity, and says nothing of others."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from transformers import AutoTokenizer
+
+from cocoa_pl.data.mmeb import read_train
+from cocoa_pl.data.tokenize import Processor
+from cocoa_pl.doctor.findings import KINDS, Severity
+from cocoa_pl.doctor.lengths import items_of
+from cocoa_pl.errors import UserError
+from cocoa_pl.models.qwen2_vl import Qwen2VLBackbone
+
+from .conftest import MAX_LENGTH, Checkup, diseases, mmeb, noise, row, write_rows
+
+# Kind -> the rows that have it, by their names in `diseases`; kinds that are not here are absent.
+EXPECTED = {
+    "missing_image": ["missing"],
+    "path_outside_root": ["outside", "absolute"],
+    "corrupt_image": ["corrupt", "cut"],
+    "mac_resource_image": ["mac by name", "mac by content"],
+    "elongated_image": ["elongated"],
+    "placeholder_mismatch": ["no placeholder", "two placeholders"],
+    "empty_text": ["empty"],
+    "bad_row": ["null"],
+    "images_exceed_length": ["too large"],
+    "repeated_row": ["repeated"],
+    "truncated_text": ["too long"],
+    "negative_is_positive": ["wrong negative"],
+    # By content, the copied image makes the same query as the healthy one.
+    "several_positives": [
+        *("healthy", "two answers, first", "two answers, second", "copied image")
+    ],
+    "identical_images": ["healthy"],
+    "tiny_image": ["tiny"],
+    "enlarged_image": ["small"],
+    "special_token": ["special"],
+}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a row of each disease."""
+    root = tmp_path_factory.mktemp("diseased") / "root"
+    return write_rows(root, list(diseases(root).values()))
+
+
+@pytest.fixture(scope="module")
+def numbers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Name of a disease -> number of its row."""
+    named = diseases(tmp_path_factory.mktemp("names") / "root")
+    return {name: str(number) for number, name in enumerate(named)}
+
+
+@pytest.fixture(scope="module")
+def sick(root: Path, check_up: Callable[..., Checkup]) -> Checkup:
+    return check_up(*mmeb(root), f"cache_dir={root.parent / 'cache'}")
+
+
+@pytest.fixture(scope="module")
+def by_three(root: Path, check_up: Callable[..., Checkup]) -> Checkup:
+    """The same by three processes, on a narrow terminal."""
+    cache = root.parent / "cache"
+    return check_up(*mmeb(root), f"cache_dir={cache}", "workers=3", width=80)
+
+
+def test_every_disease_is_expected_somewhere(numbers: dict[str, str]) -> None:
+    assert numbers.keys() - {name for rows in EXPECTED.values() for name in rows} == {"other rows"}
+
+
+@pytest.mark.parametrize("kind", EXPECTED)
+def test_a_disease_is_found_in_its_rows_and_no_other(
+    kind: str, sick: Checkup, numbers: dict[str, str]
+) -> None:
+    assert sick.rows(kind) == [numbers[name] for name in EXPECTED[kind]]
+
+
+def test_nothing_else_is_found(sick: Checkup) -> None:
+    assert set(sick.report["kinds"]) == set(EXPECTED)
+    for kind, about in sick.report["kinds"].items():
+        assert about["severity"] == KINDS[kind].severity.name.lower()
+        assert about["count"] == about["listed"] == len(sick.findings(kind))
+
+
+@pytest.mark.parametrize(
+    ("kind", "role", "file", "message"),
+    [
+        ("missing_image", "query", "images/nowhere.png", "does not exist"),
+        ("path_outside_root", "query", "../outside.png", "leaves the image root"),
+        ("corrupt_image", "query", "images/corrupt.png", "cannot be read as an image"),
+        ("mac_resource_image", "query", "images/._3.png", "it is a macOS resource file"),
+        ("elongated_image", "query", "images/long.png", "1 x 300 pixels"),
+        ("empty_text", "positive", "", "neither text nor an image"),
+        ("images_exceed_length", "query", "images/large.png", "take 19 tokens, more than"),
+        ("tiny_image", "query", "images/tiny.png", "4 x 40"),
+        ("enlarged_image", "query", "images/small.png", "fewer than min_pixels=784"),
+        ("special_token", "positive", "", "<|im_end|>"),
+        ("negative_is_positive", "negative", "", "negative 1 is the positive itself"),
+        ("identical_images", "", "images/0.png", "images/copy.png"),
+        ("repeated_row", "", "", "same query and positive as Set row 0; left out"),
+        ("several_positives", "query", "", "2 different positives"),
+    ],
+)
+def test_a_finding_says_where_and_what(
+    kind: str, role: str, file: str, message: str, sick: Checkup
+) -> None:
+    found = sick.findings(kind)[0]
+    assert (found["part"], found["role"]) == ("train", role)
+    assert found["file"].endswith(file)
+    assert bool(found["file"]) == bool(file)
+    assert message in found["message"]
+    assert found["message"].startswith(found["row_id"])
+
+
+def test_the_exit_status_says_that_training_would_stop(sick: Checkup) -> None:
+    assert sick.status == 1
+    assert sick.report["stops_training"] is True
+    assert sick.report["rows"] == {"train": 16, "validation": 0}
+    assert "13 finding(s) would stop training" in sick.text
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_report_fits_the_terminal(width: int, sick: Checkup, by_three: Checkup) -> None:
+    shown = {80: by_three, 120: sick}[width].text
+    lines = [line for line in shown.splitlines() if not line.startswith("written: ")]
+    assert max(map(len, lines)) <= width
+    unwrapped = re.sub(r"\s+", " ", shown)
+    for kind in EXPECTED:
+        assert KINDS[kind].title in unwrapped
+    for severity in Severity:
+        assert severity.value in shown
+    for stage in ("pretrain", "warmup", "reconstruct", "contrast"):
+        assert re.search(rf"^{stage}( +[\d,]+){{8}}", shown, re.MULTILINE)
+    assert "█" in shown
+
+
+def test_the_report_does_not_depend_on_the_number_of_workers(
+    sick: Checkup, by_three: Checkup
+) -> None:
+    assert by_three.report == sick.report
+
+
+def test_a_row_stops_training_exactly_if_the_doctor_says_so(
+    sick: Checkup, numbers: dict[str, str], root: Path, tmp_path: Path
+) -> None:
+    """Each row is read and encoded on its own, by what training uses, and must raise or not."""
+    (folder,) = (root.parent / "cache").glob("tiny-*")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    processor = Processor(
+        tokenizer,
+        Qwen2VLBackbone.image_processor.from_pretrained(folder),
+        max_length=MAX_LENGTH,
+        min_pixels=784,
+        max_pixels=12544,
+        num_token_rows=len(tokenizer) + 1,
+    )
+
+    def stops(root: Path) -> bool:
+        try:
+            (pair,) = read_train(
+                root,
+                subsets=["Set"],
+                split="original",
+                image_root=root,
+                on_bad_row="fail",
+                max_rows=None,
+            )
+            for item in items_of(pair):
+                processor.encode(item, None, key=0, seed=0, row_id=pair.row_id)
+        except UserError:
+            return True
+        return False
+
+    said = {
+        finding["row_id"].rpartition(" ")[2]
+        for finding in sick.report["findings"]
+        if KINDS[finding["kind"]].severity is Severity.STOPS
+    }
+    alone = tmp_path / "root"
+    found = set()
+    for name, content in diseases(alone).items():
+        if stops(write_rows(alone, [content])):
+            found.add(numbers[name])
+    assert found == said
+
+
+def test_healthy_rows_are_healthy(tmp_path: Path, check_up: Callable[..., Checkup]) -> None:
+    for number in range(6):
+        noise(tmp_path / f"images/{number}.png", (28, 56), seed=number)
+    rows = [row(f"images/{number}.png", f"dog {number}") for number in range(6)]
+    healthy = check_up(*mmeb(write_rows(tmp_path, rows)))
+    assert healthy.status == 0
+    assert healthy.report["kinds"] == {}
+    assert "nothing would stop training" in healthy.text
+    assert healthy.report["images"]["visual_tokens"]["max"] == 2
+    with Image.open(healthy.out / "lengths.png") as picture:
+        assert picture.width > 2 * picture.height  # a panel for each kind of stage, and images
+
+
+def test_a_folder_without_a_subset_is_checked_all_the_same(
+    root: Path, sick: Checkup, check_up: Callable[..., Checkup]
+) -> None:
+    found = check_up(*mmeb(root), "data.subsets=[Gone,Set]")
+    (missing,) = found.findings("unreadable_source")
+    assert missing["message"].startswith("Gone: no folder ")
+    assert found.report["kinds"].keys() - {"unreadable_source"} == set(EXPECTED)
+    assert found.report["rows"] == sick.report["rows"]
+
+
+def test_resource_files_beside_the_images_are_counted(
+    tmp_path: Path, check_up: Callable[..., Checkup]
+) -> None:
+    for number in range(4):
+        noise(tmp_path / f"images/{number}.png", (28, 28), seed=number)
+        (tmp_path / f"images/._{number}.png").write_bytes(b"\x00\x05\x16\x07")
+    rows = [row(f"images/{number}.png", f"dog {number}") for number in range(4)]
+    found = check_up(*mmeb(write_rows(tmp_path, rows)))
+    assert found.status == 0
+    (files,) = found.findings("mac_resource_files")
+    assert files["message"].endswith("images holds 4 macOS resource files (._*)")
+
+
+def test_a_stage_that_finds_no_captions_is_told_and_the_others_are_measured(
+    tmp_path: Path, check_up: Callable[..., Checkup]
+) -> None:
+    rows = []
+    for number in range(4):
+        noise(tmp_path / f"images/{number}.png", (28, 28), seed=number)
+        noise(tmp_path / f"images/{number}b.png", (28, 28), seed=number + 10)
+        both = {"pos_image_path": f"images/{number}b.png"}
+        rows.append(row(f"images/{number}.png", f"<|image_1|> of dog {number}", **both))
+    found = check_up(*mmeb(write_rows(tmp_path, rows)))
+    told = [finding["message"].partition(":")[0] for finding in found.findings("too_few_rows")]
+    assert told == ["stage pretrain", "stage warmup", "stage reconstruct"]
+    assert [one["stages"] for one in found.report["lengths"]] == [["contrast"]]
+    assert found.status == 1
+
+
+def test_too_few_rows_for_a_batch_stop_a_stage(
+    tmp_path: Path, check_up: Callable[..., Checkup]
+) -> None:
+    rows = [row("", f"dog {number}", qry=f"Name {number}") for number in range(4)]
+    found = check_up(*mmeb(write_rows(tmp_path, rows)), "schedule.contrast.batch_size=5")
+    (message,) = [finding["message"] for finding in found.findings("too_few_rows")]
+    assert message.startswith("stage contrast: the training data has 4 rows, fewer than one batch")
+    assert found.status == 1

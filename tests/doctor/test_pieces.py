@@ -1,0 +1,244 @@
+"""What the doctor is made of: lengths that equal the encoder's, ordered work, bars, complaints."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cocoa_pl.command_line import CONFIGS, compose_overrides
+from cocoa_pl.data.examples import CaptionExamples, PairExamples
+from cocoa_pl.data.tokenize import Processor
+from cocoa_pl.doctor.complaints import as_finding, heard, kind_of
+from cocoa_pl.doctor.findings import KEPT, KINDS, Finding, Findings, Severity
+from cocoa_pl.doctor.histogram import bar, draw_lengths, make_bins
+from cocoa_pl.doctor.lengths import StageLengths, measure
+from cocoa_pl.doctor.parallel import ordered_map
+from cocoa_pl.doctor.pictures import Gallery
+from cocoa_pl.entry import register_resolvers
+from cocoa_pl.errors import UserError
+from cocoa_pl.items import IMAGE_SLOT, Item, Pair
+from cocoa_pl.randomness import mix
+
+from .conftest import APPLE_DOUBLE, noise
+
+BLUE = (0x44, 0x77, 0xAA)
+
+
+class OneStage:
+    """As much of a stage as lengths are measured by."""
+
+    def __init__(self, make_samples: Any) -> None:
+        self.name = "stage"
+        self.make_samples = make_samples
+        self.batch_size = 8
+        self.token_budget = 64
+
+
+def random_pairs(folder: Path, count: int) -> list[Pair]:
+    """Texts of several lengths with pictures of several sizes, on either side."""
+    rng = np.random.default_rng(0)
+    pairs = []
+    for number in range(count):
+        sizes = rng.integers(10, 130, (2, 2)).tolist()
+        image = noise(folder / f"{number}.png", tuple(sizes[0]), seed=number)
+        words = " ".join(rng.choice(["a", "dog", "boats", "sleeping"], rng.integers(1, 9)))
+        query = Item(f"look {IMAGE_SLOT} {words}", (image,)) if number % 3 else Item(words)
+        pairs.append(Pair(query, Item(f"{words} {number}"), (), "Set", f"Set row {number}"))
+    return pairs
+
+
+@pytest.mark.parametrize("make_samples", [CaptionExamples(), PairExamples(max_negatives=1)])
+def test_lengths_are_those_of_the_encoder(
+    make_samples: Any, processor: Processor, tmp_path: Path
+) -> None:
+    """Counted from sizes and texts alone, they equal what is encoded from the opened pictures."""
+    pairs, gallery = random_pairs(tmp_path, 30), Gallery()
+    for pair in pairs:
+        gallery.note(pair.query)
+    gallery.open_all(workers=0, advance=lambda done: None)
+    stages: Any = [OneStage(make_samples)]
+    measured = measure(
+        stages,
+        pairs,
+        processor,
+        gallery,
+        Findings(),
+        seed=3,
+        workers=0,
+        advance=lambda done: None,
+    )
+    encoded = [
+        processor.encode(sample.context, sample.target, key=0, seed=0, row_id=pair.row_id)
+        for number, pair in enumerate(pairs)
+        for sample in make_samples(pair, mix(3, 0, number))
+    ]
+    # Nothing was cut here, or encoding would be shorter than counting.
+    assert max(measured.totals) <= processor.max_length
+    assert measured.totals.tolist() == [len(sample.input_ids) for sample in encoded]
+    images = [int(sample.image_mask.sum()) + 2 * len(sample.grids) for sample in encoded]
+    assert measured.visual.tolist() == images
+    total = sum(len(sample.input_ids) for sample in encoded) / len(pairs) * 8
+    assert measured.tokens_per_step(stages[0]) == pytest.approx(total)
+    assert measured.pieces_per_step(stages[0]) == pytest.approx(total / 64)
+
+
+def test_work_comes_back_in_order_and_is_bounded() -> None:
+    taken: list[int] = []
+
+    def chunks() -> Any:
+        for number in range(40):
+            taken.append(number)
+            yield number
+
+    results = ordered_map(_square, chunks(), workers=2)
+    assert next(results) == 0
+    assert len(taken) <= 6  # of 40: the rest waits in its file
+    assert [0, *results] == [number**2 for number in range(40)]
+
+
+def test_a_killed_worker_is_told_in_one_sentence() -> None:
+    with pytest.raises(UserError, match=r"ran out; use fewer than workers=2"):
+        list(ordered_map(_die, range(8), workers=2))
+
+
+def _square(number: int) -> int:
+    return number**2
+
+
+def _die(number: int) -> int:
+    if number == 3:
+        os._exit(9)
+    return number
+
+
+def test_embedded_images_are_told_apart_by_their_bytes(tmp_path: Path) -> None:
+    content = noise(tmp_path / "a.png", (20, 30), seed=0).read_bytes()
+    items = [Item(IMAGE_SLOT, (image,)) for image in (content, bytes(content), APPLE_DOUBLE)]
+    gallery = Gallery()
+    for item in items:
+        gallery.note(item)
+    gallery.open_all(workers=0, advance=lambda done: None)
+    assert gallery.sizes.tolist() == [[20, 30], [0, 0]]
+    assert [fault.kind for fault in gallery.faults.values()] == ["mac_resource_image"]
+    assert gallery.content_key(items[0]) == gallery.content_key(items[1])
+    assert gallery.content_key(items[0]) != gallery.content_key(items[2])
+
+
+@pytest.mark.parametrize(
+    ("message", "kind", "row_id", "role", "file"),
+    [
+        (
+            "Set row 3, query: image a b/c.png does not exist; check",
+            *("missing_image", "Set row 3", "query", "a b/c.png"),
+        ),
+        (
+            "my.jsonl line 4: the positive is empty: it has neither text nor an image",
+            *("empty_text", "my.jsonl line 4", "positive", ""),
+        ),
+        (
+            "Exam row 9: as Exam row 2, candidate: image x.png does not exist",
+            *("missing_image", "Exam row 9", "", "x.png"),
+        ),
+        ("Set row 1: something new", "bad_row", "Set row 1", "", ""),
+        ("no row at all", "bad_row", "", "", ""),
+    ],
+)
+def test_a_complaint_is_taken_apart(
+    message: str, kind: str, row_id: str, role: str, file: str
+) -> None:
+    assert as_finding(message, part="train") == Finding(kind, "train", row_id, role, file, message)
+    assert kind_of(message) == (kind, file)
+
+
+def test_complaints_are_heard_once_and_do_not_reach_the_log(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    from cocoa_pl.data.rows import log_skipped
+
+    findings = Findings()
+    messages = [f"Set row {number}: wrong" for number in range(5)]
+    with heard(findings, part="train"):
+        log_skipped(messages, source="Set")
+    assert caplog.records == []
+    assert [finding.message for finding in findings.kept("bad_row")] == messages
+    log_skipped(messages, source="Set")
+    assert len(caplog.records) == 1
+    assert findings.count("bad_row") == 5
+
+
+def test_findings_beyond_the_limit_are_counted() -> None:
+    findings, whole = Findings(), Findings()
+    for number in range(KEPT + 7):
+        findings.add(Finding("tiny_image", "train", f"Set row {number}", "", "", ""))
+    whole.join(findings)
+    for one in (findings, whole):
+        assert one.count("tiny_image") == KEPT + 7
+        assert len(one.kept("tiny_image")) == KEPT
+        assert not one.stops_training
+    whole.add(Finding("empty_text", "train", "Set row 0", "", "", ""))
+    assert whole.stops_training
+
+
+@pytest.mark.parametrize("count", [12, 48])
+@pytest.mark.parametrize("longest", [1, 7, 12, 100, 4096])
+def test_every_length_is_in_one_bin(count: int, longest: int) -> None:
+    lengths = np.random.default_rng(0).integers(1, longest + 1, 500)
+    lengths[0] = 10 * longest  # an outlier does not stretch the axis
+    bins = make_bins(lengths, count=count)
+    assert bins.counts(lengths).sum() == 500
+    assert len(bins.labels) == len(bins.edges) - 1 <= count
+    assert bins.is_open == (lengths.max() >= bins.edges[-1])
+    for place, (low, high) in enumerate(zip(bins.edges, bins.edges[1:], strict=False)):
+        inside = (lengths >= low) & (lengths < high)
+        if place < len(bins.labels) - 1:
+            assert bins.counts(lengths)[place] == inside.sum()
+
+
+def test_every_kind_of_finding_is_documented_under_its_severity() -> None:
+    page = (CONFIGS.parent / "docs" / "doctor.md").read_text().partition("## Lengths")[0]
+    starts = [page.index(f"*{word}") for word in ("Stops training*", "Loses rows", "Information*")]
+    for severity, start, stop in zip(Severity, starts, [*starts[1:], None], strict=True):
+        rows = [line for line in page[start:stop].splitlines() if line.startswith("| `")]
+        named = {kind for line in rows for kind in re.findall(r"`(\w+)`", line.split(" | ")[0])}
+        assert named == {kind for kind, about in KINDS.items() if about.severity is severity}
+
+
+def test_commands_of_the_page_compose() -> None:
+    register_resolvers()
+    page = (CONFIGS.parent / "docs" / "doctor.md").read_text()
+    commands = re.findall(r"^    cocoa doctor *([^#\n]*)", page, re.MULTILINE)
+    assert len(commands) == 3
+    for command in commands:
+        cfg = compose_overrides("doctor", command.split())
+        assert cfg.on_bad_row == "fail"  # the doctor itself tells the readers to go on
+
+
+def test_a_bar_is_as_long_as_its_share() -> None:
+    assert bar(0.0, width=8) == ""
+    assert bar(1e-9, width=8) == "▏"
+    assert bar(0.5, width=8) == "████"
+    assert bar(0.55, width=10) == "█████▌"
+    assert bar(1.0, width=8) == "████████"
+
+
+def test_the_picture_shows_the_distribution(tmp_path: Path) -> None:
+    """Blue columns of the picture, from left to right: as many groups and as high as the data."""
+    text = np.array([10] * 40 + [20] * 20 + [30] * 10)
+    stages: Any = (OneStage(None),)
+    lengths = StageLengths(stages, 70, text, np.zeros(70, np.int64), 0, 4096)
+    draw_lengths(tmp_path / "lengths.png", [lengths], np.empty(0, np.int64))
+    pixels = np.asarray(Image.open(tmp_path / "lengths.png").convert("RGB"))
+    heights = (np.abs(pixels.astype(int) - BLUE).sum(axis=2) < 12).sum(axis=0)
+    starts = np.flatnonzero((heights[1:] > 0) & (heights[:-1] == 0))
+    # A bar starts at its left edge; the dashed lines of percentiles may cut one in two.
+    groups = [int(heights[start + 2]) for start in starts]
+    tops = sorted({height for height in groups if height > 10}, reverse=True)
+    assert len(tops) == 3
+    assert tops[1] / tops[0] == pytest.approx(0.5, abs=0.03)
+    assert tops[2] / tops[0] == pytest.approx(0.25, abs=0.03)

@@ -1,0 +1,211 @@
+"""`experiment=paper_*` composes to the numbers that the paper and its released code give.
+
+`NUMBERS` repeats them here with their sources, apart from the configs, so that no slip of the hand
+in a config passes unseen: P the paper's figures or abstract, C the released code or scripts, D
+decided in this project.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+from transformers import AutoTokenizer
+
+from cocoa_pl.assemble import build_stages, choose_end_token
+from cocoa_pl.command_line import CONFIGS, compose_overrides
+from cocoa_pl.entry import build, register_resolvers
+from cocoa_pl.errors import UserError
+
+ROOTS = ("data.root=MMEB-train", "benchmark.root=MMEB-eval")
+METHOD = Path(__file__).resolve().parents[2] / "shared" / "method.md"  # design notes, if at hand
+
+EXPERIMENTS = {
+    "paper_qwen2vl_2b": "Qwen/Qwen2-VL-2B-Instruct",
+    "paper_qwen25vl_3b": "Qwen/Qwen2.5-VL-3B-Instruct",
+    "paper_qwen25vl_7b": "Qwen/Qwen2.5-VL-7B-Instruct",
+}
+
+# Class., VQA, Retr., Ground., IND, OOD, overall: MMEB-V1, precision@1 x 100, the paper's table.
+SCORES = {
+    "paper_qwen2vl_2b": (63.0, 57.4, 69.6, 85.8, 70.2, 60.7, 66.0),
+    "paper_qwen25vl_3b": (60.9, 63.5, 69.5, 88.2, 72.6, 61.2, 67.5),
+    "paper_qwen25vl_7b": (64.7, 66.5, 72.5, 90.1, 75.7, 64.3, 70.6),
+}
+
+# Key, value, source, and the words that it has in the description of the method.
+NUMBERS: tuple[tuple[str, Any, str, str], ...] = (
+    ("stage.order", ["warmup", "reconstruct", "contrast"], "P", "Starts from stage 1"),
+    # Stage 1
+    ("stage.warmup.policy.name", "bidirectional", "P, C", "Attention: bidirectional"),
+    ("stage.warmup.module.text_ratio", 0.2, "P, C", "hide 20 % of the text tokens"),
+    ("stage.warmup.module.text_segment", "context", "P, C", "CONTEXT only"),
+    ("stage.warmup.module.patch_ratio", 0.5, "P", "hide visual tokens, 50 % (P) / 30 % (C)"),
+    ("stage.warmup.module.patch_weight", 0.5, "C", "MNTP + 0.5 x MAE (C;"),
+    ("stage.warmup.optimization.lr", 2e-5, "C", "AdamW, lr 2e-5, linear decay"),
+    ("stage.warmup.optimization.schedule", "linear", "C", "linear decay"),
+    ("stage.warmup.optimization.warmup_steps", 100, "C", "100 warm-up steps, 3000 steps"),
+    ("stage.warmup.steps", 3000, "C", "3000 steps, global batch 128"),
+    ("stage.warmup.epochs", None, "C", "3000 steps"),
+    ("stage.warmup.batch_size", 128, "C", "global batch 128 (16 x 8 GPUs)"),
+    ("stage.warmup.max_rows_per_subset", 20_000, "C", "20k samples per subset"),
+    ("stage.warmup.describing", True, "P", "image + caption"),
+    # Stage 2
+    ("stage.reconstruct.policy.name", "eos_bridge", "P, C", "Attention: eos_bridge"),
+    ("stage.reconstruct.module.text_ratio", 0.7, "C", "Hide 70 % of TARGET tokens"),
+    ("stage.reconstruct.module.text_segment", "target", "P, C", "TARGET tokens"),
+    ("stage.reconstruct.module.patch_ratio", 0.0, "P, C", "MNTP"),
+    ("stage.reconstruct.make_samples.sources.query", 0.5, "D", "{query: 0.5, self: 0.5}"),
+    ("stage.reconstruct.make_samples.sources.self", 0.5, "D", "{query: 0.5, self: 0.5}"),
+    ("stage.reconstruct.optimization.lr", 2e-5, "C", "lr 2e-5, linear, 100 warm-up steps"),
+    ("stage.reconstruct.optimization.schedule", "linear", "C", "lr 2e-5, linear"),
+    ("stage.reconstruct.optimization.warmup_steps", 100, "C", "100 warm-up steps, 2 epochs"),
+    ("stage.reconstruct.epochs", 2, "C", "2 epochs, global batch 64"),
+    ("stage.reconstruct.steps", None, "C", "2 epochs"),
+    ("stage.reconstruct.batch_size", 64, "C", "global batch 64 (8 x 8)"),
+    # Stage 3
+    ("stage.contrast.policy.name", "bidirectional", "P, C", "bidirectional"),
+    ("stage.contrast.module.temperature", 0.02, "C", "temperature 0.02"),
+    ("stage.contrast.module.symmetric", False, "C", "InfoNCE, query to positive"),
+    ("stage.contrast.optimization.lr", 2e-5, "C", "lr 2e-5, linear, 200 warm-up"),
+    ("stage.contrast.optimization.schedule", "linear", "C", "lr 2e-5, linear"),
+    ("stage.contrast.optimization.warmup_steps", 200, "C", "200 warm-up, 2000 steps"),
+    ("stage.contrast.steps", 2000, "C", "2000 steps"),
+    ("stage.contrast.epochs", None, "C", "2000 steps"),
+    ("stage.contrast.batch_size", 1024, "C", "Global batch 1024 (128 x 8)"),
+    ("stage.contrast.max_rows_per_subset", 100_000, "C", "up to 100k samples each"),
+    ("data.max_rows", 100_000, "C", "up to 100k samples each"),
+    # Everywhere
+    ("adapter.rank", 8, "C", "LoRA rank 8, alpha 64, dropout 0.1"),
+    ("adapter.alpha", 64, "C", "alpha 64"),
+    ("adapter.dropout", 0.1, "C", "dropout 0.1"),
+    ("adapter.init", "gaussian", "C", "Gaussian init"),
+    ("adapter.use_dora", True, "C", "DoRA on (C)"),
+    ("model.dtype", "bfloat16", "C", "bf16"),
+    ("model.max_pixels", 336 * 336, "C", "Images up to 336 px a side for training"),
+    ("model.eval_max_pixels", 672 * 672, "C", "672 for evaluation"),
+    ("model.max_length", 4096, "C", "sequence limit 4096"),
+    ("model.eos_token", None, "C", "EOS token: the tokenizer's own end token"),
+)
+
+
+@pytest.fixture(autouse=True)
+def resolvers() -> None:
+    register_resolvers()
+
+
+def composed(*overrides: str) -> DictConfig:
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return compose("train", overrides=list(overrides))
+
+
+def header(experiment: str) -> str:
+    """The comment of the file as running text."""
+    lines = (CONFIGS / "experiment" / f"{experiment}.yaml").read_text().splitlines()
+    return " ".join(line.lstrip("# ").rstrip() for line in lines if line.startswith("#"))
+
+
+def test_every_paper_experiment_is_checked() -> None:
+    files = (CONFIGS / "experiment").glob("paper_*.yaml")
+    assert {path.stem for path in files} == set(EXPERIMENTS) == set(SCORES)
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_number_is_the_papers(experiment: str) -> None:
+    cfg = composed(f"experiment={experiment}", *ROOTS)
+    wrong = []
+    for key, value, source, _ in NUMBERS:
+        found = OmegaConf.select(cfg, key, throw_on_missing=True)
+        plain = OmegaConf.to_object(found) if OmegaConf.is_config(found) else found
+        if plain != value:
+            wrong.append(f"{key} is {plain}, not {value} ({source})")
+    assert wrong == []
+    assert cfg.model.source.path == EXPERIMENTS[experiment]
+    assert len(cfg.data.subsets) == 20
+    assert len(cfg.benchmark.table) == 36
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_a_paper_experiment_can_be_built(experiment: str) -> None:
+    cfg = composed(f"experiment={experiment}", *ROOTS)
+    assert [stage.name for stage in build_stages(cfg)] == list(cfg.stage.order)
+    for group in ("data", "benchmark", "adapter"):
+        assert build(cfg[group])
+
+
+@pytest.mark.parametrize("missing", range(len(ROOTS)))
+def test_roots_must_be_given(missing: int) -> None:
+    given = [root for place, root in enumerate(ROOTS) if place != missing]
+    cfg = composed("experiment=paper_qwen2vl_2b", *given)
+    group = ROOTS[missing].partition(".")[0]
+    with pytest.raises(UserError, match=rf"{group}\.root has no value; give it as"):
+        build(cfg[group])
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_the_header_says_what_is_known_of_the_run(experiment: str) -> None:
+    text = header(experiment)
+    assert f"python train.py experiment={experiment} {' '.join(ROOTS)}" in text
+    assert EXPERIMENTS[experiment].partition("/")[2] in text
+    assert "8 GPUs" in text
+    assert re.search(r"Hours: about \d+ to \d+ on 8 .* not measured", text)
+    *groups, overall = SCORES[experiment]
+    assert f"{overall} overall" in text
+    for score in groups:
+        assert re.search(rf"\b{score}\b", text)
+
+
+def test_the_values_of_the_code_are_one_override_each() -> None:
+    """As the header writes them, quotes for the shell taken off."""
+    given = ("experiment=paper_qwen2vl_2b", *ROOTS)
+    assert "schedule.warmup.patch_ratio=0.3" in header("paper_qwen2vl_2b")
+    cfg = compose_overrides("train", [*given, "schedule.warmup.patch_ratio=0.3"])
+    assert cfg.stage.warmup.module.patch_ratio == 0.3
+    assert """'model.eos_token="<|endoftext|>"'""" in header("paper_qwen2vl_2b")
+    cfg = compose_overrides("train", [*given, 'model.eos_token="<|endoftext|>"'])
+    assert cfg.model.eos_token == "<|endoftext|>"
+
+
+def test_overrides_of_the_header_beyond_the_paper_compose() -> None:
+    cfg = compose_overrides(
+        "train",
+        [
+            "experiment=paper_qwen2vl_2b",
+            *ROOTS,
+            "stage.reconstruct.make_samples.sources={query: 1.0, self: 0.0}",
+            "attention@stage.reconstruct.policy=eos_bridge_strict",
+        ],
+    )
+    assert dict(cfg.stage.reconstruct.make_samples.sources) == {"query": 1.0, "self": 0.0}
+    assert cfg.stage.reconstruct.policy.name == "eos_bridge_strict"
+
+
+def test_a_command_line_still_decides_over_the_experiment() -> None:
+    cfg = composed("experiment=paper_qwen2vl_2b", *ROOTS, "adapter=none", "trainer=fsdp")
+    assert "rank" not in cfg.adapter
+    assert cfg.trainer.strategy != "ddp"
+
+
+def test_another_end_token_is_the_one_that_samples_end_with(tiny_folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    own = tokenizer.eos_token_id
+    choose_end_token(tokenizer, None)
+    assert tokenizer.eos_token_id == own
+    choose_end_token(tokenizer, "<|endoftext|>")
+    assert tokenizer.eos_token_id == tokenizer.convert_tokens_to_ids("<|endoftext|>") != own
+    with pytest.raises(UserError, match=r"model\.eos_token=dog is no special token; there are <"):
+        choose_end_token(tokenizer, "dog")
+
+
+@pytest.mark.skipif(not METHOD.is_file(), reason="the description of the method is not at hand")
+def test_the_table_is_what_the_description_says() -> None:
+    text = METHOD.read_text()
+    for key, _, source, words in NUMBERS:
+        assert words in text, f"{key} ({source}): the description does not say {words!r}"
+    for scores in SCORES.values():
+        cells = " | ".join(str(score) for score in scores)
+        assert f"| {cells} |" in text
