@@ -18,17 +18,17 @@ PACKAGE = "cocoa_pl"
 # Lowest first. A module may import its own layer and the layers above it in this table.
 LAYERS = (
     {"items", "errors", "batch", "randomness", "positions"},
-    {"attention", "corruption", "objectives", "grad_cache", "distributed"},
+    {"attention", "corruption", "objectives", "grad_cache", "distributed", "sharding"},
     {"models", "data"},
     {
         *("stages", "evaluation", "checkpoint", "embedder", "export", "fingerprint"),
-        *("callbacks", "loggers"),
+        *("callbacks", "loggers", "doctor"),
     },
-    {"cli", "sweep", "entry", "assemble", "command_line"},
+    {"cli", "commands", "planning", "sweep", "entry", "assemble", "command_line"},
 )
 # Within a layer, or against its direction, these would be allowed by the table alone.
 FORBIDDEN = {("data", "models"), ("evaluation", "models")}
-KNOWS_HYDRA = {"cli", "sweep", "entry", "assemble", "command_line"}
+KNOWS_HYDRA = {"commands", "planning", "sweep", "entry", "assemble", "command_line"}
 PUBLIC = {"embedder"}  # what the package itself offers
 
 

@@ -13,12 +13,20 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
+TRAINERS = {
+    "one process": [],
+    "four processes": ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=4"],
+    "four processes, sharded": ["trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=4"],
+}
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_the_main_job_reaches_its_floors(tmp_path: Path) -> None:
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_the_main_job_reaches_its_floors(trainer: str, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     command = [sys.executable, "train.py", f"hydra.run.dir={run_dir}", f"cache_dir={tmp_path}"]
-    subprocess.run(command, cwd=ROOT, check=True)
+    subprocess.run([*command, *TRAINERS[trainer]], cwd=ROOT, check=True)
 
     results = json.loads((run_dir / "results.json").read_text())
     subsets = results["subsets"]

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from cocoa_pl import checkpoint
+from cocoa_pl.data.sources import HeldOutBenchmark
 from cocoa_pl.data.tokenize import Processor
 from cocoa_pl.distributed import rank
 from cocoa_pl.embedder import Embedder
@@ -40,6 +41,8 @@ def train(cfg: DictConfig, run_dir: Path, console: Console) -> None:
     stages = build_stages(cfg)
     data = build(cfg.data)
     benchmark = build(cfg.benchmark) if cfg.evaluate else None  # its mistakes are told before hours
+    if isinstance(benchmark, HeldOutBenchmark) and cfg.benchmark.data == cfg.data:
+        benchmark = HeldOutBenchmark(name=benchmark.name, data=data)  # rows are read once
     loaded = open_model(cfg, data.training_texts)
     backbone = with_adapter(cfg, loaded)
     log.info("%s", trainable_line(backbone))

@@ -11,11 +11,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import yaml
 from PIL import Image
 
+from cocoa_pl.data.benchmarks import MmebBenchmark, SubsetInfo
+from cocoa_pl.data.cocoa_json import CocoaJsonData
 from cocoa_pl.data.mmeb import EvalSubset, read_eval_subset, read_train
-from cocoa_pl.data.sources import MmebBenchmark, MmebData, PairsData, SubsetInfo
+from cocoa_pl.data.sources import MmebData, PairsData
+from cocoa_pl.data.stream import StreamData
 from cocoa_pl.errors import UserError
 from cocoa_pl.items import IMAGE_SLOT, Item, Pair
 
@@ -182,7 +184,6 @@ BAD_ROWS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "negatives broken off": ({"neg_text": "['a', ']"}, "looks like a list"),
     "negative without its image": ({"neg_text": "<|image_1|> b"}, "negative text holds"),
-    "duplicate": ({"pos_text": "good 0"}, "same query and positive as Set row 0; remove one"),
 }
 
 
@@ -463,6 +464,8 @@ def make_source(root: Path, **changes: Any) -> MmebData:
         "subsets": ["A", "B"],
         "split": "original",
         "max_rows": None,
+        "caps": None,
+        "drop_orphan_slots": False,
         "caption_subsets": ["A"],
         "validation_fraction": 0.2,
         "validation_rows": 3,
@@ -511,6 +514,7 @@ def test_benchmark_reads_its_table_in_order_and_misses_nothing(root: Path) -> No
             image_root=str(root),
             split="test",
             table=table | more,
+            subsets=None,
             on_bad_row="skip",
         ).subsets()
 
@@ -522,11 +526,23 @@ def test_benchmark_reads_its_table_in_order_and_misses_nothing(root: Path) -> No
         subsets(GQA={"group": "vqa", "in_distribution": False})
 
 
-@pytest.mark.parametrize(("file", "kind"), [("mmeb", MmebData), ("pairs", PairsData)])
+@pytest.mark.parametrize(
+    ("file", "kind"),
+    [
+        ("mmeb", MmebData),
+        ("moca_cl", MmebData),
+        ("mmeb_hardneg", MmebData),
+        ("mmeb_hub", MmebData),
+        ("pairs", PairsData),
+        ("cocoa_json", CocoaJsonData),
+        ("mmeb_stream", StreamData),
+    ],
+)
 def test_configs_name_every_argument_and_nothing_else(
-    file: str, kind: type[MmebData] | type[PairsData]
+    data_config: Callable[[str], dict[str, Any]], file: str, kind: Callable[..., object]
 ) -> None:
-    path = Path(__file__).parents[2] / "conf" / "data" / f"{file}.yaml"
-    config = yaml.safe_load(path.read_text())
-    assert config.pop("_target_") == f"{kind.__module__}.{kind.__name__}"
-    kind(**config)
+    config = data_config(file)
+    if "root" in config:
+        config["root"] = "somewhere"
+    assert config.pop("_target_") == f"{kind.__module__}.{kind.__qualname__}"
+    kind(**(config | {"on_bad_row": "fail"}))

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from cocoa_pl.data.instructed import Reader, as_plain
 from cocoa_pl.data.rows import make_item
 from cocoa_pl.data.tables import check_type, find_parquet, is_list, read_batches
 from cocoa_pl.errors import UserError
@@ -36,13 +37,24 @@ class SideTable:
         self._image_codes: dict[str, int] = {}
         self._numbers: dict[int, int] = {}
 
-    def number(self, texts: pa.Array, images: pa.Array, *, row_ids: np.ndarray) -> np.ndarray:
-        """int32 [N], the number of each combination; `row_ids` [N] says which row it is from."""
-        text_codes = _codes(texts, known=self._text_codes)
-        image_codes = _codes(images, known=self._image_codes)
-        distinct, first, inverse = np.unique(
-            text_codes << 32 | image_codes, return_index=True, return_inverse=True
-        )
+    def number(
+        self,
+        texts: pa.Array,
+        images: pa.Array,
+        *,
+        row_ids: np.ndarray,
+        names: pa.Array | None = None,
+    ) -> np.ndarray:
+        """int32 [N], the number of each combination; `row_ids` [N] says which row it is from.
+
+        With `names` it is the name that counts: later combinations of a name are the first one.
+        """
+        if names is not None:
+            codes = _codes(names, known=self._text_codes)
+        else:
+            text_codes = _codes(texts, known=self._text_codes)
+            codes = text_codes << 32 | _codes(images, known=self._image_codes)
+        distinct, first, inverse = np.unique(codes, return_index=True, return_inverse=True)
         numbers = np.empty(len(distinct), dtype=np.int32)
         for rank in np.argsort(first):
             number = self._numbers.setdefault(int(distinct[rank]), len(self._sides))
@@ -92,9 +104,18 @@ def _codes(values: pa.Array, *, known: dict[str, int]) -> np.ndarray:
 
 
 def number_rows(
-    root: Path, *, subset: str, split: str, queries: SideTable, candidates: SideTable
+    root: Path,
+    *,
+    subset: str,
+    split: str,
+    queries: SideTable,
+    candidates: SideTable,
+    reader: Reader | None,
 ) -> tuple[list[str], np.ndarray, list[np.ndarray], dict[int, str]]:
     """Read a subset's rows and number their sides in `queries` and `candidates`.
+
+    Args:
+        reader: turns annotations with instructions into the plain columns; None if they are plain.
 
     Returns:
         Row ids; int32 [Q] query numbers; for each row int32 [C] candidate numbers; row -> message
@@ -104,27 +125,29 @@ def number_rows(
     query_index: list[np.ndarray] = []
     candidate_index: list[np.ndarray] = []
     bad_rows: dict[int, str] = {}
+    columns = _EVAL_COLUMNS if reader is None else reader.columns
     files = find_parquet(root, subset=subset, split=split)
-    for batch in read_batches(files, columns=_EVAL_COLUMNS, optional=(), batch_size=_BATCH_ROWS):
-        for name in _EVAL_COLUMNS:
-            kind = "list of strings" if name.startswith("tgt") else "string"
-            check_type(batch, name, source=subset, allowed=(kind,))
+    for batch in read_batches(files, columns=columns, optional=(), batch_size=_BATCH_ROWS):
+        for name in columns:
+            check_type(batch, name, source=subset, allowed=(_kind(name),))
         names = [f"{subset} row {len(row_ids) + offset}" for offset in range(len(batch))]
         wrong = _misshapen(batch, names=names)
         bad_rows |= {len(row_ids) + offset: message for offset, message in wrong.items()}
         row_ids += names
         if wrong:
             batch = _without_content(batch, rows=wrong)
-        lengths = pc.list_value_length(batch["tgt_text"]).to_numpy()
+        plain, candidate_names = (batch, None) if reader is None else as_plain(batch, reader)
+        lengths = pc.list_value_length(plain["tgt_text"]).to_numpy()
         query_index.append(
             queries.number(
-                batch["qry_text"], batch["qry_img_path"], row_ids=np.asarray(names, dtype=object)
+                plain["qry_text"], plain["qry_img_path"], row_ids=np.asarray(names, dtype=object)
             )
         )
         numbers = candidates.number(
-            batch["tgt_text"].flatten(),
-            batch["tgt_img_path"].flatten(),
+            plain["tgt_text"].flatten(),
+            plain["tgt_img_path"].flatten(),
             row_ids=np.repeat(np.asarray(names, dtype=object), lengths),
+            names=candidate_names,
         )
         candidate_index += np.split(numbers, np.cumsum(lengths)[:-1])
     if not row_ids:
@@ -135,7 +158,7 @@ def number_rows(
 def _misshapen(batch: pa.RecordBatch, *, names: list[str]) -> dict[int, str]:
     """Messages for rows with a null, no candidates, or lists of unequal length."""
     wrong: dict[int, str] = {}
-    for name in _EVAL_COLUMNS:
+    for name in batch.schema.names:
         column = batch[name]
         for offset, value in enumerate(column.to_pylist() if _has_null(column) else []):
             if value is None or (isinstance(value, list) and None in value):
@@ -143,7 +166,9 @@ def _misshapen(batch: pa.RecordBatch, *, names: list[str]) -> dict[int, str]:
                     offset, f"{names[offset]}: {name} holds a null; write an empty string for none"
                 )
     text_lengths = pc.list_value_length(batch["tgt_text"]).to_pylist()
-    image_lengths = pc.list_value_length(batch["tgt_img_path"]).to_pylist()
+    image_lengths = text_lengths
+    if "tgt_img_path" in batch.schema.names:
+        image_lengths = pc.list_value_length(batch["tgt_img_path"]).to_pylist()
     for offset, (texts, images) in enumerate(zip(text_lengths, image_lengths, strict=True)):
         if texts != images:
             wrong.setdefault(
@@ -165,7 +190,11 @@ def _has_null(column: pa.Array) -> bool:
 
 def _without_content(batch: pa.RecordBatch, *, rows: Iterable[int]) -> pa.RecordBatch:
     """The batch with these rows blanked: row numbers stay, and the rest is numbered at once."""
-    blank = {name: [] if name.startswith("tgt") else "" for name in _EVAL_COLUMNS}
+    blank = {name: "" if _kind(name) == "string" else [] for name in batch.schema.names}
     bad = set(rows)
     kept = [blank if offset in bad else row for offset, row in enumerate(batch.to_pylist())]
     return pa.RecordBatch.from_pylist(kept, schema=batch.schema)
+
+
+def _kind(column: str) -> str:
+    return "list of strings" if column in ("tgt_text", "tgt_img_path") else "string"

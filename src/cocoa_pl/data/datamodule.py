@@ -1,14 +1,21 @@
 """Pairs in, packed batches out: what a stage trains and validates on."""
 
 import logging
+import math
 from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
 
 import lightning as L
+import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset
 
 from cocoa_pl.batch import Encoded, Rows, pack
 from cocoa_pl.data.examples import MakeSamples
-from cocoa_pl.data.sampler import Index, StepSampler
+from cocoa_pl.data.mixing import Mixing
+from cocoa_pl.data.sampler import Index, StepSampler, make_order
+from cocoa_pl.data.stream import PairStream
+from cocoa_pl.data.stream_loader import LaneState, StreamBatches, StreamedRows
 from cocoa_pl.data.tokenize import Processor
 from cocoa_pl.distributed import rank, world_size
 from cocoa_pl.errors import UserError
@@ -20,34 +27,19 @@ log = logging.getLogger(__name__)
 _VALIDATION_EPOCH = -1  # its corruption is drawn once and for all
 
 
-class EncodedRows(Dataset[list[Encoded] | str]):
-    """Rows of a stage, opened and tokenized in the workers.
+class Encoder:
+    """What a stage makes of a pair, opened and tokenized; a pure function of the pair and a seed.
 
-    A row is a pure function of (seed, epoch, index). With `on_bad_row="skip"` a row that cannot be
-    read yields the reason instead, never an invented image.
+    With `on_bad_row="skip"` a pair that cannot be read yields the reason instead, never an invented
+    image.
     """
 
-    def __init__(
-        self,
-        pairs: Sequence[Pair],
-        make_samples: MakeSamples,
-        processor: Processor,
-        *,
-        seed: int,
-        on_bad_row: str,
-    ) -> None:
-        self.pairs = pairs
+    def __init__(self, make_samples: MakeSamples, processor: Processor, *, on_bad_row: str) -> None:
         self.make_samples = make_samples
         self.processor = processor
-        self.seed = seed
         self.on_bad_row = on_bad_row
 
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def __getitem__(self, index: Index) -> list[Encoded] | str:
-        epoch, row = index
-        pair, seed = self.pairs[row], mix(self.seed, epoch, row)
+    def __call__(self, pair: Pair, seed: int) -> list[Encoded] | str:
         try:
             return [
                 self.processor.encode(
@@ -65,6 +57,30 @@ class EncodedRows(Dataset[list[Encoded] | str]):
             return str(error)
 
 
+class EncodedRows(Dataset[list[Encoded] | str]):
+    """Rows of a stage, encoded in the workers: a pure function of (seed, epoch, index)."""
+
+    def __init__(
+        self,
+        pairs: Sequence[Pair],
+        make_samples: MakeSamples,
+        processor: Processor,
+        *,
+        seed: int,
+        on_bad_row: str,
+    ) -> None:
+        self.pairs = pairs
+        self.encode = Encoder(make_samples, processor, on_bad_row=on_bad_row)
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: Index) -> list[Encoded] | str:
+        epoch, row = index
+        return self.encode(self.pairs[row], mix(self.seed, epoch, row))
+
+
 def collate(rows: Sequence[list[Encoded] | str]) -> Rows:
     """Pack samples role by role: all first samples of the rows, then all second ones, ...
 
@@ -80,11 +96,46 @@ def collate(rows: Sequence[list[Encoded] | str]) -> Rows:
     return Rows(pack(samples), len(good), skipped)
 
 
+def validation_batches(
+    num_rows: int, *, global_batch_size: int, rank: int, world_size: int
+) -> list[list[Index]]:
+    """This rank's share of global batches of about equal size; every rank has rows in every one.
+
+    Raises:
+        UserError: if there are fewer rows than ranks.
+    """
+    if num_rows < world_size:
+        raise UserError(
+            f"the validation data has {num_rows} rows for {world_size} ranks; "
+            "give at least one row for each, or set validation_fraction to 0"
+        )
+    count = min(math.ceil(num_rows / global_batch_size), num_rows // world_size)
+    bounds = [number * num_rows // count for number in range(count + 1)]
+    return [
+        [(_VALIDATION_EPOCH, row) for row in range(start + rank, stop, world_size)]
+        for start, stop in pairwise(bounds)
+    ]
+
+
+def check_mixing(train: Sequence[Pair] | PairStream, mixing: Mixing, *, batch_size: int) -> None:
+    """Refuse a mixing that does not fit the data, before anything is trained.
+
+    Raises:
+        UserError: as `make_order` and `StreamBatches` would.
+    """
+    if isinstance(train, PairStream):
+        mixing.shares(train.names, train.sizes)
+        mixing.sub_batch_rows(batch_size)
+    else:
+        make_order(train, mixing, batch_size=batch_size, seed=0)
+
+
 class StageData(L.LightningDataModule):
     """Training and validation batches of one stage.
 
     Args:
-        train, validation: pairs; an empty validation list means none.
+        train, validation: pairs; training pairs may be a stream; no validation pairs mean none.
+        mixing: how batches are composed of subsets.
         batch_size: rows of a step over all ranks.
         validation_batch_size: rows at a time on a rank.
         start_step: first step to draw, for a resumed run.
@@ -92,11 +143,12 @@ class StageData(L.LightningDataModule):
 
     def __init__(
         self,
-        train: Sequence[Pair],
+        train: Sequence[Pair] | PairStream,
         validation: Sequence[Pair],
         *,
         make_samples: MakeSamples,
         processor: Processor,
+        mixing: Mixing,
         batch_size: int,
         validation_batch_size: int,
         steps: int,
@@ -106,40 +158,98 @@ class StageData(L.LightningDataModule):
         on_bad_row: str,
     ) -> None:
         super().__init__()
-        self.train_rows = EncodedRows(
-            train, make_samples, processor, seed=seed, on_bad_row=on_bad_row
-        )
+        self.train = train
         self.validation_rows = EncodedRows(
             validation, make_samples, processor, seed=seed, on_bad_row=on_bad_row
         )
+        self.encode = Encoder(make_samples, processor, on_bad_row=on_bad_row)
+        self.mixing = mixing
         self.batch_size = batch_size
         self.validation_batch_size = validation_batch_size
         self.steps = steps
         self.start_step = start_step
         self.seed = seed
         self.num_workers = num_workers
+        self._lanes: list[LaneState | None] = [None] * max(1, num_workers)
 
     def train_dataloader(self) -> DataLoader[Rows]:
+        if isinstance(self.train, PairStream):
+            return self._stream_loader(self.train)
+        rows = EncodedRows(
+            self.train,
+            self.encode.make_samples,
+            self.encode.processor,
+            seed=self.seed,
+            on_bad_row=self.encode.on_bad_row,
+        )
         sampler = StepSampler(
-            num_rows=len(self.train_rows),
-            global_batch_size=self.batch_size,
+            make_order(self.train, self.mixing, batch_size=self.batch_size, seed=self.seed),
             steps=self.steps,
             start_step=self.start_step,
-            seed=self.seed,
             rank=rank(),
             world_size=world_size(),
         )
-        return self._loader(self.train_rows, sampler)
+        return self._loader(rows, sampler)
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Remember where the stream stands: not what is loaded counts, but what is trained on."""
+        if isinstance(batch, StreamedRows):
+            self._lanes[batch.lane] = batch.state
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the streams of all ranks stand; empty for data that need no state."""
+        if not isinstance(self.train, PairStream):
+            return {}
+        lanes: list[Any] = [self._lanes]
+        if world_size() > 1:
+            lanes = [None] * world_size()
+            dist.all_gather_object(lanes, self._lanes)
+        return {"lanes_of_ranks": lanes}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where this rank's stream stood.
+
+        Raises:
+            UserError: if the number of ranks or workers is another one, whose shares differ.
+        """
+        lanes = state_dict["lanes_of_ranks"]
+        before, now = (len(lanes), len(lanes[0])), (world_size(), len(self._lanes))
+        if before != now:
+            raise UserError(
+                f"the stream was read by {before[0]} ranks x {before[1]} workers and cannot go on "
+                f"with {now[0]} x {now[1]}; resume on {before[0]} ranks with "
+                f"num_workers={before[1]}"
+            )
+        self._lanes = list(lanes[rank()])
+
+    def _stream_loader(self, stream: PairStream) -> DataLoader[Rows]:
+        batches = StreamBatches(
+            stream,
+            self.mixing,
+            self.encode,
+            collate,
+            batch_size=self.batch_size,
+            steps=self.steps,
+            start_step=self.start_step,
+            seed=self.seed,
+            on_bad_row=self.encode.on_bad_row,
+            rank=rank(),
+            world_size=world_size(),
+            lanes=len(self._lanes),
+            states=self._lanes,
+        )
+        return DataLoader(batches, batch_size=None, num_workers=self.num_workers)
 
     def val_dataloader(self) -> DataLoader[Rows] | list[None]:
         if not len(self.validation_rows):
             return []
-        mine = range(rank(), len(self.validation_rows), world_size())
-        size = self.validation_batch_size
-        batches = [
-            [(_VALIDATION_EPOCH, row) for row in mine[start : start + size]]
-            for start in range(0, len(mine), size)
-        ]
+        batches = validation_batches(
+            len(self.validation_rows),
+            global_batch_size=self.validation_batch_size,
+            rank=rank(),
+            world_size=world_size(),
+        )
         return self._loader(self.validation_rows, batches)
 
     def _loader(

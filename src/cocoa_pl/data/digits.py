@@ -13,6 +13,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -74,13 +75,13 @@ class DigitsData:
         """The data folder, written first if it is not there."""
         return _cached(self.cache_dir, name="digits-train", write=write_training, **self.parameters)
 
-    def train_pairs(self) -> list[Pair]:
+    def train_pairs(self) -> Sequence[Pair]:
         """All training rows, subset after subset."""
-        return self._pairs("train")
+        return self._train
 
-    def validation_pairs(self) -> list[Pair]:
+    def validation_pairs(self) -> Sequence[Pair]:
         """Validation rows in training format, for validation losses."""
-        return self._pairs("validation")
+        return self._validation
 
     def validation_subsets(self) -> list[EvalSubset]:
         """Validation rows with candidates, for choices that precision@1 should make."""
@@ -94,7 +95,15 @@ class DigitsData:
         """All distinct training texts without image slots, sorted: a tokenizer learns from them."""
         return distinct_texts(self.train_pairs())
 
-    def _pairs(self, split: str) -> list[Pair]:
+    @cached_property
+    def _train(self) -> Sequence[Pair]:
+        return self._pairs("train")
+
+    @cached_property
+    def _validation(self) -> Sequence[Pair]:
+        return self._pairs("validation")
+
+    def _pairs(self, split: str) -> Sequence[Pair]:
         root = self.prepare()
         return read_train(
             root / "train",
@@ -114,6 +123,8 @@ class DigitsBenchmark:
         scenes: rows, and candidates of each row, of the two captioning subsets.
         task_rows: rows of each other subset.
     """
+
+    is_partial = False
 
     def __init__(
         self,

@@ -1,9 +1,13 @@
 """A `Pair` in, the samples that a stage makes of it out. One class for each way of using a pair."""
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import overload
 
+import numpy as np
+
+from cocoa_pl.data.pair_table import has_images, select, subset_codes
+from cocoa_pl.data.stream import PairStream
 from cocoa_pl.errors import UserError
 from cocoa_pl.items import Item, Pair
 from cocoa_pl.randomness import mix
@@ -84,29 +88,45 @@ class PairExamples:
         return tuple(Sample(item, None) for item in items)
 
 
-def describing(pairs: Sequence[Pair], subsets: Sequence[str] | None) -> list[Pair]:
+@overload
+def describing(pairs: PairStream, subsets: Sequence[str] | None) -> PairStream: ...
+
+
+@overload
+def describing(pairs: Sequence[Pair], subsets: Sequence[str] | None) -> Sequence[Pair]: ...
+
+
+def describing(
+    pairs: Sequence[Pair] | PairStream, subsets: Sequence[str] | None
+) -> Sequence[Pair] | PairStream:
     """Pairs of an image and its text, of the given subsets: what generative stages can use.
 
     Raises:
         UserError: if none is left.
     """
-    kept = [p for p in pairs if (subsets is None or p.subset in subsets) and sides(p)]
-    if not kept:
+    if isinstance(pairs, PairStream):
+        return pairs.describing(subsets)
+    names, codes = subset_codes(pairs)
+    wanted = [subsets is None or name in subsets for name in names]
+    kept = np.array(wanted, dtype=bool)[codes] & ~has_images(pairs).all(axis=1)
+    if not kept.any():
         raise UserError(
             f"no pair has an image on one side and text on the other (subsets: {subsets})"
         )
-    return kept
+    return select(pairs, np.flatnonzero(kept))
 
 
-def first_of_each_subset(pairs: Sequence[Pair], count: int | None) -> list[Pair]:
+def first_of_each_subset(
+    pairs: Sequence[Pair] | PairStream, count: int | None
+) -> Sequence[Pair] | PairStream:
     """At most `count` pairs of each subset, in their order; None keeps all."""
-    used: Counter[str] = Counter()
-    kept = []
-    for pair in pairs:
-        used[pair.subset] += 1
-        if count is None or used[pair.subset] <= count:
-            kept.append(pair)
-    return kept
+    if isinstance(pairs, PairStream):
+        return pairs.first_of_each_subset(count)
+    if count is None:
+        return pairs
+    names, codes = subset_codes(pairs)
+    kept = [np.flatnonzero(codes == code)[:count] for code in range(len(names))]
+    return select(pairs, np.sort(np.concatenate([np.empty(0, np.int64), *kept])))
 
 
 def _sides(pair: Pair) -> tuple[Item, str]:

@@ -8,13 +8,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from cocoa_pl.data.mmeb import EvalSubset
+from cocoa_pl.data.pair_table import select, subset_codes
 from cocoa_pl.errors import UserError
 from cocoa_pl.items import Item, Pair
 
 
 def hold_out(
     pairs: Sequence[Pair], *, fraction: float, seed: int, source: str
-) -> tuple[list[Pair], list[Pair]]:
+) -> tuple[Sequence[Pair], Sequence[Pair]]:
     """Training and validation pairs; rows with the same image, or else query, stay together.
 
     Of each subset the same share of such groups is held out, at least one; 0 holds out nothing. The
@@ -26,22 +27,31 @@ def hold_out(
     if not 0 <= fraction < 1:
         raise UserError(f"validation_fraction is {fraction}; it must be at least 0 and below 1")
     if fraction == 0:
-        return list(pairs), []
-    groups: dict[str, set[int]] = defaultdict(set)
-    for pair in pairs:
-        groups[pair.subset].add(_group(pair))
-    held_out: dict[str, set[int]] = {}
-    for subset, keys in groups.items():
+        return pairs, []
+    names, codes = subset_codes(pairs)
+    groups = np.fromiter((group_key(pair) for pair in pairs), dtype=np.int64, count=len(pairs))
+    is_held_out = np.zeros(len(pairs), dtype=bool)
+    for code, subset in enumerate(names):
+        rows = np.flatnonzero(codes == code)
+        keys = np.unique(groups[rows]).tolist()
         if len(keys) < 2:
             raise UserError(
                 f"{source}: {subset} has one distinct image or query, so none can be held out; "
                 "set validation_fraction to 0"
             )
         ranked = sorted(keys, key=lambda key: _mixed(key, seed=seed))
-        held_out[subset] = set(ranked[: min(math.ceil(fraction * len(keys)), len(keys) - 1)])
-    train = [pair for pair in pairs if _group(pair) not in held_out[pair.subset]]
-    validation = [pair for pair in pairs if _group(pair) in held_out[pair.subset]]
-    return train, validation
+        chosen = ranked[: min(math.ceil(fraction * len(keys)), len(keys) - 1)]
+        is_held_out[rows] = np.isin(groups[rows], chosen)
+    return (
+        select(pairs, np.flatnonzero(~is_held_out)),
+        select(pairs, np.flatnonzero(is_held_out)),
+    )
+
+
+def group_key(pair: Pair) -> int:
+    """What rows have in common that must not be split between training and validation."""
+    images = pair.query.images or pair.positive.images
+    return Item("\ufffc", images[:1]).key if images else pair.query.key
 
 
 def as_subsets(pairs: Sequence[Pair], *, max_rows: int) -> list[EvalSubset]:
@@ -85,11 +95,6 @@ def _numbered(items: Sequence[Item]) -> tuple[list[Item], list[int]]:
         if known.setdefault(item.key, len(distinct)) == len(distinct):
             distinct.append(item)
     return distinct, [known[item.key] for item in items]
-
-
-def _group(pair: Pair) -> int:
-    images = pair.query.images or pair.positive.images
-    return Item("\ufffc", images[:1]).key if images else pair.query.key
 
 
 def _mixed(key: int, *, seed: int) -> bytes:

@@ -4,7 +4,6 @@ Published layout: `<root>/<Subset>/<split>-*.parquet`, string columns, `""` for 
 paths relative to an image root. Row numbers in messages count from 0, over the files in name order.
 """
 
-import ast
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,15 +12,15 @@ from typing import Any
 import numpy as np
 
 from cocoa_pl.data.candidates import SideTable, number_rows
-from cocoa_pl.data.rows import OnBadRow, check_on_bad_row, collect, log_skipped, make_item
+from cocoa_pl.data.instructed import Reader
+from cocoa_pl.data.mmeb_rows import NEGATIVE_COLUMNS, TRAIN_COLUMNS, parse_row
+from cocoa_pl.data.pair_table import PairTable
+from cocoa_pl.data.rows import OnBadRow, check_on_bad_row, collect, log_skipped
 from cocoa_pl.data.tables import check_type, find_parquet, read_batches
 from cocoa_pl.errors import UserError
 from cocoa_pl.items import Item, Pair
 
 GROUPS = ("classification", "vqa", "retrieval", "grounding")
-
-_TRAIN_COLUMNS = ("qry", "qry_image_path", "pos_text", "pos_image_path")
-_NEGATIVE_COLUMNS = ("neg_text", "neg_image_path")
 
 
 @dataclass(frozen=True)
@@ -53,55 +52,60 @@ def read_train(
     root: Path,
     *,
     subsets: Sequence[str],
-    split: str,
+    split: str | Sequence[str],
     image_root: Path,
     on_bad_row: OnBadRow,
     max_rows: int | None,
-) -> list[Pair]:
-    """Training pairs of the named subsets in file order, of each at most its first `max_rows`.
+    drop_orphan_slots: bool = False,
+) -> PairTable:
+    """Training pairs of the named subsets in file order: columns as in `mmeb_rows`.
 
-    Columns `qry`, `qry_image_path`, `pos_text`, `pos_image_path`, and where present `neg_text`,
-    `neg_image_path`, each of which holds a string, a list, or a Python list written as a string.
+    Args:
+        split: one split, or several to be read one after the other; then row ids name the split.
+        max_rows: of each subset and split, the first so many rows; None for all.
+        drop_orphan_slots: as in `mmeb_rows.parse_row`.
+
+    Rows that repeat another row's query and positive are left out and counted in the log.
 
     Raises:
         UserError: no such folder, file or column, no usable row, or a bad row (`on_bad_row`).
     """
-
-    def parse(row_id: str, row: dict[str, Any]) -> Pair:
-        def side(text: object, image: object, role: str, *, add_missing_slot: bool = False) -> Item:
-            return make_item(
-                text,
-                image,
-                role=role,
-                where=row_id,
-                image_root=image_root,
-                add_missing_slot=add_missing_slot,
-            )
-
-        return Pair(
-            query=side(row["qry"], row["qry_image_path"], "query"),
-            positive=side(row["pos_text"], row["pos_image_path"], "positive"),
-            # MMEB's own negatives name images without a placeholder.
-            negatives=tuple(
-                side(text, image, "negative", add_missing_slot=True)
-                for text, image in _negatives(row, where=row_id)
-            ),
-            subset=row_id.rpartition(" row ")[0],
-            row_id=row_id,
-        )
-
     if not subsets:
         raise UserError(f"{root}: no subset asked for; name at least one")
-    return [
-        pair
-        for subset in subsets
-        for pair in collect(
-            _train_rows(root, subset=subset, split=split, max_rows=max_rows),
-            parse,
-            source=f"{subset} ({split})",
-            on_bad_row=on_bad_row,
+    splits = [split] if isinstance(split, str) else list(split)
+    if not splits:
+        raise UserError(f"{root}: no split asked for; name at least one")
+
+    def read_subset(subset: str) -> PairTable:
+        def parse(row_id: str, row: dict[str, Any]) -> Pair:
+            return parse_row(
+                row,
+                row_id=row_id,
+                subset=subset,
+                image_root=image_root,
+                drop_orphan_slots=drop_orphan_slots,
+            )
+
+        rows = (
+            named_row
+            for one in splits
+            for named_row in _train_rows(
+                root,
+                subset=subset,
+                split=one,
+                max_rows=max_rows,
+                label=subset if len(splits) == 1 else f"{subset} ({one})",
+            )
         )
-    ]
+        return collect(
+            rows,
+            parse,
+            source=f"{subset} ({', '.join(splits)})",
+            on_bad_row=on_bad_row,
+            duplicates="drop",
+        )
+
+    return PairTable.concatenated([read_subset(subset) for subset in subsets])
 
 
 def read_eval_subset(
@@ -113,8 +117,13 @@ def read_eval_subset(
     group: str,
     in_distribution: bool,
     on_bad_row: OnBadRow,
+    reader: Reader | None = None,
 ) -> EvalSubset:
     """One evaluation subset: `qry_text`, `qry_img_path`, and lists `tgt_text`, `tgt_img_path`.
+
+    Args:
+        reader: how the newer annotations with instructions are turned into these columns; None for
+            files that hold them.
 
     Memory grows with the number of distinct texts and images, not with rows x candidates. A row
     with one unusable candidate is a bad row.
@@ -125,7 +134,7 @@ def read_eval_subset(
     check_on_bad_row(on_bad_row)
     queries, candidates = SideTable(role="query"), SideTable(role="candidate")
     row_ids, query_index, candidate_index, bad_rows = number_rows(
-        root, subset=subset, split=split, queries=queries, candidates=candidates
+        root, subset=subset, split=split, queries=queries, candidates=candidates, reader=reader
     )
     query_items = queries.build(image_root=image_root)
     items = candidates.build(image_root=image_root)
@@ -156,58 +165,21 @@ def read_eval_subset(
 
 
 def _train_rows(
-    root: Path, *, subset: str, split: str, max_rows: int | None
+    root: Path, *, subset: str, split: str, max_rows: int | None, label: str
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     number = 0
     files = find_parquet(root, subset=subset, split=split)
     for batch in read_batches(
-        files, columns=_TRAIN_COLUMNS, optional=_NEGATIVE_COLUMNS, batch_size=4096
+        files, columns=TRAIN_COLUMNS, optional=NEGATIVE_COLUMNS, batch_size=4096
     ):
         for name in batch.schema.names:
-            kinds = ("string", "list of strings") if name in _NEGATIVE_COLUMNS else ("string",)
+            kinds = ("string", "list of strings") if name in NEGATIVE_COLUMNS else ("string",)
             check_type(batch, name, source=subset, allowed=kinds)
         for row in batch.to_pylist():
             if max_rows is not None and number >= max_rows:
                 return
-            yield f"{subset} row {number}", row
+            yield f"{label} row {number}", row
             number += 1
-
-
-def _negatives(row: dict[str, Any], *, where: str) -> list[tuple[str, str]]:
-    """(text, image path) of each hard negative; entries with neither are absent, not empty."""
-    texts = _as_list(row.get("neg_text", ""), column="neg_text", where=where)
-    images = _as_list(row.get("neg_image_path", ""), column="neg_image_path", where=where)
-    length = max(len(texts), len(images))
-    # A missing column, "" and [] all mean "none of these"; anything else must match entry by entry.
-    texts = texts if any(texts) else [""] * length
-    images = images if any(images) else [""] * length
-    if len(texts) != len(images):
-        raise UserError(
-            f"{where}: neg_text has {len(texts)} entries and neg_image_path {len(images)}; "
-            "give one path (or an empty string) for each text"
-        )
-    return [(text, image) for text, image in zip(texts, images, strict=True) if text or image]
-
-
-def _as_list(value: object, *, column: str, where: str) -> list[str]:
-    """A negative column's value: a list, a Python list written as a string, or a single string."""
-    parsed = value
-    if isinstance(value, str):
-        stripped = value.strip()
-        if not (stripped.startswith("[") and stripped.endswith("]")):
-            return [value]
-        try:
-            parsed = ast.literal_eval(stripped)
-        except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
-            raise UserError(
-                f"{where}: {column} looks like a list but is not one of quoted strings: "
-                f"{value[:80]!r}; write strings only"
-            ) from error
-    if not isinstance(parsed, list) or not all(isinstance(entry, str) for entry in parsed):
-        raise UserError(
-            f"{where}: {column} must be a string or a list of strings, found {parsed!r:.80}"
-        )
-    return parsed
 
 
 def _keep_used(items: list[Item | None], index: list[np.ndarray]) -> tuple[list[Item], np.ndarray]:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from cocoa_pl.data.pair_table import PairTable
 from cocoa_pl.data.rows import OnBadRow, collect, make_item
 from cocoa_pl.data.tables import read_batches
 from cocoa_pl.errors import UserError
@@ -19,7 +20,7 @@ _COLUMNS = ("query", "query_image", "positive", "positive_image", "negatives")
 _NEGATIVE_KEYS = ("text", "image")
 
 
-def read_pairs(path: Path, *, subset: str, image_root: Path, on_bad_row: OnBadRow) -> list[Pair]:
+def read_pairs(path: Path, *, subset: str, image_root: Path, on_bad_row: OnBadRow) -> PairTable:
     """All rows of a `.jsonl` or `.parquet` file, as pairs of the subset with this name.
 
     Messages count lines of JSONL from 1, as editors do, and rows of parquet from 0.

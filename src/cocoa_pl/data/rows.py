@@ -1,22 +1,24 @@
 """Texts and image paths of a row in, checked `Item`s out; a bad row is stopped or skipped here.
 
-Readers (`mmeb`, `pairs`) differ in columns and files only. A row they cannot use raises a
-`UserError` that names it; `collect` then stops (`on_bad_row: fail`) or counts it and goes on
-(`on_bad_row: skip`).
+Readers (`mmeb`, `pairs`, `cocoa_json`, `stream`) differ in columns and files only. A row they
+cannot use raises a `UserError` that names it; `collect` then stops (`on_bad_row: fail`) or counts
+it and goes on (`on_bad_row: skip`).
 """
 
 import logging
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Literal, TypeVar
 
 from cocoa_pl.data.images import resolve_image
+from cocoa_pl.data.pair_table import PairTable
 from cocoa_pl.errors import UserError
 from cocoa_pl.items import IMAGE_SLOT, Item, Pair
 
 OnBadRow = Literal["fail", "skip"]
+OnDuplicate = Literal["bad", "drop"]
 
 # MMEB writes Phi-3's placeholder for every model; a row has at most one image on each side.
 PLACEHOLDER = "<|image_1|>"
@@ -35,28 +37,39 @@ def make_item(
     where: str,
     image_root: Path,
     add_missing_slot: bool,
+    drop_orphan_slot: bool = False,
 ) -> Item:
     """One side of a row as an `Item`; `""` means "no text" or "no image".
 
-    With `add_missing_slot` an image without a placeholder is put in front of the text, else it is
-    an error. The image file must exist; it is opened only when its pixels are needed.
+    Args:
+        image: a path below `image_root`, or the bytes of an encoded image.
+        add_missing_slot: put an image without a placeholder in front of the text, instead of
+            refusing it.
+        drop_orphan_slot: take a placeholder without an image out of the text, instead of refusing
+            it.
+
+    An image file must exist; it is opened only when its pixels are needed.
 
     Raises:
         UserError: `where` and `role` with what is wrong and what to do.
     """
-    if not isinstance(text, str) or not isinstance(image, str):
+    if not isinstance(text, str) or not isinstance(image, str | bytes):
         wrong = text if not isinstance(text, str) else image
         raise UserError(
             f"{where}: the {role} must be strings (text and image path, empty for none), "
             f"found {type(wrong).__name__}"
         )
     try:
-        (text + image).encode()
+        (text + (image if isinstance(image, str) else "")).encode()
     except UnicodeEncodeError as error:  # half of a surrogate pair, from JSON
         raise UserError(f"{where}: the {role} is not valid Unicode ({error}); fix it") from error
+    if drop_orphan_slot and not image:
+        text = text.replace(PLACEHOLDER, "")
     checked = _with_slot(text, image, role=role, where=where, add_missing_slot=add_missing_slot)
     if not image:
         return Item(sys.intern(checked))
+    if isinstance(image, bytes):
+        return Item(sys.intern(checked), (image,))
     path = resolve_image(image, root=image_root, where=f"{where}, {role}")
     return Item(sys.intern(checked), (path,))
 
@@ -67,32 +80,53 @@ def collect(
     *,
     source: str,
     on_bad_row: OnBadRow,
-) -> list[Pair]:
-    """Parse named rows into pairs; one whose query and positive occurred before is bad, too.
+    duplicates: OnDuplicate = "bad",
+) -> PairTable:
+    """Parse named rows into pairs.
+
+    Args:
+        duplicates: a row whose query and positive occurred before is a bad row (`"bad"`), or is
+            left out and counted in the log (`"drop"`), because published corpora hold such rows.
 
     Raises:
         UserError: a bad row under `on_bad_row="fail"`, or no usable row at all.
     """
     check_on_bad_row(on_bad_row)
-    pairs: list[Pair] = []
     skipped: list[str] = []
-    first_seen: dict[tuple[int, int], str] = {}
-    for row_id, row in rows:
-        try:
-            pair = parse(row_id, row)
-            first = first_seen.setdefault((pair.query.key, pair.positive.key), row_id)
-            if first != row_id:
-                raise UserError(
-                    f"{row_id}: same query and positive as {first}; "
-                    "remove one, or set on_bad_row=skip"
-                )
-        except UserError as error:
-            if on_bad_row == "fail":
-                raise
-            skipped.append(str(error))
-        else:
-            pairs.append(pair)
+    repeated: list[str] = []
+
+    def good_pairs() -> Iterator[Pair]:
+        first_seen: dict[tuple[int, int], str] = {}
+        for row_id, row in rows:
+            try:
+                pair = parse(row_id, row)
+                first = first_seen.setdefault((pair.query.key, pair.positive.key), row_id)
+                if first is not row_id and duplicates == "drop":
+                    repeated.append(f"{row_id} as {first}")
+                    continue
+                if first is not row_id:
+                    raise UserError(
+                        f"{row_id}: same query and positive as {first}; "
+                        "remove one, or set on_bad_row=skip"
+                    )
+            except UserError as error:
+                if on_bad_row == "fail":
+                    raise
+                skipped.append(str(error))
+            else:
+                yield pair
+
+    pairs = PairTable.of(good_pairs())
     log_skipped(skipped, source=source)
+    if repeated:
+        shown = "; ".join(repeated[:_SHOWN_ROWS]) + ("; ..." if repeated[_SHOWN_ROWS:] else "")
+        _log.info(
+            "%s: left out %d repeated row(s): %s",
+            source,
+            len(repeated),
+            shown,
+            extra={"repeated": repeated},
+        )
     if not pairs:
         raise UserError(f"{source}: no usable row ({len(skipped)} skipped); training needs data")
     return pairs
@@ -114,10 +148,14 @@ def log_skipped(messages: list[str], *, source: str) -> None:
     """One warning for all rows skipped in `source`, with the first few spelt out."""
     if messages:
         shown = "; ".join(messages[:_SHOWN_ROWS]) + ("; ..." if messages[_SHOWN_ROWS:] else "")
-        _log.warning("%s: skipped %d bad row(s): %s", source, len(messages), shown)
+        # All of them, for a listener such as `cocoa doctor`.
+        extra = {"complaints": messages}
+        _log.warning("%s: skipped %d bad row(s): %s", source, len(messages), shown, extra=extra)
 
 
-def _with_slot(text: str, image: str, *, role: str, where: str, add_missing_slot: bool) -> str:
+def _with_slot(
+    text: str, image: str | bytes, *, role: str, where: str, add_missing_slot: bool
+) -> str:
     if IMAGE_SLOT in text:
         raise UserError(
             f"{where}: the {role} text holds U+FFFC, the character reserved for images; remove it"
@@ -136,7 +174,7 @@ def _with_slot(text: str, image: str, *, role: str, where: str, add_missing_slot
     if image and not placeholders:
         if not add_missing_slot:
             raise UserError(
-                f"{where}: the {role} has image {image!r} but no {PLACEHOLDER} in its text; "
+                f"{where}: the {role} has image {image!r:.200} but no {PLACEHOLDER} in its text; "
                 "write the placeholder where the image belongs"
             )
         return f"{IMAGE_SLOT}\n{text}" if text.strip() else IMAGE_SLOT

@@ -1,28 +1,23 @@
 """The user's folders and files in, pairs and evaluation subsets out: what a config names.
 
 Every data source has `train_pairs`, `validation_pairs`, `validation_subsets`, `training_texts` and
-`caption_subsets`; every benchmark has `name` and `subsets`. Those of the embedded data set are in
-`digits`.
+`caption_subsets`; every benchmark has `name`, `subsets` and `is_partial`. Others are in `digits`
+(the embedded data set), `stream`, `cocoa_json`, `composite` (a source for each stage) and
+`benchmarks` (published evaluation data).
 """
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol, TypedDict
+from typing import Protocol
 
 from cocoa_pl.data.holdout import as_subsets, hold_out
-from cocoa_pl.data.mmeb import EvalSubset, read_eval_subset, read_train
+from cocoa_pl.data.mmeb import EvalSubset, read_train
+from cocoa_pl.data.pair_table import PairTable
 from cocoa_pl.data.pairs import read_pairs
 from cocoa_pl.data.rows import OnBadRow, distinct_texts
 from cocoa_pl.errors import UserError
 from cocoa_pl.items import Pair
-
-
-class SubsetInfo(TypedDict):
-    """What a benchmark's table says about a subset."""
-
-    group: str
-    in_distribution: bool
 
 
 class MmebData:
@@ -31,8 +26,11 @@ class MmebData:
     Args:
         root: folder with one folder of parquet files for each subset.
         image_root: folder that the rows' image paths are relative to.
-        split: which files of a subset to read, `<split>-*.parquet`.
-        max_rows: rows of each subset that are used, from the first on; None for all.
+        split: which files of a subset to read, `<split>-*.parquet`; or several such splits.
+        max_rows: rows of each subset and split that are used, from the first on; None for all.
+        caps: the same for single subsets, a null for all rows of one.
+        drop_orphan_slots: take `<|image_1|>` out of texts that have no image instead of refusing
+            the row; MoCa-CL-Pairs and mmE5's files hold such rows.
         caption_subsets: those whose pairs are a picture and its whole caption, for the generative
             stages.
         validation_fraction: share of each subset's images (or queries) that is held out; 0 for no
@@ -48,35 +46,36 @@ class MmebData:
         root: str,
         image_root: str,
         subsets: Sequence[str],
-        split: str,
+        split: str | Sequence[str],
         max_rows: int | None,
+        caps: Mapping[str, int | None] | None,
+        drop_orphan_slots: bool,
         caption_subsets: Sequence[str],
         validation_fraction: float,
         validation_rows: int,
         validation_seed: int,
         on_bad_row: OnBadRow,
     ) -> None:
-        unknown = [name for name in caption_subsets if name not in subsets]
-        if unknown:
-            raise UserError(
-                f"data.caption_subsets names {', '.join(unknown)}, not among data.subsets"
-            )
+        for key, names in (("caption_subsets", caption_subsets), ("caps", caps or {})):
+            if unknown := [name for name in names if name not in subsets]:
+                raise UserError(f"data.{key} names {', '.join(unknown)}, not among data.subsets")
         self.root = Path(root)
         self.image_root = Path(image_root)
         self.names = tuple(subsets)
         self.split = split
-        self.max_rows = max_rows
+        self.caps = {name: (caps or {}).get(name, max_rows) for name in subsets}
+        self.drop_orphan_slots = drop_orphan_slots
         self.caption_subsets = tuple(caption_subsets)
         self.validation_fraction = validation_fraction
         self.validation_rows = validation_rows
         self.validation_seed = validation_seed
         self.on_bad_row = on_bad_row
 
-    def train_pairs(self) -> list[Pair]:
+    def train_pairs(self) -> Sequence[Pair]:
         """All rows that are not held out, subset after subset."""
         return self._parts[0]
 
-    def validation_pairs(self) -> list[Pair]:
+    def validation_pairs(self) -> Sequence[Pair]:
         """The held-out rows."""
         return self._parts[1]
 
@@ -89,15 +88,20 @@ class MmebData:
         return distinct_texts(self.train_pairs())
 
     @cached_property
-    def _parts(self) -> tuple[list[Pair], list[Pair]]:
-        pairs = read_train(
-            self.root,
-            subsets=self.names,
-            split=self.split,
-            image_root=self.image_root,
-            on_bad_row=self.on_bad_row,
-            max_rows=self.max_rows,
-        )
+    def _parts(self) -> tuple[Sequence[Pair], Sequence[Pair]]:
+        tables = [
+            read_train(
+                self.root,
+                subsets=[name],
+                split=self.split,
+                image_root=self.image_root,
+                on_bad_row=self.on_bad_row,
+                max_rows=self.caps[name],
+                drop_orphan_slots=self.drop_orphan_slots,
+            )
+            for name in self.names
+        ]
+        pairs = PairTable.concatenated(tables)
         return hold_out(
             pairs,
             fraction=self.validation_fraction,
@@ -151,11 +155,11 @@ class PairsData:
         self.validation_seed = validation_seed
         self.on_bad_row = on_bad_row
 
-    def train_pairs(self) -> list[Pair]:
+    def train_pairs(self) -> Sequence[Pair]:
         """All rows of the file that are not held out."""
         return self._parts[0]
 
-    def validation_pairs(self) -> list[Pair]:
+    def validation_pairs(self) -> Sequence[Pair]:
         """The rows of the validation file, or the held-out rows."""
         return self._parts[1]
 
@@ -168,7 +172,7 @@ class PairsData:
         return distinct_texts(self.train_pairs())
 
     @cached_property
-    def _parts(self) -> tuple[list[Pair], list[Pair]]:
+    def _parts(self) -> tuple[Sequence[Pair], Sequence[Pair]]:
         pairs = self._read(self.path)
         if self.validation_path is not None:
             return pairs, self._read(self.validation_path)
@@ -179,55 +183,11 @@ class PairsData:
             source=str(self.path),
         )
 
-    def _read(self, path: Path) -> list[Pair]:
+    def _read(self, path: Path) -> Sequence[Pair]:
         # Both files feed the same stages, so their pairs carry the same subset's name.
         return read_pairs(
             path, subset=self.path.stem, image_root=self.image_root, on_bad_row=self.on_bad_row
         )
-
-
-class MmebBenchmark:
-    """Evaluation subsets in MMEB's layout.
-
-    Args:
-        name: of the benchmark, in results.
-        root: folder with one folder of parquet files for each subset.
-        image_root: folder that the rows' image paths are relative to.
-        split: which files of a subset to read, `<split>-*.parquet`.
-        table: subset -> its group, and whether its training data is in the training set.
-    """
-
-    def __init__(
-        self,
-        *,
-        name: str,
-        root: str,
-        image_root: str,
-        split: str,
-        table: Mapping[str, SubsetInfo],
-        on_bad_row: OnBadRow,
-    ) -> None:
-        self.name = name
-        self.root = Path(root)
-        self.image_root = Path(image_root)
-        self.split = split
-        self.table = table
-        self.on_bad_row = on_bad_row
-
-    def subsets(self) -> list[EvalSubset]:
-        """All subsets in the table's order; one that is missing is an error."""
-        return [
-            read_eval_subset(
-                self.root,
-                subset=subset,
-                split=self.split,
-                image_root=self.image_root,
-                group=info["group"],
-                in_distribution=info["in_distribution"],
-                on_bad_row=self.on_bad_row,
-            )
-            for subset, info in self.table.items()
-        ]
 
 
 class HeldOut(Protocol):
@@ -243,6 +203,8 @@ class HeldOutBenchmark:
         name: of the benchmark, in results.
         data: whose rows.
     """
+
+    is_partial = False
 
     def __init__(self, *, name: str, data: HeldOut) -> None:
         self.name = name

@@ -37,6 +37,7 @@ def evaluate(
     benchmark: str,
     checkpoint: str,
     asked: Sequence[str] | None = None,
+    is_partial: bool = False,
     gallery_rows: int = 3,
 ) -> Results:
     """Encode every unique item once and score all subsets by both rules.
@@ -44,6 +45,7 @@ def evaluate(
     Args:
         encode: called once per subset with the items not encoded before.
         asked: names of the subsets the benchmark consists of; None trusts `subsets` to be complete.
+        is_partial: `subsets` are a choice; no means are reported.
         gallery_rows: how many hits, and how many misses, of each subset go into the gallery.
 
     Raises:
@@ -77,7 +79,7 @@ def evaluate(
         )
         for row in _sample_rows(hits, count=gallery_rows):
             gallery.append(_gallery_row(subset, row, hits, queries=queries, candidates=candidates))
-    return Results(benchmark, checkpoint, tuple(scores), tuple(gallery))
+    return Results(benchmark, checkpoint, tuple(scores), tuple(gallery), is_partial)
 
 
 def _check_subsets(subsets: Sequence["EvalSubset"], *, asked: Sequence[str] | None) -> None:

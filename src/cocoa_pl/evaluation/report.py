@@ -111,16 +111,20 @@ def score_table(results: Results) -> Table:
                 f"{subset.num_queries:,}",
                 f"{subset.num_candidates:,}",
             )
-        table.add_row(*_score_cells(group), style="bold", end_section=True)
-    whole, *splits = split_scores(results)
-    for split in splits:
+        if not results.is_partial:
+            table.add_row(*_score_cells(group), style="bold", end_section=True)
+    means = split_scores(results)
+    for split in means[1:]:
         table.add_row(*_score_cells(split))
-    table.add_row(*_score_cells(whole), style="bold")
+    for whole in means[:1]:
+        table.add_row(*_score_cells(whole), style="bold")
     return table
 
 
 def split_scores(results: Results) -> list[Score]:
-    """The unweighted means over all subsets and over the splits that have any."""
+    """The unweighted means over all subsets and over the splits that have any; none of a choice."""
+    if results.is_partial:
+        return []
     splits = {
         "overall": results.subsets,
         "in distribution": results.split(in_distribution=True),

@@ -47,16 +47,22 @@ class GalleryRow:
 
 @dataclass(frozen=True)
 class Results:
-    """Scores of a whole benchmark; every mean is over subsets, unweighted, as MMEB reports it."""
+    """Scores of a benchmark; every mean is over subsets, unweighted, as MMEB reports it.
+
+    `is_partial` says that only a choice of its subsets was scored: then there are no means, which
+    would compare with nothing.
+    """
 
     benchmark: str
     checkpoint: str
     subsets: tuple[SubsetScore, ...]
     gallery: tuple[GalleryRow, ...]
+    is_partial: bool = False
 
     @property
-    def overall(self) -> float:
-        return mean_score(self.subsets)
+    def overall(self) -> float | None:
+        """The mean over all subsets; None if not all were scored."""
+        return None if self.is_partial else mean_score(self.subsets)
 
     @property
     def in_distribution(self) -> float | None:
@@ -78,14 +84,19 @@ class Results:
         return tuple(s for s in self.subsets if s.in_distribution == in_distribution)
 
     def to_json(self) -> dict[str, Any]:
-        """The content of results.json; a split without subsets is null."""
+        """The content of results.json; a split without subsets is null, and so are all means over
+        subsets of a partial result.
+        """
         return {
             "benchmark": self.benchmark,
             "checkpoint": self.checkpoint,
             "overall": self.overall,
             "in_distribution": self.in_distribution,
             "out_of_distribution": self.out_of_distribution,
-            "groups": {name: mean_score(subsets) for name, subsets in self.groups.items()},
+            "groups": {
+                name: None if self.is_partial else mean_score(subsets)
+                for name, subsets in self.groups.items()
+            },
             "subsets": {
                 subset.name: {
                     "group": subset.group,
@@ -106,7 +117,7 @@ class Results:
 
     def _split_score(self, *, in_distribution: bool) -> float | None:
         subsets = self.split(in_distribution=in_distribution)
-        return mean_score(subsets) if subsets else None
+        return mean_score(subsets) if subsets and not self.is_partial else None
 
 
 def mean_score(subsets: Sequence[SubsetScore], *, strict: bool = False) -> float:

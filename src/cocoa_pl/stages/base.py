@@ -91,6 +91,11 @@ class StageModule(L.LightningModule, ABC):
         """Modules that steps call, which hold all parameters between them."""
 
     def configure_model(self) -> None:
+        if self.trainer.precision != "32-true":
+            raise UserError(
+                f"trainer.precision={self.trainer.precision} would round losses too; leave it at "
+                "32-true and choose what the model computes in by model.dtype"
+            )
         strategy = self.trainer.strategy
         if not isinstance(strategy, FullySharded):
             return

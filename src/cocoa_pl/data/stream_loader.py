@@ -1,0 +1,128 @@
+"""A `PairStream` in, packed batches with the place where each ends out; workers share the steps.
+
+Step t belongs to lane t modulo the number of workers. A lane is a set of readers, one for each
+subset, with rows of their own; its state travels with its batches, so what a checkpoint holds is
+the place behind the last batch that was trained on, however many were loaded ahead. A resumed run
+gives lane t to whichever worker the loader asks first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from torch.utils.data import IterableDataset, get_worker_info
+
+from cocoa_pl.batch import Encoded, Rows
+from cocoa_pl.data.mixing import Mixing, Schedule
+from cocoa_pl.data.sampler import check_shareable
+from cocoa_pl.data.stream import PairStream
+from cocoa_pl.data.stream_reader import SubsetReader, reset_after_fork
+from cocoa_pl.errors import UserError
+from cocoa_pl.items import Pair
+from cocoa_pl.randomness import mix
+
+LaneState = dict[str, Any]  # subset -> the state of its reader
+Collate = Callable[[Sequence[list[Encoded] | str]], Rows]
+Encode = Callable[[Pair, int], list[Encoded] | str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamedRows(Rows):
+    """A batch, and where its lane goes on after it."""
+
+    lane: int
+    state: LaneState
+
+
+class StreamBatches(IterableDataset[StreamedRows]):
+    """This rank's share of every step's global batch.
+
+    Args:
+        encode: a pair and its seed to samples, or to the reason why it cannot be used.
+        batch_size: rows of a step over all ranks.
+        lanes: workers of this rank, at least one.
+        states: of the lanes, where to go on; None each at the beginning.
+
+    Raises:
+        UserError: if the mixing does not fit the stream or ranks cannot share a batch evenly.
+    """
+
+    def __init__(
+        self,
+        stream: PairStream,
+        mixing: Mixing,
+        encode: Encode,
+        collate: Collate,
+        *,
+        batch_size: int,
+        steps: int,
+        start_step: int,
+        seed: int,
+        on_bad_row: str,
+        rank: int,
+        world_size: int,
+        lanes: int,
+        states: Sequence[LaneState | None],
+    ) -> None:
+        check_shareable(batch_size, world_size)
+        _ = stream.opened  # here, not in every worker: it asks the hub, and may fail
+        self.stream = stream
+        self.encode = encode
+        self.collate = collate
+        self.sub_batch_rows = mixing.sub_batch_rows(batch_size)
+        self.schedule = Schedule(
+            mixing.shares(stream.names, stream.sizes),
+            sub_batches=batch_size // self.sub_batch_rows,
+            seed=mix(seed),
+        )
+        self.positions = range(rank, batch_size, world_size)
+        self.steps, self.start_step = steps, start_step
+        self.seed = seed
+        self.on_bad_row = on_bad_row
+        self.rank, self.world_size = rank, world_size
+        self.lanes = lanes
+        self.states = list(states)
+
+    def __iter__(self) -> Iterator[StreamedRows]:
+        worker = get_worker_info()
+        first = self.start_step
+        if worker is not None:
+            reset_after_fork()
+            first += worker.id
+        lane = first % self.lanes
+        state: Mapping[str, Any] = self.states[lane] or {}
+        readers = {name: self._reader(name, lane, state[name]) for name in state}
+        for step in range(first, self.steps, self.lanes):
+            subsets = self.schedule.subsets(step)
+            rows = []
+            for position in self.positions:
+                name = self.stream.names[int(subsets[position // self.sub_batch_rows])]
+                if name not in readers:
+                    readers[name] = self._reader(name, lane, None)
+                rows.append(self._row(readers[name], mix(self.seed, step, position)))
+            batch = self.collate(rows)
+            yield StreamedRows(
+                **{field.name: getattr(batch, field.name) for field in fields(Rows)},
+                lane=lane,
+                state={name: reader.state for name, reader in readers.items()},
+            )
+
+    def _row(self, reader: SubsetReader, seed: int) -> list[Encoded] | str:
+        pair = reader.take()
+        if not isinstance(pair, str):
+            return self.encode(pair, seed)
+        if self.on_bad_row == "fail":
+            raise UserError(pair)
+        return pair
+
+    def _reader(self, name: str, lane: int, state: Mapping[str, Any] | None) -> SubsetReader:
+        return SubsetReader(
+            self.stream,
+            self.stream.names.index(name),
+            reader=self.rank * self.lanes + lane,
+            readers=self.world_size * self.lanes,
+            seed=self.seed,
+            state=state,
+        )

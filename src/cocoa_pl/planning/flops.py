@@ -1,0 +1,222 @@
+"""Sizes, what trains, and the work of a chunk in; floating-point operations by part out.
+
+A matrix product of n rows costs 2 x n x fan_in x fan_out. Norms, rotations, activations and the
+optimizer are left out, as torch's FlopCounterMode does; all formulas are in docs/plan.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from cocoa_pl.planning.shapes import BlockShape, Linear, MergerShape, ModelShape
+from cocoa_pl.planning.tuning import FULL, Tuning, decoder_values
+from cocoa_pl.planning.work import Attention, Work
+
+VISION, TEXT, SCORES = "vision tower", "language model", "attention scores"
+ADAPTERS, HEAD, DECODER = "adapters", "vocabulary head", "image decoder"
+SIMILARITY = "similarities"
+PARTS = (VISION, TEXT, SCORES, ADAPTERS, HEAD, DECODER, SIMILARITY)
+ALWAYS_FLOAT32 = (SIMILARITY,)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Operations of one part."""
+
+    forward: float = 0
+    backward: float = 0
+    recomputed: float = 0  # forward again, under gradient checkpointing
+    cached: float = 0  # the gradient cache's first pass, without a graph
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(
+            self.forward + other.forward,
+            self.backward + other.backward,
+            self.recomputed + other.recomputed,
+            self.cached + other.cached,
+        )
+
+    @property
+    def total(self) -> float:
+        return self.forward + self.backward + self.recomputed + self.cached
+
+
+Costs = dict[str, Cost]
+
+
+@dataclass
+class _Tape:
+    """Costs as they add up along a forward pass, and whether a gradient flows back to here."""
+
+    tuning: Tuning
+    costs: Costs = field(default_factory=dict)
+
+    def add(self, part: str, cost: Cost) -> None:
+        self.costs[part] = self.costs.get(part, Cost()) + cost
+
+    def linear(
+        self, part: str, linear: Linear, rows: int, *, block: int, flows: bool, again: bool
+    ) -> bool:
+        """Charge one linear; True if its output needs a gradient.
+
+        Args:
+            flows: its input needs a gradient.
+            again: it is recomputed under checkpointing.
+        """
+        product = 2.0 * rows * linear.fan_in * linear.fan_out
+        backward = product * (flows + self.tuning.full)
+        self.add(part, Cost(product, backward, product * again))
+        if self.tuning.adapts(linear, block):
+            self._adapter(linear, rows, product, flows=flows)
+        return flows or self.tuning.learns(linear, block)
+
+    def _adapter(self, linear: Linear, rows: int, product: float, *, flows: bool) -> None:
+        adapter = self.tuning.adapter
+        assert adapter is not None
+        pairs = 2.0 * rows * adapter.rank
+        down, up = pairs * linear.fan_in, pairs * linear.fan_out
+        forward, backward = down + up, down * (1 + flows) + 2 * up
+        if adapter.use_dora:  # peft builds B A from an identity matrix for the norm of W + B A
+            matrix = 2.0 * linear.fan_in * adapter.rank
+            forward += matrix * (linear.fan_in + linear.fan_out)
+            if adapter.dropout:  # and multiplies the dropped-out input by W once more
+                forward += product
+                backward += product * flows
+        self.add(ADAPTERS, Cost(forward, backward))
+
+
+def chunk_costs(
+    shape: ModelShape, tuning: Tuning, work: Work, *, checkpointing: bool, decoder: bool
+) -> Costs:
+    """Forward and backward of one chunk, by part.
+
+    Args:
+        checkpointing: blocks of both towers are computed a second time in the backward pass.
+        decoder: the image decoder runs.
+    """
+    tape = _Tape(tuning)
+    flows = _vision(tape, shape, work, checkpointing) if work.patches else False
+    flows = flows or tuning.full or checkpointing
+    for number in range(shape.text.count):
+        flows = _block(
+            tape,
+            TEXT,
+            shape.text,
+            number,
+            work.tokens,
+            work.text,
+            flows=flows,
+            checkpointing=checkpointing,
+        )
+    vocabulary = 2.0 * work.predicted * shape.text.width * shape.vocabulary
+    tape.add(HEAD, Cost(vocabulary, vocabulary * (flows + tuning.full)))
+    if decoder:
+        tape.add(DECODER, _decoder(shape, work))
+    return tape.costs
+
+
+def similarity_costs(width: int, *, queries: int, candidates: int) -> Costs:
+    """InfoNCE of one rank's queries against the candidates of all ranks."""
+    product = 2.0 * queries * candidates * width
+    return {SIMILARITY: Cost(product, 2 * product)}
+
+
+def without_graph(costs: Costs) -> Costs:
+    """The same forward pass in the gradient cache's first round."""
+    return {part: Cost(cached=cost.forward) for part, cost in costs.items()}
+
+
+def total(costs: Sequence[Costs]) -> Costs:
+    """Sum by part, in the order of `PARTS`."""
+    return {
+        part: sum((cost[part] for cost in costs if part in cost), Cost())
+        for part in PARTS
+        if any(part in cost for cost in costs)
+    }
+
+
+def _vision(tape: _Tape, shape: ModelShape, work: Work, checkpointing: bool) -> bool:
+    vision, tuning = shape.vision, tape.tuning
+    embedding = 2.0 * work.patches * vision.patch_values * vision.block.width
+    tape.add(VISION, Cost(embedding, embedding * tuning.full))
+    flows = tuning.full or (checkpointing and vision.input_hook)
+    for number in range(vision.block.count):
+        # Where windows are, the blocks that see whole images cost the same wherever they stand.
+        whole = number < vision.full_blocks
+        flows = _block(
+            tape,
+            VISION,
+            vision.block,
+            number,
+            work.patches,
+            work.images if whole else work.windows,
+            flows=flows,
+            checkpointing=checkpointing,
+        )
+    merged = [_merger(tape, merger, work.visual_tokens, flows) for merger in vision.mergers]
+    return any(merged)
+
+
+def _block(
+    tape: _Tape,
+    part: str,
+    block: BlockShape,
+    number: int,
+    rows: int,
+    attention: Attention,
+    *,
+    flows: bool,
+    checkpointing: bool,
+) -> bool:
+    """Charge one transformer block; True if its output needs a gradient."""
+    before = tape.costs.get(ADAPTERS, Cost())
+
+    def linear(one: Linear, flows: bool, again: bool = checkpointing) -> bool:
+        return tape.linear(part, one, rows, block=number, flows=flows, again=again)
+
+    attends = any([linear(one, flows) for one in block.inputs])
+    scores = attention_flops(block, attention)
+    # Backward: the scores again, and gradients of values, scores, queries and keys.
+    tape.add(SCORES, Cost(scores, 2.5 * scores * attends, scores * checkpointing))
+    flows = linear(block.output, attends) or flows
+    raised = any([linear(one, flows) for one in block.up])
+    # Recomputation stops at the last tensor that backward asks for: the input of the last product.
+    redone = checkpointing and _last_is_redone(tape.tuning, block.down, number)
+    flows = linear(block.down, raised, redone) or flows
+    if checkpointing and ADAPTERS in tape.costs:
+        forward = tape.costs[ADAPTERS].forward - before.forward
+        tape.add(ADAPTERS, Cost(recomputed=forward - _not_redone(tape.tuning, block, number, rows)))
+    return flows
+
+
+def _last_is_redone(tuning: Tuning, last: Linear, number: int) -> bool:
+    return tuning.adapts(last, number)  # its adapter's inputs come after the product
+
+
+def _not_redone(tuning: Tuning, block: BlockShape, number: int, rows: int) -> float:
+    adapter = tuning.adapter
+    if adapter is None or adapter.use_dora or not tuning.adapts(block.down, number):
+        return 0.0
+    return 2.0 * rows * adapter.rank * block.down.fan_out
+
+
+def attention_flops(block: BlockShape, attention: Attention) -> float:
+    """Scores and their product with the values, of all heads."""
+    return 4.0 * attention.scores * block.heads * block.head_dim
+
+
+def _merger(tape: _Tape, merger: MergerShape, rows: int, flows: bool) -> bool:
+    for linear in (merger.first, merger.second):
+        flows = tape.linear(VISION, linear, rows, block=0, flows=flows, again=False)
+    return flows
+
+
+def _decoder(shape: ModelShape, work: Work) -> Cost:
+    """One block of the language model's kind over all tokens, the projection on hidden visual
+    tokens; it trains whole and is not checkpointed.
+    """
+    tape = _Tape(FULL)
+    _block(tape, TEXT, shape.text, 0, work.tokens, work.text, flows=True, checkpointing=False)
+    projection = 2.0 * work.rebuilt * shape.text.width * decoder_values(shape)
+    return sum(tape.costs.values(), Cost(projection, 2 * projection))

@@ -1,0 +1,110 @@
+"""What a chunk keeps in; the bytes that lie there at the fullest moments of its step out.
+
+In the order of a step: patches are hidden; the vision tower runs and still holds its pixels; the
+backward pass reaches the image decoder, the vocabulary head, the first and the last block of the
+language model, the first and the last block of the vision tower. Each adds what it works with to
+what is kept until then. The factors of working memory are measured, as docs/plan.md says.
+"""
+
+from __future__ import annotations
+
+from cocoa_pl.planning.activations import FLOAT32, Kept, Numbers
+from cocoa_pl.planning.shapes import BlockShape, ModelShape
+from cocoa_pl.planning.tuning import Tuning, decoder_values
+from cocoa_pl.planning.work import Work
+
+HIDING, PIXELS = "hiding patches", "vision forward"
+DECODER, HEAD = "image decoder backward", "vocabulary head backward"
+TEXT, TEXT_END = "language model backward", "language model backward, last block"
+VISION, VISION_END = "vision backward", "vision backward, last block"
+HIDING_BYTES = 28  # for each value of noise: int64 counters, hashes and their temporaries
+
+
+def moments(
+    shape: ModelShape,
+    tuning: Tuning,
+    numbers: Numbers,
+    work: Work,
+    kept: Kept,
+    *,
+    checkpointing: bool,
+    holds_pixels: bool,
+) -> dict[str, int]:
+    """Bytes at each moment of a chunk's forward and backward pass, beside weights and gradients.
+
+    Args:
+        holds_pixels: the stage keeps float pixels of all chunks, which are counted there.
+    """
+    blocks = kept.vision + kept.text
+    working = _backward(shape.text, work.tokens, tuning, numbers)
+    text_block = kept.text // shape.text.count
+    found = {
+        HEAD: blocks + kept.head + 2 * work.predicted * shape.vocabulary * FLOAT32,
+        TEXT: blocks + kept.text_block * checkpointing + working,
+        TEXT_END: kept.vision + _last(text_block, kept.text_block, checkpointing) + working,
+    }
+    if kept.decoder:
+        values = work.rebuilt * decoder_values(shape)
+        found[DECODER] = kept.total + 2 * values * FLOAT32
+        found[HIDING] = HIDING_BYTES * values
+    if work.patches:
+        block = shape.vision.block
+        working = _backward(block, work.patches, tuning, numbers)
+        vision_block = kept.vision // block.count
+        found[VISION] = kept.vision + kept.vision_block * checkpointing + working
+        found[VISION_END] = _last(vision_block, kept.vision_block, checkpointing) + working
+        pixels = _pixels(shape, tuning, numbers, work, held=holds_pixels)
+        found[PIXELS] = kept.vision + pixels + _forward(block, work.patches, tuning, numbers)
+    return found
+
+
+def without_graph(shape: ModelShape, tuning: Tuning, numbers: Numbers, work: Work) -> int:
+    """Bytes at the fullest moment of a forward pass that keeps nothing."""
+    text = _forward(shape.text, work.tokens, tuning, numbers)
+    vision = _forward(shape.vision.block, work.patches, tuning, numbers)
+    return max(text, vision + _pixels(shape, tuning, numbers, work, held=False))
+
+
+def _last(inputs: int, block: int, checkpointing: bool) -> int:
+    return inputs + block if checkpointing else inputs
+
+
+def _pixels(shape: ModelShape, tuning: Tuning, numbers: Numbers, work: Work, *, held: bool) -> int:
+    """Float pixels, both frames of them, and these in the tower's width where that is another; full
+    tuning keeps the last for the backward pass anyway.
+    """
+    values = work.patches * shape.vision.patch_values  # of both frames
+    narrow = values * numbers.product if numbers.product != FLOAT32 and not tuning.full else 0
+    return (0 if held else values // 2 * FLOAT32) + values * FLOAT32 + narrow
+
+
+def _working(tuning: Tuning, numbers: Numbers) -> int:
+    """Bytes of a value that adapters work on: they take their inputs in float32."""
+    return numbers.product if tuning.full else FLOAT32
+
+
+def _forward(block: BlockShape, rows: int, tuning: Tuning, numbers: Numbers) -> int:
+    """Inner states of a perceptron; with adapters what the last one is fed, in float32, its mask,
+    the dropped-out copy and one temporary; and DoRA's two scaled results.
+    """
+    width = 4 * numbers.product
+    if tuning.adapter is not None:
+        cast = FLOAT32 if numbers.product != FLOAT32 else 0
+        width = numbers.product + cast + numbers.mask + 2 * FLOAT32
+        width += 2 * FLOAT32 * tuning.adapter.use_dora
+    return rows * block.intermediate * width
+
+
+def _backward(block: BlockShape, rows: int, tuning: Tuning, numbers: Numbers) -> int:
+    """Gradients of a perceptron's inner states, and what its last linear works with."""
+    inner = 2 * rows * block.intermediate * _working(tuning, numbers)
+    if tuning.full:  # a weight's gradient in both widths
+        both = block.intermediate * block.width * (numbers.product + FLOAT32)
+        return inner + both * numbers.casts
+    inner += 3 * rows * block.width * FLOAT32
+    if tuning.adapter is not None and tuning.adapter.use_dora:
+        # A third scaled result, three matrices for the norm of W + B A, the identity behind them.
+        narrow = numbers.product * (numbers.product != FLOAT32)
+        inner += rows * block.width * FLOAT32 + 3 * block.intermediate * block.width * FLOAT32
+        inner += block.intermediate**2 * (FLOAT32 + narrow)
+    return inner

@@ -1,0 +1,117 @@
+"""A small folder in the hub's layout, and streams of it."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from PIL import Image
+
+from cocoa_pl.command_line import CONFIGS
+from cocoa_pl.data.stream import StreamData
+from cocoa_pl.entry import register_resolvers
+
+ROWS = {"A": 23, "B": 17, "E": 12}
+
+DataConfig = Callable[[str], dict[str, Any]]
+MakeStream = Callable[..., StreamData]
+
+
+@pytest.fixture(scope="session")
+def hub_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Subsets A and B with images in files, E with embedded ones; a legacy file beside each."""
+    root = tmp_path_factory.mktemp("hub")
+    (root / "images").mkdir()
+    for subset in "AB":
+        for number in range(ROWS[subset]):
+            (root / f"images/{subset}{number}.png").write_bytes(_png(number))
+        _write(root / subset, [_row(subset, number) for number in range(ROWS[subset])])
+    _write_embedded(root / "E", ROWS["E"])
+    return root
+
+
+@pytest.fixture(scope="session")
+def make_stream(hub_folder: Path) -> MakeStream:
+    """A source of that folder; any argument can be replaced."""
+
+    def make(**changes: Any) -> StreamData:
+        values: dict[str, Any] = {
+            "path": str(hub_folder),
+            "files": "{subset}/{split}-*.parquet",
+            "split": "original",
+            "subsets": ["A", "B"],
+            "image_root": str(hub_folder),
+            "rows": None,
+            "window": 4,
+            "drop_orphan_slots": False,
+            "caption_subsets": ["A"],
+            "validation_rows": 0,
+            "on_bad_row": "fail",
+        }
+        return StreamData(**(values | changes))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def data_config() -> DataConfig:
+    """The composed values of conf/data/NAME.yaml, as plain Python; open ones are `???`."""
+
+    def read(name: str) -> dict[str, Any]:
+        register_resolvers()
+        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            cfg = compose("train", overrides=[f"data={name}"])
+        values: Any = OmegaConf.to_container(cfg.data)
+        return dict(values)
+
+    return read
+
+
+def _row(subset: str, number: int) -> dict[str, str]:
+    return {
+        "qry": f"<|image_1|>\nFind caption {number}",
+        "qry_image_path": f"images/{subset}{number}.png",
+        "pos_text": f"{subset} {number}",
+        "pos_image_path": "",
+    }
+
+
+def _write(folder: Path, rows: list[dict[str, str]]) -> None:
+    """Two files of row groups of five rows, and a legacy file that is of no split."""
+    folder.mkdir()
+    for number, part in enumerate(np.array_split(np.arange(len(rows)), 2)):
+        table = pa.Table.from_pylist([rows[row] for row in part])
+        pq.write_table(table, folder / f"original-{number:05}-of-00002.parquet", row_group_size=5)
+    pq.write_table(pa.table({"other": [1]}), folder / "train-00000-of-00001.parquet")
+
+
+def _write_embedded(folder: Path, count: int) -> None:
+    """As `datasets` itself writes its Image feature."""
+    rows: dict[str, list[Any]] = {
+        "qry": ["<|image_1|>\nFind the caption"] * count,
+        "qry_image_path": [{"bytes": _png(number), "path": None} for number in range(count)],
+        "pos_text": [f"E {number}" for number in range(count)],
+        "pos_image_path": [""] * count,
+    }
+    features = datasets.Features(
+        {name: datasets.Value("string") for name in rows} | {"qry_image_path": datasets.Image()}
+    )
+    folder.mkdir()
+    embedded = datasets.Dataset.from_dict(rows, features=features)
+    embedded.to_parquet(str(folder / "original-00000-of-00001.parquet"))
+
+
+def _png(seed: int) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (28, 28, 3)).astype(np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="PNG")
+    return buffer.getvalue()

@@ -1,0 +1,247 @@
+"""Shares, sub-batches and epochs of subsets: what is drawn depends on seed and step alone."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cocoa_pl.data.mixing import CYCLE, Mixing, Schedule
+from cocoa_pl.data.sampler import AllRows, Index, MixedSubsets, StepSampler, make_order
+from cocoa_pl.errors import UserError
+from cocoa_pl.items import Item, Pair
+
+NAMES = ["big", "middle", "small"]
+SIZES = np.array([500, 160, 48])
+CODES = np.repeat(np.arange(3), SIZES)[np.random.default_rng(0).permutation(SIZES.sum())]
+
+
+def mixing(**changes: Any) -> Mixing:
+    values: dict[str, Any] = {
+        "composition": "shuffled",
+        "sub_batches": None,
+        "exponent": 1.0,
+        "weights": None,
+    }
+    return Mixing(**(values | changes))
+
+
+COMPOSITIONS = {
+    "shuffled": mixing(exponent=0.5),
+    "one_subset": mixing(composition="one_subset"),
+    "interleaved": mixing(composition="interleaved", sub_batches=4),
+}
+
+
+def order(chosen: Mixing, *, batch_size: int = 16, seed: int = 0) -> MixedSubsets:
+    return MixedSubsets(NAMES, CODES, chosen, batch_size=batch_size, seed=seed)
+
+
+def batches(chosen: Mixing, start: int, stop: int, **options: Any) -> list[list[Index]]:
+    return [list(batch) for batch in order(chosen, **options).batches(start, stop)]
+
+
+# --- Shares ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, [500, 160, 48]),
+        ({"exponent": 0.0}, [1, 1, 1]),
+        ({"exponent": 0.5}, np.sqrt([500, 160, 48])),
+        ({"weights": {"small": 4, "middle": 0}}, [500, 0, 192]),
+        ({"weights": {"big": 0.5}, "exponent": 0.0}, [0.5, 1, 1]),
+    ],
+)
+def test_share_is_weight_times_a_power_of_the_size(changes: Any, expected: Any) -> None:
+    shares = mixing(**changes).shares(NAMES, SIZES)
+    np.testing.assert_allclose(shares, np.asarray(expected) / np.sum(expected))
+
+
+@pytest.mark.parametrize("exponent", [0.0, 0.3, 1.0])
+def test_every_cycle_keeps_the_shares_to_one_draw(exponent: float) -> None:
+    shares = mixing(exponent=exponent, weights={"small": 0.37}).shares(NAMES, SIZES)
+    schedule = Schedule(shares, sub_batches=CYCLE, seed=3)
+    totals = np.zeros(3)
+    for cycle in range(40):
+        counts = np.bincount(schedule.subsets(cycle), minlength=3)
+        assert (np.abs(counts - CYCLE * shares) < 1).all()
+        totals += counts
+    # Rounded up and down at random, so the mean is nearer than any single cycle's rounding.
+    assert (np.abs(totals / 40 - CYCLE * shares) < 0.25).all()
+
+
+def test_a_tiny_share_is_drawn_now_and_then() -> None:
+    schedule = Schedule(np.array([1 - 1e-4, 1e-4]), sub_batches=CYCLE, seed=0)
+    counts = [np.bincount(schedule.subsets(cycle), minlength=2)[1] for cycle in range(500)]
+    assert set(counts) == {0, 1}
+    assert 25 < sum(counts) < 80  # 51 expected
+
+
+@pytest.mark.parametrize("sub_batches", [1, 3, 1000, 2500])
+def test_counts_before_a_step_are_those_of_the_steps_before(sub_batches: int) -> None:
+    schedule = Schedule(np.array([0.6, 0.3, 0.1]), sub_batches=sub_batches, seed=1)
+    counted = np.zeros(3, dtype=np.int64)
+    for step in range(30):
+        assert schedule.count_before(step).tolist() == counted.tolist()
+        subsets = schedule.subsets(step)
+        assert len(subsets) == sub_batches
+        counted += np.bincount(subsets, minlength=3)
+
+
+def test_seeds_have_schedules_of_their_own() -> None:
+    drawn = {
+        tuple(Schedule(np.array([0.5, 0.5]), sub_batches=64, seed=seed).subsets(0))
+        for seed in range(3)
+    }
+    assert len(drawn) == 3
+
+
+# --- Batches ---------------------------------------------------------------------------------
+
+
+def subsets_of(batch: list[Index]) -> list[int]:
+    return [int(CODES[row]) for _, row in batch]
+
+
+def test_batch_of_one_subset() -> None:
+    found = batches(COMPOSITIONS["one_subset"], 0, 100)
+    assert all(len(set(subsets_of(batch))) == 1 for batch in found)
+    assert {subsets_of(batch)[0] for batch in found} == {0, 1, 2}
+
+
+def test_interleaved_batch_has_equal_runs_of_one_subset_each() -> None:
+    found = batches(COMPOSITIONS["interleaved"], 0, 100)
+    runs = [subsets_of(batch)[i : i + 4] for batch in found for i in (0, 4, 8, 12)]
+    assert all(len(set(run)) == 1 for run in runs)
+    assert any(len(set(subsets_of(batch))) > 1 for batch in found)
+
+
+@pytest.mark.parametrize("chosen", COMPOSITIONS.values(), ids=COMPOSITIONS)
+def test_row_is_used_again_only_after_all_of_its_subset(chosen: Mixing) -> None:
+    found = [index for batch in batches(chosen, 0, 300) for index in batch]
+    for code, size in enumerate(SIZES):
+        mine = [index for index in found if CODES[index[1]] == code]
+        assert len(mine) > 2 * size
+        for start in range(0, len(mine) - size, size):
+            epoch = mine[start : start + size]
+            assert len({row for _, row in epoch}) == size
+            assert {number for number, _ in epoch} == {start // size}
+
+
+@pytest.mark.parametrize("chosen", COMPOSITIONS.values(), ids=COMPOSITIONS)
+def test_batch_shows_no_row_twice_even_between_epochs(chosen: Mixing) -> None:
+    for batch in batches(chosen, 0, 600):
+        assert len({row for _, row in batch}) == len(batch) == 16
+
+
+@pytest.mark.parametrize("chosen", COMPOSITIONS.values(), ids=COMPOSITIONS)
+@pytest.mark.parametrize("start", [1, 63, 64, 65, 199])
+def test_resumed_run_draws_what_was_left(chosen: Mixing, start: int) -> None:
+    assert batches(chosen, start, 200) == batches(chosen, 0, 200)[start:]
+
+
+@pytest.mark.parametrize("chosen", COMPOSITIONS.values(), ids=COMPOSITIONS)
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_ranks_share_every_sub_batch(chosen: Mixing, world_size: int) -> None:
+    shares = [
+        list(StepSampler(order(chosen), steps=20, start_step=3, rank=rank, world_size=world_size))
+        for rank in range(world_size)
+    ]
+    for step, whole in enumerate(batches(chosen, 3, 20)):
+        mine = [share[step] for share in shares]
+        assert {len(rows) for rows in mine} == {16 // world_size}
+        assert sorted(index for rows in mine for index in rows) == sorted(whole)
+        if chosen.composition != "shuffled":  # sub-batches of at least four rows
+            assert len({tuple(sorted(Counter(subsets_of(rows)).items())) for rows in mine}) == 1
+
+
+def test_frequencies_of_rows_follow_the_weights() -> None:
+    chosen = mixing(weights={"small": 5, "big": 1, "middle": 0})
+    found = Counter(s for batch in batches(chosen, 0, 640) for s in subsets_of(batch))
+    assert found[1] == 0
+    assert abs(found[2] / found[0] - 5 * 48 / 500) < 0.005
+
+
+def test_draws_do_not_depend_on_what_was_asked_before() -> None:
+    used = order(COMPOSITIONS["interleaved"])
+    list(used.batches(50, 60))
+    list(used.batches(0, 5))
+    expected = batches(COMPOSITIONS["interleaved"], 20, 30)
+    assert [list(batch) for batch in used.batches(20, 30)] == expected
+
+
+def test_step_of_a_million_is_found_at_once() -> None:
+    codes = np.repeat(np.arange(20), 5000)
+    names = [f"subset {number}" for number in range(20)]
+    chosen = mixing(exponent=0.5)
+    late = MixedSubsets(names, codes, chosen, batch_size=1024, seed=0)
+    started = time.perf_counter()
+    (batch,) = late.batches(1_000_000, 1_000_001)
+    assert time.perf_counter() - started < 5  # a billion draws before it are counted, not drawn
+    assert len(batch) == 1024
+    # 1024 rows a step, a twentieth each, of 5000 rows an epoch
+    assert {epoch for epoch, _ in batch} <= {10238, 10239, 10240, 10241}
+
+
+# --- Refusals --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"composition": "random"}, "composition is random; choose shuffled, one_subset, interle"),
+        ({"composition": "interleaved"}, "sub_batches is for composition=interleaved, and needed"),
+        ({"sub_batches": 2}, "sub_batches is for composition=interleaved"),
+        ({"composition": "interleaved", "sub_batches": 0}, "must be positive"),
+        ({"exponent": -0.5}, "exponent is -0.5"),
+        ({"weights": {"big": -1}}, "big has a negative weight"),
+    ],
+)
+def test_impossible_mixing_is_refused(changes: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        mixing(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "batch_size", "message"),
+    [
+        ({"weights": {"huge": 1}}, 16, "names huge, but the stage's data has big, middle, small"),
+        ({"weights": dict.fromkeys(NAMES, 0)}, 16, "are all 0"),
+        ({"composition": "interleaved", "sub_batches": 3}, 16, "cannot be cut into 3 equal"),
+        ({"composition": "one_subset"}, 64, r"small has 48 rows, fewer than one sub-batch of 64"),
+    ],
+)
+def test_mixing_that_does_not_fit_the_data_is_refused(
+    changes: Any, batch_size: int, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        order(mixing(**changes), batch_size=batch_size)
+
+
+def test_subset_of_weight_zero_may_be_too_small() -> None:
+    chosen = mixing(composition="one_subset", weights={"small": 0})
+    assert len(batches(chosen, 0, 5, batch_size=64)) == 5
+
+
+def pair(number: int, subset: str) -> Pair:
+    return Pair(Item(f"q{number}"), Item(f"p{number}"), (), subset, f"{subset} row {number}")
+
+
+def test_plain_shuffling_permutes_all_rows_and_anything_else_mixes_subsets() -> None:
+    pairs = [pair(number, "ab"[number % 2]) for number in range(20)]
+    assert isinstance(make_order(pairs, mixing(), batch_size=4, seed=0), AllRows)
+    mixed = make_order(pairs, mixing(weights={"a": 3}), batch_size=4, seed=0)
+    rows = [pairs[row].subset for batch in mixed.batches(0, 256) for _, row in batch]
+    assert Counter(rows)["a"] == 768
+
+
+def test_data_smaller_than_a_batch_are_refused() -> None:
+    pairs = [pair(number, "a") for number in range(5)]
+    make_order(pairs, mixing(), batch_size=5, seed=0)
+    with pytest.raises(UserError, match=r"has 5 rows, fewer than one batch of 6; lower"):
+        make_order(pairs, mixing(), batch_size=6, seed=0)

@@ -1,0 +1,259 @@
+"""Small models of the supported families, wide enough that activations outweigh everything else,
+and batches of random patches and tokens for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import nn
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+from cocoa_pl.attention import TEXT_ATTENTION, Policy
+from cocoa_pl.batch import Batch, Rows
+from cocoa_pl.data.examples import BridgeExamples, CaptionExamples, PairExamples
+from cocoa_pl.models.adapters import FullTuning, LowRank
+from cocoa_pl.models.backbone import Backbone
+from cocoa_pl.models.loading import FAMILIES
+from cocoa_pl.planning.families import model_shape
+from cocoa_pl.planning.samples import Lengths, rank_batch
+from cocoa_pl.planning.shapes import ModelShape
+from cocoa_pl.planning.tuning import Adapter, Tuning
+from cocoa_pl.planning.work import Work, work_of
+from cocoa_pl.stages.base import Optimization, StageModule
+from cocoa_pl.stages.contrastive import ContrastiveModule
+from cocoa_pl.stages.reconstruction import ReconstructionModule
+
+EVERYTHING = ("context", "eos", "target")
+POLICIES = {
+    "bidirectional": Policy("bidirectional", EVERYTHING, EVERYTHING, EVERYTHING, causal=False),
+    "causal": Policy("causal", EVERYTHING, EVERYTHING, EVERYTHING, causal=True),
+    "eos_bridge": Policy(
+        "eos_bridge", ("context", "eos"), EVERYTHING, ("eos", "target"), causal=False
+    ),
+    "eos_bridge_strict": Policy(
+        "eos_bridge_strict", ("context", "eos"), ("context", "eos"), ("eos", "target"), causal=False
+    ),
+}
+TARGETS = (
+    r".*language_model\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj",
+    r".*visual\.blocks\.\d+\.(attn\.qkv|mlp\.\w*(fc1|fc2|_proj))",
+)
+VOCABULARY = 512
+
+IDS = {"image_token_id": 3, "video_token_id": 4, "vision_start_token_id": 5}
+CONFIGS: dict[str, dict[str, Any]] = yaml.safe_load(
+    (Path(__file__).parent / "small_models.yaml").read_text()
+)
+LENGTHS = Lengths(
+    text=24,
+    images_per_query=1,
+    images_per_positive=0,
+    negatives=0,
+    grid=(5, 6),
+    row_bytes=1,
+    image_bytes=1,
+)
+ADAPTERS = {
+    "none": None,
+    "lora": Adapter(rank=8, dropout=0.1, use_dora=False, targets=TARGETS),
+    "dora": Adapter(rank=8, dropout=0.1, use_dora=True, targets=TARGETS),
+}
+
+
+@dataclass(frozen=True)
+class Small:
+    """A stage over a small model, with what the plan believes about it."""
+
+    module: StageModule
+    rows: Rows
+    shape: ModelShape
+    tuning: Tuning
+    works: list[Work]
+    checkpointing: bool
+    decoder: bool
+
+    def step(self) -> None:
+        """Forward and backward of one step."""
+        self.module.accumulate(self.rows)
+
+
+MakeSmall = Callable[..., Small]
+STAGES: dict[str, tuple[str, Any, dict[str, Any]]] = {
+    "pretrain": (
+        "causal",
+        CaptionExamples(),
+        {"text_ratio": None, "text_segment": "context", "patch_ratio": 0.0},
+    ),
+    "warmup": (
+        "bidirectional",
+        CaptionExamples(),
+        {"text_ratio": 0.2, "text_segment": "context", "patch_ratio": 0.5},
+    ),
+    "reconstruct": (
+        "eos_bridge",
+        BridgeExamples(sources={"query": 0.5, "self": 0.5}),
+        {"text_ratio": 0.7, "text_segment": "target", "patch_ratio": 0.0},
+    ),
+    "contrast": ("bidirectional", PairExamples(max_negatives=1), {}),
+}
+
+
+def small_model(family: str, *, dtype: torch.dtype = torch.float32, **text: Any) -> nn.Module:
+    config = small_config(family, **text)
+    torch.manual_seed(0)
+    model: nn.Module = AutoModelForImageTextToText.from_config(
+        config, dtype=dtype, attn_implementation=TEXT_ATTENTION
+    )
+    return model
+
+
+def small_config(family: str, **text: Any) -> Any:
+    values = CONFIGS[family]
+    return AutoConfig.for_model(
+        family,
+        text_config={**values["text_config"], **text},
+        vision_config=values["vision_config"],
+        tie_word_embeddings=True,
+        **IDS,
+    )
+
+
+def filled(batch: Batch, backbone: Backbone) -> Batch:
+    """Random tokens and patches in the place of blanks."""
+    vision = backbone.stock.config.vision_config
+    generator = torch.Generator().manual_seed(0)
+    size = (len(batch.patches), 3 * vision.patch_size**2)
+    ids = torch.randint(10, VOCABULARY - 1, batch.input_ids.shape, generator=generator)
+    return replace(
+        batch,
+        input_ids=torch.where(batch.image_mask, IDS["image_token_id"], ids),
+        patches=torch.randint(0, 256, size, generator=generator).to(torch.uint8),
+    )
+
+
+@pytest.fixture(scope="session")
+def make_small() -> MakeSmall:
+    """A stage with a small model, ready for one step."""
+
+    def make(
+        stage: str = "contrast",
+        *,
+        family: str = "qwen2_vl",
+        adapter: str = "none",
+        checkpointing: bool = False,
+        dtype: torch.dtype = torch.float32,
+        policy: str | None = None,
+        rows: int = 4,
+        token_budget: int = 100_000,
+        lengths: Lengths = LENGTHS,
+        **text: Any,
+    ) -> Small:
+        default_policy, make_samples, choices = STAGES[stage]
+        backbone = _backbone(family, dtype, adapter, checkpointing, text)
+        module = _module(
+            backbone, POLICIES[policy or default_policy], choices, token_budget=token_budget
+        )
+        shape = model_shape(backbone.stock.config)
+        blank = rank_batch(
+            make_samples, lengths, rows=rows, merge_size=shape.vision.merge_size, max_length=10_000
+        )
+        batch = filled(blank, backbone)
+        works = [_work(module, chunk, shape) for chunk in module.chunks(batch)]
+        return Small(
+            module=module,
+            rows=Rows(batch, rows, ()),
+            shape=shape,
+            tuning=Tuning(ADAPTERS[adapter]),
+            works=works,
+            checkpointing=checkpointing,
+            decoder=bool(choices.get("patch_ratio")),
+        )
+
+    return make
+
+
+def _backbone(
+    family: str, dtype: torch.dtype, adapter: str, checkpointing: bool, text: dict[str, Any]
+) -> Backbone:
+    model: Any = small_model(family, dtype=dtype, **text)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    backbone = FAMILIES[family](
+        model, kernel="sdpa", image_mean=[0.5] * 3, image_std=[0.5] * 3, rescale_factor=1 / 255
+    )
+    chosen = ADAPTERS[adapter]
+    if chosen is None:
+        return FullTuning()(backbone)
+    return LowRank(
+        rank=chosen.rank,
+        alpha=16,
+        dropout=chosen.dropout,
+        init="gaussian",
+        use_dora=chosen.use_dora,
+        target_modules=chosen.targets,
+    )(backbone)
+
+
+def _module(
+    backbone: Backbone, policy: Policy, choices: dict[str, Any], *, token_budget: int
+) -> StageModule:
+    vision = backbone.stock.config.vision_config
+    processor: Any = SimpleNamespace(patch_values=3 * vision.patch_size**2, mask_id=VOCABULARY - 1)
+    shared: dict[str, Any] = {
+        "processor": processor,
+        "policy": policy,
+        "optimization": Optimization(1e-3, 0.0, (0.9, 0.98), "linear", 0, 1.0),
+        "token_budget": token_budget,
+        "steps": 1,
+        "seed": 0,
+    }
+    module: StageModule = (
+        ReconstructionModule(backbone, patch_weight=0.5, **choices, **shared)
+        if choices
+        else ContrastiveModule(
+            backbone,
+            temperature=0.05,
+            learn_temperature=False,
+            symmetric=False,
+            mask_false_negatives=True,
+            matryoshka_dims=[],
+            **shared,
+        )
+    )
+    module.manual_backward = lambda loss: loss.backward()  # type: ignore[method-assign, misc]
+    return module.train()
+
+
+def _work(module: StageModule, chunk: Batch, shape: ModelShape) -> Work:
+    predicted = rebuilt = 0
+    if isinstance(module, ReconstructionModule):
+        seen = module.corrupt(chunk)
+        predicted, rebuilt = int(seen.token_mask.sum()), int(seen.patch_mask.sum())
+    return work_of(
+        chunk,
+        policy=module.policy,
+        vision=shape.vision,
+        kernel="sdpa",
+        predicted=predicted,
+        rebuilt=rebuilt,
+    )
+
+
+@pytest.fixture(scope="session")
+def lengths() -> Lengths:
+    """24 words a side and an image of 5 x 6 visual tokens."""
+    return LENGTHS
+
+
+@pytest.fixture(scope="session")
+def policies() -> dict[str, Policy]:
+    return POLICIES

@@ -1,0 +1,232 @@
+"""Planned bytes are those of a real step: peaks of live storages, and of a real optimizer."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+
+from cocoa_pl.planning.activations import Numbers, kept_by_chunk
+from cocoa_pl.planning.memory import (
+    ACTIVATIONS,
+    BUFFERS,
+    GATHERED,
+    GRADIENTS,
+    OPTIMIZER,
+    WEIGHTS,
+    ChunkLoad,
+    Setup,
+    memory_by_part,
+    static_memory,
+)
+
+MakeSmall = Callable[..., Any]
+FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all storages that operations make, as long as they live."""
+
+    def __init__(self, known: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.seen = WeakIdKeyDictionary()
+        for tensor in known:
+            self.seen[tensor.untyped_storage()] = True
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> object:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage() not in self.seen:
+                storage = tensor.untyped_storage()
+                self.seen[storage] = True
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self._free, storage.nbytes())
+        self.peak = max(self.peak, self.now)
+        return result
+
+    def _free(self, size: int) -> None:
+        self.now -= size
+
+
+def known_tensors(small: Any) -> list[Tensor]:
+    batch = small.rows.batch
+    return [
+        *small.module.parameters(),
+        *small.module.buffers(),
+        *(v for name in batch.__slots__ if isinstance(v := getattr(batch, name), Tensor)),
+    ]
+
+
+def measured_peak(small: Any) -> int:
+    """Bytes of a step beside weights and optimizer state."""
+    with LiveBytes(known_tensors(small)) as live:
+        small.step()
+    return live.peak + int(small.rows.batch.patches.nbytes)
+
+
+def setup_of(small: Any, dtype: torch.dtype, **changes: Any) -> Setup:
+    values: dict[str, Any] = {
+        "shape": small.shape,
+        "adapter": small.tuning.adapter,
+        "width": dtype.itemsize,
+        "checkpointing": small.checkpointing,
+        "sharded": False,
+        "wrapped": False,
+        "gpus": 1,
+        "kernel": "sdpa",
+        "on_gpu": False,
+    }
+    return Setup(**(values | changes))
+
+
+def load_of(small: Any) -> ChunkLoad:
+    contrasts = not hasattr(small.module, "rebuild")
+    n = small.rows.num_rows * contrasts
+    return ChunkLoad(
+        works=small.works,
+        decoder=small.decoder,
+        cached=contrasts and len(small.works) > 1,
+        rows=n,
+        candidates=(small.rows.batch.num_samples - n) * contrasts,
+        pixel_copies=0 if contrasts else 1 + small.decoder,
+    )
+
+
+def check_peak(make_small: MakeSmall, dtype: torch.dtype, stage: str, **choices: Any) -> None:
+    small = make_small(stage, dtype=dtype, rows=8, **choices)
+    parts = memory_by_part(setup_of(small, dtype), load_of(small))
+    planned = sum(size for part, size in parts.items() if part not in (WEIGHTS, OPTIMIZER))
+    assert planned == pytest.approx(measured_peak(small), rel=0.1)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("adapter", ["none", "lora", "dora"])
+@pytest.mark.parametrize(
+    ("stage", "dtype"),
+    [("warmup", BFLOAT16), ("contrast", FLOAT32)],
+    ids=["warmup-bfloat16", "contrast-float32"],
+)
+def test_a_step_takes_the_planned_bytes(
+    stage: str, dtype: torch.dtype, adapter: str, checkpointing: bool, make_small: MakeSmall
+) -> None:
+    check_peak(
+        make_small, dtype, stage, adapter=adapter, checkpointing=checkpointing, token_budget=330
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES[1:])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
+def test_so_does_a_step_of_another_family(
+    family: str, checkpointing: bool, make_small: MakeSmall
+) -> None:
+    choices = {"family": family, "adapter": "dora", "checkpointing": checkpointing}
+    check_peak(make_small, BFLOAT16, "contrast", **choices)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("stage", ["pretrain", "warmup", "reconstruct", "contrast"])
+def test_everything_takes_the_planned_bytes(
+    stage: str, dtype: torch.dtype, family: str, make_small: MakeSmall
+) -> None:
+    for adapter, checkpointing, budget in product(
+        ["none", "lora", "dora"], [False, True], [330, 10_000]
+    ):
+        check_peak(
+            make_small,
+            dtype,
+            stage,
+            family=family,
+            adapter=adapter,
+            checkpointing=checkpointing,
+            token_budget=budget,
+        )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("adapter", ["none", "lora", "dora"])
+@pytest.mark.parametrize(
+    "dtype",
+    [pytest.param(FLOAT32, marks=pytest.mark.slow), BFLOAT16],
+    ids=["float32", "bfloat16"],
+)
+def test_what_a_forward_pass_keeps_is_known_to_two_per_cent(
+    dtype: torch.dtype, adapter: str, family: str, make_small: MakeSmall
+) -> None:
+    small = make_small("contrast", family=family, adapter=adapter, dtype=dtype)
+    weight = 4 if adapter == "none" else dtype.itemsize
+    kept = kept_by_chunk(
+        small.shape,
+        small.tuning,
+        Numbers(product=dtype.itemsize, weight=weight, on_gpu=False),
+        small.works[0],
+        checkpointing=False,
+        decoder=False,
+    )
+    with LiveBytes(known_tensors(small)) as live:
+        embeddings = small.module.backbone.embed(small.rows.batch, small.module.policy)
+        left = live.now
+    assert embeddings.requires_grad
+    assert kept.total == pytest.approx(left, rel=0.02)
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("stage", "adapter"), [("warmup", "none"), ("warmup", "dora"), ("reconstruct", "lora")]
+)
+def test_weights_gradients_and_optimizer_state_are_those_of_a_real_step(
+    stage: str, adapter: str, dtype: torch.dtype, make_small: MakeSmall
+) -> None:
+    small = make_small(stage, adapter=adapter, dtype=dtype)
+    trained = [p for p in small.module.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-3, fused=True)
+    small.step()
+    optimizer.step()
+    found = static_memory(setup_of(small, dtype), decoder=small.decoder)
+    assert found[WEIGHTS] == sum(p.nbytes for p in small.module.parameters())
+    assert found[GRADIENTS] == sum(p.grad.nbytes for p in trained)
+    moments = [v for s in optimizer.state.values() for k, v in s.items() if k != "step"]
+    assert found[OPTIMIZER] == sum(moment.nbytes for moment in moments)
+
+
+def test_sharding_splits_what_stays_and_gathers_blocks(make_small: MakeSmall) -> None:
+    small = make_small("contrast")
+    one, load = setup_of(small, FLOAT32), load_of(small)
+    alone = memory_by_part(one, load)
+    copied = memory_by_part(one.with_changes(gpus=4, wrapped=True), load)
+    split = memory_by_part(one.with_changes(gpus=4, sharded=True), load)
+    for part in (WEIGHTS, GRADIENTS, OPTIMIZER):
+        assert copied[part] == alone[part]
+        assert split[part] == alone[part] // 4
+    assert copied[BUFFERS] == 2 * alone[GRADIENTS]  # all in one bucket, and DDP's own
+    shape = small.shape
+    outside = shape.parameters - sum(
+        b.count * b.parameters for b in (shape.text, shape.vision.block)
+    )
+    assert split[GATHERED] > 4 * outside
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [({"checkpointing": True}, ACTIVATIONS), ({"width": 2}, ACTIVATIONS)],
+)
+def test_what_should_save_memory_does(
+    change: dict[str, Any], part: str, make_small: MakeSmall
+) -> None:
+    small = make_small("contrast", rows=8)
+    setup, load = setup_of(small, FLOAT32), load_of(small)
+    before, after = memory_by_part(setup, load), memory_by_part(setup.with_changes(**change), load)
+    assert after[part] < 0.8 * before[part]

@@ -1,0 +1,104 @@
+"""Assumed rows are laid out, counted and cut as real ones are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import torch
+
+from cocoa_pl.attention import Policy, make_plan
+from cocoa_pl.batch import pack
+from cocoa_pl.data.examples import CaptionExamples, PairExamples
+from cocoa_pl.data.pair_table import PairTable
+from cocoa_pl.data.tokenize import Processor
+from cocoa_pl.errors import UserError
+from cocoa_pl.items import Item, Pair
+from cocoa_pl.planning.samples import Lengths, grid_of, grid_of_tokens, rank_batch
+from cocoa_pl.planning.work import attention_work, window_lengths
+
+ALL = ("context", "eos", "target")
+
+
+def test_an_assumed_sample_is_laid_out_as_the_processor_does(
+    processor: Processor, make_image: Callable[..., Any], lengths: Lengths
+) -> None:
+    assumed = replace(lengths, grid=(2, 3))
+    blank = rank_batch(CaptionExamples(), assumed, rows=1, merge_size=2, max_length=200)
+    row = assumed.pair(0)
+    image = make_image((84, 56))  # 2 x 3 visual tokens
+    (sample,) = CaptionExamples()(replace(row, query=Item(row.query.text, (image,))), seed=0)
+    real = processor.encode(sample.context, None, key=0, seed=0, row_id="row")
+    batch = pack([real])
+    assert batch.grids.tolist() == blank.grids.tolist()
+    assert len(batch.patches) == len(blank.patches)
+    assert int(batch.image_mask.sum()) == int(blank.image_mask.sum()) == 6
+    # Texts are as long as is said; here a word is more than one token.
+    special = batch.num_tokens - int(batch.text_mask.sum()) - 6
+    assert blank.num_tokens - int(blank.text_mask.sum()) - 6 == special == 3
+    assert int(blank.text_mask.sum()) == 2 * assumed.text
+
+
+def test_fractions_of_images_spread_evenly(lengths: Lengths) -> None:
+    assumed = replace(lengths, images_per_query=0.25, images_per_positive=1.5)
+    pairs = [assumed.pair(row) for row in range(8)]
+    assert sum(len(pair.query.images) for pair in pairs) == 2
+    assert [len(pair.positive.images) for pair in pairs] == [1, 2] * 4
+
+
+def test_roles_are_packed_one_after_the_other(lengths: Lengths) -> None:
+    assumed = replace(lengths, negatives=1)
+    batch = rank_batch(PairExamples(max_negatives=1), assumed, rows=3, merge_size=2, max_length=200)
+    query, positive = 24 + 2 + 30 + 1, 24 + 1
+    assert batch.lengths.tolist() == [query] * 3 + [positive] * 6
+
+
+def test_too_long_a_sample_is_refused(lengths: Lengths) -> None:
+    with pytest.raises(UserError, match=r"samples of 57 tokens, more than model.max_length=50"):
+        rank_batch(PairExamples(max_negatives=0), lengths, rows=1, merge_size=2, max_length=50)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "side", "grid"), [(112896, 28, (12, 12)), (112896, 32, (10, 10)), (100, 28, (1, 1))]
+)
+def test_the_largest_square_image(pixels: int, side: int, grid: tuple[int, int]) -> None:
+    assert grid_of(pixels, token_side=side) == grid
+
+
+def test_a_number_of_tokens_becomes_the_squarest_grid() -> None:
+    assert [grid_of_tokens(n) for n in (256, 12, 7)] == [(16, 16), (3, 4), (1, 7)]
+
+
+def test_windows_tile_an_image() -> None:
+    grids = torch.tensor([[1, 8, 16], [1, 12, 10]])
+    assert window_lengths(grids, side=8).tolist() == [64, 64, 64, 16, 32, 8]
+
+
+def test_scores_follow_from_segments() -> None:
+    bridge = Policy("bridge", ("context", "eos"), ALL, ("eos", "target"), causal=False)
+    plan = make_plan(bridge, torch.tensor([[5, 1, 3], [7, 1, 0]]))
+    exact = 5 * 6 + 1 * 9 + 3 * 4 + 7 * 8 + 1 * 8
+    assert attention_work(plan, "varlen").scores == exact == plan.num_scores
+    assert attention_work(plan, "sdpa").scores >= exact
+
+
+def test_a_row_takes_about_as_much_memory_as_is_assumed() -> None:
+    """`lengths.row_bytes` of conf/plan.yaml, for 40 tokens of 4.5 letters a side."""
+    text = "four " * 36
+    pairs = (
+        Pair(
+            Item(f"\ufffc{text}{n}", (f"images/SomeSubset/train/{n:012d}.jpg",)),  # type: ignore[arg-type]
+            Item(f"{text}{-n}"),
+            (),
+            "SomeSubset",
+            f"SomeSubset row {n}",
+        )
+        for n in range(5000)
+    )
+    before = pa.total_allocated_bytes()
+    table = PairTable.of(pairs)
+    size = pa.total_allocated_bytes() - before
+    assert 300 * len(table) < size < 600 * len(table)
