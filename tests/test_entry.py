@@ -55,7 +55,8 @@ def choices() -> list[str]:
     """Every file of every group, as it is chosen on a command line."""
     simple = [f"{group}={option}" for group in GROUPS for option in options(group)]
     policies = [f"attention@stage.contrast.policy={option}" for option in options("attention")]
-    return [*simple, *policies]
+    mixings = [f"mixing@stage.contrast.mixing={option}" for option in options("mixing")]
+    return [*simple, *policies, *mixings]
 
 
 def targets(node: Any, where: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
@@ -71,8 +72,25 @@ def test_every_group_of_configs_is_covered() -> None:
     assert {path.name for path in CONFIGS.iterdir() if path.is_dir()} == {
         *GROUPS,
         "attention",
+        "mixing",
         "stages",  # parts of `stage`
+        "cluster",  # see below
+        "hardware",  # of `cocoa plan`
     }
+
+
+def test_a_cluster_runs_one_process_for_each_gpu_of_the_trainers_nodes() -> None:
+    chosen = [
+        "cluster=slurm",
+        "trainer=ddp",
+        "trainer.num_nodes=3",
+        "hydra.launcher.gpus_per_node=4",
+    ]
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        cfg = compose("train", overrides=chosen, return_hydra_config=True)
+    launcher = cfg.hydra.launcher
+    assert launcher._target_.endswith(".SlurmLauncher")
+    assert (launcher.nodes, launcher.tasks_per_node, launcher.gpus_per_node) == (3, 4, 4)
 
 
 @pytest.mark.parametrize("choice", choices())
@@ -138,7 +156,7 @@ def test_small_objects_can_be_built(name: str) -> None:
             r"experiment=ablatoin does not exist \(did you mean ablation\?\)",
         ),
         (["arm=warmpu"], r"arm=warmpu does not exist \(did you mean warmup\?\)"),
-        (["benchmark=foo"], r"benchmark=foo does not exist; there are digits, "),
+        (["benchmark=foo"], r"benchmark=foo does not exist; there are cocoa_json, digits, "),
         (
             ["attention@stage.contrast.policy=causall"],
             r"policy=causall does not exist \(did you mean causal\?\)",
@@ -275,7 +293,7 @@ def test_processes_started_from_outside_must_be_told_the_run_folder(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     if refused:
-        with pytest.raises(UserError, match=r"must share one run folder; give it as hydra\.run\.dir"):
+        with pytest.raises(UserError, match=r"must share one run folder; give it as hydra\.run"):
             check_run_folder(overrides)
     else:
         check_run_folder(overrides)

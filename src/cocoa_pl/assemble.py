@@ -28,7 +28,8 @@ from cocoa_pl.models.backbone import Backbone
 from cocoa_pl.models.loading import Loaded, PretrainedSource, find_folder, load
 from cocoa_pl.randomness import mix
 from cocoa_pl.sharding import full_state, is_sharded
-from cocoa_pl.stages.recipe import RunSettings, Stage, run_stages
+from cocoa_pl.stages.recipe import RunSettings, run_stages
+from cocoa_pl.stages.stage import Stage
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +38,8 @@ _ADAPTER_STREAM = 5
 
 def train(cfg: DictConfig, run_dir: Path, console: Console) -> None:
     """Run the stages of a config, export the model and score it."""
-    save_config(cfg, run_dir)
+    if cfg.resume is None:  # what a resumed run changes holds for this time
+        save_config(cfg, run_dir)
     stages = build_stages(cfg)
     data = build(cfg.data)
     benchmark = build(cfg.benchmark) if cfg.evaluate else None  # its mistakes are told before hours

@@ -8,9 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hydra import compose, initialize_config_dir
 
+from cocoa_pl.assemble import build_stages
+from cocoa_pl.command_line import CONFIGS
 from cocoa_pl.data.mixing import CYCLE, Mixing, Schedule
 from cocoa_pl.data.sampler import AllRows, Index, MixedSubsets, StepSampler, make_order
+from cocoa_pl.entry import register_resolvers
 from cocoa_pl.errors import UserError
 from cocoa_pl.items import Item, Pair
 
@@ -186,6 +190,20 @@ def test_step_of_a_million_is_found_at_once() -> None:
     assert len(batch) == 1024
     # 1024 rows a step, a twentieth each, of 5000 rows an epoch
     assert {epoch for epoch, _ in batch} <= {10238, 10239, 10240, 10241}
+
+
+@pytest.mark.parametrize("composition", ["shuffled", "one_subset", "interleaved"])
+def test_every_composition_is_a_config_that_any_stage_can_choose(composition: str) -> None:
+    register_resolvers()
+    assert {path.stem for path in (CONFIGS / "mixing").glob("*.yaml")} == set(COMPOSITIONS)
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        cfg = compose("train", overrides=[f"mixing@stage.warmup.mixing={composition}"])
+    chosen = {stage.name: stage.mixing for stage in build_stages(cfg)}
+    assert chosen["warmup"].composition == composition
+    assert chosen["contrast"].by_rows  # the released scripts' way stays the default
+    assert chosen["warmup"].sub_batch_rows(64) == {"shuffled": 1, "one_subset": 64}.get(
+        composition, 32
+    )
 
 
 # --- Refusals --------------------------------------------------------------------------------

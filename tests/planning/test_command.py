@@ -64,8 +64,9 @@ def test_full_tuning_of_7b_on_one_gpu_is_refused_and_helped() -> None:
     )
     assert status == 1
     assert "It does not fit" in told
-    for words in ("gpus=2 trainer=fsdp", "adapter=lora", "hardware=h200"):
-        assert words in told
+    assert "It would with  gpus=2 trainer=fsdp" in told
+    assert "It would with  adapter=lora  " in told
+    assert "hardware=" not in told  # 134 GiB would hardly fit the 139 of an h200
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,10 @@ def planned(small: Any, *, cached: bool = False) -> float:
     "checkpointing", [pytest.param(False, marks=pytest.mark.slow), True], ids=["kept", "recomputed"]
 )
 @pytest.mark.parametrize("adapter", ["none", "lora", "dora"])
-@pytest.mark.parametrize("stage", ["pretrain", "warmup", "reconstruct", "contrast"])
+@pytest.mark.parametrize(
+    "stage",
+    [pytest.param("pretrain", marks=pytest.mark.slow), "warmup", "reconstruct", "contrast"],
+)
 def test_a_step_costs_what_torch_counts(
     stage: str, adapter: str, checkpointing: bool, make_small: MakeSmall
 ) -> None:
@@ -83,7 +86,10 @@ def test_a_step_costs_what_torch_counts(
     assert planned(small) == counted(small)
 
 
-@pytest.mark.parametrize("adapter", ["none", "lora", "dora"])
+@pytest.mark.parametrize(
+    "adapter",
+    [*(pytest.param(name, marks=pytest.mark.slow) for name in ("none", "dora")), "lora"],
+)
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
 def test_so_do_the_other_families(family: str, adapter: str, make_small: MakeSmall) -> None:
     small = make_small("warmup", family=family, adapter=adapter, checkpointing=True)

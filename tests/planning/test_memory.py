@@ -30,6 +30,7 @@ from cocoa_pl.planning.memory import (
 
 MakeSmall = Callable[..., Any]
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
+KEPT_OR_NOT = [pytest.param(False, marks=pytest.mark.slow), True]
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 
 
@@ -111,7 +112,7 @@ def check_peak(make_small: MakeSmall, dtype: torch.dtype, stage: str, **choices:
     assert planned == pytest.approx(measured_peak(small), rel=0.1)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("checkpointing", KEPT_OR_NOT, ids=["kept", "recomputed"])
 @pytest.mark.parametrize("adapter", ["none", "lora", "dora"])
 @pytest.mark.parametrize(
     ("stage", "dtype"),
@@ -127,7 +128,7 @@ def test_a_step_takes_the_planned_bytes(
 
 
 @pytest.mark.parametrize("family", FAMILIES[1:])
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("checkpointing", KEPT_OR_NOT, ids=["kept", "recomputed"])
 def test_so_does_a_step_of_another_family(
     family: str, checkpointing: bool, make_small: MakeSmall
 ) -> None:

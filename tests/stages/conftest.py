@@ -24,7 +24,8 @@ from cocoa_pl.entry import register_resolvers
 from cocoa_pl.loggers import nothing
 from cocoa_pl.models.backbone import Backbone
 from cocoa_pl.models.loading import Loaded
-from cocoa_pl.stages.recipe import RunSettings, Stage, run_stages
+from cocoa_pl.stages.recipe import RunSettings, run_stages
+from cocoa_pl.stages.stage import Stage
 
 COLOURS = ("red", "green", "two", "old")
 THINGS = ("dog", "cat", "sofa", "boats", "sea")

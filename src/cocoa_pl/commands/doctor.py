@@ -26,7 +26,7 @@ from cocoa_pl.entry import build, register_resolvers
 from cocoa_pl.errors import UserError
 from cocoa_pl.models.adapter_folders import base_path, is_adapter
 from cocoa_pl.models.loading import find_folder, load_inputs
-from cocoa_pl.stages.recipe import Stage
+from cocoa_pl.stages.stage import Stage
 
 SICK = 1  # exit status: something would stop training
 

@@ -30,7 +30,7 @@ from cocoa_pl.doctor.reading import TRAIN, VALIDATION, Reading, Source
 from cocoa_pl.errors import UserError
 from cocoa_pl.items import Pair
 from cocoa_pl.randomness import mix
-from cocoa_pl.stages.recipe import Stage
+from cocoa_pl.stages.stage import Stage
 
 BLOCK = 1024  # rows between two reports of progress
 

@@ -17,7 +17,7 @@ from cocoa_pl.doctor.parallel import ordered_map
 from cocoa_pl.doctor.pictures import Gallery, image_identity
 from cocoa_pl.items import IMAGE_SLOT, Item, Pair
 from cocoa_pl.randomness import mix
-from cocoa_pl.stages.recipe import Stage
+from cocoa_pl.stages.stage import Stage
 
 CHUNK = 256  # rows
 MARKERS = 2  # tokens around each image: its start and its end

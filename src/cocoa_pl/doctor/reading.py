@@ -19,7 +19,8 @@ from cocoa_pl.doctor.complaints import heard
 from cocoa_pl.doctor.findings import Finding, Findings
 from cocoa_pl.errors import UserError
 from cocoa_pl.items import Pair
-from cocoa_pl.stages.recipe import Stage, TrainingData
+from cocoa_pl.stages.recipe import TrainingData
+from cocoa_pl.stages.stage import Stage
 
 TRAIN, VALIDATION = "train", "validation"
 

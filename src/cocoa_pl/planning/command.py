@@ -27,7 +27,7 @@ from cocoa_pl.planning.stage_plan import StagePlan
 from cocoa_pl.planning.table import show
 from cocoa_pl.planning.tuning import Adapter
 from cocoa_pl.planning.verdict import Hardware, remedies
-from cocoa_pl.stages.recipe import Stage
+from cocoa_pl.stages.stage import Stage
 
 WIDTHS = {"float32": 4, "bfloat16": 2}
 SHARDED = "fully_sharded"

@@ -12,7 +12,7 @@ from rich.table import Table
 from cocoa_pl.planning import flops
 from cocoa_pl.planning.flops import Cost
 from cocoa_pl.planning.plan import Plan
-from cocoa_pl.planning.verdict import GIB
+from cocoa_pl.planning.verdict import GIB, ROOM
 
 PASSES = {
     "forward": "forward",
@@ -45,7 +45,9 @@ def verdict(plan: Plan) -> Iterator[str]:
     name, most = max(needed.items(), key=lambda pair: pair[1])
     room = f"{most:.1f} of {plan.hardware.memory_gib:g} GiB in {name}"
     if plan.fits:
-        yield f"[green]It fits[/green]: {room}, the fullest stage."
+        tight = most > ROOM * plan.hardware.memory_gib
+        how = "It fits, but hardly" if tight else "It fits"
+        yield f"[green]{how}[/green]: {room}, the fullest stage."
         return
     yield f"[red]It does not fit[/red]: {room}."
     for remedy in plan.remedies:

@@ -15,6 +15,7 @@ from cocoa_pl.planning.tuning import Adapter
 GIB = 2**30
 SMALLEST_BUDGET = 512
 MOST_GPUS = 64
+ROOM = 0.95  # what is proposed fills no more of a GPU, since activations are known to 10 %
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ def remedies(
     """
     setup = plans[0].setup
     budgets = _budgets(plans)
+    hardware, *others = (_with_room(gpu) for gpu in (hardware, *others))
     found = []
     if same := _first(plans, hardware, _same_gpus(setup, budgets)):
         found.append(Remedy(same, "trains the same"))
@@ -90,6 +92,10 @@ def remedies(
             found.append(Remedy((f"hardware={other.name}",), "nothing else changes"))
             break
     return found
+
+
+def _with_room(hardware: Hardware) -> Hardware:
+    return replace(hardware, memory_gib=ROOM * hardware.memory_gib)
 
 
 def _first(

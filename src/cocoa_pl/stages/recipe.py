@@ -5,7 +5,6 @@ to the next.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,21 +14,19 @@ import lightning as L
 from rich.console import Console
 
 from cocoa_pl import checkpoint
-from cocoa_pl.attention import Policy
 from cocoa_pl.callbacks import Pictures, StageProgress
 from cocoa_pl.checkpoint import LastCheckpoint
 from cocoa_pl.data.composite import DataOfStages, source_of
 from cocoa_pl.data.datamodule import StageData, check_mixing
-from cocoa_pl.data.examples import MakeSamples, describing, first_of_each_subset
-from cocoa_pl.data.mixing import Mixing
+from cocoa_pl.data.examples import describing, first_of_each_subset
 from cocoa_pl.data.stream import PairStream
 from cocoa_pl.data.tokenize import Processor
-from cocoa_pl.errors import UserError
 from cocoa_pl.items import Pair
 from cocoa_pl.loggers import LoggerFactory, Metrics
 from cocoa_pl.models.backbone import Backbone
 from cocoa_pl.randomness import mix
-from cocoa_pl.stages.base import Optimization, StageModule
+from cocoa_pl.stages.base import StageModule
+from cocoa_pl.stages.stage import Stage
 
 log = logging.getLogger(__name__)
 
@@ -46,65 +43,6 @@ class TrainingData(Protocol):
     def validation_pairs(self) -> Sequence[Pair]: ...
 
     def training_texts(self) -> list[str]: ...
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One stage, as its config says.
-
-    Args:
-        module: makes the stage's module of a backbone and a processor.
-        make_samples: what the stage makes of a pair.
-        describing: use only pairs of an image and its text, of the data's caption subsets.
-        mixing: how batches are composed of subsets.
-        max_rows_per_subset: training rows used of each subset, from the first on; None for all.
-        batch_size: rows of a step over all ranks.
-        steps, epochs: how long; exactly one is given.
-        validate_every: steps between validations; there is always one at the end.
-        policy: attention while it trains.
-
-    Raises:
-        UserError: unless exactly one of steps and epochs is given, and all counts are positive.
-    """
-
-    name: str
-    module: Callable[..., StageModule]
-    make_samples: MakeSamples
-    describing: bool
-    mixing: Mixing
-    max_rows_per_subset: int | None
-    batch_size: int
-    validation_batch_size: int
-    steps: int | None
-    epochs: float | None
-    validate_every: int
-    policy: Policy
-    optimization: Optimization
-    token_budget: int
-
-    def __post_init__(self) -> None:
-        if (self.steps is None) == (self.epochs is None):
-            raise UserError(f"stage {self.name}: give either steps or epochs")
-        positive = ("batch_size", "validation_batch_size", "validate_every", "token_budget")
-        for field in (*positive, "steps" if self.epochs is None else "epochs"):
-            if getattr(self, field) <= 0:
-                raise UserError(f"stage {self.name}: {field} must be positive")
-
-    def count_steps(self, num_rows: int | None) -> int:
-        """Optimizer steps of the stage; `num_rows` is None for a stream.
-
-        Raises:
-            UserError: for epochs of a stream.
-        """
-        if self.steps is not None:
-            return self.steps
-        assert self.epochs is not None
-        if num_rows is None:
-            raise UserError(
-                f"stage {self.name}: a stream has no length, so epochs cannot be counted; "
-                f"give steps (schedule.{self.name}.steps=... schedule.{self.name}.epochs=null)"
-            )
-        return max(1, math.floor(self.epochs * (num_rows // self.batch_size)))
 
 
 @dataclass(frozen=True)
@@ -212,18 +150,9 @@ def _run_stage(
     lineage: list[dict[str, Any]],
     start_step: int,
 ) -> dict[str, Any]:
-    steps = stage.count_steps(rows.num_train)
-    seed = mix(settings.seed, index)
+    steps, seed = stage.count_steps(rows.num_train), mix(settings.seed, index)
     L.seed_everything(seed % 2**32, verbose=False)  # new heads
-    module = stage.module(
-        backbone,
-        processor=processor,
-        policy=stage.policy,
-        optimization=stage.optimization,
-        token_budget=stage.token_budget,
-        steps=steps,
-        seed=seed,
-    ).train()  # from_pretrained leaves a model in eval mode, without dropout
+    module = stage.make_module(backbone, processor, steps=steps, seed=seed)
     data = StageData(
         rows.train,
         rows.validation,
@@ -244,26 +173,12 @@ def _run_stage(
         position={"stage": stage.name, "stage_index": index, "lineage": lineage},
     )
     trainer = _make_trainer(stage, settings, saver, label=label, start_step=start_step, steps=steps)
-    log.info(
-        "%s: %s rows, %d steps of %d, attention %s, lr %g",
-        label,
-        "streamed" if rows.num_train is None else rows.num_train,
-        steps,
-        stage.batch_size,
-        stage.policy.name,
-        stage.optimization.lr,
-    )
+    log.info("%s: %s", label, stage.described(num_rows=rows.num_train, steps=steps))
     trainer.fit(module, data, ckpt_path=settings.last if start_step else None)
     if saver.stopped:
         raise Interrupted(f"stopped in {stage.name} at step {trainer.global_step} of {steps}")
-    metrics: dict[str, float] = {}
-    if rows.validation:
-        if start_step == steps or steps % stage.validate_every:  # else the last step just did
-            trainer.validate(module, data, verbose=False)
-        metrics = _validation_metrics(trainer)
-        log.info("%s done; %s", label, module.hand_over(metrics))
-    else:
-        log.info("%s done; there is no validation data to judge it by", label)
+    was_validated = start_step < steps and steps % stage.validate_every == 0
+    metrics = _final_validation(trainer, module, data, label=label, was_validated=was_validated)
     return {
         "stage": stage.name,
         "steps": steps,
@@ -273,6 +188,24 @@ def _run_stage(
         "seed": settings.seed,
         "validation": metrics,
     }
+
+
+def _final_validation(
+    trainer: L.Trainer, module: StageModule, data: StageData, *, label: str, was_validated: bool
+) -> dict[str, float]:
+    """Measure the finished stage, unless its last step just did, and say what it is worth."""
+    if not len(data.validation_rows):
+        log.info("%s done; there is no validation data to judge it by", label)
+        return {}
+    if not was_validated:
+        trainer.validate(module, data, verbose=False)
+    metrics = {
+        name.removeprefix("validation/"): value.item()
+        for name, value in trainer.callback_metrics.items()
+        if name.startswith("validation/")
+    }
+    log.info("%s done; %s", label, module.hand_over(metrics))
+    return metrics
 
 
 def _make_trainer(
@@ -305,11 +238,3 @@ def _make_trainer(
             saver,
         ],
     )
-
-
-def _validation_metrics(trainer: L.Trainer) -> dict[str, float]:
-    return {
-        name.removeprefix("validation/"): value.item()
-        for name, value in trainer.callback_metrics.items()
-        if name.startswith("validation/")
-    }
