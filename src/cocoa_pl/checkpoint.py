@@ -17,7 +17,7 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint.api import CheckpointException
 
 from cocoa_pl.errors import UserError
 from cocoa_pl.models.adapters import untouched_adapters

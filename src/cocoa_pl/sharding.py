@@ -14,13 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch import Tensor, nn
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.checkpoint.state_dict_loader import load as load_shards
+from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -66,7 +69,7 @@ class FullySharded(ModelParallelStrategy):
             MODEL: checkpoint.pop("state_dict"),
             OPTIMIZER: checkpoint.pop("optimizer_states")[0],
         }
-        dcp.save(tensors, checkpoint_id=path)  # fails on all ranks together
+        save_shards(tensors, checkpoint_id=path)  # fails on all ranks together
         problem = ""
         if self.is_global_zero:
             try:
@@ -84,11 +87,11 @@ class FullySharded(ModelParallelStrategy):
         found = set(meta.pop("names"))
         mine = self.lightning_module_state_dict()
         # Only what both have; the caller compares the names and refuses what does not match.
-        dcp.load({MODEL: {n: mine[n] for n in found & set(mine)}}, checkpoint_id=path)
+        load_shards({MODEL: {n: mine[n] for n in found & set(mine)}}, checkpoint_id=path)
         if found == set(mine):
             for optimizer in self.optimizers:
                 state = {OPTIMIZER: get_optimizer_state_dict(self._whole, optimizer)}
-                dcp.load(state, checkpoint_id=path)
+                load_shards(state, checkpoint_id=path)
                 set_optimizer_state_dict(self._whole, optimizer, optim_state_dict=state[OPTIMIZER])
         return meta | {"state_dict": dict.fromkeys(found)}
 
@@ -172,11 +175,11 @@ def read_meta(folder: Path) -> dict[str, Any]:
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """The trained parameters of a checkpoint folder, whole, on the CPU, by one process alone."""
     prefix = f"{MODEL}."
-    known = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    known = FileSystemReader(folder).read_metadata().state_dict_metadata
     empty: dict[str, Any] = {
         name.removeprefix(prefix): torch.empty(entry.size, dtype=entry.properties.dtype)
         for name, entry in known.items()
-        if name.startswith(prefix)
+        if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
     }
-    dcp.load({MODEL: empty}, checkpoint_id=folder, no_dist=True)
+    load_shards({MODEL: empty}, checkpoint_id=folder, no_dist=True)
     return empty

@@ -1,6 +1,8 @@
 """Rows to packed batches: roles, workers, resuming, and rows that cannot be read."""
 
+import math
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cocoa_pl.batch import Batch, Encoded, Rows
-from cocoa_pl.data.datamodule import EncodedRows, StageData, collate
+from cocoa_pl.data.datamodule import EncodedRows, StageData, collate, validation_batches
 from cocoa_pl.data.examples import BridgeExamples, PairExamples
 from cocoa_pl.data.mixing import Mixing
 from cocoa_pl.data.tokenize import Processor
@@ -149,7 +151,7 @@ def test_validation_shows_every_row_once_in_order_and_always_alike(
 ) -> None:
     data = stage_data(pairs, processor)
     first = validation(data)
-    assert [r.num_rows for r in first] == [2, 2, 3]  # at most 3 each, of about equal size
+    assert [r.num_rows for r in first] == [3, 2, 2]  # at most 3 each, of about equal size
     names = [name for rows in first for name in rows.batch.row_ids]
     assert names == [f"toy row {row}" for row in range(7)]
     assert_same(validation(data), first)
@@ -213,3 +215,36 @@ def test_batch_without_a_readable_row_is_refused(
     )
     with pytest.raises(UserError, match="no row of this batch can be read, first: toy row 5: "):
         collate([rows[0, BAD], rows[1, BAD]])
+
+
+@pytest.mark.parametrize("num_rows", [4, 5, 8, 13, 100])
+@pytest.mark.parametrize("size", [1, 4, 6, 1000])
+def test_validation_batches_share_every_row_once_and_leave_no_rank_out(
+    num_rows: int, size: int
+) -> None:
+    def of(world_size: int) -> list[list[list[int]]]:
+        """Rows of each rank, batch by batch."""
+        return [
+            [
+                [row for _, row in batch]
+                for batch in validation_batches(
+                    num_rows, global_batch_size=size, rank=rank, world_size=world_size
+                )
+            ]
+            for rank in range(world_size)
+        ]
+
+    for world_size in (1, 2, 4):
+        ranks = of(world_size)
+        assert len({len(batches) for batches in ranks}) == 1
+        assert all(batch for batches in ranks for batch in batches)
+        whole = [sorted(chain.from_iterable(parts)) for parts in zip(*ranks, strict=True)]
+        assert list(chain.from_iterable(whole)) == list(range(num_rows))
+        if num_rows // math.ceil(num_rows / size) >= world_size:  # every rank has rows anyway
+            assert whole == of(1)[0]
+            assert max(map(len, whole)) <= size
+
+
+def test_fewer_validation_rows_than_ranks_are_refused() -> None:
+    with pytest.raises(UserError, match="the validation data has 3 rows for 4 ranks"):
+        validation_batches(3, global_batch_size=8, rank=0, world_size=4)

@@ -94,7 +94,7 @@ def test_a_mistake_is_one_sentence(overrides: list[str], told: str) -> None:
         (["lengths.text=-1"], "lengths.text must not be negative"),
         (["lengths.text=900"], "more than model.max_length=256"),
         (["model.dtype=float16"], "model.dtype=float16; there are float32, bfloat16"),
-        (["model.source.family=llava"], "no llava|there is no|family"),
+        (["model.source.family=llava"], "model.source.family: there is no llava"),
         (
             [f"{key}={value}" for key, value in EPOCHS.items()],
             "stage reconstruct counts epochs; say of how many rows: lengths.rows=100000",

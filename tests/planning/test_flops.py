@@ -104,7 +104,7 @@ def test_so_does_every_policy(policy: str, make_small: MakeSmall) -> None:
 
 @pytest.mark.parametrize("adapter", ["none", "lora"])
 def test_the_gradient_cache_adds_a_forward_pass(adapter: str, make_small: MakeSmall) -> None:
-    small = make_small("contrast", adapter=adapter, rows=6, token_budget=130)
+    small = make_small("contrast", adapter=adapter, rows=3, token_budget=60)
     assert len(small.works) > 3
     assert planned(small, cached=True) == counted(small)
     assert planned(small) < counted(small)

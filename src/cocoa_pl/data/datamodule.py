@@ -110,7 +110,7 @@ def validation_batches(
             "give at least one row for each, or set validation_fraction to 0"
         )
     count = min(math.ceil(num_rows / global_batch_size), num_rows // world_size)
-    bounds = [number * num_rows // count for number in range(count + 1)]
+    bounds = [math.ceil(number * num_rows / count) for number in range(count + 1)]
     return [
         [(_VALIDATION_EPOCH, row) for row in range(start + rank, stop, world_size)]
         for start, stop in pairwise(bounds)

@@ -95,7 +95,7 @@ def _model(cfg: DictConfig) -> tuple[PretrainedConfig, str]:
         return find_config(path), path
     if "path" in source:
         return find_config(source.path), source.path
-    values: Any = OmegaConf.to_container(source, resolve=True)
+    values: dict[str, Any] = build(source).values  # it refuses a family that it cannot make
     output = TWINS[values["family"]].output_field
     config: PretrainedConfig = AutoConfig.for_model(
         values["family"],
