@@ -2,7 +2,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-PYTEST_ARGS ?=
+PYTEST_ARGS ?= -n 2 --dist loadfile
 
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
@@ -28,8 +28,10 @@ venv: $(STAMP) ## Create .venv with the pinned environment (again only when the 
 demo: $(STAMP) ## Train the small model through all stages on digits, evaluate it, write a report
 	$(PY) train.py
 
-test: $(STAMP) ## Run the tests (PYTEST_ARGS="-n 4" spreads them over 4 processes)
+test: $(STAMP) ## Run the tests in 2 processes (PYTEST_ARGS= for one)
 	$(PY) -m pytest $(PYTEST_ARGS)
+
+test-slow test-gpu: PYTEST_ARGS =
 
 test-slow: $(STAMP) ## Run the tests that take longer, among them the main job
 	$(PY) -m pytest -m "slow and not gpu" --timeout 3600 $(PYTEST_ARGS)

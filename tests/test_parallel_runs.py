@@ -142,73 +142,104 @@ def compose_run(
 
 
 @pytest.fixture(scope="module")
-def runs(
-    compose_run: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str], Path]:
-    """All runs, by name; made once. The sharded run of 4 is stopped, and a run of 2 goes on."""
-    folder = tmp_path_factory.mktemp("runs")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where all runs are, by name."""
+    return tmp_path_factory.mktemp("runs")
 
-    def job(strategy: str, tuning: str, world: int, **values: bool) -> Job:
-        name = f"{strategy}-{tuning}-{world}"
-        return Job(compose_run(strategy, tuning, world), folder / name, **values)
 
+@pytest.fixture(scope="module")
+def make_job(compose_run: Callable[..., Path], folder: Path) -> Callable[..., Job]:
+    def make(
+        strategy: str, tuning: str, world: int, *, name: str | None = None, **values: bool
+    ) -> Job:
+        config = compose_run(strategy, tuning, world)
+        return Job(config, folder / (name or config.stem), **values)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def runs(make_job: Callable[..., Job], folder: Path) -> Path:
+    """Runs of one and of two processes; some of two are stopped and go on."""
     for tuning in (*TUNINGS, *FAMILIES):
-        run(job("cpu", tuning, 1))
-    of_two = [job(s, tuning, 2) for s in STRATEGIES for tuning in TUNINGS]
-    of_two += [job("fsdp", family, 2) for family in FAMILIES]
-    of_four = [job(s, tuning, 4) for s in STRATEGIES for tuning in TUNINGS]
-    moved = {t: Job(compose_run("fsdp", t, 4), folder / f"moved-{t}") for t in TUNINGS}
-    stopped = [Job(j.config, j.run_dir, stopped=True) for j in moved.values()]
-    resumed = [Job(compose_run("fsdp", t, 2), j.run_dir, resume=True) for t, j in moved.items()]
-    for world, jobs in ((4, [*of_four, *stopped]), (2, [*of_two, *resumed])):
-        spawn(work, args=(world, str(folder / f"meeting{world}"), jobs), nprocs=world)
-    return lambda name: folder / name
+        run(make_job("cpu", tuning, 1))
+    jobs = [make_job(s, tuning, 2) for s in STRATEGIES for tuning in TUNINGS]
+    jobs += [make_job("fsdp", family, 2) for family in FAMILIES]
+    for tuning in TUNINGS:
+        again = f"again-{tuning}"
+        jobs.append(make_job("fsdp", tuning, 2, name=again, stopped=True))
+        jobs.append(make_job("fsdp", tuning, 2, name=again, resume=True))
+    spawn(work, args=(2, str(folder / "meeting2"), jobs), nprocs=2)
+    return folder
 
 
-OTHERS = [
-    *(f"{s}-{t}-{w}" for s in STRATEGIES for t in TUNINGS for w in (2, 4)),
+@pytest.fixture(scope="module")
+def runs_of_four(runs: Path, make_job: Callable[..., Job]) -> Path:
+    """The same by four; some are stopped, and go on with two."""
+    jobs = [make_job(s, tuning, 4) for s in STRATEGIES for tuning in TUNINGS]
+    names = {tuning: f"moved-{tuning}" for tuning in TUNINGS}
+    jobs += [make_job("fsdp", t, 4, name=name, stopped=True) for t, name in names.items()]
+    spawn(work, args=(4, str(runs / "meeting4"), jobs), nprocs=4)
+    jobs = [make_job("fsdp", t, 2, name=name, resume=True) for t, name in names.items()]
+    spawn(work, args=(2, str(runs / "meeting2again"), jobs), nprocs=2)
+    return runs
+
+
+OF_TWO = [
+    *(f"{strategy}-{tuning}-2" for strategy in STRATEGIES for tuning in TUNINGS),
     *(f"fsdp-{family}-2" for family in FAMILIES),
-    *(f"moved-{t}" for t in TUNINGS),
+    *(f"again-{tuning}" for tuning in TUNINGS),
+]
+OF_FOUR = [
+    *(f"{strategy}-{tuning}-4" for strategy in STRATEGIES for tuning in TUNINGS),
+    *(f"moved-{tuning}" for tuning in TUNINGS),
 ]
 
 
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("name", OTHERS)
-def test_losses_and_weights_equal_those_of_one_process(
-    name: str, runs: Callable[[str], Path]
+@pytest.mark.parametrize("name", OF_TWO)
+def test_losses_and_weights_of_two_processes_equal_those_of_one(name: str, runs: Path) -> None:
+    assert_as_one_process(runs / name, runs)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", OF_FOUR)
+def test_losses_and_weights_of_four_processes_equal_those_of_one(
+    name: str, runs_of_four: Path
 ) -> None:
-    alone = runs(f"cpu-{name.split('-')[1]}-1")
-    expected, found = numbers(alone), numbers(runs(name))
+    assert_as_one_process(runs_of_four / name, runs_of_four)
+
+
+def assert_as_one_process(run_dir: Path, runs: Path) -> None:
+    alone = runs / f"cpu-{run_dir.name.split('-')[1]}-1"
+    expected, found = numbers(alone), numbers(run_dir)
     assert expected.keys() == found.keys()
     for key, number in expected.items():
         assert found[key] == pytest.approx(number, rel=2e-3, abs=2e-4), key
-    weights, others = (load_file(r / "model" / "model.safetensors") for r in (alone, runs(name)))
+    weights, others = (load_file(r / "model" / "model.safetensors") for r in (alone, run_dir))
     assert_same(others, weights)
 
 
 @pytest.mark.parametrize("tuning", TUNINGS)
-def test_the_runs_have_moved_the_weights(
-    tuning: str, runs: Callable[[str], Path], tiny_folder: Path
-) -> None:
+def test_the_runs_have_moved_the_weights(tuning: str, runs: Path, tiny_folder: Path) -> None:
     """Otherwise equal weights would say nothing."""
     before = load_file(tiny_folder / "model.safetensors")
-    after = load_file(runs(f"cpu-{tuning}-1") / "model" / "model.safetensors")
+    after = load_file(runs / f"cpu-{tuning}-1" / "model" / "model.safetensors")
     moved = [name for name, value in after.items() if (value - before[name]).abs().max() > 2e-3]
     assert len(moved) >= 20
 
 
 @pytest.mark.parametrize("tuning", TUNINGS)
-def test_a_folder_of_shards_holds_the_weights_that_a_file_holds(
-    tuning: str, runs: Callable[[str], Path]
-) -> None:
-    paths = [runs(f"{s}-{tuning}-2") / "checkpoints" / "last.ckpt" for s in STRATEGIES]
-    file, folder = (read_weights(path, read(path)) for path in paths)
+def test_a_folder_of_shards_holds_the_weights_that_a_file_holds(tuning: str, runs: Path) -> None:
+    paths = [runs / f"{s}-{tuning}-2" / "checkpoints" / "last.ckpt" for s in STRATEGIES]
+    file, shards = (read_weights(path, read(path)) for path in paths)
     assert paths[1].is_dir()
-    assert_same(folder, file)
+    assert_same(shards, file)
 
 
-def test_only_the_newest_shards_are_kept(runs: Callable[[str], Path]) -> None:
-    left = sorted(path.name for path in (runs("moved-full") / "checkpoints").iterdir())
+def test_only_the_newest_shards_are_kept(runs: Path) -> None:
+    left = sorted(path.name for path in (runs / "again-full" / "checkpoints").iterdir())
     assert left == ["2-5.shards", "last.ckpt"]
 
 
