@@ -15,8 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 TRAINERS = {
     "one process": [],
-    "four processes": ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=4"],
-    "four processes, sharded": ["trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=4"],
+    "four processes": ["trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=4"],
 }
 
 

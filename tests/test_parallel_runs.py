@@ -36,7 +36,8 @@ TUNINGS = {
     "full": ["adapter=none"],
     "dora": ["adapter=dora", "adapter.dropout=0", "model.gradient_checkpointing=true"],
 }
-FAMILIES = {  # windows in the vision tower; DeepStack
+MORE = {  # adapters without DoRA; windows in the vision tower; DeepStack
+    "lora": ["adapter=lora", "adapter.dropout=0"],
     "qwen25vl": ["init_from=null", "model=tiny_qwen25vl"],
     "qwen3vl": ["init_from=null", "model=tiny_qwen3vl"],
 }
@@ -132,7 +133,7 @@ def compose_run(
         register_resolvers()
         trainer = [f"trainer={strategy}", f"trainer.devices={world}"]
         with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            chosen = (TUNINGS | FAMILIES)[tuning]
+            chosen = (TUNINGS | MORE)[tuning]
             cfg = compose("train", [*shared, f"cache_dir={folder}", *chosen, *trainer])
         path = folder / f"{strategy}-{tuning}-{world}.yaml"
         OmegaConf.save(cfg, path, resolve=True)
@@ -161,10 +162,10 @@ def make_job(compose_run: Callable[..., Path], folder: Path) -> Callable[..., Jo
 @pytest.fixture(scope="module")
 def runs(make_job: Callable[..., Job], folder: Path) -> Path:
     """Runs of one and of two processes; some of two are stopped and go on."""
-    for tuning in (*TUNINGS, *FAMILIES):
+    for tuning in (*TUNINGS, *MORE):
         run(make_job("cpu", tuning, 1))
     jobs = [make_job(s, tuning, 2) for s in STRATEGIES for tuning in TUNINGS]
-    jobs += [make_job("fsdp", family, 2) for family in FAMILIES]
+    jobs += [make_job("fsdp", tuning, 2) for tuning in MORE]
     for tuning in TUNINGS:
         again = f"again-{tuning}"
         jobs.append(make_job("fsdp", tuning, 2, name=again, stopped=True))
@@ -187,7 +188,7 @@ def runs_of_four(runs: Path, make_job: Callable[..., Job]) -> Path:
 
 OF_TWO = [
     *(f"{strategy}-{tuning}-2" for strategy in STRATEGIES for tuning in TUNINGS),
-    *(f"fsdp-{family}-2" for family in FAMILIES),
+    *(f"fsdp-{tuning}-2" for tuning in MORE),
     *(f"again-{tuning}" for tuning in TUNINGS),
 ]
 OF_FOUR = [

@@ -28,7 +28,7 @@ def disk(setup: Setup, lengths: Lengths, *, rows: int | None, decoder: bool) -> 
         found["images"] = int(images * lengths.image_bytes)
     # Weights and both moments; the new file is whole before the old one goes.
     found["checkpoints"] = 2 * 3 * (trained + heads) * FLOAT32
-    found["exported model"] = own * setup.weight_width
+    found["exported model"] = own * setup.width  # rounded to what the model computes in
     return found
 
 
