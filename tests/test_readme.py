@@ -1,4 +1,4 @@
-"""The README's commands are configurations that exist."""
+"""The commands of the README and of docs/ are configurations that exist."""
 
 from __future__ import annotations
 
@@ -8,28 +8,31 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
 from cocoa_pl.command_line import CONFIGS, check_command_line
 from cocoa_pl.entry import register_resolvers
 
-README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def commands() -> list[list[str]]:
-    text = README.replace("\\\n", " ")
-    found = re.findall(r"python ((?:train|evaluate)\.py[^\n`]*)", text)
-    return [shlex.split(command.split("  #")[0]) for command in found]
+    text = "\n".join(page.read_text() for page in PAGES).replace("\\\n", " ")
+    found = re.findall(r"(?:python |per-node 8 |29500 +)((?:train|evaluate)\.py [^\n`]*)", text)
+    words = [shlex.split(re.split("  #", command)[0]) for command in found]
+    return [[word for word in command if "..." not in word] for command in words]
 
 
-def test_the_readme_holds_commands() -> None:
-    assert len(commands()) >= 10
+def test_the_pages_hold_commands() -> None:
+    assert len(commands()) >= 20
+    assert any("torchrun" in page.read_text() for page in PAGES)
 
 
 @pytest.mark.parametrize("command", commands(), ids=" ".join)
-def test_a_command_of_the_readme_composes(
-    command: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_command_composes(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     script, *overrides = command
     register_resolvers()
     monkeypatch.setattr(sys, "argv", command)
@@ -40,8 +43,13 @@ def test_a_command_of_the_readme_composes(
         config = compose(script.removesuffix(".py"), overrides=chosen)
     for override in chosen:
         key, value = override.split("=", 1)
-        if "@" not in key and not (CONFIGS / key.lstrip("+")).is_dir():
-            assert str(_select(config, key)) == value
+        if key.startswith("hydra.") or "@" in key or (CONFIGS / key.lstrip("+")).is_dir():
+            continue
+        found = _select(config, key)
+        if OmegaConf.is_config(found):
+            assert OmegaConf.to_container(found) == yaml.safe_load(value)  # type: ignore[arg-type]
+        else:
+            assert str(found) == value
 
 
 def _select(config: object, key: str) -> object:
