@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
 from cocoa_pl import distributed
-from cocoa_pl.assemble import build_stages
+from cocoa_pl.assemble import build_stages, scoring_device
 from cocoa_pl.command_line import CONFIGS, check_command_line
 from cocoa_pl.entry import (
     build,
@@ -321,3 +322,15 @@ def test_there_must_be_a_run_to_resume(tmp_path: Path) -> None:
     given = [f"resume={tmp_path}"]
     with pytest.raises(UserError, match=r"there is no run \(no config\.yaml\) in that folder"):
         resumed_config(composed(*given), given)
+
+
+@pytest.mark.parametrize(
+    ("trainer", "device"), [("cpu", "cpu"), ("auto", "cuda"), ("fsdp", "cuda")]
+)
+def test_a_model_is_scored_where_it_was_trained(
+    trainer: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert scoring_device(composed(f"trainer={trainer}")) == device
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert scoring_device(composed(f"trainer={trainer}")) == "cpu"

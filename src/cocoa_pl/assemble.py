@@ -16,7 +16,7 @@ from cocoa_pl import checkpoint
 from cocoa_pl.data.sources import HeldOutBenchmark
 from cocoa_pl.data.tokenize import Processor
 from cocoa_pl.distributed import rank
-from cocoa_pl.embedder import Embedder
+from cocoa_pl.embedder import Embedder, chosen_device
 from cocoa_pl.entry import build, save_config
 from cocoa_pl.errors import UserError
 from cocoa_pl.evaluation.benchmark import evaluate
@@ -74,7 +74,7 @@ def train(cfg: DictConfig, run_dir: Path, console: Console) -> None:
         backbone = with_adapter(cfg, loaded)
         checkpoint.load_trained(backbone, weights, where=str(settings.last))
     embedder = Embedder(
-        backbone,
+        backbone.to(scoring_device(cfg)),  # the trainer leaves it on the CPU
         make_processor(cfg, loaded, max_pixels=cfg.model.eval_max_pixels),
         stages[-1].policy,
     )
@@ -153,6 +153,11 @@ def choose_end_token(tokenizer: Any, token: str | None) -> None:
     tokenizer.eos_token = token
 
 
+def scoring_device(cfg: DictConfig) -> str:
+    """Where a model is scored after training: the GPU if it was trained on one."""
+    return "cpu" if cfg.trainer.accelerator == "cpu" else chosen_device("auto")
+
+
 def with_adapter(cfg: DictConfig, loaded: Loaded) -> Backbone:
     """The loaded backbone with what shall train; new adapters follow from the run's seed alone."""
     torch.manual_seed(mix(cfg.seed, _ADAPTER_STREAM))
@@ -187,7 +192,7 @@ def open_embedder(path: str, *, device: str) -> Embedder:
     checkpoint.load_backbone(backbone, weights, where=path)
     stage = build_stages(cfg)[content["cocoa"]["stage_index"]]
     processor = make_processor(cfg, loaded, max_pixels=cfg.model.eval_max_pixels)
-    return Embedder(backbone, processor, stage.policy)
+    return Embedder(backbone.to(chosen_device(device)), processor, stage.policy)
 
 
 def score(

@@ -71,9 +71,9 @@ class Embedder:
                 f"{folder}: the tokenizer's end token is {processor.eos_id}, "
                 f"the model was trained on {described['eos_token_id']}"
             )
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        embedder = cls(loaded.backbone.to(device), processor, Policy(**described["policy"]))
+        embedder = cls(
+            loaded.backbone.to(chosen_device(device)), processor, Policy(**described["policy"])
+        )
         expected = np.array(described["fingerprint"], dtype=np.float32)
         check_fingerprint(embedder.encode, expected, dtype=dtype, where=str(folder))
         return embedder
@@ -132,6 +132,13 @@ class Embedder:
         batch = pack(samples).to(self.backbone.device)
         vectors: NDArray[np.float32] = self.backbone.embed(batch, self.policy).cpu().numpy()
         return vectors
+
+
+def chosen_device(device: str) -> str:
+    """`auto` is the GPU if there is one, else the CPU."""
+    if device != "auto":
+        return device
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def as_item(value: Input) -> Item:
