@@ -18,7 +18,15 @@ PACKAGE = "cocoa_pl"
 # Lowest first. A module may import its own layer and the layers above it in this table.
 LAYERS = (
     {"items", "errors", "batch", "randomness", "positions"},
-    {"attention", "corruption", "objectives", "grad_cache", "distributed", "sharding"},
+    {
+        "attention",
+        "corruption",
+        "objectives",
+        "grad_cache",
+        "distributed",
+        "sharding",
+        "replication",
+    },
     {"models", "data"},
     {
         *("stages", "evaluation", "checkpoint", "embedder", "export", "fingerprint"),

@@ -84,7 +84,6 @@ def setup_of(small: Any, dtype: torch.dtype, **changes: Any) -> Setup:
         "width": dtype.itemsize,
         "checkpointing": small.checkpointing,
         "sharded": False,
-        "wrapped": False,
         "gpus": 1,
         "kernel": "sdpa",
         "on_gpu": False,
@@ -207,12 +206,12 @@ def test_sharding_splits_what_stays_and_gathers_blocks(make_small: MakeSmall) ->
     small = make_small("contrast")
     one, load = setup_of(small, FLOAT32), load_of(small)
     alone = memory_by_part(one, load)
-    copied = memory_by_part(one.with_changes(gpus=4, wrapped=True), load)
+    copied = memory_by_part(one.with_changes(gpus=4), load)
     split = memory_by_part(one.with_changes(gpus=4, sharded=True), load)
     for part in (WEIGHTS, GRADIENTS, OPTIMIZER):
         assert copied[part] == alone[part]
         assert split[part] == alone[part] // 4
-    assert copied[BUFFERS] == 2 * alone[GRADIENTS]  # all in one bucket, and DDP's own
+    assert copied[BUFFERS] == alone[GRADIENTS]  # all in one bucket
     shape = small.shape
     outside = shape.parameters - sum(
         b.count * b.parameters for b in (shape.text, shape.vision.block)

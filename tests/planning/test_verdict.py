@@ -55,7 +55,6 @@ def make_plan(lengths: Lengths, policies: Any) -> MakePlan:
         width=2,
         checkpointing=False,
         sharded=False,
-        wrapped=False,
         gpus=1,
         kernel="sdpa",
     )
@@ -75,7 +74,7 @@ def changed(plan: StagePlan, remedy: Remedy) -> StagePlan:
     values = dict(word.split("=") for word in remedy.overrides)
     setup = plan.setup
     if values.get("trainer") == "fsdp":
-        setup = replace(setup, sharded=True, wrapped=False)
+        setup = replace(setup, sharded=True)
     if "model.gradient_checkpointing" in values:
         setup = replace(setup, checkpointing=True)
     if values.get("adapter") == "lora":
@@ -103,7 +102,7 @@ def test_a_smaller_token_budget_is_the_smallest_change(make_plan: MakePlan) -> N
     ("changes", "memory_gib"),
     [
         ({"adapter": None}, 30.0),
-        ({"adapter": None, "gpus": 4, "wrapped": True}, 30.0),
+        ({"adapter": None, "gpus": 4}, 30.0),
         ({"width": 4}, 8.0),
         ({}, 6.5),
         ({}, 5.7),
@@ -122,7 +121,7 @@ def test_every_remedy_fits(changes: dict[str, Any], memory_gib: float, make_plan
 
 
 def test_full_tuning_is_sharded_or_left(make_plan: MakePlan) -> None:
-    plan = make_plan(adapter=None, gpus=4, wrapped=True, checkpointing=True)
+    plan = make_plan(adapter=None, gpus=4, checkpointing=True)
     words = [r.overrides for r in remedies([plan], gpu(30), lora=LORA, others=[gpu(80)])]
     assert words == [("trainer=fsdp",), ("adapter=lora",), ("hardware=gpu80",)]
 

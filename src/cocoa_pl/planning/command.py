@@ -129,7 +129,6 @@ def _setup(cfg: DictConfig, shape: ModelShape) -> Setup:
         width=WIDTHS[cfg.model.dtype],
         checkpointing=cfg.model.gradient_checkpointing,
         sharded=strategy == SHARDED and gpus > 1,
-        wrapped=strategy.startswith("ddp") and gpus > 1,
         gpus=gpus,
         kernel=cfg.model.kernel,
         on_gpu=cfg.trainer.accelerator != "cpu",

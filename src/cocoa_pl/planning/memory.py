@@ -31,7 +31,6 @@ class Setup:
     Args:
         width: bytes of inputs and outputs of matrix products, 4 (float32) or 2 (bfloat16).
         sharded: weights, gradients and optimizer state are split over the GPUs (FSDP2).
-        wrapped: DDP keeps buckets as large as the gradients beside them.
         on_gpu: False for the CPU, which keeps other masks (see `activations.Numbers`).
     """
 
@@ -40,7 +39,6 @@ class Setup:
     width: int
     checkpointing: bool
     sharded: bool
-    wrapped: bool
     gpus: int
     kernel: str
     on_gpu: bool = True
@@ -212,7 +210,7 @@ def _gathered(setup: Setup, *, decoder: bool) -> int:
 
 
 def _exchange(setup: Setup, gradients: int) -> int:
-    """A flat bucket of gradients, and DDP's own buckets."""
+    """A flat bucket of gradients, where every GPU has all of them."""
     table = setup.shape.vocabulary * setup.shape.text.width * FLOAT32
     largest = table if setup.tuning.full else 0  # a tensor larger than a bucket is one alone
-    return min(gradients, max(BUCKET_BYTES, largest)) + gradients * setup.wrapped
+    return min(gradients, max(BUCKET_BYTES, largest))

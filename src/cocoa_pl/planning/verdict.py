@@ -141,7 +141,7 @@ def _change(
 ) -> _Variant:
     overrides = []
     if shards:
-        setup = replace(setup, sharded=True, wrapped=False)
+        setup = replace(setup, sharded=True)
         overrides.append("trainer=fsdp")
     if saves:
         setup = replace(setup, checkpointing=True)
@@ -157,7 +157,7 @@ def _change(
 def _more_gpus(setup: Setup, budgets: Sequence[int | None]) -> Iterator[_Variant]:
     gpus = setup.gpus
     while (gpus := 2 * gpus) <= MOST_GPUS:
-        sharded = replace(setup, gpus=gpus, sharded=True, wrapped=False)
+        sharded = replace(setup, gpus=gpus, sharded=True)
         first = (f"gpus={gpus}",) if setup.sharded else (f"gpus={gpus}", "trainer=fsdp")
         for variant in (_Variant(sharded, None, ()), *_same_gpus(sharded, budgets)):
             yield replace(variant, overrides=(*first, *variant.overrides))

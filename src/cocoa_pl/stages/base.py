@@ -5,8 +5,7 @@ resume.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 from transformers import get_scheduler
 
 from cocoa_pl.attention import Policy
@@ -24,6 +22,7 @@ from cocoa_pl.distributed import all_objects, clip_gradients, global_sums, rank,
 from cocoa_pl.errors import UserError
 from cocoa_pl.models.backbone import Backbone
 from cocoa_pl.randomness import mix
+from cocoa_pl.replication import Replicated
 from cocoa_pl.sharding import FullySharded, reshard, shard
 from cocoa_pl.stages.lockstep import Fillers, in_lockstep, make_fillers
 
@@ -97,6 +96,8 @@ class StageModule(L.LightningModule, ABC):
                 "32-true and choose what the model computes in by model.dtype"
             )
         strategy = self.trainer.strategy
+        if self.trainer.world_size > 1 and not isinstance(strategy, Replicated | FullySharded):
+            raise UserError("several processes need trainer=ddp or trainer=fsdp")
         if not isinstance(strategy, FullySharded):
             return
         self._fillers = make_fillers(self.processor)
@@ -140,8 +141,7 @@ class StageModule(L.LightningModule, ABC):
         optimizer: Any = self.optimizers()
         scheduler: Any = self.lr_schedulers()
         optimizer.zero_grad()
-        with self._local_gradients():
-            metrics = self.accumulate(rows)
+        metrics = self.accumulate(rows)
         sum_gradients(self.parameters())
         norm = clip_gradients(self.parameters(), self.optimization.clip_norm)
         if not torch.isfinite(norm):
@@ -207,15 +207,3 @@ class StageModule(L.LightningModule, ABC):
             f"step {self.global_step}: the gradient is {norm}; the batch had the rows {told} "
             f"(all {len(ids)} in {path}). The weights are as before this step"
         )
-
-    @contextmanager
-    def _local_gradients(self) -> Iterator[None]:
-        """Keep DDP's reducer out: it would reduce once for each chunk, average, and wait for unused
-        parameters.
-        """
-        wrapped = self.trainer.strategy.model if self._trainer else None
-        if isinstance(wrapped, DistributedDataParallel):
-            with wrapped.no_sync():
-                yield
-        else:
-            yield
