@@ -26,6 +26,8 @@ LoadTiny = Callable[..., Loaded]
 def adapted(load_tiny: LoadTiny) -> Backbone:
     """A backbone with adapters that look trained."""
     adapter = LowRank(
+        lean_dora=False,
+        dropout_on_base=True,
         rank=2,
         alpha=4,
         dropout=0.0,

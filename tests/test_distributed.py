@@ -65,6 +65,8 @@ CONTRAST: dict[str, Any] = {
     "symmetric": False,
     "mask_false_negatives": False,
     "matryoshka_dims": (),
+    "similarity_block": 2,
+    "keep_chunks": 1,
 }
 CONTRASTIVE = {
     "plain": CONTRAST,

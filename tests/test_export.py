@@ -142,6 +142,8 @@ def test_adapters_are_merged_into_the_weights(
     use_dora: bool, load_tiny: LoadTiny, processor: Processor, items: list[Item], tmp_path: Path
 ) -> None:
     adapter = LowRank(
+        lean_dora=False,
+        dropout_on_base=True,
         rank=2,
         alpha=4,
         dropout=0.1,

@@ -1,5 +1,7 @@
 """Gradients of many chunks in the memory of one."""
 
+import weakref
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -11,6 +13,7 @@ from cocoa_pl.objectives import info_nce
 ROWS, WIDTH = 7, 6
 SEED = 3
 SIZES = [1, 2, 5, ROWS]
+KEPT = [0, 1, 2, 3, 100]
 
 
 class Encoder(nn.Module):
@@ -41,14 +44,39 @@ class Encoder(nn.Module):
         return [g for g in found if g is not None]
 
 
+class Alive:
+    """Counts the graphs that are in memory: each holds a tensor that goes with it."""
+
+    def __init__(self) -> None:
+        self.now = self.most = 0
+
+    def __call__(self, embeddings: Tensor) -> Tensor:
+        if not embeddings.requires_grad:
+            return embeddings
+        factor = torch.ones_like(
+            embeddings
+        )  # saved for the backward pass, and known to no one else
+        self.now += 1
+        self.most = max(self.most, self.now)
+        weakref.finalize(factor, self._gone)
+        return embeddings * factor
+
+    def _gone(self) -> None:
+        self.now -= 1
+
+
 @pytest.fixture
 def rows() -> Tensor:
     return torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(1))
 
 
-def cached(model: Encoder, rows: Tensor, size: int) -> tuple[Tensor, list[Tensor]]:
+def cached(
+    model: Encoder, rows: Tensor, size: int, *, keep: int = 0
+) -> tuple[Tensor, list[Tensor]]:
     torch.manual_seed(SEED)
-    value = cached_backward(model, rows.split(size), model.loss, backward=lambda t: t.backward())
+    value = cached_backward(
+        model, rows.split(size), model.loss, keep=keep, backward=lambda t: t.backward()
+    )
     return value, model.gradients()
 
 
@@ -65,27 +93,32 @@ def close(first: list[Tensor], second: list[Tensor]) -> bool:
     return all(torch.allclose(a, b, atol=1e-6) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.parametrize("keep", KEPT)
 @pytest.mark.parametrize("size", SIZES)
-def test_gradients_equal_one_pass_with_dropout(size: int, rows: Tensor) -> None:
+def test_gradients_equal_one_pass_with_dropout(size: int, keep: int, rows: Tensor) -> None:
     model = Encoder(0.4)
-    value, found = cached(model, rows, size)
+    value, found = cached(model, rows, size, keep=keep)
     expected_value, expected = one_pass(model, rows, size)
     assert torch.allclose(value, expected_value, atol=1e-6)
     assert close(found, expected)
 
 
+@pytest.mark.parametrize("keep", KEPT)
 @pytest.mark.parametrize("size", SIZES)
-def test_without_dropout_the_cutting_makes_no_difference(size: int, rows: Tensor) -> None:
+def test_without_dropout_the_cutting_makes_no_difference(
+    size: int, keep: int, rows: Tensor
+) -> None:
     model = Encoder(0.0)
-    value, found = cached(model, rows, size)
+    value, found = cached(model, rows, size, keep=keep)
     expected_value, expected = one_pass(model, rows, ROWS)
     assert torch.allclose(value, expected_value, atol=1e-6)
     assert close(found, expected)
 
 
-def test_a_learnt_temperature_gets_its_gradient_once(rows: Tensor) -> None:
+@pytest.mark.parametrize("keep", KEPT)
+def test_a_learnt_temperature_gets_its_gradient_once(keep: int, rows: Tensor) -> None:
     model = Encoder(0.4)
-    _, found = cached(model, rows, 2)
+    _, found = cached(model, rows, 2, keep=keep)
     _, expected = one_pass(model, rows, 2)
     names = [name for name, _ in model.named_parameters()]
     place = names.index("log_scale")
@@ -111,32 +144,91 @@ def test_a_second_pass_with_fresh_dropout_would_be_something_else(
     assert not close(cached(model, rows, 2)[1], expected)
 
 
-def test_the_generator_ends_where_the_first_pass_left_it(rows: Tensor) -> None:
+@pytest.mark.parametrize("keep", KEPT)
+def test_the_generator_ends_where_the_first_pass_left_it(keep: int, rows: Tensor) -> None:
     model = Encoder(0.4)
-    cached(model, rows, 2)
+    cached(model, rows, 2, keep=keep)
     after_cache = torch.get_rng_state()
     one_pass(model, rows, 2)
     assert torch.equal(after_cache, torch.get_rng_state())
 
 
-def test_each_chunk_is_embedded_without_and_then_with_a_graph(rows: Tensor) -> None:
+@pytest.mark.parametrize("keep", KEPT)
+def test_each_chunk_is_embedded_without_and_then_with_a_graph(keep: int, rows: Tensor) -> None:
     model = Encoder(0.0)
+    chunks = [rows[:1], rows[1:3], rows[3:6], rows[6:]]
     seen: list[tuple[int, bool]] = []
 
     def embed(chunk: Tensor) -> Tensor:
         seen.append((len(chunk), torch.is_grad_enabled()))
         return model(chunk)
 
-    cached_backward(embed, rows.split(3), model.loss, backward=lambda t: t.backward())
-    sizes = [len(chunk) for chunk in rows.split(3)]
-    assert seen == [(n, False) for n in sizes] + [(n, True) for n in sizes]
+    cached_backward(embed, chunks, model.loss, keep=keep, backward=lambda t: t.backward())
+    sizes = [len(chunk) for chunk in chunks]
+    first = sizes[: max(len(chunks) - keep, 0)]
+    last = sizes[len(first) :]
+    replayed = [(n, False) for n in first], [(n, True) for n in first]
+    assert seen == [*replayed[0], *((n, True) for n in last), *replayed[1]]
+    assert len(seen) == 2 * len(chunks) - min(keep, len(chunks))
+
+
+@pytest.mark.parametrize("keep", KEPT)
+def test_a_single_chunk_is_embedded_once(keep: int, rows: Tensor) -> None:
+    model = Encoder(0.0)
+    calls: list[int] = []
+
+    def embed(chunk: Tensor) -> Tensor:
+        calls.append(len(chunk))
+        return model(chunk)
+
+    cached_backward(embed, [rows], model.loss, keep=keep, backward=lambda t: t.backward())
+    assert calls == [ROWS]
+
+
+@pytest.mark.parametrize("keep", KEPT)
+def test_no_more_graphs_than_asked_for_are_in_memory_together(keep: int, rows: Tensor) -> None:
+    model = Encoder(0.0)
+    counter = Alive()
+    cached_backward(
+        lambda chunk: counter(model(chunk)),
+        rows.split(2),
+        model.loss,
+        keep=keep,
+        backward=lambda t: t.backward(),
+    )
+    assert counter.now == 0
+    assert counter.most == min(max(keep, 1), 4)
+
+
+@pytest.mark.parametrize("keep", KEPT)
+def test_a_chunk_without_rows_still_takes_part_in_every_backward_pass(
+    keep: int, rows: Tensor
+) -> None:
+    """Fillers keep ranks in step: they embed to no rows, and every rank must go through them."""
+    model = Encoder(0.0)
+    calls: list[int] = []
+
+    def embed(chunk: Tensor) -> Tensor:
+        embeddings: Tensor = model(chunk)[: len(chunk) - int(len(chunk) == 1)]
+        if embeddings.requires_grad:
+            embeddings.register_hook(lambda gradient: calls.append(len(gradient)))
+        return embeddings
+
+    cached_backward(embed, rows.split(3), model.loss, keep=keep, backward=lambda t: t.backward())
+    assert sorted(calls) == [0, 3, 3]
+
+
+def test_a_negative_number_is_refused(rows: Tensor) -> None:
+    model = Encoder(0.0)
+    with pytest.raises(ValueError, match="keep must not be negative, but is -1"):
+        cached(model, rows, 2, keep=-1)
 
 
 def test_gradients_add_to_those_that_are_there(rows: Tensor) -> None:
     model = Encoder(0.0)
     _, once = cached(model, rows, 2)
     for _ in range(2):
-        cached_backward(model, rows.split(2), model.loss, backward=lambda t: t.backward())
+        cached_backward(model, rows.split(2), model.loss, keep=0, backward=lambda t: t.backward())
     assert close(model.gradients(), [2 * gradient for gradient in once])
 
 

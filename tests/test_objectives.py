@@ -1,14 +1,20 @@
 """Losses against closed forms and slow twins."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import cross_entropy, normalize
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cocoa_pl.objectives import (
+    ContentKeys,
     info_nce,
+    info_nce_by_blocks,
     masked_next_token,
     matryoshka,
     rebuilt_patches,
@@ -205,6 +211,136 @@ def test_equal_targets_and_targets_of_equal_queries_are_no_negatives() -> None:
         torch.tensor([10, 11, 10, -1, -1]),
     )
     assert got.int().tolist() == [[0, 1, 1, 1, 0], [1, 0, 0, 1, 0], [1, 0, 0, 0, 0]]
+
+
+# --- InfoNCE by blocks -----------------------------------------------------------------------
+
+Task = tuple[Tensor, Tensor, Tensor, Tensor, ContentKeys]
+
+
+def make_task(n: int, m: int, *, dtype: torch.dtype = torch.float64) -> Task:
+    """Few keys, so that every row has false negatives."""
+    generator = torch.Generator().manual_seed(n)
+    positive = torch.randperm(m, generator=generator)[:n]
+    query_keys = torch.randint(0, 5, (n,), generator=generator)
+    keys = ContentKeys(
+        queries=query_keys,
+        candidates=torch.randint(0, 9, (m,), generator=generator),
+        partners=torch.full((m,), -1).index_copy(0, positive, query_keys),
+    )
+    queries = unit(n, D, seed=n)
+    near = normalize(queries + 1.5 * unit(n, D, seed=n + 1), dim=-1)  # some are nearest, some not
+    candidates = unit(m, D, seed=m).index_copy(0, positive, near)
+    queries, candidates = (x.to(dtype).requires_grad_() for x in (queries, candidates))
+    return queries, candidates, positive, torch.tensor(20.0, dtype=dtype).requires_grad_(), keys
+
+
+def whole(task: Task, *, masked: bool) -> tuple[Tensor, Tensor]:
+    """The slow twin: one table of N x M."""
+    queries, candidates, positive, scale, keys = task
+    ignored = None
+    if masked:
+        ignored = same_content(positive, keys.queries, keys.candidates, keys.partners)
+    losses, seen = info_nce(queries, candidates, positive, scale, false_negatives=ignored)
+    if ignored is not None:
+        seen = seen.masked_fill(ignored, -torch.inf)
+    return losses, seen.argmax(1) == positive
+
+
+def by_blocks(task: Task, *, masked: bool, block: int) -> tuple[Tensor, Tensor]:
+    queries, candidates, positive, scale, keys = task
+    return info_nce_by_blocks(
+        queries, candidates, positive, scale, keys=keys if masked else None, block=block
+    )
+
+
+def gradients(task: Task, losses: Tensor) -> tuple[Tensor, ...]:
+    weight = torch.linspace(0.5, 1.5, len(losses), dtype=losses.dtype)
+    return torch.autograd.grad((losses * weight).sum(), (task[0], task[1], task[3]))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("block", [1, 4, 5, 13, 100])
+def test_blocks_equal_the_whole_table_forward_and_backward(block: int, masked: bool) -> None:
+    task = make_task(13, 31)
+    (losses, hits), (expected, expected_hits) = (
+        by_blocks(task, masked=masked, block=block),
+        whole(task, masked=masked),
+    )
+    torch.testing.assert_close(losses, expected, rtol=0, atol=1e-12)
+    assert torch.equal(hits, expected_hits)
+    assert hits.any()
+    torch.testing.assert_close(
+        gradients(task, losses), gradients(task, expected), rtol=0, atol=1e-12
+    )
+
+
+def test_masking_changes_losses_and_hits() -> None:
+    """The comparison above would not see keys of the wrong rows else."""
+    task = make_task(13, 31)
+    plain, masked = (by_blocks(task, masked=masked, block=4) for masked in (False, True))
+    assert (plain[0] - masked[0]).min() > 0
+    assert masked[1].sum() > plain[1].sum()
+
+
+def test_blocks_compute_in_float32() -> None:
+    task = make_task(6, 8, dtype=torch.bfloat16)
+    losses, _ = by_blocks(task, masked=True, block=2)
+    assert losses.dtype == torch.float32
+    assert gradients(task, losses)[0].dtype == torch.bfloat16
+
+
+class LargestTensor(TorchDispatchMode):
+    """Elements of the largest result of any operation, in forward and backward passes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        results = result if isinstance(result, tuple | list) else [result]
+        sizes = [one.numel() for one in results if isinstance(one, Tensor)]
+        self.elements = max([self.elements, *sizes])
+        return result
+
+
+def largest(task: Task, losses: Callable[[], Tensor]) -> int:
+    with LargestTensor() as seen:
+        gradients(task, losses())
+    return seen.elements
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_no_tensor_is_larger_than_a_block_of_similarities(masked: bool) -> None:
+    n, m, block = 64, 128, 8
+    task = make_task(n, m)
+    assert largest(task, lambda: whole(task, masked=masked)[0]) == n * m
+    assert largest(task, lambda: by_blocks(task, masked=masked, block=block)[0]) == block * m
+
+
+def saved_bytes(losses: Callable[[], Tensor]) -> int:
+    """What the graph keeps for the backward pass, each storage counted once."""
+    storages: dict[int, int] = {}
+
+    def keep(saved: Tensor) -> Tensor:
+        storage = saved.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+        return saved
+
+    with saved_tensors_hooks(keep, lambda saved: saved):
+        result = losses()
+    assert result.requires_grad  # the graph is alive: no address was given out twice
+    return sum(storages.values())
+
+
+def test_what_is_kept_grows_linearly_with_the_batch() -> None:
+    small, large = (make_task(n, n) for n in (64, 256))
+    kept = [saved_bytes(lambda t=t: by_blocks(t, masked=True, block=8)[0]) for t in (small, large)]
+    table = [saved_bytes(lambda t=t: whole(t, masked=True)[0]) for t in (small, large)]
+    assert kept[1] <= 4 * kept[0]
+    assert table[1] > 12 * table[0]
+    assert kept[1] < table[1] / 10
 
 
 # --- Matryoshka ------------------------------------------------------------------------------

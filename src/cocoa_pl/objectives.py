@@ -4,11 +4,15 @@ Every loss is returned as a *sum*. The caller divides by the count over the whol
 mean over masked tokens is the same whatever the packing, the accumulation or the number of ranks.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, mse_loss, normalize
+from torch.utils.checkpoint import checkpoint
 
 
 def masked_next_token(
@@ -59,13 +63,77 @@ def info_nce(
             be False.
 
     Returns:
-        Losses (N) and similarities before scaling (N, M), both float32.
+        Losses (N) and similarities before scaling (N, M), both float32 (float64 for float64).
     """
-    similarity = queries.float() @ candidates.float().T
+    wide = torch.promote_types(queries.dtype, torch.float32)
+    similarity = queries.to(wide) @ candidates.to(wide).T
     logits = similarity * scale
     if false_negatives is not None:
         logits = logits.masked_fill(false_negatives, -torch.inf)
     return cross_entropy(logits, positive_index, reduction="none"), similarity
+
+
+@dataclass(frozen=True)
+class ContentKeys:
+    """What tells false negatives of N queries among M candidates: see `same_content`."""
+
+    queries: Tensor  # (N) int64
+    candidates: Tensor  # (M) int64
+    partners: Tensor  # (M) int64, the key of the query a candidate belongs to; -1 for none
+
+
+def info_nce_by_blocks(
+    queries: Tensor,
+    candidates: Tensor,
+    positive_index: Tensor,
+    scale: Tensor,
+    *,
+    keys: ContentKeys | None,
+    block: int,
+) -> tuple[Tensor, Tensor]:
+    """`info_nce`, a block of queries at a time.
+
+    Similarities and false negatives of one block are in memory, (block, M) instead of (N, M), and
+    are computed again in the backward pass. The losses of a row need no other row, so this is
+    exact. A single block is not computed twice. Cheng et al. 2024 (Inf-CL, arXiv 2410.17243) cut
+    both sides; here candidates are whole.
+
+    Args:
+        queries, candidates, positive_index, scale: as for `info_nce`.
+        keys: who is a false negative of whom; None to mask nothing.
+        block: rows of queries.
+
+    Returns:
+        Losses (N) in float32 (float64 for float64), and whether the positive is nearest of all that
+        are no false negatives (N) bool.
+    """
+
+    def rows(own: Tensor, index: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        masked = None
+        if keys is not None:
+            own_keys = keys.queries[start : start + len(own)]
+            masked = same_content(index, own_keys, keys.candidates, keys.partners)
+        losses, similarity = info_nce(own, candidates, index, scale, false_negatives=masked)
+        seen = similarity.detach()
+        if masked is not None:
+            seen = seen.masked_fill(masked, -torch.inf)
+        return losses, seen.argmax(1) == index
+
+    if len(queries) <= block:
+        return rows(queries, positive_index, 0)
+    found = [
+        checkpoint(
+            rows,
+            queries[start : start + block],
+            positive_index[start : start + block],
+            start,
+            use_reentrant=False,
+            preserve_rng_state=False,
+        )
+        for start in range(0, len(queries), block)
+    ]
+    losses, hits = zip(*found, strict=True)
+    return torch.cat(losses), torch.cat(hits)
 
 
 def same_content(

@@ -44,7 +44,14 @@ LoadTiny = Callable[..., Loaded]
 
 def low_rank(*, use_dora: bool, targets: list[str] = TARGETS) -> LowRank:
     return LowRank(
-        rank=2, alpha=8, dropout=0.1, init="gaussian", use_dora=use_dora, target_modules=targets
+        lean_dora=False,
+        dropout_on_base=True,
+        rank=2,
+        alpha=8,
+        dropout=0.1,
+        init="gaussian",
+        use_dora=use_dora,
+        target_modules=targets,
     )
 
 

@@ -25,6 +25,8 @@ POLICY = Policy("bidirectional", ALL, ALL, ALL, False)
 def adapted(loaded: Loaded) -> Loaded:
     """With a DoRA adapter as after some training, on both towers."""
     low_rank = LowRank(
+        lean_dora=False,
+        dropout_on_base=True,
         rank=2,
         alpha=8,
         dropout=0.1,

@@ -61,10 +61,19 @@ LENGTHS = Lengths(
     row_bytes=1,
     image_bytes=1,
 )
+
+
+def adapter(**choices: bool) -> Adapter:
+    defaults = {"use_dora": False, "lean": False, "dropout_on_base": True}
+    return Adapter(rank=8, dropout=0.1, targets=TARGETS, **(defaults | choices))
+
+
 ADAPTERS = {
     "none": None,
-    "lora": Adapter(rank=8, dropout=0.1, use_dora=False, targets=TARGETS),
-    "dora": Adapter(rank=8, dropout=0.1, use_dora=True, targets=TARGETS),
+    "lora": adapter(),
+    "dora": adapter(use_dora=True),
+    "lean": adapter(use_dora=True, lean=True),
+    "leaner": adapter(use_dora=True, lean=True, dropout_on_base=False),
 }
 
 
@@ -199,6 +208,8 @@ def _backbone(
         dropout=chosen.dropout,
         init="gaussian",
         use_dora=chosen.use_dora,
+        lean_dora=chosen.lean,
+        dropout_on_base=chosen.dropout_on_base,
         target_modules=chosen.targets,
     )(backbone)
 
@@ -226,6 +237,8 @@ def _module(
             symmetric=False,
             mask_false_negatives=True,
             matryoshka_dims=[],
+            similarity_block=1024,
+            keep_chunks=0,
             **shared,
         )
     )

@@ -63,6 +63,7 @@ def planned(small: Any, *, cached: bool = False) -> float:
     ]
     if cached:
         found += [flops.without_graph(costs) for costs in found]
+    found.append(flops.norm_costs(small.shape, small.tuning))
     if not hasattr(small.module, "rebuild"):
         n = small.rows.num_rows
         candidates = small.rows.batch.num_samples - n
@@ -74,7 +75,7 @@ def planned(small: Any, *, cached: bool = False) -> float:
 @pytest.mark.parametrize(
     "checkpointing", [pytest.param(False, marks=pytest.mark.slow), True], ids=["kept", "recomputed"]
 )
-@pytest.mark.parametrize("adapter", ["none", "lora", "dora"])
+@pytest.mark.parametrize("adapter", ["none", "lora", "dora", "leaner"])
 @pytest.mark.parametrize(
     "stage",
     [pytest.param("pretrain", marks=pytest.mark.slow), "warmup", "reconstruct", "contrast"],
@@ -88,7 +89,7 @@ def test_a_step_costs_what_torch_counts(
 
 @pytest.mark.parametrize(
     "adapter",
-    [*(pytest.param(name, marks=pytest.mark.slow) for name in ("none", "dora")), "lora"],
+    [*(pytest.param(name, marks=pytest.mark.slow) for name in ("none", "dora")), "lora", "lean"],
 )
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
 def test_so_do_the_other_families(family: str, adapter: str, make_small: MakeSmall) -> None:

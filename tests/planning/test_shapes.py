@@ -77,10 +77,16 @@ def test_the_papers_adapters_have_as_many_parameters_as_are_counted(
     if hasattr(config.text_config, "layer_types"):
         config.text_config.layer_types = config.text_config.layer_types[:3]
     shape = model_shape(config)
-    tuning = Tuning(Adapter(rank=8, dropout=0.1, use_dora=use_dora, targets=PAPER_TARGETS))
+    tuning = Tuning(Adapter(8, 0.1, use_dora, False, True, PAPER_TARGETS))
     assert trained_parameters(shape, Tuning(None)) == shape.parameters
     values = {"rank": 8, "alpha": 64, "dropout": 0.1, "init": "gaussian"}
-    adapter: Any = LowRank(**values, use_dora=use_dora, target_modules=PAPER_TARGETS)
+    adapter: Any = LowRank(
+        **values,
+        use_dora=use_dora,
+        lean_dora=False,
+        dropout_on_base=True,
+        target_modules=PAPER_TARGETS,
+    )
 
     with torch.device("meta"):
         adapted: Any = peft.get_peft_model(meta_model(config), adapter.config)

@@ -21,7 +21,7 @@ from cocoa_pl.stages.base import Optimization
 from cocoa_pl.stages.contrastive import ContrastiveModule
 from cocoa_pl.stages.stage import Stage
 
-LORA = Adapter(8, 0.1, False, (r".*_proj",))
+LORA = Adapter(8, 0.1, False, False, True, (r".*_proj",))
 TFLOPS = {"bfloat16": 1000.0, "float32": 50.0}
 MakePlan = Callable[..., StagePlan]
 
@@ -144,3 +144,18 @@ def test_time_follows_operations_peak_and_share(make_plan: MakePlan) -> None:
     assert make_plan(gpus=2).seconds(TFLOPS, 0.5) < 0.6 * seconds
     assert make_plan(width=4).seconds(TFLOPS, 0.5) == pytest.approx(20 * seconds, rel=1e-4)
     assert make_plan(checkpointing=True).seconds(TFLOPS, 0.5) > 1.2 * seconds
+
+
+def test_kept_chunks_are_counted_once(make_plan: MakePlan) -> None:
+    plan = make_plan()
+    plan = plan.with_changes(plan.setup, token_budget=1024)
+    chunks = len(plan.load.works)
+    assert chunks > 2
+
+    def first_passes(keep: int) -> float:
+        stage = replace(plan.stage, module=partial(plan.stage.module, keep_chunks=keep))
+        costs = StagePlan(stage, plan.setup, plan.lengths, 4096, None).costs
+        return sum(cost.cached for cost in costs.values())
+
+    found = [first_passes(keep) for keep in (0, 1, chunks - 1, chunks, chunks + 1)]
+    assert found[0] > found[1] > found[2] > found[3] == found[4] == 0

@@ -116,6 +116,8 @@ CASES: dict[str, tuple[type[StageModule], Policy, dict[str, Any]]] = {
             "symmetric": True,
             "mask_false_negatives": True,
             "matryoshka_dims": (8,),
+            "similarity_block": 2,
+            "keep_chunks": 1,
         },
     ),
 }

@@ -33,6 +33,8 @@ SHARED: dict[str, Any] = {
 
 def dora(backbone: Backbone) -> Backbone:
     adapter = LowRank(
+        lean_dora=False,
+        dropout_on_base=True,
         rank=4,
         alpha=8,
         dropout=0.0,
@@ -71,6 +73,8 @@ def step(
             symmetric=False,
             mask_false_negatives=False,
             matryoshka_dims=(),
+            similarity_block=4,
+            keep_chunks=1,
             token_budget=token_budget,
             **SHARED,
         )

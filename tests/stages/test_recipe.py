@@ -211,6 +211,8 @@ def test_dropout_of_adapters_goes_on_too(
     tmp_path: Path, make_stages: MakeStages, train: Train, fresh: Fresh, weights: Weights
 ) -> None:
     adapter = LowRank(
+        lean_dora=False,
+        dropout_on_base=True,
         rank=2,
         alpha=4,
         dropout=0.5,

@@ -3,7 +3,9 @@
 Also the adapters that hand this function to stock transformers models: nothing of theirs is forked.
 """
 
+import logging
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +13,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from cocoa_pl.attention.plan import Plan
+from cocoa_pl.attention.variable_length import flash, suits_flash, varlen
+
+log = logging.getLogger(__name__)
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Plan, float], Tensor]
 
@@ -38,7 +43,14 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> Tensor:
     return torch.cat(outputs).index_select(0, plan.restore_index)
 
 
-KERNELS: dict[str, Kernel] = {"sdpa": sdpa}
+def auto(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> Tensor:
+    """`varlen` in half precision on a GPU that has it, `sdpa` elsewhere; logged once for each."""
+    kernel = varlen if suits_flash(v) else sdpa
+    _tell(kernel.__name__, v.device.type, v.dtype, v.shape[-1])
+    return kernel(q, k, v, plan, scale)
+
+
+KERNELS: dict[str, Kernel] = {"sdpa": sdpa, "varlen": varlen, "flash": flash, "auto": auto}
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, kernel: str, scale: float) -> Tensor:
@@ -50,7 +62,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, kernel: str, scale: f
         kernel: a name in `KERNELS`; never changed behind the caller's back.
 
     Returns:
-        (T, H, D) in the dtype of q.
+        (T, H, D) in the one dtype of q, k and v; where they differ (rotary embeddings under
+        autocast), in the type that autocast computes in.
+
+    Raises:
+        UserError: where the kernel does not run on this device or in this type, or is not
+            installed.
     """
     return KERNELS[kernel](q, k, v, plan, scale)
 
@@ -84,6 +101,11 @@ def transformers_attention(
 
 AttentionInterface.register(TEXT_ATTENTION, transformers_attention)
 AttentionInterface.register(VISION_ATTENTION, transformers_attention)
+
+
+@cache
+def _tell(kernel: str, device: str, dtype: torch.dtype, width: int) -> None:
+    log.info("attention kernel auto: %s for heads of %d in %s on %s", kernel, width, dtype, device)
 
 
 def _pad(states: Tensor, index: Tensor) -> Tensor:

@@ -36,6 +36,30 @@ class Bucket:
 
 
 @dataclass(frozen=True)
+class Gather:
+    """Which rows of the packed keys and values the segments read, one after the other.
+
+    A token is read by up to three segments (EOS under `eos_bridge`); the copies are listed by rank,
+    so that no list names a token twice and the backward pass adds in one fixed order.
+    """
+
+    index: Tensor  # (K) int64, the token at each place
+    first: Tensor  # (T) int64, the place of each token's first copy
+    more: tuple[tuple[Tensor, Tensor], ...]  # tokens that have a next copy, and its places
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A plan as variable-length kernels want it: on the device, once for all layers."""
+
+    cu_seqlens_q: Tensor  # (N + 1) int32
+    cu_seqlens_k: Tensor  # (N + 1) int32
+    max_q: int  # tokens of the longest segment
+    max_k: int
+    gather: Gather | None  # None where segments read the packed keys as they lie
+
+
+@dataclass(frozen=True)
 class Plan:
     """Query and key ranges of all segments of a packed row.
 
@@ -50,8 +74,8 @@ class Plan:
     device: torch.device
 
     def to(self, device: torch.device | str) -> Plan:
-        """The same plan whose buckets are built for another device; the bookkeeping stays on the
-        host.
+        """The same plan whose buckets and bounds are built for another device; the bookkeeping
+        stays on the host.
         """
         return Plan(
             self.cu_seqlens_q, self.cu_seqlens_k, self.kv_index, self.causal, torch.device(device)
@@ -67,6 +91,54 @@ class Plan:
         """Segments grouped by size (both sides rounded up to a power of two), computed once for all
         layers.
         """
+        return tuple(
+            Bucket(
+                on_device(b.q_index, self.device),
+                on_device(b.k_index, self.device),
+                None if b.mask is None else on_device(b.mask, self.device),
+                b.causal,
+            )
+            for b in self._host_buckets
+        )
+
+    @cached_property
+    def packed(self) -> Packed:
+        """Bounds and the gather index for kernels that need no rectangles, computed once for all
+        layers from what the host knows.
+        """
+        in_place = len(self.kv_index) == int(self.cu_seqlens_q[-1]) and torch.equal(
+            self.kv_index, torch.arange(len(self.kv_index))
+        )
+        return Packed(
+            cu_seqlens_q=on_device(self.cu_seqlens_q, self.device),
+            cu_seqlens_k=on_device(self.cu_seqlens_k, self.device),
+            max_q=int(self.cu_seqlens_q.diff().max()),
+            max_k=int(self.cu_seqlens_k.diff().max()),
+            gather=None if in_place else self._gather(),
+        )
+
+    def _gather(self) -> Gather:
+        places = self.kv_index.argsort(stable=True)  # copies of a token side by side
+        tokens = self.kv_index[places]
+        starts = torch.cat([torch.ones(1, dtype=torch.bool), tokens.diff() != 0])
+        # Every segment sees itself, so every token is read.
+        begin = starts.nonzero()[:, 0]
+        copy = torch.arange(len(tokens)) - begin[starts.cumsum(0) - 1]  # 0 for the first one
+        ranks = range(1, int(copy.max()) + 1)
+        return Gather(
+            index=on_device(self.kv_index, self.device),
+            first=on_device(places[copy == 0], self.device),
+            more=tuple(
+                (
+                    on_device(tokens[copy == rank], self.device),
+                    on_device(places[copy == rank], self.device),
+                )
+                for rank in ranks
+            ),
+        )
+
+    @cached_property
+    def _host_buckets(self) -> tuple[Bucket, ...]:
         q_lengths, k_lengths = self.cu_seqlens_q.diff().long(), self.cu_seqlens_k.diff().long()
         sizes = torch.stack([_power_of_two(q_lengths), _power_of_two(k_lengths)], dim=1)
         _, group = sizes.unique(dim=0, return_inverse=True)
@@ -78,12 +150,12 @@ class Plan:
     @cached_property
     def restore_index(self) -> Tensor:
         """(T) int64: where each token's output lies in the concatenated, flattened buckets."""
-        slots = torch.cat([b.q_index.flatten().cpu() for b in self.buckets])
+        slots = torch.cat([b.q_index.flatten() for b in self._host_buckets])
         # A padding slot repeats the last token of its segment, right behind that token's own slot.
         real = torch.cat([torch.ones(1, dtype=torch.bool), slots.diff() != 0]).nonzero()[:, 0]
         restore = torch.empty_like(real)
         restore[slots[real]] = real
-        return restore.to(self.device)
+        return on_device(restore, self.device)
 
     def _bucket(self, members: Tensor, q_lengths: Tensor, k_lengths: Tensor) -> Bucket:
         q_size, k_size = q_lengths[members], k_lengths[members]
@@ -100,9 +172,9 @@ class Plan:
             if self.causal:
                 mask = mask & (k_slot <= q_slot[:, None])  # (G, 1, Lq, Lk)
         return Bucket(
-            q_index=q_index.to(self.device),
-            k_index=self.kv_index[k_entry].to(self.device),
-            mask=None if mask is None else mask.to(self.device),
+            q_index=q_index,
+            k_index=self.kv_index[k_entry],
+            mask=mask,
             causal=self.causal and mask is None,
         )
 
@@ -145,6 +217,15 @@ def self_plan(lengths: Tensor) -> Plan:
     cumulative = _cumulative(lengths)
     everything = torch.arange(int(lengths.sum()))
     return Plan(cumulative, cumulative, everything, False, torch.device("cpu"))
+
+
+def on_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A host tensor on another device, without waiting for it: from pinned memory, the copy takes
+    its turn behind the work that is queued there.
+    """
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def _merge_equal_rows(table: list[list[bool]]) -> list[list[int]]:

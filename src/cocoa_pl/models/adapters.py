@@ -12,6 +12,7 @@ from torch import nn
 
 from cocoa_pl.errors import UserError
 from cocoa_pl.models.backbone import Backbone
+from cocoa_pl.models.dora import make_lean
 
 log = logging.getLogger(__name__)
 
@@ -36,9 +37,14 @@ class LowRank:
         target_modules: one regular expression over full module names, for the language model and
             the vision tower.
         use_dora: DoRA instead of LoRA.
+        lean_dora: DoRA's norms once per optimizer step and without an identity matrix; the same
+            outputs to rounding. Without DoRA it changes nothing.
+        dropout_on_base: DoRA's dropout also in its (m / norm - 1) W x, as peft does it; False needs
+            `lean_dora` and saves a second product with W.
 
     Raises:
-        UserError: if an expression matches nothing in the model.
+        UserError: if an expression matches nothing in the model, or for `dropout_on_base` off
+            without `lean_dora`.
     """
 
     def __init__(
@@ -50,7 +56,13 @@ class LowRank:
         init: str,
         use_dora: bool,
         target_modules: Sequence[str],
+        lean_dora: bool,
+        dropout_on_base: bool,
     ) -> None:
+        if not (lean_dora or dropout_on_base):
+            raise UserError("adapter.dropout_on_base=false needs adapter.lean_dora=true")
+        self.lean_dora = lean_dora
+        self.dropout_on_base = dropout_on_base
         self.target_modules = tuple(target_modules)
         self.config = peft.LoraConfig(
             r=rank,
@@ -65,6 +77,8 @@ class LowRank:
         for expression in self.target_modules:
             _require_match(backbone, expression)
         backbone.model = peft.get_peft_model(backbone.model, self.config)
+        if self.lean_dora:
+            make_lean(backbone.model, dropout_on_base=self.dropout_on_base)
         for parameter in backbone.parameters():
             if parameter.requires_grad and parameter.dtype != torch.float32:
                 raise AssertionError("peft no longer keeps adapters in float32")

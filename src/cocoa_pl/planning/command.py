@@ -154,6 +154,8 @@ def _adapter(made: Any) -> Adapter | None:
         rank=made.config.r,
         dropout=made.config.lora_dropout,
         use_dora=made.config.use_dora,
+        lean=made.lean_dora,
+        dropout_on_base=made.dropout_on_base,
         targets=made.target_modules,
     )
 

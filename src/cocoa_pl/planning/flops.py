@@ -77,10 +77,11 @@ class _Tape:
         pairs = 2.0 * rows * adapter.rank
         down, up = pairs * linear.fan_in, pairs * linear.fan_out
         forward, backward = down + up, down * (1 + flows) + 2 * up
-        if adapter.use_dora:  # peft builds B A from an identity matrix for the norm of W + B A
-            matrix = 2.0 * linear.fan_in * adapter.rank
-            forward += matrix * (linear.fan_in + linear.fan_out)
-            if adapter.dropout:  # and multiplies the dropped-out input by W once more
+        if adapter.use_dora:
+            if not adapter.lean:  # peft builds B A from an identity matrix for the norm of W + B A
+                matrix = 2.0 * linear.fan_in * adapter.rank
+                forward += matrix * (linear.fan_in + linear.fan_out)
+            if adapter.dropout and adapter.dropout_on_base:
                 forward += product
                 backward += product * flows
         self.add(ADAPTERS, Cost(forward, backward))
@@ -120,6 +121,30 @@ def similarity_costs(width: int, *, queries: int, candidates: int) -> Costs:
     """InfoNCE of one rank's queries against the candidates of all ranks."""
     product = 2.0 * queries * candidates * width
     return {SIMILARITY: Cost(product, 2 * product)}
+
+
+def norm_costs(shape: ModelShape, tuning: Tuning) -> Costs:
+    """DoRA's norms where they are taken once a step: B A of every adapted linear."""
+    adapter = tuning.adapter
+    if adapter is None or not (adapter.use_dora and adapter.lean):
+        return {}
+    blocks = (shape.text, shape.vision.block)
+    linears = [
+        (linear, number)
+        for block in blocks
+        for number in range(block.count)
+        for linear in block.linears
+    ]
+    mergers = [(one, 0) for m in shape.vision.mergers for one in (m.first, m.second)]
+    return {
+        ADAPTERS: Cost(
+            sum(
+                2.0 * adapter.rank * linear.fan_in * linear.fan_out
+                for linear, number in (*linears, *mergers)
+                if adapter.adapts(linear, number)
+            )
+        )
+    }
 
 
 def without_graph(costs: Costs) -> Costs:

@@ -93,7 +93,9 @@ class StagePlan:
         setup, load = self.setup, self.load
         known: dict[Work, Costs] = {}
         found: list[Costs] = []
-        for work in load.works:
+        # The gradient cache embeds its last chunks once, where their graphs are kept.
+        replayed = len(load.works) - _kind(self.stage)[1].get("keep_chunks", 0)
+        for number, work in enumerate(load.works):
             if work not in known:
                 known[work] = flops.chunk_costs(
                     setup.shape,
@@ -103,8 +105,9 @@ class StagePlan:
                     decoder=load.decoder,
                 )
             found.append(known[work])
-            if load.cached:
+            if load.cached and number < replayed:
                 found.append(flops.without_graph(known[work]))
+        found.append(flops.norm_costs(setup.shape, setup.tuning))
         if load.rows:
             width = setup.shape.text.width
             found.append(

@@ -10,11 +10,18 @@ from cocoa_pl.planning.shapes import BlockShape, Linear, MergerShape, ModelShape
 
 @dataclass(frozen=True)
 class Adapter:
-    """LoRA or DoRA on every linear whose full name matches one of the expressions."""
+    """LoRA or DoRA on every linear whose full name matches one of the expressions.
+
+    Args:
+        lean: DoRA's norms once a step (`models/dora.py`) instead of in every pass.
+        dropout_on_base: DoRA multiplies dropped-out inputs by W once more.
+    """
 
     rank: int
     dropout: float
     use_dora: bool
+    lean: bool
+    dropout_on_base: bool
     targets: tuple[str, ...]
 
     def adapts(self, linear: Linear, block: int) -> bool:

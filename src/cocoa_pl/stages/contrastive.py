@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from cocoa_pl.batch import Rows
 from cocoa_pl.distributed import gather_offset, gather_rows, global_sum
+from cocoa_pl.errors import UserError
 from cocoa_pl.grad_cache import cached_backward
 from cocoa_pl.models.backbone import Backbone
-from cocoa_pl.objectives import info_nce, matryoshka, same_content
+from cocoa_pl.models.dora import shared_norms
+from cocoa_pl.objectives import ContentKeys, info_nce_by_blocks, matryoshka
 from cocoa_pl.stages.base import StageModule
 from cocoa_pl.stages.pictures import heat_map
 
@@ -47,20 +49,13 @@ class Candidates:
         queries: (n, D) unit rows.
         candidates: (M, D) unit rows.
         index: (n) int64, each query's positive among the candidates.
-        masked: (n, M) bool, True = no negative; None to mask nothing.
+        keys: what tells false negatives; None to mask nothing.
     """
 
     queries: Tensor
     candidates: Tensor
     index: Tensor
-    masked: Tensor | None
-
-    def hits(self, similarity: Tensor) -> Tensor:
-        """How many queries are nearest to their positive: ()."""
-        seen = similarity
-        if self.masked is not None:
-            seen = seen.masked_fill(self.masked, -torch.inf)
-        return (seen.argmax(1) == self.index).sum()
+    keys: ContentKeys | None
 
 
 class ContrastiveModule(StageModule):
@@ -73,6 +68,10 @@ class ContrastiveModule(StageModule):
         mask_false_negatives: candidates of identical content (or of an identical query) are no
             negatives.
         matryoshka_dims: also train these leading dimensions; empty for the full vector only.
+        similarity_block: queries whose similarities are in memory together; more of them are
+            computed again in the backward pass. It changes no value.
+        keep_chunks: gradient-cache chunks that are in memory together instead of being embedded
+            twice. It changes no value.
     """
 
     def __init__(
@@ -84,6 +83,8 @@ class ContrastiveModule(StageModule):
         symmetric: bool,
         mask_false_negatives: bool,
         matryoshka_dims: Sequence[int],
+        similarity_block: int,
+        keep_chunks: int,
         **shared: Any,
     ) -> None:
         super().__init__(backbone, **shared)
@@ -96,6 +97,13 @@ class ContrastiveModule(StageModule):
             raise ValueError(
                 f"matryoshka dims {self.dims} exceed the embedding's {backbone.hidden_size}"
             )
+        if similarity_block < 1 or keep_chunks < 0:
+            raise UserError(
+                f"stage.contrast.module: similarity_block ({similarity_block}) must be at least 1 "
+                f"and keep_chunks ({keep_chunks}) at least 0"
+            )
+        self.similarity_block = similarity_block
+        self.keep_chunks = keep_chunks
 
     @property
     def parts(self) -> list[nn.Module]:
@@ -110,12 +118,14 @@ class ContrastiveModule(StageModule):
             scale.copy_(used_scale.detach())
             return value
 
-        value = cached_backward(
-            lambda chunk: self.backbone.embed(chunk, self.policy),
-            self.chunks(rows.batch),
-            loss,
-            backward=self.manual_backward,
-        )
+        with shared_norms(self.backbone):
+            value = cached_backward(
+                lambda chunk: self.backbone.embed(chunk, self.policy),
+                self.chunks(rows.batch),
+                loss,
+                keep=self.keep_chunks,
+                backward=self.manual_backward,
+            )
         total, accuracy = global_sum(torch.stack([value, hits]))
         return {"loss": total, "accuracy": accuracy, "temperature": 1 / scale}
 
@@ -127,27 +137,37 @@ class ContrastiveModule(StageModule):
             embeddings: (S, D), queries, positives, negatives of this rank.
         """
         n, keys = rows.num_rows, rows.batch.keys
-        count = global_sum(torch.tensor(float(n), device=embeddings.device))
+        count = global_sum(torch.full((), float(n), device=embeddings.device))  # waits for nothing
         task, scale = self._candidates(embeddings, keys, n), self.temperature()
-        losses, similarity = self._widths(task, scale)
+        losses, hits = self._widths(task, scale)
         if self.symmetric:
             losses = (losses + self._widths(self._reversed(embeddings, keys, n), scale)[0]) / 2
-        return losses.sum() / len(self.dims) / count, task.hits(similarity) / count, scale
+        return losses.sum() / len(self.dims) / count, hits.sum() / count, scale
 
     def _widths(self, task: Candidates, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """Losses (n) summed over the Matryoshka widths, and similarities (n, M) at the full one."""
-        losses, similarity = torch.zeros_like(task.queries[:, 0]), None
+        """Losses (n) summed over the Matryoshka widths, and hits (n) at the full one."""
+        losses, hits = torch.zeros_like(task.queries[:, 0]), None
         for queries, candidates in zip(
             matryoshka(task.queries, self.dims),
             matryoshka(task.candidates, self.dims),
             strict=True,
         ):
-            value, similarity = info_nce(
-                queries, candidates, task.index, scale, false_negatives=task.masked
+            value, hits = self._info_nce(
+                replace(task, queries=queries, candidates=candidates), scale
             )
             losses = losses + value
-        assert similarity is not None
-        return losses, similarity
+        assert hits is not None
+        return losses, hits
+
+    def _info_nce(self, task: Candidates, scale: Tensor) -> tuple[Tensor, Tensor]:
+        return info_nce_by_blocks(
+            task.queries,
+            task.candidates,
+            task.index,
+            scale,
+            keys=task.keys,
+            block=self.similarity_block,
+        )
 
     def _candidates(self, embeddings: Tensor, keys: Tensor, n: int) -> Candidates:
         """Queries among the positives and hard negatives of all ranks."""
@@ -179,27 +199,21 @@ class ContrastiveModule(StageModule):
         offset = gather_offset(len(own_candidates), device)
         index = offset + torch.arange(len(queries), device=device)
         partner_keys = gather_rows(own_partner_keys)
-        masked = None
+        keys = None
         if self.mask_false_negatives:
-            masked = same_content(index, query_keys, candidate_keys, partner_keys)
-        return Candidates(queries, gather_rows(own_candidates), index, masked)
+            keys = ContentKeys(query_keys, candidate_keys, partner_keys)
+        return Candidates(queries, gather_rows(own_candidates), index, keys)
 
     def measure(self, rows: Rows) -> dict[str, Tensor]:
         """Among the positives and hard negatives of all ranks, as in training."""
         n = rows.num_rows
         embeddings = self.backbone.embed(self.in_step([rows.batch])[0], self.policy)
         task = self._candidates(embeddings, rows.batch.keys, n)
-        losses, similarity = info_nce(
-            task.queries,
-            task.candidates,
-            task.index,
-            self.temperature(),
-            false_negatives=task.masked,
-        )
+        losses, hits = self._info_nce(task, self.temperature())
         return {
-            "rows": torch.tensor(n, device=self.device),
+            "rows": torch.full((), n, device=self.device),
             "loss": losses.sum(),
-            "hits": task.hits(similarity),
+            "hits": hits.sum(),
         }
 
     def means(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:

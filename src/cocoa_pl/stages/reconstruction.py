@@ -14,6 +14,7 @@ from cocoa_pl.batch import Batch, Rows
 from cocoa_pl.corruption import Corrupted, every_next_token, hide_patches, hide_text
 from cocoa_pl.distributed import global_sum
 from cocoa_pl.models.backbone import Backbone
+from cocoa_pl.models.dora import shared_norms
 from cocoa_pl.models.heads import ImageDecoder, token_pixels
 from cocoa_pl.objectives import masked_next_token, rebuilt_patches
 from cocoa_pl.stages.base import StageModule
@@ -104,11 +105,12 @@ class ReconstructionModule(StageModule):
             )
         ).clamp(min=1)
         sums = torch.zeros(3, device=counts.device)
-        for chunk in chunks:
-            losses, hits, errors = self.rebuild(chunk)
-            text, patches = losses.sum() / counts[0], errors.sum() / counts[1]
-            self.manual_backward(text + self.patch_weight * patches)
-            sums += torch.stack([text, hits.sum() / counts[0], patches]).detach()
+        with shared_norms(self.backbone):
+            for chunk in chunks:
+                losses, hits, errors = self.rebuild(chunk)
+                text, patches = losses.sum() / counts[0], errors.sum() / counts[1]
+                self.manual_backward(text + self.patch_weight * patches)
+                sums += torch.stack([text, hits.sum() / counts[0], patches]).detach()
         text, accuracy, patches = global_sum(sums)
         metrics = {"loss": text + self.patch_weight * patches, "loss_text": text}
         metrics |= {"accuracy": accuracy}

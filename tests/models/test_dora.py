@@ -1,0 +1,247 @@
+"""Lean DoRA layers against peft's own: outputs, gradients, and how much is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from cocoa_pl.attention import Policy
+from cocoa_pl.batch import Batch, Encoded, pack
+from cocoa_pl.errors import UserError
+from cocoa_pl.models import dora
+from cocoa_pl.models.adapters import LowRank, merged
+from cocoa_pl.models.backbone import Backbone
+from cocoa_pl.models.dora import LeanDora, make_lean, row_norms, shared_norms
+from cocoa_pl.models.loading import Loaded
+
+ALL = ("context", "eos", "target")
+POLICY = Policy("bidirectional", ALL, ALL, ALL, False)
+TARGETS = [
+    r".*language_model\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj",
+    r".*visual\.blocks\.\d+\.(attn\.qkv|mlp\.fc\d)",
+]
+FAN_IN, FAN_OUT, RANK, TOKENS = 24, 40, 2, 7
+LoadTiny = Callable[..., Loaded]
+
+
+def adapted(
+    load_tiny: LoadTiny, *, dropout: float, dtype: str = "float32", **more: Any
+) -> Backbone:
+    """With random `B` and magnitudes, as after some training."""
+    adapter = LowRank(
+        rank=RANK,
+        alpha=8,
+        dropout=dropout,
+        init="gaussian",
+        use_dora=True,
+        target_modules=TARGETS,
+        **({"lean_dora": False, "dropout_on_base": True} | more),
+    )
+    torch.manual_seed(0)
+    checkpointing = more.get("lean_dora", False) and dtype == "float32"
+    backbone = adapter(load_tiny(dtype=dtype, gradient_checkpointing=checkpointing).backbone)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in backbone.named_parameters():
+            if ".lora_B." in name:
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+            if ".lora_magnitude_vector." in name:
+                parameter.mul_(1 + 0.1 * torch.rand(parameter.shape, generator=generator))
+    return backbone
+
+
+@pytest.fixture
+def batch(make_samples: Callable[..., list[Encoded]]) -> Batch:
+    return pack(make_samples((1, 0, 2)))
+
+
+def pass_through(backbone: Backbone, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    """Embeddings and the gradients of a random linear function of them, in training mode."""
+    backbone.train()
+    torch.manual_seed(1)  # of dropout
+    embeddings = backbone.embed(batch, POLICY)
+    weight = torch.randn(embeddings.shape, generator=torch.Generator().manual_seed(2))
+    (embeddings * weight).sum().backward()
+    gradients = {n: p.grad for n, p in backbone.named_parameters() if p.grad is not None}
+    backbone.zero_grad()
+    return embeddings.detach(), gradients
+
+
+def assert_same(
+    found: tuple[Tensor, dict[str, Tensor]],
+    expected: tuple[Tensor, dict[str, Tensor]],
+    *,
+    tolerance: float,
+) -> None:
+    torch.testing.assert_close(found[0], expected[0], rtol=0, atol=tolerance)
+    assert found[1].keys() == expected[1].keys()
+    for name, gradient in expected[1].items():
+        error = (found[1][name] - gradient).norm() / gradient.norm()
+        assert error < 30 * tolerance, name
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_outputs_and_gradients_are_those_of_peft(
+    dropout: float, load_tiny: LoadTiny, batch: Batch
+) -> None:
+    """With activation checkpointing on the lean side, which runs every block twice."""
+    expected = pass_through(adapted(load_tiny, dropout=dropout), batch)
+    lean = adapted(load_tiny, dropout=dropout, lean_dora=True)
+    assert any(isinstance(module, LeanDora) for module in lean.modules())
+    assert_same(pass_through(lean, batch), expected, tolerance=1e-5)
+    with shared_norms(lean):
+        first, second = pass_through(lean, batch), pass_through(lean, batch)
+    assert_same(first, expected, tolerance=1e-5)
+    assert_same(second, first, tolerance=1e-7)
+
+
+def test_without_dropout_the_base_output_serves(load_tiny: LoadTiny, batch: Batch) -> None:
+    expected = pass_through(adapted(load_tiny, dropout=0.0), batch)
+    lean = adapted(load_tiny, dropout=0.0, lean_dora=True, dropout_on_base=False)
+    assert_same(pass_through(lean, batch), expected, tolerance=1e-5)
+
+
+def test_dropout_off_the_base_is_something_else_in_training_only(
+    load_tiny: LoadTiny, batch: Batch
+) -> None:
+    theirs = adapted(load_tiny, dropout=0.3)
+    lean = adapted(load_tiny, dropout=0.3, lean_dora=True, dropout_on_base=False)
+    assert (pass_through(lean, batch)[0] - pass_through(theirs, batch)[0]).abs().max() > 1e-3
+    with torch.no_grad():
+        pair = [backbone.eval().embed(batch, POLICY) for backbone in (lean, theirs)]
+    torch.testing.assert_close(*pair, rtol=0, atol=1e-5)
+
+
+def test_bfloat16_is_as_near_to_float32_as_peft_is(load_tiny: LoadTiny, batch: Batch) -> None:
+    exact = pass_through(adapted(load_tiny, dropout=0.0), batch)[0]
+    theirs = pass_through(adapted(load_tiny, dropout=0.0, dtype="bfloat16"), batch)[0]
+    lean = pass_through(adapted(load_tiny, dropout=0.0, dtype="bfloat16", lean_dora=True), batch)[0]
+    assert (lean - exact).norm() < 1.2 * (theirs - exact).norm()
+
+
+def test_names_and_merging_stay(load_tiny: LoadTiny, batch: Batch) -> None:
+    theirs, lean = adapted(load_tiny, dropout=0.0), adapted(load_tiny, dropout=0.0, lean_dora=True)
+    assert lean.state_dict().keys() == theirs.state_dict().keys()
+    with torch.no_grad():
+        expected = theirs.eval().embed(batch, POLICY)
+        found = merged(lean.eval()).embed(batch, POLICY)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_dropout_off_the_base_needs_lean_layers(load_tiny: LoadTiny) -> None:
+    with pytest.raises(UserError, match=r"dropout_on_base=false needs adapter.lean_dora=true"):
+        adapted(load_tiny, dropout=0.1, dropout_on_base=False)
+
+
+# --- One layer --------------------------------------------------------------------------------
+
+
+def one_layer(*, dropout: float = 0.0, lean: bool = True, dropout_on_base: bool = True) -> Any:
+    torch.manual_seed(0)
+    config = peft.LoraConfig(
+        r=RANK, lora_dropout=dropout, init_lora_weights=False, use_dora=True, target_modules=["0"]
+    )
+    model = peft.get_peft_model(nn.Sequential(nn.Linear(FAN_IN, FAN_OUT)), config)  # type: ignore[arg-type]
+    if lean:
+        make_lean(model, dropout_on_base=dropout_on_base)
+    return model
+
+
+def test_norms_are_those_of_the_rows_in_float32() -> None:
+    weight, a, b = torch.randn(5, 4).bfloat16(), torch.randn(2, 4), torch.randn(5, 2)
+    found = row_norms(weight, a.requires_grad_(), b, 0.5)
+    expected = [
+        sum((float(weight[i, j]) + 0.5 * float(b[i] @ a[:, j])) ** 2 for j in range(4)) ** 0.5
+        for i in range(5)
+    ]
+    torch.testing.assert_close(found, torch.tensor(expected))
+    assert not found.requires_grad
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """The norms that were taken, in order."""
+    found: list[Tensor] = []
+
+    def counted(*given: Any) -> Tensor:
+        found.append(row_norms(*given))
+        return found[-1]
+
+    monkeypatch.setattr(dora, "row_norms", counted)
+    return found
+
+
+def test_a_norm_is_taken_once_within_the_context_and_each_time_without(
+    taken: list[Tensor],
+) -> None:
+    model, x = one_layer(), torch.randn(TOKENS, FAN_IN)
+    with shared_norms(model):
+        for _ in range(3):
+            model(x)
+    assert len(taken) == 1
+    for _ in range(2):
+        model(x)
+    assert len(taken) == 3
+    with shared_norms(model):
+        model(x)
+    assert len(taken) == 4
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_no_norm_outlives_the_context_and_an_optimizer_step(
+    fused: bool, taken: list[Tensor]
+) -> None:
+    """A fused step writes into parameters without raising their versions."""
+    model, x = one_layer(), torch.randn(TOKENS, FAN_IN)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.1, fused=fused)
+    for _ in range(2):
+        with shared_norms(model):
+            model(x).sum().backward()
+        optimizer.step()
+    assert len(taken) == 2
+    assert (taken[0] - taken[1]).abs().max() > 1e-3
+
+
+def test_a_failure_leaves_no_norm_behind(taken: list[Tensor]) -> None:
+    model, x = one_layer(), torch.randn(TOKENS, FAN_IN)
+
+    def fail() -> None:
+        with shared_norms(model):
+            model(x)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    model(x)
+    assert len(taken) == 2
+
+
+def counted(model: Any, *, passes: int) -> int:
+    """Floating-point operations of matrix products, forward and backward."""
+    model.train()
+    x = torch.randn(TOKENS, FAN_IN)
+    with FlopCounterMode(display=False) as counter, shared_norms(model):
+        for _ in range(passes):
+            model(x).sum().backward()
+    return int(counter.get_total_flops())
+
+
+@pytest.mark.parametrize("passes", [1, 8])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_what_is_saved_is_what_was_promised(dropout: float, passes: int) -> None:
+    identity = 2 * FAN_IN * RANK * (FAN_IN + FAN_OUT)  # B A, from an identity matrix
+    factors = 2 * FAN_IN * RANK * FAN_OUT  # B A, from its factors
+    second = 2 * TOKENS * FAN_IN * FAN_OUT  # W x again, where x has dropout
+    theirs, lean, without = (
+        counted(one_layer(dropout=dropout, **choice), passes=passes)
+        for choice in ({"lean": False}, {}, {"dropout_on_base": False})
+    )
+    assert theirs - lean == passes * identity - factors
+    assert lean - without == (passes * second if dropout else 0)
