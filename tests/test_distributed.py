@@ -172,6 +172,7 @@ def work(index: int, folder: Path) -> None:
     with (folder / "task.pkl").open("rb") as file:
         task: Task = pickle.load(file)
     torch.save(primitives() | stage_steps(task, SHARES[index]), folder / f"{index}.pt")
+    dist.barrier()  # nobody leaves while another still waits for him
     dist.destroy_process_group()
 
 

@@ -95,6 +95,7 @@ def work(index: int, folder: str) -> None:
         found[keep] = steps(model, [rows_of(index)], keep=keep)
     if index == 0:
         Path(folder, "found").write_bytes(pickle.dumps(found))
+    dist.barrier()  # nobody leaves while another still waits for him
     dist.destroy_process_group()
 
 
