@@ -136,7 +136,7 @@ def make_source(
 @pytest.fixture(scope="session")
 def tiny_folder(make_source: Callable[..., TinySource], texts: list[str]) -> Path:
     """The folder of a model of two layers."""
-    return make_source().folder(texts)
+    return make_source().folder(lambda: texts)
 
 
 @pytest.fixture(scope="session")

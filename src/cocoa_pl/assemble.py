@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,8 @@ from cocoa_pl.export import export, lineage_of
 from cocoa_pl.models.adapter_folders import base_path, is_adapter, load_adapter
 from cocoa_pl.models.adapters import trainable_line
 from cocoa_pl.models.backbone import Backbone
-from cocoa_pl.models.loading import Loaded, PretrainedSource, find_folder, load
+from cocoa_pl.models.loading import Loaded, find_folder, load
+from cocoa_pl.models.tiny import Texts
 from cocoa_pl.randomness import mix
 from cocoa_pl.sharding import full_state, is_sharded
 from cocoa_pl.stages.recipe import RunSettings, run_stages
@@ -106,19 +107,19 @@ def build_stages(cfg: DictConfig) -> list[Stage]:
     return [build(cfg.stage[name]) for name in order]
 
 
-def model_folder(cfg: DictConfig, texts: Callable[[], Sequence[str]]) -> Path:
+def model_folder(cfg: DictConfig, texts: Texts) -> Path:
     """The folder of the model, or of the adapter, that training starts from."""
     if cfg.init_from is None:
-        own: Path = build(cfg.model.source).folder(texts())
+        own: Path = build(cfg.model.source).folder(texts)
         return own
     exported = Path(cfg.init_from) / "model"
     path = str(exported) if exported.is_dir() else cfg.init_from
-    folder = PretrainedSource(path=path).folder(())
+    folder = find_folder(path)
     log.info("starting from %s", folder)
     return folder
 
 
-def open_model(cfg: DictConfig, texts: Callable[[], Sequence[str]]) -> Loaded:
+def open_model(cfg: DictConfig, texts: Texts) -> Loaded:
     """The model that training starts from: an earlier run's, an adapter on its base, or the
     config's own source.
     """

@@ -21,14 +21,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from cocoa_pl.errors import UserError
 from cocoa_pl.models.adapters import untouched_adapters
-from cocoa_pl.sharding import META, FullySharded, read_meta, read_tensors
+from cocoa_pl.sharding import META, FullySharded, read_meta, read_tensors, trained_state
 
 BACKBONE = "backbone."
-
-
-def trained_state(module: nn.Module) -> dict[str, Tensor]:
-    """The parameters that train (with adapters: those and the heads, not the frozen base)."""
-    return {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
 
 
 def check_names(expected: set[str], found: set[str], *, where: str) -> None:
@@ -204,8 +199,6 @@ def _put_in_place(partial: Path, path: Path) -> None:
     A file takes the old one's name. A folder cannot, so `path` is a link to it that is exchanged.
     """
     if partial.is_file():
-        if path.is_symlink():
-            path.unlink()
         os.replace(partial, path)
         return
     link = path.with_name("last.link")

@@ -28,9 +28,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from cocoa_pl.distributed import rank
+
 META = "meta.pt"  # of a checkpoint folder: all that is not a tensor of the model or the optimizer
 MODEL, OPTIMIZER = "state_dict", "optimizer_0"
-
 
 STRATEGY = "fully_sharded"  # its name in trainer configs; each stage gets a fresh one
 
@@ -55,7 +56,7 @@ class FullySharded(ModelParallelStrategy):
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """This rank's shares of the trained parameters."""
         reshard(self._whole)
-        return {n: p.detach() for n, p in self._whole.named_parameters() if p.requires_grad}
+        return dict(trained_state(self._whole))
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
@@ -144,6 +145,13 @@ def reshard(module: nn.Module) -> None:
             part.reshard()
 
 
+def trained_state(module: nn.Module) -> dict[str, Tensor]:
+    """The parameters that train (with adapters: those and the heads, not the frozen base); of
+    sharded ones this rank's shares.
+    """
+    return {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
+
+
 def is_sharded(module: nn.Module) -> bool:
     """Whether a module's parameters are split over processes."""
     return any(isinstance(parameter, DTensor) for parameter in module.parameters())
@@ -155,14 +163,11 @@ def full_state(module: nn.Module) -> dict[str, Tensor]:
     Every rank must call this at the same time; one parameter is gathered at a time.
     """
     reshard(module)
-    first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
     state: dict[str, Tensor] = {}
-    for name, parameter in module.named_parameters():
-        if parameter.requires_grad:
-            value = parameter.detach()
-            whole = value.full_tensor() if isinstance(value, DTensor) else value
-            if first:
-                state[name] = whole.cpu()
+    for name, value in trained_state(module).items():
+        whole = value.full_tensor() if isinstance(value, DTensor) else value
+        if rank() == 0:
+            state[name] = whole.cpu()
     return state
 
 

@@ -35,7 +35,7 @@ MakeSamples = Callable[..., list[Encoded]]
 @pytest.fixture(scope="module")
 def one_layer(make_source: Any, texts: list[str], load_tiny: Callable[..., Loaded]) -> Backbone:
     """float64 and a single layer: deeper stacks rightly leak through EOS."""
-    folder = make_source(num_hidden_layers=1).folder(texts)
+    folder = make_source(num_hidden_layers=1).folder(lambda: texts)
     return load_tiny(folder=folder).backbone.double()
 
 

@@ -143,8 +143,12 @@ def test_folder_without_processor_files_is_refused(
     assert reason in message(load_tiny, folder)
 
 
+def texts_are_not_read() -> list[str]:
+    raise AssertionError("a model that has a tokenizer asks for no texts")
+
+
 def test_local_folder_is_taken_as_it_is(tiny_folder: Path) -> None:
-    assert PretrainedSource(path=str(tiny_folder)).folder(["unused"]) == tiny_folder
+    assert PretrainedSource(path=str(tiny_folder)).folder(texts_are_not_read) == tiny_folder
 
 
 def test_folder_without_config_is_refused(tmp_path: Path) -> None:
@@ -169,7 +173,7 @@ def test_unreachable_hub_is_one_sentence_that_says_what_to_do(
 
     monkeypatch.setattr(loading, "snapshot_download", fail)
     with pytest.raises(UserError) as caught:
-        PretrainedSource(path="Qwen/Qwen2-VL-2B-Instruct").folder([])
+        PretrainedSource(path="Qwen/Qwen2-VL-2B-Instruct").folder(texts_are_not_read)
     assert str(caught.value) == (
         "Qwen/Qwen2-VL-2B-Instruct is not on this disk and the Hugging Face hub cannot be reached "
         f"({type(error).__name__}): download it elsewhere and pass the folder, "

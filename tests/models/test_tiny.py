@@ -106,7 +106,7 @@ def test_tiny_models_are_of_the_size_their_files_tell(
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("train", overrides=[f"model={name}", f"cache_dir={tmp_path}"])
     source: TinySource = instantiate(cfg.model.source, _convert_="all")
-    found = weights(source.folder(texts))
+    found = weights(source.folder(lambda: texts))
     assert 0.9e6 < sum(value.numel() for value in found.values()) < 2e6
     side = 32 if name == "tiny_qwen3vl" else 28
     assert (cfg.model.min_pixels, cfg.model.max_pixels) == (side**2, (4 * side) ** 2)
@@ -128,8 +128,8 @@ def test_second_build_finds_the_first(
         raise AssertionError("built again")
 
     monkeypatch.setattr(TinySource, "_build", fail)
-    assert make_source().folder(texts) == tiny_folder
-    assert make_source().folder([*reversed(texts), *texts]) == tiny_folder
+    assert make_source().folder(lambda: texts) == tiny_folder
+    assert make_source().folder(lambda: [*reversed(texts), *texts]) == tiny_folder
 
 
 def test_other_values_texts_and_seeds_get_folders_of_their_own(
@@ -141,7 +141,10 @@ def test_other_values_texts_and_seeds_get_folders_of_their_own(
         ({"num_hidden_layers": 1}, texts),
         ({}, texts[:1]),
     ]
-    folders = [make_source(cache_dir=tmp_path, **kw).folder(given) for kw, given in sources]
+    folders = [
+        make_source(cache_dir=tmp_path, **kw).folder(lambda given=given: given)
+        for kw, given in sources
+    ]
     assert len(set(folders)) == 4
     assert set(folders) == set(tmp_path.iterdir()), "no scratch folder stays behind"
 
@@ -151,8 +154,8 @@ def test_weights_follow_from_the_seed_and_from_nothing_else(
 ) -> None:
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    again = make_source(cache_dir=tmp_path).folder(texts)
-    other = make_source(cache_dir=tmp_path, seed=1).folder(texts)
+    again = make_source(cache_dir=tmp_path).folder(lambda: texts)
+    other = make_source(cache_dir=tmp_path, seed=1).folder(lambda: texts)
     assert torch.equal(torch.get_rng_state(), before)
     first, second = weights(tiny_folder), weights(again)
     assert all(torch.equal(second[name], value) for name, value in first.items())
@@ -170,6 +173,6 @@ def test_interrupted_build_leaves_no_folder(
     with monkeypatch.context() as patch:
         patch.setattr(Qwen2VLForConditionalGeneration, "save_pretrained", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            source.folder(texts)
+            source.folder(lambda: texts)
     assert list(tmp_path.iterdir()) == []
-    assert (source.folder(texts) / "model.safetensors").is_file()
+    assert (source.folder(lambda: texts) / "model.safetensors").is_file()

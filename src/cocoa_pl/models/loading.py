@@ -1,6 +1,6 @@
 """A Hugging Face folder or hub id in, a backbone with its tokenizer and image processor out."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from cocoa_pl.models.backbone import Backbone
 from cocoa_pl.models.qwen2_5_vl import Qwen25VLBackbone
 from cocoa_pl.models.qwen2_vl import Qwen2VLBackbone
 from cocoa_pl.models.qwen3_vl import Qwen3VLBackbone
+from cocoa_pl.models.tiny import Texts
 
 # One entry for each family, by the `model_type` in its config.json.
 FAMILIES: dict[str, type[Backbone]] = {
@@ -34,8 +35,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 class ModelSource(Protocol):
     """Where weights come from."""
 
-    def folder(self, texts: Sequence[str]) -> Path:
-        """A local Hugging Face folder; `texts` are for a source that trains a tokenizer."""
+    def folder(self, texts: Texts) -> Path:
+        """A local Hugging Face folder; `texts` makes what a source trains a tokenizer on."""
         ...
 
 
@@ -45,7 +46,7 @@ class PretrainedSource:
     def __init__(self, *, path: str) -> None:
         self.path = path
 
-    def folder(self, texts: Sequence[str]) -> Path:
+    def folder(self, texts: Texts) -> Path:
         return find_folder(self.path)
 
 

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,9 @@ from transformers.utils.constants import (
 )
 
 from cocoa_pl.errors import UserError
+
+# Makes the training texts: millions of them, which only a source without a tokenizer reads.
+Texts = Callable[[], Sequence[str]]
 
 
 @dataclass(frozen=True)
@@ -104,8 +107,8 @@ class TinySource:
             "max_pixels": max_pixels,
         }
 
-    def folder(self, texts: Sequence[str]) -> Path:
-        unique = sorted(set(texts))
+    def folder(self, texts: Texts) -> Path:
+        unique = sorted(set(texts()))
         digest = hashlib.sha256(json.dumps([self.values, unique], sort_keys=True).encode())
         folder = self.cache_dir / f"tiny-{digest.hexdigest()[:16]}"
         if not (folder / "config.json").is_file():

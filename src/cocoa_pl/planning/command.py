@@ -27,10 +27,10 @@ from cocoa_pl.planning.stage_plan import StagePlan
 from cocoa_pl.planning.table import show
 from cocoa_pl.planning.tuning import Adapter
 from cocoa_pl.planning.verdict import Hardware, remedies
+from cocoa_pl.sharding import STRATEGY
 from cocoa_pl.stages.stage import Stage
 
 WIDTHS = {"float32": 4, "bfloat16": 2}
-SHARDED = "fully_sharded"
 
 
 def run(overrides: Sequence[str], console: Console) -> int:
@@ -128,7 +128,7 @@ def _setup(cfg: DictConfig, shape: ModelShape) -> Setup:
         adapter=_adapter(build(cfg.adapter)),
         width=WIDTHS[cfg.model.dtype],
         checkpointing=cfg.model.gradient_checkpointing,
-        sharded=strategy == SHARDED and gpus > 1,
+        sharded=strategy == STRATEGY and gpus > 1,
         gpus=gpus,
         kernel=cfg.model.kernel,
         on_gpu=cfg.trainer.accelerator != "cpu",
