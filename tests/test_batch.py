@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cocoa_pl.batch import Batch, Encoded, Rows, pack
+from cocoa_pl.batch import Batch, Encoded, cut_by_cost, pack
 
 IMAGES = (1, 0, 2, 0, 1)
 MakeSamples = Callable[..., list[Encoded]]
@@ -88,35 +88,58 @@ def test_selection_copies_nothing(samples: list[Encoded]) -> None:
         assert part.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
 
 
-@pytest.mark.parametrize("budget", [1, 10, 20, 40, 10_000])
-def test_chunks_put_together_are_the_batch(budget: int, samples: list[Encoded]) -> None:
-    batch = pack(samples)
-    chunks = batch.chunk(budget)
-    bounds = [sum(c.num_samples for c in chunks[:i]) for i in range(len(chunks) + 1)]
-    assert bounds[-1] == batch.num_samples
-    for chunk, start, stop in zip(chunks, bounds, bounds[1:], strict=False):
-        assert fields_equal(chunk, pack(samples[start:stop]))
+@pytest.mark.parametrize("order", [[0], [4, 2], [3, 3, 0, 1], [4, 3, 2, 1, 0], []])
+def test_taken_samples_are_those_packed_in_that_order(
+    order: list[int], samples: list[Encoded]
+) -> None:
+    taken = pack(samples).take(torch.tensor(order, dtype=torch.int64))
+    if order:
+        assert fields_equal(taken, pack([samples[place] for place in order]))
+    else:
+        assert taken.num_samples == taken.num_tokens == len(taken.patches) == len(taken.grids) == 0
 
 
 @pytest.mark.parametrize(
     ("lengths", "budget", "expected"),
     [
-        ([4, 4, 4, 4], 8, [2, 2]),
-        ([4, 4, 4, 4], 9, [2, 2]),
-        ([4, 4, 4, 4], 7, [1, 1, 1, 1]),
-        ([4, 4, 4, 4], 16, [4]),
-        ([20, 2, 2], 8, [1, 2]),
-        ([2, 20, 2, 2], 8, [1, 1, 2]),
-        ([2, 2, 20], 8, [2, 1]),
-        ([3], 2, [1]),
+        ([4, 4, 4, 4], 8, [[0, 1], [2, 3]]),
+        ([4, 4, 4, 4], 9, [[0, 1], [2, 3]]),
+        ([4, 4, 4, 4], 7, [[0], [1], [2], [3]]),
+        ([4, 4, 4, 4], 16, [[0, 1, 2, 3]]),
+        ([20, 2, 2], 8, [[0], [1, 2]]),
+        ([2, 20, 2, 2], 8, [[1], [0, 2, 3]]),
+        ([2, 3, 20, 5], 8, [[2], [3, 1], [0]]),
+        ([3], 2, [[0]]),
     ],
 )
-def test_chunks_fill_the_token_budget_and_never_exceed_it(
-    lengths: Sequence[int], budget: int, expected: list[int]
+def test_pieces_hold_the_dearest_first_and_never_exceed_the_token_budget(
+    lengths: Sequence[int], budget: int, expected: list[list[int]]
 ) -> None:
-    chunks = pack([text_sample(n) for n in lengths]).chunk(budget)
-    assert [c.num_samples for c in chunks] == expected
-    assert all(c.num_tokens <= budget or c.num_samples == 1 for c in chunks)
+    pieces = cut_by_cost(pack([text_sample(n) for n in lengths]), budget)
+    assert [piece.tolist() for piece in pieces] == expected
+
+
+@pytest.mark.parametrize("budget", [1, 10, 20, 40, 10_000])
+def test_pieces_hold_every_sample_once(budget: int, samples: list[Encoded]) -> None:
+    pieces = cut_by_cost(pack(samples), budget)
+    assert torch.cat(pieces).sort().values.tolist() == list(range(len(samples)))
+    assert all(len(piece) for piece in pieces)
+
+
+def test_an_image_is_dearer_than_a_text_of_as_many_tokens(samples: list[Encoded]) -> None:
+    picture = samples[0]
+    text = text_sample(len(picture.input_ids) + 1)
+    text = dataclasses.replace(text, patches=torch.empty(0, picture.patches.shape[1]).byte())
+    (piece,) = cut_by_cost(pack([text, picture]), 1000)
+    assert piece.tolist() == [1, 0]
+
+
+def test_sorted_pieces_are_fuller_and_alike() -> None:
+    """Rows of a pair are a long and a short sample; beside each other they would fill a piece."""
+    batch = pack([text_sample(n) for n in [300, 20] * 32])
+    pieces = cut_by_cost(batch, 1000)
+    assert len(pieces) == 11 + 1
+    assert sum(len(batch.lengths[piece].unique()) > 1 for piece in pieces) == 1
 
 
 def test_bookkeeping_stays_on_the_host_when_the_batch_moves(samples: list[Encoded]) -> None:
@@ -126,6 +149,3 @@ def test_bookkeeping_stays_on_the_host_when_the_batch_moves(samples: list[Encode
         value = getattr(moved, field.name)
         if isinstance(value, Tensor):
             assert value.device.type == ("cpu" if field.name in on_host else "meta"), field.name
-    rows = Rows(pack(samples), num_rows=5, skipped=()).to("meta")
-    assert rows.batch.input_ids.device.type == "meta"
-    assert rows.num_rows == 5

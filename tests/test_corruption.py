@@ -10,7 +10,17 @@ import torch
 from torch import Tensor
 
 from cocoa_pl.batch import Batch, Encoded, pack
-from cocoa_pl.corruption import every_next_token, hide_patches, hide_text, hideable_text
+from cocoa_pl.corruption import (
+    Corruption,
+    choose_patches,
+    every_next_token,
+    hide_text,
+    hideable_text,
+    join_corrupted,
+    noise_of,
+    untouched,
+    with_noise,
+)
 from cocoa_pl.data.tokenize import Processor
 from cocoa_pl.randomness import mix, uniform
 
@@ -55,6 +65,11 @@ def image_sample(seed: int, *, height: int, width: int) -> Encoded:
 
 def hide(batch: Batch, *, ratio: float = 0.7, segment: str = "target") -> tuple[Batch, Tensor]:
     return hide_text(batch, ratio=ratio, segment=segment, mask_token_id=MASK)
+
+
+def hide_pixels(batch: Batch, pixels: Tensor, *, ratio: float) -> tuple[Tensor, Tensor]:
+    patch_mask = choose_patches(batch, ratio=ratio)
+    return with_noise(pixels, noise_of(batch, patch_mask, merge_size=2)), patch_mask
 
 
 def floats(batch: Batch) -> Tensor:
@@ -174,7 +189,7 @@ def test_next_token_prediction_never_asks_for_a_first_token() -> None:
 def test_exactly_the_ratio_of_visual_tokens_is_hidden(ratio: float) -> None:
     shapes = [(1, 1), (1, 2), (2, 2), (3, 1), (3, 3), (4, 5), (7, 7)]
     batch = pack([image_sample(i, height=h, width=w) for i, (h, w) in enumerate(shapes)])
-    _, patch_mask = hide_patches(batch, floats(batch), ratio=ratio, merge_size=2)
+    _, patch_mask = hide_pixels(batch, floats(batch), ratio=ratio)
     hidden = [int(m.sum()) for m in patch_mask.split(batch.lengths.tolist())]
     assert hidden == [exact_share(ratio, h * w) for h, w in shapes]
     assert not (patch_mask & ~batch.image_mask).any()
@@ -183,7 +198,7 @@ def test_exactly_the_ratio_of_visual_tokens_is_hidden(ratio: float) -> None:
 def test_hidden_visual_tokens_become_noise_and_the_others_stay(samples: list[Encoded]) -> None:
     batch = pack(samples)
     pixels = floats(batch)
-    noisy, patch_mask = hide_patches(batch, pixels, ratio=0.5, merge_size=2)
+    noisy, patch_mask = hide_pixels(batch, pixels, ratio=0.5)
     hidden = patch_mask[batch.image_mask].repeat_interleave(4)
     assert torch.equal(noisy[~hidden], pixels[~hidden])
     assert (noisy[hidden] != pixels[hidden]).all()
@@ -191,7 +206,7 @@ def test_hidden_visual_tokens_become_noise_and_the_others_stay(samples: list[Enc
 
 def test_noise_is_standard_normal_and_never_repeats() -> None:
     batch = pack([image_sample(seed, height=4, width=4) for seed in range(12)])
-    noise, _ = hide_patches(batch, floats(batch), ratio=1.0, merge_size=2)
+    noise, _ = hide_pixels(batch, floats(batch), ratio=1.0)
     n = noise.numel()
     assert abs(float(noise.double().mean())) < 4 / math.sqrt(n)
     assert abs(float(noise.double().var()) - 1) < 4 * math.sqrt(2 / n)
@@ -203,10 +218,10 @@ def test_hidden_patches_depend_on_the_seed_and_not_on_packing(samples: list[Enco
     alone = []
     for sample in samples:
         batch = pack([sample])
-        alone.append(hide_patches(batch, floats(batch), ratio=0.5, merge_size=2))
+        alone.append(hide_pixels(batch, floats(batch), ratio=0.5))
     for order in ([0, 1, 2, 3, 4, 5], [5, 2, 0, 1, 4, 3], [1, 3]):
         batch = pack([samples[i] for i in order])
-        noisy, patch_mask = hide_patches(batch, floats(batch), ratio=0.5, merge_size=2)
+        noisy, patch_mask = hide_pixels(batch, floats(batch), ratio=0.5)
         assert torch.equal(noisy, torch.cat([alone[i][0] for i in order]))
         assert torch.equal(patch_mask, torch.cat([alone[i][1] for i in order]))
 
@@ -216,7 +231,7 @@ def test_text_and_patches_of_one_seed_are_chosen_independently() -> None:
     text = [text_sample(seed, context=0, target=16) for seed in range(runs)]
     images = [image_sample(seed, height=4, width=4) for seed in range(runs)]
     _, token_mask = hide(pack(text), ratio=0.5)
-    _, patch_mask = hide_patches(pack(images), floats(pack(images)), ratio=0.5, merge_size=2)
+    _, patch_mask = hide_pixels(pack(images), floats(pack(images)), ratio=0.5)
     # Positions 1 to 15 hold a candidate in both.
     same = token_mask.view(runs, 17)[:, 1:16] == patch_mask.view(runs, 17)[:, 1:16]
     assert abs(float(same.float().mean()) - 0.5) < 4 * 0.5 / math.sqrt(15 * runs)
@@ -225,9 +240,39 @@ def test_text_and_patches_of_one_seed_are_chosen_independently() -> None:
 def test_corruption_returns_new_values_and_keeps_the_dtype(samples: list[Encoded]) -> None:
     batch, untouched = pack(samples), pack(samples)
     pixels = floats(batch).bfloat16()
-    noisy, _ = hide_patches(batch, pixels, ratio=0.5, merge_size=2)
+    noisy, _ = hide_pixels(batch, pixels, ratio=0.5)
     corrupted, _ = hide(batch)
     assert noisy.dtype == torch.bfloat16
     assert torch.equal(pixels, floats(untouched).bfloat16())
     assert torch.equal(batch.input_ids, untouched.input_ids)
     assert corrupted.patches is batch.patches
+
+
+# --- Both ------------------------------------------------------------------------------------
+
+WARMUP = Corruption(
+    text_ratio=0.3, text_segment="context", patch_ratio=0.5, mask_token_id=MASK, merge_size=2
+)
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2, 3, 4, 5], [5, 2, 0], [3]])
+def test_corrupted_samples_taken_are_those_corrupted_alone(
+    order: list[int], samples: list[Encoded]
+) -> None:
+    taken = WARMUP(pack(samples)).take(torch.tensor(order))
+    alone = WARMUP(pack([samples[place] for place in order]))
+    assert torch.equal(taken.batch.input_ids, alone.batch.input_ids)
+    for name in ("labels", "token_mask", "patch_mask"):
+        assert torch.equal(getattr(taken, name), getattr(alone, name)), name
+
+
+def test_of_a_batch_that_is_joined_untouched_nothing_is_asked(samples: list[Encoded]) -> None:
+    first, second = pack(samples[:3]), pack(samples[3:])
+    joined = join_corrupted([WARMUP(first), untouched(second)])
+    alone = WARMUP(first)
+    for name in ("token_mask", "patch_mask"):
+        own, others = getattr(joined, name).split([first.num_tokens, second.num_tokens])
+        assert torch.equal(own, getattr(alone, name))
+        assert not others.any()
+    assert torch.equal(joined.labels, pack(samples).input_ids)
+    assert torch.equal(joined.batch.input_ids[first.num_tokens :], second.input_ids)

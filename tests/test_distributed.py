@@ -66,7 +66,7 @@ CONTRAST: dict[str, Any] = {
     "mask_false_negatives": False,
     "matryoshka_dims": (),
     "similarity_block": 2,
-    "keep_chunks": 1,
+    "keep_gib": 0,
 }
 CONTRASTIVE = {
     "plain": CONTRAST,
@@ -102,7 +102,7 @@ class Task:
 def step(module: StageModule, rows: Rows) -> dict[str, Any]:
     """Loss and gradients of one global batch, by name."""
     module.manual_backward = lambda loss: loss.backward()  # type: ignore[method-assign, misc]
-    metrics = module.accumulate(rows)
+    metrics = module.accumulate(module.preparation(validating=False)(rows))
     sum_gradients(module.parameters())
     found = {f"metric {name}": value for name, value in metrics.items()}
     return found | {n: p.grad for n, p in module.named_parameters() if p.grad is not None}

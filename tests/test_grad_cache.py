@@ -1,6 +1,7 @@
 """Gradients of many chunks in the memory of one."""
 
 import weakref
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -8,12 +9,14 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
 from cocoa_pl.grad_cache import cached_backward
+from cocoa_pl.live_bytes import LiveBytes
 from cocoa_pl.objectives import info_nce
 
 ROWS, WIDTH = 7, 6
 SEED = 3
 SIZES = [1, 2, 5, ROWS]
-KEPT = [0, 1, 2, 3, 100]
+KEPT = [1, 2, 3, 100]
+CPU = torch.device("cpu")
 
 
 class Encoder(nn.Module):
@@ -70,13 +73,41 @@ def rows() -> Tensor:
     return torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(1))
 
 
+def graph_bytes(model: Callable[[Tensor], Tensor], chunk: Tensor) -> int:
+    """What a chunk's graph takes."""
+    with LiveBytes() as live:
+        embeddings = model(chunk)
+        assert embeddings.requires_grad
+        return live.now
+
+
+def run(
+    embed: Callable[[Tensor], Tensor],
+    chunks: Sequence[Tensor],
+    loss: Callable[[Tensor], Tensor],
+    *,
+    keep: int = 1,
+    agreed: Callable[[bool], bool] = bool,
+) -> Tensor:
+    """With room for the graphs of so many chunks like the first."""
+    with torch.random.fork_rng():
+        size = graph_bytes(Encoder(0.4), chunks[0])
+    return cached_backward(
+        embed,
+        chunks,
+        loss,
+        keep_bytes=keep * size if keep > 1 else 0,
+        agreed=agreed,
+        backward=lambda t: t.backward(),
+        device=CPU,
+    )
+
+
 def cached(
-    model: Encoder, rows: Tensor, size: int, *, keep: int = 0
+    model: Encoder, rows: Tensor, size: int, *, keep: int = 1
 ) -> tuple[Tensor, list[Tensor]]:
     torch.manual_seed(SEED)
-    value = cached_backward(
-        model, rows.split(size), model.loss, keep=keep, backward=lambda t: t.backward()
-    )
+    value = run(model, rows.split(size), model.loss, keep=keep)
     return value, model.gradients()
 
 
@@ -154,22 +185,68 @@ def test_the_generator_ends_where_the_first_pass_left_it(keep: int, rows: Tensor
 
 
 @pytest.mark.parametrize("keep", KEPT)
-def test_each_chunk_is_embedded_without_and_then_with_a_graph(keep: int, rows: Tensor) -> None:
-    model = Encoder(0.0)
-    chunks = [rows[:1], rows[1:3], rows[3:6], rows[6:]]
+def test_kept_chunks_are_embedded_once_and_the_others_without_and_then_with_a_graph(
+    keep: int, rows: Tensor
+) -> None:
+    model = Encoder(0.4)
+    chunks = [rows[:2], rows[2:4], rows[4:6], rows[6:]]
     seen: list[tuple[int, bool]] = []
 
     def embed(chunk: Tensor) -> Tensor:
         seen.append((len(chunk), torch.is_grad_enabled()))
         return model(chunk)
 
-    cached_backward(embed, chunks, model.loss, keep=keep, backward=lambda t: t.backward())
+    run(embed, chunks, model.loss, keep=keep)
     sizes = [len(chunk) for chunk in chunks]
-    first = sizes[: max(len(chunks) - keep, 0)]
-    last = sizes[len(first) :]
-    replayed = [(n, False) for n in first], [(n, True) for n in first]
-    assert seen == [*replayed[0], *((n, True) for n in last), *replayed[1]]
+    first, others = sizes[:keep], sizes[keep:]
+    once = [(n, True) for n in first]
+    assert seen == [*once, *((n, False) for n in others), *((n, True) for n in others)]
     assert len(seen) == 2 * len(chunks) - min(keep, len(chunks))
+
+
+def test_what_does_not_fit_is_not_kept(rows: Tensor) -> None:
+    """A chunk is taken to need what the one before it did: the budget is never exceeded where the
+    dearest come first.
+    """
+    model, held = Encoder(0.4), []
+
+    def embed(chunk: Tensor) -> Tensor:
+        embeddings: Tensor = model(chunk)
+        held.append(embeddings.requires_grad)
+        return embeddings
+
+    size = graph_bytes(model, rows[:2])
+    for room, kept in ((0.5, 1), (1.9, 1), (2.0, 2), (2.9, 2), (3.0, 3)):
+        held.clear()
+        cached_backward(
+            embed,
+            rows.split(2),
+            model.loss,
+            keep_bytes=int(room * size),
+            agreed=bool,
+            backward=lambda t: t.backward(),
+            device=CPU,
+        )
+        assert held[:4] == [True] * kept + [False] * (4 - kept), room
+
+
+def test_all_processes_keep_as_many(rows: Tensor) -> None:
+    """Another one has no room for a third chunk."""
+    model, asked = Encoder(0.4), []
+
+    def agreed(mine: bool) -> bool:
+        asked.append(mine)
+        return len(asked) < 2
+
+    calls: list[int] = []
+
+    def embed(chunk: Tensor) -> Tensor:
+        calls.append(len(chunk))
+        return model(chunk)
+
+    run(embed, rows.split(2), model.loss, keep=100, agreed=agreed)
+    assert asked == [True, True]
+    assert len(calls) == 2 * 4 - 2
 
 
 @pytest.mark.parametrize("keep", KEPT)
@@ -181,23 +258,27 @@ def test_a_single_chunk_is_embedded_once(keep: int, rows: Tensor) -> None:
         calls.append(len(chunk))
         return model(chunk)
 
-    cached_backward(embed, [rows], model.loss, keep=keep, backward=lambda t: t.backward())
+    run(embed, [rows], model.loss, keep=keep)
     assert calls == [ROWS]
 
 
 @pytest.mark.parametrize("keep", KEPT)
-def test_no_more_graphs_than_asked_for_are_in_memory_together(keep: int, rows: Tensor) -> None:
-    model = Encoder(0.0)
+def test_no_more_graphs_than_fit_are_in_memory_together(keep: int, rows: Tensor) -> None:
+    model = Encoder(0.4)
     counter = Alive()
+    size = graph_bytes(lambda chunk: counter(model(chunk)), rows[:2])
+    counter.most = 0
     cached_backward(
         lambda chunk: counter(model(chunk)),
         rows.split(2),
         model.loss,
-        keep=keep,
+        keep_bytes=keep * size if keep > 1 else 0,
+        agreed=bool,
         backward=lambda t: t.backward(),
+        device=CPU,
     )
     assert counter.now == 0
-    assert counter.most == min(max(keep, 1), 4)
+    assert counter.most == min(keep, 4)
 
 
 @pytest.mark.parametrize("keep", KEPT)
@@ -214,21 +295,15 @@ def test_a_chunk_without_rows_still_takes_part_in_every_backward_pass(
             embeddings.register_hook(lambda gradient: calls.append(len(gradient)))
         return embeddings
 
-    cached_backward(embed, rows.split(3), model.loss, keep=keep, backward=lambda t: t.backward())
+    run(embed, rows.split(3), model.loss, keep=keep)
     assert sorted(calls) == [0, 3, 3]
-
-
-def test_a_negative_number_is_refused(rows: Tensor) -> None:
-    model = Encoder(0.0)
-    with pytest.raises(ValueError, match="keep must not be negative, but is -1"):
-        cached(model, rows, 2, keep=-1)
 
 
 def test_gradients_add_to_those_that_are_there(rows: Tensor) -> None:
     model = Encoder(0.0)
     _, once = cached(model, rows, 2)
     for _ in range(2):
-        cached_backward(model, rows.split(2), model.loss, keep=0, backward=lambda t: t.backward())
+        run(model, rows.split(2), model.loss)
     assert close(model.gradients(), [2 * gradient for gradient in once])
 
 

@@ -25,7 +25,7 @@ from cocoa_pl.sharding import shard
 pytestmark = pytest.mark.slow  # two processes that import everything
 
 WORLD, ROWS, WIDTH = 2, 8, 12
-KEPT = (0, 1, 3, 4)  # of four chunks
+KEPT = (1, 2, 3, 4)  # of four chunks
 STEPS = 2  # norms of the first must not serve in the second
 
 
@@ -74,8 +74,15 @@ def steps(model: Any, shares: list[Tensor], *, keep: int) -> list[dict[str, Tens
         optimizer.zero_grad()
         with shared_norms(model):
             for rows in shares:
+                kept = iter([True] * (keep - 1) + [False])
                 cached_backward(
-                    model, rows.split(2), loss, keep=keep, backward=lambda t: t.backward()
+                    model,
+                    rows.split(2),
+                    loss,
+                    keep_bytes=1 << 40,
+                    agreed=lambda _, kept=kept: next(kept),
+                    backward=lambda t: t.backward(),
+                    device=torch.device("cpu"),
                 )
         found.append({name: whole(p.grad) for name, p in trained.items()})
         optimizer.step()
@@ -111,10 +118,10 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str
 def test_sharded_gradients_are_those_of_one_process(
     keep: int, sharded: dict[int, list[dict[str, Tensor]]]
 ) -> None:
-    expected = steps(build(lean=False), [rows_of(index) for index in range(WORLD)], keep=0)
+    expected = steps(build(lean=False), [rows_of(index) for index in range(WORLD)], keep=1)
     for found, wanted in zip(sharded[keep], expected, strict=True):
         assert found.keys() == wanted.keys()
         assert len(found) == 12  # A, B and magnitudes of four layers
         for name, gradient in wanted.items():
             assert gradient.abs().max() > 1e-3, name
-            torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
+            torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=5e-5, msg=name)

@@ -11,7 +11,6 @@ from lightning.pytorch.loggers import Logger
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from cocoa_pl.batch import Rows
 from cocoa_pl.loggers import show
 
 log = logging.getLogger(__name__)
@@ -59,12 +58,12 @@ class StageProgress(L.Callback):
         trainer: L.Trainer,
         pl_module: L.LightningModule,
         outputs: Any,
-        batch: Rows,
+        batch: Any,  # `stages.chunks.Step`
         batch_idx: int,
     ) -> None:
         world = trainer.world_size
         self._samples += batch.num_rows * world
-        self._tokens += batch.batch.num_tokens * world
+        self._tokens += batch.num_tokens * world
         step = trainer.global_step
         if batch.skipped:
             log.warning("skipped %d bad rows, first: %s", len(batch.skipped), batch.skipped[0])
@@ -129,7 +128,7 @@ class Pictures(L.Callback):
         trainer: L.Trainer,
         pl_module: L.LightningModule,
         outputs: Any,
-        batch: Rows,
+        batch: Any,  # `stages.chunks.Step`
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:

@@ -129,8 +129,10 @@ class Embedder:
         return self.processor.encode(item, None, key=0, seed=0, row_id=where)
 
     def _embed(self, samples: list[Encoded]) -> NDArray[np.float32]:
-        batch = pack(samples).to(self.backbone.device)
-        vectors: NDArray[np.float32] = self.backbone.embed(batch, self.policy).cpu().numpy()
+        batch, device = pack(samples), self.backbone.device
+        layout = self.backbone.layouts(self.policy)(batch)
+        embeddings = self.backbone.embed(batch.to(device), layout.to(device))
+        vectors: NDArray[np.float32] = embeddings.cpu().numpy()
         return vectors
 
 

@@ -5,12 +5,16 @@ loss with respect to the embeddings only, (3) embed each chunk again with a grap
 cached gradient through it. Chunks whose graph is kept in (1) are done in (2) and need no (3).
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+from cocoa_pl.live_bytes import LiveBytes
 
 Chunk = TypeVar("Chunk")
 
@@ -20,54 +24,75 @@ def cached_backward(
     chunks: Sequence[Chunk],
     loss: Callable[[Tensor], Tensor],
     *,
-    keep: int,
+    keep_bytes: int,
+    agreed: Callable[[bool], bool],
     backward: Callable[[Tensor], None],
+    device: torch.device,
 ) -> Tensor:
     """Accumulate the gradient of `loss(cat(embed(chunk) for chunk in chunks))`.
 
-    Dropout draws the same masks in both passes over a chunk. `embed` is called 2 C - keep times for
-    C chunks, and not more than C times where all are kept. The last chunks are the ones that are
-    kept: their graphs live for the shortest time.
+    The first chunk's graph is kept: it takes no more than a chunk that is embedded again does. So
+    are those of the next ones as long as all kept graphs fit into `keep_bytes`, where a chunk is
+    taken to need what the one before it did; put the dearest first. For C chunks of which K are
+    kept `embed` is called 2 C - K times. Dropout draws the same masks in both passes over a chunk.
 
     Args:
         embed: chunk -> (n, D).
         loss: (N, D) -> (); its own parameters (a learnt temperature) get their gradient in step 2.
-        keep: graphs that are in memory together while the loss is differentiated. With 1 the peak
-            is that of a replayed chunk, plus what the loss itself needs.
+        keep_bytes: of graphs that are in memory together.
+        agreed: whether all processes that gather parameters together say yes; they must keep
+            equally many chunks.
         backward: what calls `.backward()` (Lightning's manual_backward).
+        device: where the chunks are embedded.
 
     Returns:
         The loss, detached.
-
-    Raises:
-        ValueError: for a negative `keep`.
     """
-    if keep < 0:
-        raise ValueError(f"keep must not be negative, but is {keep}")
-    num_replayed = max(len(chunks) - keep, 0) if len(chunks) > 1 else 0
-    replayed, kept = chunks[:num_replayed], chunks[num_replayed:]
-
+    kept: list[Tensor] = []
     states: list[_RandomState] = []
     parts: list[Tensor] = []
-    with torch.no_grad():
-        for chunk in replayed:
-            states.append(_RandomState())
+    used, fits = 0, True  # the first one always does
+    for chunk in chunks:
+        if fits:
+            embedded, size = _embedded(embed, chunk, device, counted=keep_bytes > 0)
+            kept.append(embedded)
+            used += size
+            fits = keep_bytes > 0 and agreed(used + size <= keep_bytes)
+            continue
+        states.append(_RandomState())
+        with torch.no_grad():
             parts.append(embed(chunk))
 
     # A leaf: it takes the gradient that the replayed chunks wait for.
     cached = [torch.cat(parts).requires_grad_()] if parts else []
-    value = loss(torch.cat([*cached, *(embed(chunk) for chunk in kept)]))
+    value = loss(torch.cat([*kept, *cached]))
     backward(value)
     if not cached:
         return value.detach()
 
     assert cached[0].grad is not None
     gradients = cached[0].grad.split([len(part) for part in parts])
+    replayed = chunks[len(chunks) - len(parts) :]
     for chunk, state, gradient in zip(replayed, states, gradients, strict=True):
         with state.replayed():
             again = embed(chunk)
         backward((again * gradient).sum())
     return value.detach()
+
+
+def _embedded(
+    embed: Callable[[Chunk], Tensor], chunk: Chunk, device: torch.device, *, counted: bool
+) -> tuple[Tensor, int]:
+    """A chunk's embeddings, and the bytes that their graph holds where they are counted."""
+    if not counted:
+        return embed(chunk), 0
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        return embed(chunk), torch.cuda.memory_allocated(device) - before
+    with LiveBytes() as live:
+        embeddings = embed(chunk)
+        size = live.now
+    return embeddings, size
 
 
 class _RandomState:

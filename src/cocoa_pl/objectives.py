@@ -6,7 +6,7 @@ mean over masked tokens is the same whatever the packing, the accumulation or th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,28 +15,22 @@ from torch.nn.functional import cross_entropy, mse_loss, normalize
 from torch.utils.checkpoint import checkpoint
 
 
-def masked_next_token(
-    hidden: Tensor, token_mask: Tensor, labels: Tensor, vocabulary: Callable[[Tensor], Tensor]
-) -> tuple[Tensor, Tensor]:
+def masked_next_token(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """MNTP: the state at position i-1 predicts the hidden token at position i (LLM2Vec, arXiv
     2404.05961).
 
-    The vocabulary head runs on the rows that are asked for and on no others.
+    The vocabulary head has run on these states and on no others.
 
     Args:
-        hidden: (T, D).
-        token_mask: (T) bool; never True at a sample's first token.
-        labels: (T) int64, the uncorrupted tokens.
-        vocabulary: (M, D) -> (M, V) logits.
+        logits: (M, V).
+        targets: (M) int64, the uncorrupted tokens.
 
     Returns:
-        Cross-entropies (M) in float32 and whether the best guess was right (M) bool, in token
-        order.
+        Cross-entropies (M) in float32 (float64 for float64) and whether the best guess was right
+        (M) bool.
     """
-    positions = token_mask.nonzero()[:, 0]
-    logits = vocabulary(hidden.index_select(0, positions - 1)).float()
-    targets = labels.index_select(0, positions)
-    return cross_entropy(logits, targets, reduction="none"), logits.argmax(1) == targets
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return cross_entropy(wide, targets, reduction="none"), wide.argmax(1) == targets
 
 
 def rebuilt_patches(predicted: Tensor, pixels: Tensor) -> Tensor:

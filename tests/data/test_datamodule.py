@@ -46,6 +46,15 @@ def pairs_with_a_bad_row(pairs: list[Pair]) -> list[Pair]:
     return [*pairs[:BAD], bad, *pairs[BAD + 1 :]]
 
 
+def as_they_are(rows: Rows) -> Rows:
+    """What a stage would make of rows."""
+    return rows
+
+
+def loaded(loader: Any) -> list[Rows]:
+    return [parcel.content for parcel in loader]
+
+
 def stage_data(pairs: list[Pair], processor: Processor, **changes: Any) -> StageData:
     values: dict[str, Any] = {
         "make_samples": BRIDGE,
@@ -57,13 +66,15 @@ def stage_data(pairs: list[Pair], processor: Processor, **changes: Any) -> Stage
         "seed": 0,
         "num_workers": 0,
         "on_bad_row": "fail",
+        "pinned": False,
         **changes,
     }
+    values |= dict.fromkeys(("prepare", "prepare_validation"), as_they_are)
     return StageData(pairs, pairs[:7], processor=processor, **values)
 
 
 def validation(data: StageData) -> list[Rows]:
-    return [rows for rows in data.val_dataloader() if rows is not None]
+    return loaded(data.val_dataloader())
 
 
 def content(batch: Batch) -> tuple[tuple[str, ...], list[int], list[int], Tensor]:
@@ -124,7 +135,7 @@ def test_batches_do_not_depend_on_the_number_of_workers(
 ) -> None:
     alone = stage_data(pairs, processor)
     shared = stage_data(pairs, processor, num_workers=2)
-    assert_same(list(alone.train_dataloader()), list(shared.train_dataloader()))
+    assert_same(loaded(alone.train_dataloader()), loaded(shared.train_dataloader()))
     assert_same(validation(alone), validation(shared))
 
 
@@ -132,15 +143,15 @@ def test_batches_do_not_depend_on_the_number_of_workers(
 def test_resumed_run_loads_the_batches_that_were_left(
     start: int, pairs: list[Pair], processor: Processor
 ) -> None:
-    whole = list(stage_data(pairs, processor).train_dataloader())
-    resumed = list(stage_data(pairs, processor, start_step=start).train_dataloader())
+    whole = loaded(stage_data(pairs, processor).train_dataloader())
+    resumed = loaded(stage_data(pairs, processor, start_step=start).train_dataloader())
     assert_same(resumed, whole[start:])
 
 
 def test_training_batches_have_the_batch_size_and_no_row_twice(
     pairs: list[Pair], processor: Processor
 ) -> None:
-    batches = list(stage_data(pairs, processor).train_dataloader())
+    batches = loaded(stage_data(pairs, processor).train_dataloader())
     assert len(batches) == 6
     for rows in batches:
         assert rows.num_rows == rows.batch.num_samples == len(set(rows.batch.row_ids)) == 4
@@ -180,7 +191,7 @@ def load_epoch(pairs: list[Pair], processor: Processor, **changes: Any) -> list[
         make_samples=PairExamples(max_negatives=0),
         **changes,
     )
-    return list(data.train_dataloader())
+    return loaded(data.train_dataloader())
 
 
 def test_bad_row_stops_the_run_and_is_named(

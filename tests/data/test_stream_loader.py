@@ -21,7 +21,7 @@ from cocoa_pl.data.datamodule import Encoder, StageData, check_mixing, collate
 from cocoa_pl.data.examples import PairExamples
 from cocoa_pl.data.mixing import Mixing
 from cocoa_pl.data.stream import StreamData
-from cocoa_pl.data.stream_loader import LaneState, StreamBatches, StreamedRows
+from cocoa_pl.data.stream_loader import LaneState, StreamBatches, Streamed
 from cocoa_pl.data.tokenize import Processor
 from cocoa_pl.entry import register_resolvers
 from cocoa_pl.errors import UserError
@@ -45,6 +45,15 @@ ONE_SUBSET = mixing(composition="one_subset")
 INTERLEAVED = mixing(composition="interleaved", sub_batches=2)
 
 
+def as_they_are(rows: Rows) -> Rows:
+    """What a stage would make of rows."""
+    return rows
+
+
+def loaded(data: StageData) -> list[Rows]:
+    return [streamed.batch.content for streamed in data.train_dataloader()]
+
+
 def stage_data(source: StreamData, processor: Processor, **changes: Any) -> StageData:
     values: dict[str, Any] = {
         "make_samples": PairExamples(max_negatives=0),
@@ -56,6 +65,9 @@ def stage_data(source: StreamData, processor: Processor, **changes: Any) -> Stag
         "seed": 0,
         "num_workers": 0,
         "on_bad_row": "fail",
+        "pinned": False,
+        "prepare": as_they_are,
+        "prepare_validation": as_they_are,
     }
     return StageData(
         source.train_pairs(),
@@ -82,9 +94,11 @@ def test_batches_are_composed_as_the_mixing_says(
 ) -> None:
     source = make_stream(subsets=["A", "B", "E"])
     for chosen, size in ((ONE_SUBSET, 4), (INTERLEAVED, 2)):
-        loader = stage_data(source, processor, mixing=chosen, steps=20).train_dataloader()
+        batches = loaded(stage_data(source, processor, mixing=chosen, steps=20))
         runs = [
-            subsets_of(rows)[start : start + size] for rows in loader for start in range(0, 4, size)
+            subsets_of(rows)[start : start + size]
+            for rows in batches
+            for start in range(0, 4, size)
         ]
         assert all(len(set(run)) == 1 for run in runs)
         assert {run[0] for run in runs} == {"A", "B", "E"}
@@ -113,7 +127,7 @@ def batches(
     world_size: int,
     start_step: int = 0,
     states: list[LaneState | None] | None = None,
-) -> list[StreamedRows]:
+) -> list[Streamed]:
     """A rank's batches in this process, as if it had one worker."""
     return list(
         StreamBatches(
@@ -139,9 +153,9 @@ def test_ranks_read_other_rows_of_the_same_subsets(
 ) -> None:
     shares = [batches(make_stream(), processor, rank=rank, world_size=2) for rank in (0, 1)]
     for mine, others in zip(*shares, strict=True):
-        assert mine.num_rows == others.num_rows == 2
-        assert Counter(subsets_of(mine)) == Counter(subsets_of(others))
-    seen = [Counter(key for rows in share for key in keys_of(rows)) for share in shares]
+        assert mine.batch.num_rows == others.batch.num_rows == 2
+        assert Counter(subsets_of(mine.batch)) == Counter(subsets_of(others.batch))
+    seen = [Counter(key for one in share for key in keys_of(one.batch)) for share in shares]
     assert not set(seen[0]) & set(seen[1])
 
 
@@ -158,8 +172,9 @@ def test_each_of_two_ranks_resumes_where_it_stood(
             start_step=4,
             states=[whole[3].state],
         )
-        assert [rows.batch.row_ids for rows in resumed] == [r.batch.row_ids for r in whole[4:]]
-        assert [keys_of(rows) for rows in resumed] == [keys_of(rows) for rows in whole[4:]]
+        found, wanted = ([one.batch for one in part] for part in (resumed, whole[4:]))
+        assert [rows.batch.row_ids for rows in found] == [r.batch.row_ids for r in wanted]
+        assert [keys_of(rows) for rows in found] == [keys_of(rows) for rows in wanted]
 
 
 def test_ranks_that_cannot_share_a_batch_are_refused(
@@ -179,7 +194,7 @@ def test_bad_row_stops_the_run_or_leaves_the_batch(
     skipping = stage_data(
         source, processor, mixing=SHUFFLED, batch_size=16, steps=2, on_bad_row="skip"
     )
-    for rows in skipping.train_dataloader():
+    for rows in loaded(skipping):
         assert set(subsets_of(rows)) == {"E"}
         assert rows.num_rows + len(rows.skipped) == 16
         assert len(rows.skipped) > 2
@@ -277,6 +292,9 @@ def test_data_that_need_no_state_keep_none(make_stream: MakeStream, processor: P
         seed=0,
         num_workers=0,
         on_bad_row="fail",
+        pinned=False,
+        prepare=as_they_are,
+        prepare_validation=as_they_are,
     )
     assert data.state_dict() == {}
     assert isinstance(data.train_dataloader(), DataLoader)

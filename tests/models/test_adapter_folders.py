@@ -80,7 +80,7 @@ def batch(make_samples: Callable[..., list[Encoded]]) -> Batch:
 
 def embed(backbone: Backbone, batch: Batch) -> Tensor:
     with torch.no_grad():
-        return backbone.eval().embed(batch, POLICY)
+        return backbone.eval().embed(batch, backbone.layouts(POLICY)(batch))
 
 
 def open_adapter(folder: Path, base: Path) -> Loaded:

@@ -77,7 +77,7 @@ def batch(make_samples: Callable[..., list[Encoded]]) -> Batch:
 
 def embed(backbone: Backbone, batch: Batch) -> Tensor:
     with torch.no_grad():
-        return backbone.embed(batch, POLICY)
+        return backbone.embed(batch, backbone.layouts(POLICY)(batch))
 
 
 @every_family
@@ -118,7 +118,7 @@ def test_new_adapters_change_nothing_until_they_train(
 def test_every_adapter_gets_a_gradient(use_dora: bool, load_tiny: LoadTiny, batch: Batch) -> None:
     backbone = adapted(load_tiny, use_dora=use_dora).train()
     weight = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
-    (backbone.embed(batch, POLICY) * weight).sum().backward()
+    (backbone.embed(batch, backbone.layouts(POLICY)(batch)) * weight).sum().backward()
     untouched = [name for name, p in trained(backbone).items() if not p.grad.any()]  # type: ignore[union-attr]
     assert untouched == []
     assert all(p.grad is None for p in backbone.parameters() if not p.requires_grad)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cocoa_pl.attention import Policy, dense_mask, make_plan
+from cocoa_pl.attention import Policy, dense_mask
 from cocoa_pl.attention.kernels import KERNELS
 from cocoa_pl.batch import Batch, Encoded, pack
 from cocoa_pl.data.tokenize import Processor
@@ -41,7 +41,7 @@ def one_layer(make_source: Any, texts: list[str], load_tiny: Callable[..., Loade
 
 def run(backbone: Backbone, batch: Batch, policy: Policy) -> Tensor:
     with torch.no_grad():
-        return backbone(batch, make_plan(policy, batch.segment_lengths))
+        return backbone(batch, backbone.layouts(policy)(batch))
 
 
 def assert_close(got: Tensor, expected: Tensor, *, tolerance: float = 1e-5) -> None:
@@ -63,7 +63,7 @@ def test_gradient_dependency_is_the_policy_table(
 
     language_model = one_layer.stock.model.language_model
     handle = language_model.register_forward_pre_hook(keep, with_kwargs=True)
-    hidden = one_layer(batch, make_plan(POLICIES[name], batch.segment_lengths))
+    hidden = one_layer(batch, one_layer.layouts(POLICIES[name])(batch))
     handle.remove()
     depends = torch.stack(
         [
@@ -80,7 +80,7 @@ def test_pixels_reach_exactly_the_rows_that_see_their_image(
 ) -> None:
     batch = pack(make_samples((2, 0, 1), targets=True))
     pixels = one_layer.pixels(batch).double().requires_grad_()
-    hidden = one_layer(batch, make_plan(POLICIES[name], batch.segment_lengths), pixels)
+    hidden = one_layer(batch, one_layer.layouts(POLICIES[name])(batch), pixels)
     patches = batch.grids.prod(1).tolist()
     depends = torch.stack(
         [
@@ -134,6 +134,10 @@ def test_packed_equals_one_by_one_in_every_order(
         assert_close(packed, torch.cat([alone[i] for i in order]))
 
 
+def embed(backbone: Backbone, batch: Batch, policy: Policy) -> Tensor:
+    return backbone.embed(batch, backbone.layouts(policy)(batch))
+
+
 def embed_in_batches(
     backbone: Backbone, samples: Sequence[Encoded], sizes: Sequence[int]
 ) -> Tensor:
@@ -142,7 +146,7 @@ def embed_in_batches(
     with torch.no_grad():
         return torch.cat(
             [
-                backbone.embed(pack(samples[a:b]), POLICIES["bidirectional"])
+                embed(backbone, pack(samples[a:b]), POLICIES["bidirectional"])
                 for a, b in pairwise(bounds)
             ]
         )
@@ -171,7 +175,7 @@ def test_embedding_is_the_normalised_state_of_eos(
 ) -> None:
     samples = make_samples(IMAGES, targets=True)
     with torch.no_grad():
-        embeddings = loaded.backbone.embed(pack(samples), POLICIES[name])
+        embeddings = embed(loaded.backbone, pack(samples), POLICIES[name])
     for sample, embedding in zip(samples, embeddings, strict=True):
         state = run(loaded.backbone, pack([sample]), POLICIES[name])[sample.segment_lengths[0]]
         assert_close(embedding, state / state.norm())
@@ -181,7 +185,7 @@ def test_embeddings_are_unit_float32_and_tell_samples_apart(
     load_tiny: Callable[..., Loaded], make_samples: MakeSamples
 ) -> None:
     backbone = load_tiny(dtype="bfloat16").backbone
-    embeddings = backbone.embed(pack(make_samples(IMAGES)), POLICIES["bidirectional"])
+    embeddings = embed(backbone, pack(make_samples(IMAGES)), POLICIES["bidirectional"])
     assert embeddings.dtype == torch.float32
     assert_close(embeddings.norm(dim=1), torch.ones(len(IMAGES)))
     similarity = embeddings @ embeddings.T - 2 * torch.eye(len(IMAGES))
@@ -211,14 +215,14 @@ def test_vision_tower_never_waits_for_the_device(
     backbone = load_tiny().backbone.to("meta")
     batch = pack(make_samples((1, 0, 2)))
     pixels = torch.empty(batch.patches.shape, device="meta")
-    tokens = backbone._see(pixels, batch.grids).pooler_output
+    layout = backbone.layouts(POLICIES["bidirectional"])(batch).to(torch.device("meta"))
+    tokens = backbone._see(pixels, batch, layout).pooler_output
     assert tokens.shape == (int(batch.image_mask.sum()), backbone.hidden_size)
 
 
 def gradients(backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
     backbone.train()
-    plan = make_plan(POLICIES["eos_bridge"], batch.segment_lengths)
-    hidden = backbone(batch, plan)
+    hidden = backbone(batch, backbone.layouts(POLICIES["eos_bridge"])(batch))
     weight = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0))
     (hidden * weight).sum().backward()
     return {name: p.grad for name, p in backbone.named_parameters() if p.grad is not None}
@@ -244,6 +248,47 @@ def test_gradient_checkpointing_gives_the_same_gradients(
         assert torch.equal(checkpointed[name], gradient), name
 
 
+READS = {"some": [1, 2, 7, 30], "one": [5], "backwards": [9, 4, 0], "none": []}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("rows", READS.values(), ids=READS)
+def test_states_that_are_read_are_those_of_all_with_the_same_gradients(
+    rows: list[int],
+    checkpointing: bool,
+    load_tiny: Callable[..., Loaded],
+    make_samples: MakeSamples,
+) -> None:
+    batch, reads = pack(make_samples(IMAGES, targets=True)), torch.tensor(rows, dtype=torch.int64)
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(len(rows), 32, generator=generator, dtype=torch.float64)
+
+    def found(*, few: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        backbone = load_tiny(gradient_checkpointing=checkpointing).backbone.double().train()
+        layout = backbone.layouts(POLICIES["eos_bridge"])(batch)
+        states = backbone(batch, layout, reads=reads if few else None)
+        states = states if few else states[reads]
+        (states * weight).sum().backward()
+        return states, {n: p.grad for n, p in backbone.named_parameters() if p.grad is not None}
+
+    (states, gradients), (expected, every) = found(few=True), found(few=False)
+    torch.testing.assert_close(states, expected)
+    assert gradients.keys() == every.keys()
+    for name, gradient in every.items():
+        torch.testing.assert_close(gradients[name], gradient, msg=name)
+
+
+def test_the_last_perceptron_runs_on_the_rows_that_are_read(
+    load_tiny: Callable[..., Loaded], make_samples: MakeSamples
+) -> None:
+    backbone, batch = load_tiny().backbone, pack(make_samples(IMAGES))
+    rows: list[int] = []
+    for layer in backbone.stock.model.language_model.layers:
+        layer.mlp.register_forward_pre_hook(lambda _, args: rows.append(args[0].shape[1]))
+    embeddings = embed(backbone, batch, POLICIES["bidirectional"])
+    assert rows == [batch.num_tokens, len(embeddings)]
+
+
 def test_batch_without_images_leaves_the_vision_tower_without_gradients(
     load_tiny: Callable[..., Loaded], make_samples: MakeSamples
 ) -> None:
@@ -267,19 +312,22 @@ def test_a_layer_of_its_own_runs_by_the_plan(loaded: Loaded, make_samples: MakeS
     samples = make_samples((1, 0, 2))
     layer = loaded.backbone.decoder_layer()
     stock_layers = loaded.backbone.stock.model.language_model.layers
-    assert type(layer) is type(stock_layers[0])
+    assert isinstance(layer, type(stock_layers[0]))
     assert all(layer is not other for other in stock_layers)
 
-    def run_layer(batch: Batch, hidden: Tensor) -> Tensor:
-        plan = make_plan(POLICIES["bidirectional"], batch.segment_lengths)
+    def run_layer(batch: Batch, hidden: Tensor, rows: Tensor | None = None) -> Tensor:
+        layout = loaded.backbone.layouts(POLICIES["bidirectional"])(batch)
+        reads = torch.arange(batch.num_tokens) if rows is None else rows
         with torch.no_grad():
-            return loaded.backbone.run_layer(layer, hidden, batch, plan)
+            return loaded.backbone.run_layer(layer, hidden, batch, layout, reads)
 
     batch = pack(samples)
     hidden = torch.randn(batch.num_tokens, loaded.backbone.hidden_size)
     pieces = hidden.split(batch.lengths.tolist())
     alone = [run_layer(pack([s]), piece) for s, piece in zip(samples, pieces, strict=True)]
     assert_close(run_layer(batch, hidden), torch.cat(alone))
+    few = torch.tensor([0, 3, batch.num_tokens - 1])
+    assert_close(run_layer(batch, hidden, few), torch.cat(alone)[few])
 
 
 def test_unknown_kernel_is_refused_by_name(loaded: Loaded) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from cocoa_pl.attention import Policy, make_plan
+from cocoa_pl.attention import Policy
 from cocoa_pl.batch import Batch, Encoded, pack
 from cocoa_pl.data.tokenize import Processor
 from cocoa_pl.models.heads import ImageDecoder, token_pixels
@@ -36,8 +36,8 @@ def test_decoder_says_one_frame_for_each_hidden_visual_token(
     decoder = ImageDecoder(backbone, patch_values=processor.patch_values)
     hidden = torch.randn(batch.num_tokens, backbone.hidden_size, requires_grad=True)
     mask = hide(batch, every=3)
-    plan = make_plan(POLICY, batch.segment_lengths)
-    pixels = decoder(backbone, hidden, batch, plan, mask)
+    rows = mask.nonzero()[:, 0]
+    pixels = decoder(backbone, hidden, batch, backbone.layouts(POLICY)(batch), rows)
     assert pixels.shape == (int(mask.sum()), 4 * processor.patch_values)
     pixels.sum().backward()
     assert all(parameter.grad is not None for parameter in decoder.parameters())
@@ -52,7 +52,8 @@ def test_targets_are_the_pixels_of_the_hidden_visual_tokens(
 ) -> None:
     pixels = loaded.backbone.pixels(batch)
     mask = hide(batch, every=2)
-    targets = token_pixels(pixels, batch, mask, merge_size=processor.merge_size)
+    places = mask[batch.image_mask].nonzero()[:, 0]
+    targets = token_pixels(pixels, places, merge_size=processor.merge_size)
     visual = batch.image_mask.nonzero()[:, 0].tolist()
     expected = [
         pixels[4 * rank : 4 * rank + 4].flatten()
@@ -71,9 +72,8 @@ def test_a_visual_token_is_a_square_of_the_image(
     side = token_side // 2
     first = pixels[: rows * columns].view(rows // 2, columns // 2, 2, 2, 3, side, side)
     picture = first.permute(4, 0, 2, 5, 1, 3, 6).reshape(3, rows * side, columns * side)
-    token = token_pixels(
-        pixels, batch, hide(batch, every=10**6), merge_size=processor.merge_size
-    ).view(2, 2, 3, side, side)
+    second = torch.tensor([1])
+    token = token_pixels(pixels, second, merge_size=processor.merge_size).view(2, 2, 3, side, side)
     column = slice(token_side, 2 * token_side) if columns > 2 else slice(0, token_side)
     row = slice(0, token_side) if columns > 2 else slice(token_side, 2 * token_side)
     square = token.permute(2, 0, 3, 1, 4).reshape(3, token_side, token_side)

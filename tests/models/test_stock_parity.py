@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
-from cocoa_pl.attention import Policy, make_plan
+from cocoa_pl.attention import Policy
 from cocoa_pl.batch import Batch, pack
 from cocoa_pl.data.tokenize import Processor
 from cocoa_pl.items import IMAGE_SLOT, Item
@@ -40,7 +40,7 @@ def load_stock(folder: Path, *, attn_implementation: str) -> Any:
 
 def run(backbone: Backbone, batch: Batch, policy: Policy) -> Tensor:
     with torch.no_grad():
-        return backbone(batch, make_plan(policy, batch.segment_lengths))
+        return backbone(batch, backbone.layouts(policy)(batch))
 
 
 def assert_close(got: Tensor, expected: Tensor) -> None:

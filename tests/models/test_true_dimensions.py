@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
-from cocoa_pl.attention import TEXT_ATTENTION, Policy, make_plan
+from cocoa_pl.attention import TEXT_ATTENTION, Policy
 from cocoa_pl.batch import Batch, Encoded, pack
 from cocoa_pl.models.backbone import Backbone
 from cocoa_pl.models.loading import FAMILIES
@@ -114,7 +114,7 @@ def test_states_equal_the_stock_ones(name: str) -> None:
         stock.set_attn_implementation(TEXT_ATTENTION)
         backbone = wrapped(stock)  # changes the stock model: from here on it follows plans
         for policy in (CAUSAL, BIDIRECTIONAL):
-            found = backbone(batch, make_plan(policy, batch.segment_lengths), pixels)
+            found = backbone(batch, backbone.layouts(policy)(batch), pixels)
             scale = expected[policy.name].abs().max()
             difference = (found - expected[policy.name]).abs().max() / scale
             assert difference < 1e-5, policy.name

@@ -44,7 +44,9 @@ def test_no_window_holds_parts_of_two_images_or_is_larger_than_asked() -> None:
 def test_plans_cover_the_same_patches_by_image_and_by_window() -> None:
     grids = BATCHES["all"]
     lengths = vision_grids.windows(grids, merge_size=2, window_size=112, patch_size=14).lengths
-    plans = vision_grids.window_plans(grids, lengths)
+    plans = vision_grids.windowed_images(grids, merge_size=2, window_size=112, patch_size=14)[
+        "plan"
+    ]
     assert plans.images.num_scores == int((grids.prod(1) ** 2).sum())
     assert plans.windows.num_scores == int((lengths**2).sum())
     assert plans.images.cu_seqlens_q[-1] == plans.windows.cu_seqlens_q[-1]

@@ -28,6 +28,7 @@ from cocoa_pl.planning.shapes import ModelShape
 from cocoa_pl.planning.tuning import Adapter, Tuning
 from cocoa_pl.planning.work import Work, work_of
 from cocoa_pl.stages.base import Optimization, StageModule
+from cocoa_pl.stages.chunks import Step
 from cocoa_pl.stages.contrastive import ContrastiveModule
 from cocoa_pl.stages.reconstruction import ReconstructionModule
 
@@ -81,8 +82,9 @@ ADAPTERS = {
 class Small:
     """A stage over a small model, with what the plan believes about it."""
 
-    module: StageModule
+    module: StageModule[Any]
     rows: Rows
+    prepared: Step[Any]
     shape: ModelShape
     tuning: Tuning
     works: list[Work]
@@ -91,7 +93,7 @@ class Small:
 
     def step(self) -> None:
         """Forward and backward of one step."""
-        self.module.accumulate(self.rows)
+        self.module.accumulate(self.prepared)
 
 
 MakeSmall = Callable[..., Small]
@@ -163,22 +165,30 @@ def make_small() -> MakeSmall:
         rows: int = 4,
         token_budget: int = 100_000,
         lengths: Lengths = LENGTHS,
+        keep_gib: float = 0.0,
         **text: Any,
     ) -> Small:
         default_policy, make_samples, choices = STAGES[stage]
         backbone = _backbone(family, dtype, adapter, checkpointing, text)
         module = _module(
-            backbone, POLICIES[policy or default_policy], choices, token_budget=token_budget
+            backbone,
+            POLICIES[policy or default_policy],
+            choices,
+            token_budget=token_budget,
+            keep_gib=keep_gib,
         )
         shape = model_shape(backbone.stock.config)
         blank = rank_batch(
             make_samples, lengths, rows=rows, merge_size=shape.vision.merge_size, max_length=10_000
         )
         batch = filled(blank, backbone)
-        works = [_work(module, chunk, shape) for chunk in module.chunks(batch)]
+        raw = Rows(batch, rows, ())
+        prepared = module.preparation(validating=False)(raw)
+        works = [_work(module, chunk, shape) for chunk in prepared.chunks]
         return Small(
             module=module,
-            rows=Rows(batch, rows, ()),
+            rows=raw,
+            prepared=prepared,
             shape=shape,
             tuning=Tuning(ADAPTERS[adapter]),
             works=works,
@@ -215,8 +225,13 @@ def _backbone(
 
 
 def _module(
-    backbone: Backbone, policy: Policy, choices: dict[str, Any], *, token_budget: int
-) -> StageModule:
+    backbone: Backbone,
+    policy: Policy,
+    choices: dict[str, Any],
+    *,
+    token_budget: int,
+    keep_gib: float,
+) -> StageModule[Any]:
     vision = backbone.stock.config.vision_config
     processor: Any = SimpleNamespace(patch_values=3 * vision.patch_size**2, mask_id=VOCABULARY - 1)
     shared: dict[str, Any] = {
@@ -227,7 +242,7 @@ def _module(
         "steps": 1,
         "seed": 0,
     }
-    module: StageModule = (
+    module: StageModule[Any] = (
         ReconstructionModule(backbone, patch_weight=0.5, **choices, **shared)
         if choices
         else ContrastiveModule(
@@ -238,7 +253,7 @@ def _module(
             mask_false_negatives=True,
             matryoshka_dims=[],
             similarity_block=1024,
-            keep_chunks=0,
+            keep_gib=keep_gib,
             **shared,
         )
     )
@@ -246,18 +261,19 @@ def _module(
     return module.train()
 
 
-def _work(module: StageModule, chunk: Batch, shape: ModelShape) -> Work:
-    predicted = rebuilt = 0
+def _work(module: StageModule[Any], chunk: Any, shape: ModelShape) -> Work:
+    predicted, rebuilt, read = 0, 0, chunk.batch.num_samples
     if isinstance(module, ReconstructionModule):
-        seen = module.corrupt(chunk)
-        predicted, rebuilt = int(seen.token_mask.sum()), int(seen.patch_mask.sum())
+        predicted, rebuilt = len(chunk.targets), len(chunk.visual_rows)
+        read = chunk.batch.num_tokens if module.image_decoder is not None else predicted
     return work_of(
-        chunk,
+        chunk.batch,
         policy=module.policy,
         vision=shape.vision,
         kernel="sdpa",
         predicted=predicted,
         rebuilt=rebuilt,
+        read=read,
     )
 
 

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from itertools import product
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.weak import WeakIdKeyDictionary
 
+from cocoa_pl.live_bytes import LiveBytes
 from cocoa_pl.planning.activations import Numbers, kept_by_chunk
 from cocoa_pl.planning.memory import (
     ACTIVATIONS,
@@ -34,47 +30,11 @@ KEPT_OR_NOT = [pytest.param(False, marks=pytest.mark.slow), True]
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 
 
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all storages that operations make, as long as they live."""
-
-    def __init__(self, known: Iterable[Tensor]) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self.seen = WeakIdKeyDictionary()
-        for tensor in known:
-            self.seen[tensor.untyped_storage()] = True
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> object:
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and tensor.untyped_storage() not in self.seen:
-                storage = tensor.untyped_storage()
-                self.seen[storage] = True
-                self.now += storage.nbytes()
-                weakref.finalize(storage, self._free, storage.nbytes())
-        self.peak = max(self.peak, self.now)
-        return result
-
-    def _free(self, size: int) -> None:
-        self.now -= size
-
-
-def known_tensors(small: Any) -> list[Tensor]:
-    batch = small.rows.batch
-    return [
-        *small.module.parameters(),
-        *small.module.buffers(),
-        *(v for name in batch.__slots__ if isinstance(v := getattr(batch, name), Tensor)),
-    ]
-
-
 def measured_peak(small: Any) -> int:
     """Bytes of a step beside weights and optimizer state."""
-    with LiveBytes(known_tensors(small)) as live:
+    with LiveBytes() as live:
         small.step()
-    return live.peak + int(small.rows.batch.patches.nbytes)
+    return live.peak + max(chunk.batch.patches.nbytes for chunk in small.prepared.chunks)
 
 
 def setup_of(small: Any, dtype: torch.dtype, **changes: Any) -> Setup:
@@ -98,9 +58,9 @@ def load_of(small: Any) -> ChunkLoad:
         works=small.works,
         decoder=small.decoder,
         cached=contrasts and len(small.works) > 1,
+        kept=1,
         rows=n,
         candidates=(small.rows.batch.num_samples - n) * contrasts,
-        pixel_copies=0 if contrasts else 1 + small.decoder,
     )
 
 
@@ -176,8 +136,9 @@ def test_what_a_forward_pass_keeps_is_known_to_two_per_cent(
         checkpointing=False,
         decoder=False,
     )
-    with LiveBytes(known_tensors(small)) as live:
-        embeddings = small.module.backbone.embed(small.rows.batch, small.module.policy)
+    (chunk,) = small.prepared.chunks
+    with LiveBytes() as live:
+        embeddings = small.module.backbone.embed(chunk.batch, chunk.layout)
         left = live.now
     assert embeddings.requires_grad
     assert kept.total == pytest.approx(left, rel=0.02)

@@ -78,7 +78,7 @@ def step(load_tiny: Callable[..., Loaded], processor: Processor) -> Step:
         module.manual_backward = lambda loss: loss.backward()  # type: ignore[method-assign, misc]
         metrics: Found = {}
         for batch in batches:
-            metrics = module.accumulate(batch)
+            metrics = module.accumulate(module.preparation(validating=False)(batch))
         gradients = {n: p.grad for n, p in module.named_parameters() if p.grad is not None}
         return {f"metric {name}": value for name, value in metrics.items()} | gradients
 

@@ -15,6 +15,7 @@ from cocoa_pl.data.datamodule import collate
 from cocoa_pl.data.tokenize import Processor
 from cocoa_pl.errors import UserError
 from cocoa_pl.items import Item
+from cocoa_pl.live_bytes import LiveBytes
 from cocoa_pl.models.adapters import LowRank
 from cocoa_pl.models.dora import LeanDora
 from cocoa_pl.models.loading import Loaded
@@ -22,7 +23,7 @@ from cocoa_pl.stages.base import Optimization
 from cocoa_pl.stages.contrastive import ContrastiveModule
 
 ALL = ("context", "eos", "target")
-CHUNKS = 4  # of the rows below
+CHUNKS = 5  # of the rows below
 
 Make = Callable[..., ContrastiveModule]
 
@@ -67,7 +68,7 @@ def make(load_tiny: Callable[..., Loaded], processor: Processor) -> Make:
             symmetric=True,
             mask_false_negatives=True,
             matryoshka_dims=(8, 16),
-            **({"similarity_block": 1024, "keep_chunks": 0} | choices),
+            **({"similarity_block": 1024, "keep_gib": 0.0} | choices),
         )
         made.manual_backward = lambda loss: loss.backward()  # type: ignore[method-assign, misc]
         return made
@@ -81,7 +82,7 @@ def step(module: ContrastiveModule, rows: Rows) -> tuple[dict[str, Tensor], int]
     handle = module.backbone.register_forward_hook(lambda *_: calls.append(1))
     module.train()
     torch.manual_seed(5)
-    metrics = module.accumulate(rows)
+    metrics = module.accumulate(module.preparation(validating=False)(rows))
     handle.remove()
     gradients = {n: p.grad for n, p in module.named_parameters() if p.grad is not None}
     return metrics | gradients, len(calls)
@@ -90,20 +91,28 @@ def step(module: ContrastiveModule, rows: Rows) -> tuple[dict[str, Tensor], int]
 @pytest.fixture
 def plain(make: Make, rows: Rows) -> dict[str, Tensor]:
     """The slow twin: one table of similarities, every chunk twice, peft's own layers."""
-    module = make(similarity_block=1000, keep_chunks=0)
-    assert len(module.chunks(rows.batch)) == CHUNKS
+    module = make(similarity_block=1000)
+    assert len(module.preparation(validating=False)(rows).chunks) == CHUNKS
     found, calls = step(module, rows)
-    assert calls == 2 * CHUNKS
+    assert calls == 2 * CHUNKS - 1
     return found
 
 
 @pytest.mark.parametrize("block", [1, 4, 6])
-@pytest.mark.parametrize("keep", [0, 1, 2, 9])
+@pytest.mark.parametrize("kept", [1, 3, CHUNKS])
 def test_blocks_and_kept_chunks_change_no_value(
-    block: int, keep: int, make: Make, rows: Rows, plain: dict[str, Tensor]
+    block: int, kept: int, make: Make, rows: Rows, plain: dict[str, Tensor]
 ) -> None:
-    found, calls = step(make(similarity_block=block, keep_chunks=keep), rows)
-    assert calls == 2 * CHUNKS - min(keep, CHUNKS)
+    module = make(similarity_block=block)
+    first = module.preparation(validating=False)(rows).chunks[0]
+    with LiveBytes() as live:
+        embeddings = module.train().backbone.embed(first.batch, first.layout)
+        assert embeddings.requires_grad
+        size = live.now
+    # The second chunk is as dear as the first, and the third nearly.
+    module.keep_bytes = {1: 0, 3: int(3.1 * size), CHUNKS: 100 * size}[kept]
+    found, calls = step(module, rows)
+    assert calls == 2 * CHUNKS - kept
     assert found.keys() == plain.keys()
     for name, value in plain.items():
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6, msg=name)
@@ -122,7 +131,7 @@ def test_norms_are_taken_once_in_a_step_and_forgotten_after_it(
         return original(*given)
 
     monkeypatch.setattr(dora, "row_norms", counted)
-    module = make(lean=True, keep_chunks=1)
+    module = make(lean=True)
     layers = sum(isinstance(part, LeanDora) for part in module.modules())
     found, _ = step(module, rows)
     assert len(taken) == layers == 14
@@ -134,12 +143,13 @@ def test_norms_are_taken_once_in_a_step_and_forgotten_after_it(
 
 def test_validation_counts_hits_and_losses_by_blocks(make: Make, rows: Rows) -> None:
     with torch.no_grad():
-        whole, blocks = (make(similarity_block=block).eval().measure(rows) for block in (1000, 4))
+        modules = [make(similarity_block=block).eval() for block in (1000, 4)]
+        whole, blocks = (m.measure(m.preparation(validating=True)(rows)) for m in modules)
     assert torch.equal(whole["hits"], blocks["hits"])
     torch.testing.assert_close(whole["loss"], blocks["loss"])
 
 
-@pytest.mark.parametrize("choice", [{"similarity_block": 0}, {"keep_chunks": -1}])
+@pytest.mark.parametrize("choice", [{"similarity_block": 0}, {"keep_gib": -1}])
 def test_numbers_that_make_no_sense_are_refused(choice: dict[str, int], make: Make) -> None:
     with pytest.raises(UserError, match=r"similarity_block .* must be at least 1"):
         make(**choice)

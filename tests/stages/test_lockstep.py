@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from cocoa_pl.attention import Policy
-from cocoa_pl.batch import Encoded, Rows, join, pack
+from cocoa_pl.batch import Batch, Encoded, Rows, join, pack
 from cocoa_pl.data.datamodule import collate
 from cocoa_pl.data.tokenize import Processor
 from cocoa_pl.items import Item
 from cocoa_pl.models.loading import Loaded
 from cocoa_pl.stages import lockstep
 from cocoa_pl.stages.base import Optimization, StageModule
+from cocoa_pl.stages.chunks import Chunk, ToEmbed
 from cocoa_pl.stages.contrastive import ContrastiveModule
 from cocoa_pl.stages.lockstep import Fillers, in_lockstep, make_fillers
 from cocoa_pl.stages.reconstruction import ReconstructionModule
@@ -57,30 +58,54 @@ def test_fillers_are_one_sample_with_and_without_an_image(fillers: Fillers) -> N
     assert fillers.text.num_real_tokens == fillers.image.num_real_tokens == 0
 
 
-def test_alone_nothing_is_added(fillers: Fillers, make_samples: MakeSamples) -> None:
-    chunks = [pack(make_samples((0, 0))), pack(make_samples((1,)))]
-    assert in_lockstep(chunks, fillers) == chunks
+@pytest.fixture(scope="module")
+def preparation(loaded: Loaded) -> ToEmbed:
+    return ToEmbed(loaded.backbone.layouts(FULL), token_budget=30)
+
+
+@pytest.fixture(scope="module")
+def evened_out(fillers: Fillers, preparation: ToEmbed) -> Callable[[list[Chunk]], list[Chunk]]:
+    return lambda chunks: in_lockstep(chunks, fillers, preparation, device=torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def chunk_of(preparation: ToEmbed, make_samples: MakeSamples) -> Callable[..., Chunk]:
+    """A chunk of samples with so many images each."""
+
+    def make(*images: int) -> Chunk:
+        batch = pack(make_samples(images))
+        return preparation.chunks(batch, [torch.arange(len(images))])[0]
+
+    return make
+
+
+def test_alone_nothing_is_added(evened_out: Any, chunk_of: Callable[..., Chunk]) -> None:
+    chunks = [chunk_of(0, 0), chunk_of(1)]
+    assert [id(chunk) for chunk in evened_out(chunks)] == [id(chunk) for chunk in chunks]
 
 
 def test_a_rank_follows_the_others(
-    fillers: Fillers, make_samples: MakeSamples, others: Callable[..., None]
+    evened_out: Any, chunk_of: Callable[..., Chunk], others: Callable[..., None]
 ) -> None:
-    chunks = [pack(make_samples((0, 0))), pack(make_samples((1,))), pack(make_samples((0,)))]
+    chunks = [chunk_of(0, 0), chunk_of(1), chunk_of(0)]
     others(5, [True, False, False, True, False])
-    got = in_lockstep(chunks, fillers)
-    assert [chunk.num_fillers for chunk in got] == [1, 0, 0, 1, 1]
-    assert [len(chunk.grids) for chunk in got] == [1, 1, 0, 1, 0]
-    assert [chunk.num_real_tokens for chunk in got] == [*(c.num_tokens for c in chunks), 0, 0]
+    got = evened_out(chunks)
+    batches: list[Batch] = [chunk.batch for chunk in got]
+    assert [batch.num_fillers for batch in batches] == [1, 0, 0, 1, 1]
+    assert [len(batch.grids) for batch in batches] == [1, 1, 0, 1, 0]
+    own = [chunk.batch.num_tokens for chunk in chunks]
+    assert [batch.num_real_tokens for batch in batches] == [*own, 0, 0]
+    assert [len(chunk.layout.eos_rows) for chunk in got] == [2, 1, 1, 0, 0]
     assert got[1] is chunks[1]
-    assert torch.equal(got[0].input_ids[: chunks[0].num_tokens], chunks[0].input_ids)
+    assert torch.equal(batches[0].input_ids[: own[0]], chunks[0].batch.input_ids)
 
 
 def test_a_longer_list_stays_as_it_is(
-    fillers: Fillers, make_samples: MakeSamples, others: Callable[..., None]
+    evened_out: Any, chunk_of: Callable[..., Chunk], others: Callable[..., None]
 ) -> None:
-    chunks = [pack(make_samples((1,))), pack(make_samples((0,)))]
+    chunks = [chunk_of(1), chunk_of(0)]
     others(1, [False])
-    assert in_lockstep(chunks, fillers) == chunks
+    assert [id(chunk) for chunk in evened_out(chunks)] == [id(chunk) for chunk in chunks]
 
 
 def test_joined_batches_are_as_packed_at_once(make_samples: MakeSamples) -> None:
@@ -91,7 +116,7 @@ def test_joined_batches_are_as_packed_at_once(make_samples: MakeSamples) -> None
     assert joined.row_ids == whole.row_ids
 
 
-CASES: dict[str, tuple[type[StageModule], Policy, dict[str, Any]]] = {
+CASES: dict[str, tuple[type[StageModule[Any]], Policy, dict[str, Any]]] = {
     "warmup": (
         ReconstructionModule,
         FULL,
@@ -117,7 +142,7 @@ CASES: dict[str, tuple[type[StageModule], Policy, dict[str, Any]]] = {
             "mask_false_negatives": True,
             "matryoshka_dims": (8,),
             "similarity_block": 2,
-            "keep_chunks": 1,
+            "keep_gib": 0,
         },
     ),
 }
@@ -156,20 +181,21 @@ def test_fillers_are_in_no_loss_gradient_or_measure(
             seed=0,
             **values,
         )
+        prepare = module.preparation(validating=False)
         if filled:  # as if another rank had images everywhere and two chunks more
             monkeypatch.setattr(
                 module,
                 "in_step",
-                lambda pieces: [
-                    *(join([piece, fillers.image]) for piece in pieces),
-                    *([fillers.image, fillers.text] if len(pieces) > 1 else []),
+                lambda chunks: [
+                    *(prepare.filled(chunk, fillers.image) for chunk in chunks),
+                    *map(prepare.filler, [fillers.image, fillers.text] if chunks else []),
                 ],
             )
         monkeypatch.setattr(module, "manual_backward", lambda loss: loss.backward())
-        metrics = module.accumulate(rows)
+        metrics = module.accumulate(prepare(rows))
         gradients = {n: p.grad for n, p in module.named_parameters() if p.grad is not None}
         with torch.no_grad():
-            measured = module.measure(rows)
+            measured = module.measure(module.preparation(validating=True)(rows))
         return {**{f"train {n}": v for n, v in metrics.items()}, **gradients, **measured}
 
     plain, filled = found(filled=False), found(filled=True)

@@ -74,12 +74,12 @@ def step(
             mask_false_negatives=False,
             matryoshka_dims=(),
             similarity_block=4,
-            keep_chunks=1,
+            keep_gib=0,
             token_budget=token_budget,
             **SHARED,
         )
         module.manual_backward = lambda loss: loss.backward()  # type: ignore[method-assign, misc]
-        loss = module.accumulate(rows)["loss"]
+        loss = module.accumulate(module.preparation(validating=False)(rows))["loss"]
         assert loss.dtype == torch.float32
         return float(loss), {n: p.grad for n, p in module.named_parameters() if p.grad is not None}
 
@@ -141,7 +141,7 @@ def test_the_image_decoder_works_beside_a_model_in_bfloat16(
         **SHARED,
     )
     module.manual_backward = lambda loss: loss.backward()  # type: ignore[method-assign, misc]
-    metrics = module.accumulate(rows)
+    metrics = module.accumulate(module.preparation(validating=False)(rows))
     assert all(value.isfinite() for value in metrics.values())
     assert module.image_decoder is not None
     for name, parameter in module.image_decoder.named_parameters():

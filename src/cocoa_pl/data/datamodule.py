@@ -2,11 +2,12 @@
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
 import lightning as L
+import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset
 
@@ -15,14 +16,17 @@ from cocoa_pl.data.examples import MakeSamples
 from cocoa_pl.data.mixing import Mixing
 from cocoa_pl.data.sampler import Index, StepSampler, make_order
 from cocoa_pl.data.stream import PairStream
-from cocoa_pl.data.stream_loader import LaneState, StreamBatches, StreamedRows
+from cocoa_pl.data.stream_loader import LaneState, StreamBatches, Streamed
 from cocoa_pl.data.tokenize import Processor
+from cocoa_pl.data.transport import Parcel
 from cocoa_pl.distributed import rank, world_size
 from cocoa_pl.errors import UserError
 from cocoa_pl.items import Pair
 from cocoa_pl.randomness import mix
 
 log = logging.getLogger(__name__)
+
+Prepare = Callable[[Rows], Any]  # makes of rows what a stage's step takes
 
 _VALIDATION_EPOCH = -1  # its corruption is drawn once and for all
 
@@ -96,6 +100,16 @@ def collate(rows: Sequence[list[Encoded] | str]) -> Rows:
     return Rows(pack(samples), len(good), skipped)
 
 
+class Batches:
+    """A collate function: encoded rows to what a step takes, worked out where rows are encoded."""
+
+    def __init__(self, prepare: Prepare) -> None:
+        self.prepare = prepare
+
+    def __call__(self, rows: Sequence[list[Encoded] | str]) -> Parcel:
+        return Parcel(self.prepare(collate(rows)))
+
+
 def validation_batches(
     num_rows: int, *, global_batch_size: int, rank: int, world_size: int
 ) -> list[list[Index]]:
@@ -138,7 +152,9 @@ class StageData(L.LightningDataModule):
         mixing: how batches are composed of subsets.
         batch_size: rows of a step over all ranks.
         validation_batch_size: rows at a time on a rank.
+        prepare, prepare_validation: make of rows what the stage's steps take, in the workers.
         start_step: first step to draw, for a resumed run.
+        pinned: hand batches over in page-locked memory, from where a GPU fetches them by itself.
     """
 
     def __init__(
@@ -148,6 +164,8 @@ class StageData(L.LightningDataModule):
         *,
         make_samples: MakeSamples,
         processor: Processor,
+        prepare: Prepare,
+        prepare_validation: Prepare,
         mixing: Mixing,
         batch_size: int,
         validation_batch_size: int,
@@ -156,9 +174,12 @@ class StageData(L.LightningDataModule):
         seed: int,
         num_workers: int,
         on_bad_row: str,
+        pinned: bool,
     ) -> None:
         super().__init__()
         self.train = train
+        self.prepare, self.prepare_validation = prepare, prepare_validation
+        self.pinned = pinned
         self.validation_rows = EncodedRows(
             validation, make_samples, processor, seed=seed, on_bad_row=on_bad_row
         )
@@ -172,7 +193,7 @@ class StageData(L.LightningDataModule):
         self.num_workers = num_workers
         self._lanes: list[LaneState | None] = [None] * max(1, num_workers)
 
-    def train_dataloader(self) -> DataLoader[Rows]:
+    def train_dataloader(self) -> DataLoader[Any]:
         if isinstance(self.train, PairStream):
             return self._stream_loader(self.train)
         rows = EncodedRows(
@@ -189,12 +210,21 @@ class StageData(L.LightningDataModule):
             rank=rank(),
             world_size=world_size(),
         )
-        return self._loader(rows, sampler)
+        return self._loader(rows, sampler, self.prepare)
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Remember where the stream stands: not what is loaded counts, but what is trained on."""
-        if isinstance(batch, StreamedRows):
+        """Unpack; and remember where a stream stands: not what is loaded counts, but what is
+        trained on.
+        """
+        if isinstance(batch, Streamed):
             self._lanes[batch.lane] = batch.state
+            batch = batch.batch
+        return batch.content if isinstance(batch, Parcel) else batch
+
+    def transfer_batch_to_device(
+        self, batch: Any, device: torch.device, dataloader_idx: int
+    ) -> Any:
+        """Nothing: a step moves its chunks one by one, when it is their turn."""
         return batch
 
     def state_dict(self) -> dict[str, Any]:
@@ -223,12 +253,12 @@ class StageData(L.LightningDataModule):
             )
         self._lanes = list(lanes[rank()])
 
-    def _stream_loader(self, stream: PairStream) -> DataLoader[Rows]:
+    def _stream_loader(self, stream: PairStream) -> DataLoader[Any]:
         batches = StreamBatches(
             stream,
             self.mixing,
             self.encode,
-            collate,
+            Batches(self.prepare),
             batch_size=self.batch_size,
             steps=self.steps,
             start_step=self.start_step,
@@ -239,9 +269,11 @@ class StageData(L.LightningDataModule):
             lanes=len(self._lanes),
             states=self._lanes,
         )
-        return DataLoader(batches, batch_size=None, num_workers=self.num_workers)
+        return DataLoader(
+            batches, batch_size=None, num_workers=self.num_workers, pin_memory=self.pinned
+        )
 
-    def val_dataloader(self) -> DataLoader[Rows] | list[None]:
+    def val_dataloader(self) -> DataLoader[Any] | list[None]:
         if not len(self.validation_rows):
             return []
         batches = validation_batches(
@@ -250,16 +282,16 @@ class StageData(L.LightningDataModule):
             rank=rank(),
             world_size=world_size(),
         )
-        return self._loader(self.validation_rows, batches)
+        return self._loader(self.validation_rows, batches, self.prepare_validation)
 
     def _loader(
-        self, rows: EncodedRows, batches: StepSampler | list[list[Index]]
-    ) -> DataLoader[Rows]:
+        self, rows: EncodedRows, batches: StepSampler | list[list[Index]], prepare: Prepare
+    ) -> DataLoader[Any]:
         return DataLoader(
-            rows,  # type: ignore[arg-type]
+            rows,
             batch_sampler=batches,
-            collate_fn=collate,
+            collate_fn=Batches(prepare),
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
-            pin_memory=False,
+            pin_memory=self.pinned,
         )

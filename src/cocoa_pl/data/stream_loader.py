@@ -9,12 +9,12 @@ gives lane t to whichever worker the loader asks first.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch.utils.data import IterableDataset, get_worker_info
 
-from cocoa_pl.batch import Encoded, Rows
+from cocoa_pl.batch import Encoded
 from cocoa_pl.data.mixing import Mixing, Schedule
 from cocoa_pl.data.sampler import check_shareable
 from cocoa_pl.data.stream import PairStream
@@ -24,19 +24,23 @@ from cocoa_pl.items import Pair
 from cocoa_pl.randomness import mix
 
 LaneState = dict[str, Any]  # subset -> the state of its reader
-Collate = Callable[[Sequence[list[Encoded] | str]], Rows]
+Collate = Callable[[Sequence[list[Encoded] | str]], Any]
 Encode = Callable[[Pair, int], list[Encoded] | str]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StreamedRows(Rows):
-    """A batch, and where its lane goes on after it."""
+@dataclass(frozen=True)
+class Streamed:
+    """A collated batch, and where its lane goes on after it."""
 
+    batch: Any
     lane: int
     state: LaneState
 
+    def pin_memory(self) -> Streamed:
+        return replace(self, batch=self.batch.pin_memory())
 
-class StreamBatches(IterableDataset[StreamedRows]):
+
+class StreamBatches(IterableDataset[Streamed]):
     """This rank's share of every step's global batch.
 
     Args:
@@ -85,7 +89,7 @@ class StreamBatches(IterableDataset[StreamedRows]):
         self.lanes = lanes
         self.states = list(states)
 
-    def __iter__(self) -> Iterator[StreamedRows]:
+    def __iter__(self) -> Iterator[Streamed]:
         worker = get_worker_info()
         first = self.start_step
         if worker is not None:
@@ -102,12 +106,8 @@ class StreamBatches(IterableDataset[StreamedRows]):
                 if name not in readers:
                     readers[name] = self._reader(name, lane, None)
                 rows.append(self._row(readers[name], mix(self.seed, step, position)))
-            batch = self.collate(rows)
-            yield StreamedRows(
-                **{field.name: getattr(batch, field.name) for field in fields(Rows)},
-                lane=lane,
-                state={name: reader.state for name, reader in readers.items()},
-            )
+            state_after = {name: reader.state for name, reader in readers.items()}
+            yield Streamed(self.collate(rows), lane, state_after)
 
     def _row(self, reader: SubsetReader, seed: int) -> list[Encoded] | str:
         pair = reader.take()

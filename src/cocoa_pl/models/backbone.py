@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from cocoa_pl.attention import Plan, Policy, make_plan
+from cocoa_pl.attention import Policy
 from cocoa_pl.attention.kernels import KERNELS
 from cocoa_pl.batch import Batch
+from cocoa_pl.models.layout import Layout, Layouts, VisionInputs
 
 log = logging.getLogger(__name__)
 
@@ -103,16 +104,33 @@ class Backbone(nn.Module, ABC):
             cache_enabled=False,
         )
 
+    @property
     @abstractmethod
-    def forward(self, batch: Batch, plan: Plan, pixels: Tensor | None = None) -> Tensor:
-        """Last hidden states of every token.
+    def vision_inputs(self) -> VisionInputs:
+        """What the vision tower asks for beside pixels: a picklable function of the image grids."""
+
+    def layouts(self, policy: Policy) -> Layouts:
+        """What lays batches out for this model, in the workers."""
+        return Layouts(policy, self.kernel, self.vision_inputs)
+
+    @abstractmethod
+    def forward(
+        self,
+        batch: Batch,
+        layout: Layout,
+        pixels: Tensor | None = None,
+        *,
+        reads: Tensor | None = None,
+    ) -> Tensor:
+        """Last hidden states; batch and layout are on the model's device.
 
         Args:
-            plan: who attends to whom; there is no default.
+            layout: of this batch; says who attends to whom. There is no default.
             pixels: (P, B) float, normalised, when they are not simply the batch's own (corruption).
+            reads: (R) int64, the rows whose states are wanted; None for all.
 
         Returns:
-            (T, D).
+            (R, D), or (T, D).
         """
 
     @abstractmethod
@@ -120,8 +138,10 @@ class Backbone(nn.Module, ABC):
         """A new layer of the language model's own kind, for the image decoder."""
 
     @abstractmethod
-    def run_layer(self, layer: nn.Module, hidden: Tensor, batch: Batch, plan: Plan) -> Tensor:
-        """Feed packed states (T, D) through such a layer."""
+    def run_layer(
+        self, layer: nn.Module, hidden: Tensor, batch: Batch, layout: Layout, reads: Tensor
+    ) -> Tensor:
+        """Feed packed states (T, D) through such a layer and read some rows: (R, D)."""
 
     def pixels(self, batch: Batch) -> Tensor:
         """uint8 patches to normalised floats on the device, bit-equal to the image processor: (P,
@@ -143,9 +163,10 @@ class Backbone(nn.Module, ABC):
             logits: Tensor = self.stock.get_output_embeddings()(hidden)
         return logits
 
-    def embed(self, batch: Batch, policy: Policy) -> Tensor:
-        """The L2-normalised last hidden state at each sample's EOS, (S, D) float32."""
-        hidden = self(batch, make_plan(policy, batch.segment_lengths).to(self.device))
-        real = batch.eos_positions[: batch.num_samples - batch.num_fillers]
-        eos = hidden.index_select(0, real.to(hidden.device))
-        return normalize(eos.float(), dim=-1)
+    def embed(self, batch: Batch, layout: Layout) -> Tensor:
+        """The L2-normalised last hidden state at each sample's EOS, (S, D) float32.
+
+        Samples are those of the batch that are no fillers, in its order.
+        """
+        hidden = self(batch, layout, reads=layout.eos_rows)
+        return normalize(hidden.float(), dim=-1)

@@ -8,9 +8,10 @@ wrapped.
 from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from cocoa_pl.models import vision_grids
+from cocoa_pl.models.layout import VisionInputs
 from cocoa_pl.models.qwen_vl import QwenVLBackbone
 
 
@@ -26,20 +27,15 @@ class Qwen25VLBackbone(QwenVLBackbone):
             # checkpointing and stay when peft or FSDP wrap what is inside the block.
             block.register_forward_pre_hook(partial(_choose_plan, kind), with_kwargs=True)
 
-    def vision_inputs(self, grids: Tensor) -> dict[str, Any]:
+    @property
+    def vision_inputs(self) -> VisionInputs:
         config = self.stock.config.vision_config
-        windows = vision_grids.windows(
-            grids,
+        return partial(
+            vision_grids.windowed_images,
             merge_size=config.spatial_merge_size,
             window_size=config.window_size,
             patch_size=config.patch_size,
         )
-        return {
-            "plan": vision_grids.window_plans(grids, windows.lengths),
-            "window_index": windows.index,
-            "cu_window_seqlens": nn.functional.pad(windows.lengths.cumsum(0), (1, 0)).int(),
-            "max_window_seqlen": int(windows.lengths.max()),
-        }
 
 
 def _choose_plan(

@@ -6,6 +6,7 @@ the way. Here the same stock functions run on the host, once for each size of im
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,11 +63,6 @@ def windows(grids: Tensor, *, merge_size: int, window_size: int, patch_size: int
     )
 
 
-def window_plans(grids: Tensor, lengths: Tensor) -> WindowPlans:
-    """Plans for patches that lie in the order of `Windows`; an image's patches stay together."""
-    return WindowPlans(self_plan(grids.prod(1)), self_plan(lengths))
-
-
 def interpolation(grids: Tensor, *, merge_size: int, side: int) -> tuple[Tensor, Tensor]:
     """Where each patch reads a `side` x `side` table of learnt position embeddings.
 
@@ -75,6 +71,44 @@ def interpolation(grids: Tensor, *, merge_size: int, side: int) -> tuple[Tensor,
     """
     pieces = [_interpolation(*grid, merge_size, side) for grid in _sizes(grids)]
     return torch.cat([index for index, _ in pieces]), torch.cat([w for _, w in pieces])
+
+
+def whole_images(grids: Tensor, *, merge_size: int) -> dict[str, Any]:
+    """Keywords of a stock tower whose blocks see whole images: (I, 3), at least one image."""
+    patches = grids.prod(1)  # of each image
+    return {
+        "position_ids": positions(grids, merge_size=merge_size),
+        "cu_seqlens": _bounds(patches),
+        "max_seqlen": int(patches.max()),
+        "plan": self_plan(patches),
+    }
+
+
+def windowed_images(
+    grids: Tensor, *, merge_size: int, window_size: int, patch_size: int
+) -> dict[str, Any]:
+    """Keywords of a tower some of whose blocks see windows; both its plans speak of patches in the
+    order of windows, in which an image's patches stay together.
+    """
+    found = windows(grids, merge_size=merge_size, window_size=window_size, patch_size=patch_size)
+    whole = whole_images(grids, merge_size=merge_size)
+    return whole | {
+        "plan": WindowPlans(whole["plan"], self_plan(found.lengths)),
+        "window_index": found.index,
+        "cu_window_seqlens": _bounds(found.lengths),
+        "max_window_seqlen": int(found.lengths.max()),
+    }
+
+
+def interpolated_images(grids: Tensor, *, merge_size: int, side: int) -> dict[str, Any]:
+    """Keywords of a tower with a `side` x `side` table of position embeddings."""
+    index, weights = interpolation(grids, merge_size=merge_size, side=side)
+    whole = whole_images(grids, merge_size=merge_size)
+    return whole | {"interp_indices": index, "interp_weights": weights}
+
+
+def _bounds(lengths: Tensor) -> Tensor:
+    return torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
 
 
 def _sizes(grids: Tensor) -> list[tuple[int, int, int]]:

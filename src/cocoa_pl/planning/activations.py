@@ -91,11 +91,14 @@ def kept_by_chunk(
     residual = numbers.weight  # what the token embedding gives
     blocks = []
     for number in range(text.count):
-        kept, flows = _block(text, number, work.tokens, work.text, tuning, numbers, residual, flows)
+        read = work.read if number == text.count - 1 else work.tokens
+        kept, flows = _block(
+            text, number, work.tokens, read, work.text, tuning, numbers, residual, flows
+        )
         blocks.append(kept)
     inputs = text.count * work.tokens * text.width * residual
     rotary = 2 * work.tokens * text.head_dim * residual
-    last = _rms_norm(work.tokens, text.width, residual, tuning.full) if flows else 0
+    last = _rms_norm(work.read, text.width, residual, tuning.full) if flows else 0
     hooked = work.tokens * text.width * residual * (checkpointing and not tuning.full)
     return Kept(
         vision=vision,
@@ -121,7 +124,15 @@ def _vision(
     for number in range(vision.block.count):
         attention = work.images if number < vision.full_blocks else work.windows
         one, flows = _block(
-            vision.block, number, patches, attention, tuning, numbers, numbers.product, flows
+            vision.block,
+            number,
+            patches,
+            patches,
+            attention,
+            tuning,
+            numbers,
+            numbers.product,
+            flows,
         )
         blocks.append(one)
     inputs = vision.block.count * patches * vision.block.width * numbers.product
@@ -146,15 +157,20 @@ def _block(
     block: BlockShape,
     number: int,
     rows: int,
+    read: int,
     attention: Attention,
     tuning: Tuning,
     numbers: Numbers,
     residual: int,
     flows: bool,
 ) -> tuple[int, bool]:
-    """Bytes that one block keeps, and whether its output needs a gradient."""
+    """Bytes that one block keeps, and whether its output needs a gradient.
 
-    def linears(group: Sequence[Linear], flows: bool, *, cast: bool) -> int:
+    Args:
+        read: rows that go through its perceptron.
+    """
+
+    def linears(group: Sequence[Linear], flows: bool, *, cast: bool, rows: int = rows) -> int:
         kept = [_linear(one, number, rows, tuning, numbers, flows) for one in group]
         if tuning.full:  # the input, once for all unless each of them casts it
             copies = len(group) if cast and numbers.casts else 1
@@ -171,14 +187,14 @@ def _block(
         kept += _attention(block, rows, attention, tuning, numbers)
     kept += linears([block.output], attends, cast=False)
     flows = attends or learns([block.output])
-    kept += _norm(block, rows, residual, tuning, numbers) if flows else 0
-    kept += linears(block.up, flows, cast=not block.layer_norm)
+    kept += _norm(block, read, residual, tuning, numbers) if flows else 0
+    kept += linears(block.up, flows, cast=not block.layer_norm, rows=read)
     raised = flows or learns(block.up)
     gated = len(block.up) > 1
     if raised:  # of a gated activation also both factors of the product
         tensors = KEPT_BY[block.activation] + 2 * gated
-        kept += tensors * rows * block.intermediate * numbers.product
-    kept += linears([block.down], raised, cast=False)
+        kept += tensors * read * block.intermediate * numbers.product
+    kept += linears([block.down], raised, cast=False, rows=read)
     return kept, raised or learns([block.down])
 
 
@@ -259,7 +275,7 @@ def _head(shape: ModelShape, tuning: Tuning, numbers: Numbers, work: Work) -> in
 def _decoder(shape: ModelShape, numbers: Numbers, work: Work) -> int:
     text, values = shape.text, decoder_values(shape)
     own = Numbers(numbers.product, FLOAT32, numbers.on_gpu)  # its weights are float32 always
-    kept, _ = _block(text, 0, work.tokens, work.text, FULL, own, numbers.weight, True)
+    kept, _ = _block(text, 0, work.tokens, work.rebuilt, work.text, FULL, own, numbers.weight, True)
     kept += 2 * work.tokens * text.head_dim * FLOAT32
     kept += work.rebuilt * text.width * numbers.product + _weight_copy(text.width, values, own)
     return kept + 2 * work.rebuilt * values * FLOAT32  # prediction and target of the squared error

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from cocoa_pl.distributed import BUCKET_BYTES
 from cocoa_pl.planning import peaks
-from cocoa_pl.planning.activations import FLOAT32, Numbers, kept_by_chunk
+from cocoa_pl.planning.activations import FLOAT32, Kept, Numbers, kept_by_chunk
 from cocoa_pl.planning.shapes import ModelShape
 from cocoa_pl.planning.tuning import (
     Adapter,
@@ -72,23 +72,23 @@ class ChunkLoad:
 
     Args:
         decoder: the image decoder runs.
-        cached: more than one chunk under one loss: each runs twice, and embeddings are kept.
+        cached: more than one chunk under one loss: embeddings are kept.
+        kept: chunks whose graphs are in memory together; the others run twice.
         rows, candidates: queries of this process, and candidates of all processes; 0 where there
             is no contrast.
-        patches: of the whole step.
-        pixel_copies: float copies of all pixels of the step that are held at once.
     """
 
     works: Sequence[Work]
     decoder: bool
     cached: bool
+    kept: int
     rows: int
     candidates: int
-    pixel_copies: int
 
     @property
     def patches(self) -> int:
-        return sum(work.patches for work in self.works)
+        """Of the largest chunk; the others wait on the host."""
+        return max(work.patches for work in self.works)
 
     @property
     def samples(self) -> int:
@@ -137,6 +137,8 @@ def activation_peak(setup: Setup, load: ChunkLoad, gradients: int) -> int:
     """
     missing = _missing(setup, gradients, decoder=load.decoder)
     highest = 0
+    kept = [graph(setup, load.decoder, work) for work in load.works[: load.kept]]
+    others = sum(one.total for one in kept[1:])  # beside the first one's
     measured: dict[Work, dict[str, int]] = {}
     for number, work in enumerate(load.works):
         if work not in measured:
@@ -144,22 +146,44 @@ def activation_peak(setup: Setup, load: ChunkLoad, gradients: int) -> int:
         first = number == 0 and not setup.sharded
         for name, size in measured[work].items():
             absent = missing[name] if first else gradients if name == peaks.HIDING else 0
-            highest = max(highest, size - absent)
-        if load.cached:
+            highest = max(highest, size - absent + others * (number == 0))
+        if load.cached and number >= load.kept:
             graphless = peaks.without_graph(setup.shape, setup.tuning, setup.numbers, work)
-            highest = max(highest, graphless - gradients)
+            highest = max(highest, graphless - gradients + kept[0].total + others)
     return highest
+
+
+def graph(setup: Setup, decoder: bool, work: Work) -> Kept:
+    """What one chunk keeps between its forward and its backward pass."""
+    return kept_by_chunk(
+        setup.shape,
+        setup.tuning,
+        setup.numbers,
+        work,
+        checkpointing=setup.checkpointing,
+        decoder=decoder,
+    )
+
+
+def count_kept(graphs: Sequence[int], keep_bytes: int) -> int:
+    """How many chunks' graphs the gradient cache keeps, by the rule of `cached_backward`."""
+    used = 0
+    for number, size in enumerate(graphs):
+        used += size
+        if used + size > keep_bytes:
+            return number + 1
+    return len(graphs)
 
 
 def chunk_moments(setup: Setup, load: ChunkLoad, work: Work) -> dict[str, int]:
     """Bytes at each moment of one chunk, by the names of `peaks`."""
-    arguments = (setup.shape, setup.tuning, setup.numbers, work)
-    kept = kept_by_chunk(*arguments, checkpointing=setup.checkpointing, decoder=load.decoder)
     return peaks.moments(
-        *arguments,
-        kept,
+        setup.shape,
+        setup.tuning,
+        setup.numbers,
+        work,
+        graph(setup, load.decoder, work),
         checkpointing=setup.checkpointing,
-        holds_pixels=load.pixel_copies > 0,
     )
 
 
@@ -182,9 +206,8 @@ def _missing(setup: Setup, gradients: int, *, decoder: bool) -> dict[str, int]:
 
 
 def _batch(setup: Setup, load: ChunkLoad) -> int:
-    """uint8 patches of all rows, and float copies where a stage holds them for all chunks."""
-    values = load.patches * setup.shape.vision.patch_values // 2  # one frame
-    return values * (1 + load.pixel_copies * FLOAT32)
+    """uint8 patches of a chunk."""
+    return load.patches * setup.shape.vision.patch_values // 2  # one frame
 
 
 def _embeddings(setup: Setup, load: ChunkLoad) -> int:

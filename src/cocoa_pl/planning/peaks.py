@@ -28,13 +28,8 @@ def moments(
     kept: Kept,
     *,
     checkpointing: bool,
-    holds_pixels: bool,
 ) -> dict[str, int]:
-    """Bytes at each moment of a chunk's forward and backward pass, beside weights and gradients.
-
-    Args:
-        holds_pixels: the stage keeps float pixels of all chunks, which are counted there.
-    """
+    """Bytes at each moment of a chunk's forward and backward pass, beside weights and gradients."""
     blocks = kept.vision + kept.text
     working = _backward(shape.text, work.tokens, tuning, numbers)
     text_block = kept.text // shape.text.count
@@ -53,7 +48,7 @@ def moments(
         vision_block = kept.vision // block.count
         found[VISION] = kept.vision + kept.vision_block * checkpointing + working
         found[VISION_END] = _last(vision_block, kept.vision_block, checkpointing) + working
-        pixels = _pixels(shape, tuning, numbers, work, held=holds_pixels)
+        pixels = _pixels(shape, tuning, numbers, work)
         found[PIXELS] = kept.vision + pixels + _forward(block, work.patches, tuning, numbers)
     return found
 
@@ -62,20 +57,21 @@ def without_graph(shape: ModelShape, tuning: Tuning, numbers: Numbers, work: Wor
     """Bytes at the fullest moment of a forward pass that keeps nothing."""
     text = _forward(shape.text, work.tokens, tuning, numbers)
     vision = _forward(shape.vision.block, work.patches, tuning, numbers)
-    return max(text, vision + _pixels(shape, tuning, numbers, work, held=False))
+    return max(text, vision + _pixels(shape, tuning, numbers, work))
 
 
 def _last(inputs: int, block: int, checkpointing: bool) -> int:
     return inputs + block if checkpointing else inputs
 
 
-def _pixels(shape: ModelShape, tuning: Tuning, numbers: Numbers, work: Work, *, held: bool) -> int:
-    """Float pixels, both frames of them, and these in the tower's width where that is another; full
-    tuning keeps the last for the backward pass anyway.
+def _pixels(shape: ModelShape, tuning: Tuning, numbers: Numbers, work: Work) -> int:
+    """Float pixels, the same with noise where patches are hidden, both frames of them, and these
+    in the tower's width where that is another; full tuning keeps the last for the backward pass
+    anyway.
     """
     values = work.patches * shape.vision.patch_values  # of both frames
     narrow = values * numbers.product if numbers.product != FLOAT32 and not tuning.full else 0
-    return (0 if held else values // 2 * FLOAT32) + values * FLOAT32 + narrow
+    return values // 2 * FLOAT32 * (1 + (work.rebuilt > 0)) + values * FLOAT32 + narrow
 
 
 def _working(tuning: Tuning, numbers: Numbers) -> int:

@@ -8,14 +8,12 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-import torch
-
-from cocoa_pl.batch import Batch
-from cocoa_pl.corruption import every_next_token, hide_patches, hide_text
+from cocoa_pl.batch import Batch, cut_by_cost
+from cocoa_pl.corruption import Corruption
 from cocoa_pl.errors import UserError
 from cocoa_pl.planning import flops
 from cocoa_pl.planning.flops import Costs
-from cocoa_pl.planning.memory import ChunkLoad, Setup, memory_by_part
+from cocoa_pl.planning.memory import ChunkLoad, Setup, count_kept, graph, memory_by_part
 from cocoa_pl.planning.samples import Lengths, rank_batch
 from cocoa_pl.planning.work import Work, work_of
 from cocoa_pl.stages.contrastive import ContrastiveModule
@@ -66,20 +64,28 @@ class StagePlan:
             merge_size=vision.merge_size,
             max_length=self.max_length,
         )
-        chunks = batch.chunk(self.stage.token_budget)
+        pieces = cut_by_cost(batch, self.stage.token_budget)
+        chunks = [batch.take(piece) for piece in pieces]
         contrasts, choices = _kind(self.stage)
         works: dict[bytes, Work] = {}  # most chunks are alike
         for chunk in chunks:
             if _signature(chunk) not in works:
                 works[_signature(chunk)] = self._work(chunk, choices)
         candidates = (batch.num_samples - self.rows) * self.setup.gpus
+        ordered = [works[_signature(chunk)] for chunk in chunks]
+        decoder = bool(choices.get("patch_ratio"))
+        kept = 1
+        if contrasts:
+            sizes = {work: graph(self.setup, decoder, work).total for work in works.values()}
+            keep_bytes = int(choices["keep_gib"] * 2**30)
+            kept = count_kept([sizes[work] for work in ordered], keep_bytes)
         return ChunkLoad(
-            works=[works[_signature(chunk)] for chunk in chunks],
-            decoder=bool(choices.get("patch_ratio")),
+            works=ordered,
+            decoder=decoder,
             cached=contrasts and len(chunks) > 1,
+            kept=kept,
             rows=self.rows * contrasts,
             candidates=candidates * contrasts,
-            pixel_copies=0 if contrasts else 1 + bool(choices["patch_ratio"]),
         )
 
     @cached_property
@@ -93,8 +99,6 @@ class StagePlan:
         setup, load = self.setup, self.load
         known: dict[Work, Costs] = {}
         found: list[Costs] = []
-        # The gradient cache embeds its last chunks once, where their graphs are kept.
-        replayed = len(load.works) - _kind(self.stage)[1].get("keep_chunks", 0)
         for number, work in enumerate(load.works):
             if work not in known:
                 known[work] = flops.chunk_costs(
@@ -105,7 +109,7 @@ class StagePlan:
                     decoder=load.decoder,
                 )
             found.append(known[work])
-            if load.cached and number < replayed:
+            if load.cached and number >= load.kept:
                 found.append(flops.without_graph(known[work]))
         found.append(flops.norm_costs(setup.shape, setup.tuning))
         if load.rows:
@@ -161,6 +165,7 @@ class StagePlan:
             kernel=self.setup.kernel,
             predicted=predicted,
             rebuilt=rebuilt,
+            read=_read(chunk, choices, predicted),
         )
 
 
@@ -179,17 +184,20 @@ def _hidden(chunk: Batch, choices: Mapping[str, Any], merge_size: int) -> tuple[
     """How many tokens are to be predicted and how many visual tokens to be rebuilt."""
     if "text_ratio" not in choices:
         return 0, 0
-    if choices["text_ratio"] is None:
-        predicted = every_next_token(chunk)
-    else:
-        _, predicted = hide_text(
-            chunk,
-            ratio=choices["text_ratio"],
-            segment=choices["text_segment"],
-            mask_token_id=0,
-        )
-    if not choices["patch_ratio"]:
-        return int(predicted.sum()), 0
-    blank = torch.empty(len(chunk.patches), 0)
-    _, rebuilt = hide_patches(chunk, blank, ratio=choices["patch_ratio"], merge_size=merge_size)
-    return int(predicted.sum()), int(rebuilt.sum())
+    hidden = Corruption(
+        text_ratio=choices["text_ratio"],
+        text_segment=choices["text_segment"],
+        patch_ratio=choices["patch_ratio"],
+        mask_token_id=0,
+        merge_size=merge_size,
+    )(chunk)
+    return int(hidden.token_mask.sum()), int(hidden.patch_mask.sum())
+
+
+def _read(chunk: Batch, choices: Mapping[str, Any], predicted: int) -> int:
+    """Rows of the last layer: EOS of each sample, the states that predict, or all for the image
+    decoder.
+    """
+    if "text_ratio" not in choices:
+        return chunk.num_samples
+    return chunk.num_tokens if choices["patch_ratio"] else predicted

@@ -39,6 +39,7 @@ class Work:
     text: Attention
     images: Attention  # vision blocks that see whole images
     windows: Attention  # vision blocks that see windows; zeros where there are none
+    read: int  # tokens whose last states somebody reads
     predicted: int  # positions for which the vocabulary head runs
     rebuilt: int  # visual tokens whose pixels the image decoder predicts
 
@@ -54,11 +55,13 @@ def work_of(
     kernel: str,
     predicted: int = 0,
     rebuilt: int = 0,
+    read: int,
 ) -> Work:
     """Count the work of one chunk.
 
     Args:
         kernel: a name in `attention.kernels.KERNELS`.
+        read: rows that the last layer computes whole.
     """
     patches = int(batch.patches_per_sample.sum())
     has_images, has_windows = len(batch.grids) > 0, vision.window > 0
@@ -71,6 +74,7 @@ def work_of(
         text=attention_work(make_plan(policy, batch.segment_lengths), kernel),
         images=attention_work(self_plan(batch.grids.prod(1)), kernel) if has_images else NOTHING,
         windows=attention_work(self_plan(windows), kernel) if len(windows) else NOTHING,
+        read=read,
         predicted=predicted,
         rebuilt=rebuilt,
     )

@@ -5,10 +5,10 @@ resume.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic
 
 import lightning as L
 import torch
@@ -16,14 +16,22 @@ from torch import Tensor
 from transformers import get_scheduler
 
 from cocoa_pl.attention import Policy
-from cocoa_pl.batch import Batch, Rows
 from cocoa_pl.data.tokenize import Processor
-from cocoa_pl.distributed import all_objects, clip_gradients, global_sums, rank, sum_gradients
+from cocoa_pl.distributed import (
+    all_objects,
+    clip_gradients,
+    global_max,
+    global_sums,
+    rank,
+    sum_gradients,
+)
 from cocoa_pl.errors import UserError
 from cocoa_pl.models.backbone import Backbone
 from cocoa_pl.randomness import mix
 from cocoa_pl.replication import Replicated
 from cocoa_pl.sharding import FullySharded, reshard, shard
+from cocoa_pl.stages.chunks import AnyChunk, Preparation, Step
+from cocoa_pl.stages.finite import FiniteSteps, Refused
 from cocoa_pl.stages.lockstep import Fillers, in_lockstep, make_fillers
 
 SHOWN_ROWS = 8
@@ -46,7 +54,7 @@ class Optimization:
     clip_norm: float
 
 
-class StageModule(L.LightningModule, ABC):
+class StageModule(L.LightningModule, ABC, Generic[AnyChunk]):
     """A backbone with a stage's objective.
 
     Optimization is manual: a step holds as many micro-batches as the token budget asks for, and
@@ -81,6 +89,7 @@ class StageModule(L.LightningModule, ABC):
         self.steps = steps
         self.seed = seed
         self._validation_sums: dict[str, Tensor] = {}
+        self._finite: FiniteSteps[tuple[int, tuple[str, ...]]] = FiniteSteps()
         # With sharded parameters every rank must use the same parts of the model at the same time.
         self._fillers: Fillers | None = None
 
@@ -112,13 +121,17 @@ class StageModule(L.LightningModule, ABC):
         )
 
     @abstractmethod
-    def accumulate(self, rows: Rows) -> dict[str, Tensor]:
+    def preparation(self, *, validating: bool) -> Preparation[AnyChunk]:
+        """What makes steps of rows, in the data workers."""
+
+    @abstractmethod
+    def accumulate(self, step: Step[AnyChunk]) -> dict[str, Tensor]:
         """Run the backward passes of one global batch and return what to log, already exact over
         ranks.
         """
 
     @abstractmethod
-    def measure(self, rows: Rows) -> dict[str, Tensor]:
+    def measure(self, step: Step[AnyChunk]) -> dict[str, Tensor]:
         """Sums over a validation batch, by name; `means` divides them at the end."""
 
     @abstractmethod
@@ -126,7 +139,7 @@ class StageModule(L.LightningModule, ABC):
         """Validation sums over all batches and ranks to the numbers that are logged."""
 
     @abstractmethod
-    def illustrate(self, rows: Rows) -> dict[str, Any]:
+    def illustrate(self, step: Step[AnyChunk]) -> dict[str, Any]:
         """Pictures (float arrays H, W, 3 in [0, 1]) or texts of what the stage does on validation
         rows.
         """
@@ -135,26 +148,36 @@ class StageModule(L.LightningModule, ABC):
     def hand_over(self, metrics: dict[str, float]) -> str:
         """One sentence on whether the stage did its work, from its own validation measure."""
 
-    def training_step(self, rows: Rows, batch_idx: int) -> None:
+    def training_step(self, step: Step[AnyChunk], batch_idx: int) -> None:
         # Dropout follows from the step alone, so a resumed run needs no generator state.
         torch.manual_seed(mix(self.seed, self.global_step, rank()))
         optimizer: Any = self.optimizers()
         scheduler: Any = self.lr_schedulers()
         optimizer.zero_grad()
-        metrics = self.accumulate(rows)
+        metrics = self.accumulate(step)
         sum_gradients(self.parameters())
         norm = clip_gradients(self.parameters(), self.optimization.clip_norm)
-        if not torch.isfinite(norm):
-            self._refuse_step(norm.item(), rows)
         metrics |= {"gradient_norm": norm, "lr": torch.tensor(scheduler.get_last_lr()[0])}
+        before = self._finite.look_back()  # now that this step is queued
+        self._finite.guard(optimizer.optimizer, norm, (self.global_step, step.row_ids))
         optimizer.step()
         scheduler.step()
+        self._refuse(before)
         self.log_dict({f"train/{name}": value for name, value in metrics.items()})
 
-    def validation_step(self, rows: Rows, batch_idx: int) -> None:
-        for name, value in self.measure(rows).items():
+    def validation_step(self, step: Step[AnyChunk], batch_idx: int) -> None:
+        for name, value in self.measure(step).items():
             total = self._validation_sums.get(name, torch.zeros((), device=value.device))
             self._validation_sums[name] = total + value
+
+    def on_validation_start(self) -> None:
+        self._refuse(self._finite.look_back())
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._refuse(self._finite.look_back())
+
+    def on_train_end(self) -> None:
+        self._refuse(self._finite.look_back())
 
     def on_validation_epoch_end(self) -> None:
         reshard(self)  # a forward pass alone leaves parameters gathered
@@ -186,24 +209,34 @@ class StageModule(L.LightningModule, ABC):
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
 
-    def chunks(self, batch: Batch) -> list[Batch]:
-        """Pieces of at most `token_budget` tokens; with sharded parameters as many as other ranks
-        have.
-        """
-        return self.in_step(batch.chunk(self.token_budget))
+    def in_step(self, chunks: Sequence[AnyChunk]) -> list[AnyChunk]:
+        """Chunks on the host with what keeps the ranks in step, where parameters are sharded."""
+        if self._fillers is None:
+            return list(chunks)
+        preparation = self.preparation(validating=False)
+        return in_lockstep(chunks, self._fillers, preparation, device=self.device)
 
-    def in_step(self, pieces: Sequence[Batch]) -> list[Batch]:
-        """The pieces with what keeps the ranks in step, where parameters are sharded."""
-        return list(pieces) if self._fillers is None else in_lockstep(pieces, self._fillers)
+    def all_agree(self, mine: bool) -> bool:
+        """Whether all ranks that must do the same say yes; alone a rank decides by itself."""
+        if self._fillers is None:
+            return mine
+        return not bool(global_max(torch.tensor(not mine, device=self.device).int()))
 
-    def _refuse_step(self, norm: float, rows: Rows) -> None:
-        mine = list(rows.batch.row_ids[: rows.num_rows])
-        ids = [row_id for part in all_objects(mine) for row_id in part]
+    def at_work(self, chunks: Sequence[AnyChunk]) -> Iterator[AnyChunk]:
+        """Chunks on the device, one at a time."""
+        for chunk in self.in_step(chunks):
+            yield chunk.to(self.device)
+
+    def _refuse(self, refused: Refused[tuple[int, tuple[str, ...]]] | None) -> None:
+        if refused is None:
+            return
+        number, mine = refused.facts
+        ids = [row_id for part in all_objects(list(mine)) for row_id in part]
         told = ", ".join(ids[:SHOWN_ROWS]) + (", ..." if len(ids) > SHOWN_ROWS else "")
         path = Path(self.trainer.default_root_dir) / "bad_batch.txt"
         if rank() == 0:
             path.write_text("".join(f"{row_id}\n" for row_id in ids))
         raise UserError(
-            f"step {self.global_step}: the gradient is {norm}; the batch had the rows {told} "
+            f"step {number}: the gradient is {refused.norm}; the batch had the rows {told} "
             f"(all {len(ids)} in {path}). The weights are as before this step"
         )

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cocoa_pl.batch import Rows
+from cocoa_pl.attention.plan import on_device
 from cocoa_pl.distributed import gather_offset, gather_rows, global_sum
 from cocoa_pl.errors import UserError
 from cocoa_pl.grad_cache import cached_backward
@@ -18,6 +18,7 @@ from cocoa_pl.models.backbone import Backbone
 from cocoa_pl.models.dora import shared_norms
 from cocoa_pl.objectives import ContentKeys, info_nce_by_blocks, matryoshka
 from cocoa_pl.stages.base import StageModule
+from cocoa_pl.stages.chunks import Chunk, Step, ToEmbed
 from cocoa_pl.stages.pictures import heat_map
 
 # CLIP's bound on a learnt inverse temperature (arXiv 2103.00020, section 2.5).
@@ -58,7 +59,7 @@ class Candidates:
     keys: ContentKeys | None
 
 
-class ContrastiveModule(StageModule):
+class ContrastiveModule(StageModule[Chunk]):
     """Gradient-cached InfoNCE with the positives and hard negatives of all ranks as candidates.
 
     Args:
@@ -70,8 +71,8 @@ class ContrastiveModule(StageModule):
         matryoshka_dims: also train these leading dimensions; empty for the full vector only.
         similarity_block: queries whose similarities are in memory together; more of them are
             computed again in the backward pass. It changes no value.
-        keep_chunks: gradient-cache chunks that are in memory together instead of being embedded
-            twice. It changes no value.
+        keep_gib: GiB of graphs of gradient-cache chunks that may be in memory together, so that
+            these chunks are not embedded twice; one chunk's graph always is. It changes no value.
     """
 
     def __init__(
@@ -84,7 +85,7 @@ class ContrastiveModule(StageModule):
         mask_false_negatives: bool,
         matryoshka_dims: Sequence[int],
         similarity_block: int,
-        keep_chunks: int,
+        keep_gib: float,
         **shared: Any,
     ) -> None:
         super().__init__(backbone, **shared)
@@ -97,52 +98,71 @@ class ContrastiveModule(StageModule):
             raise ValueError(
                 f"matryoshka dims {self.dims} exceed the embedding's {backbone.hidden_size}"
             )
-        if similarity_block < 1 or keep_chunks < 0:
+        if similarity_block < 1 or keep_gib < 0:
             raise UserError(
                 f"stage.contrast.module: similarity_block ({similarity_block}) must be at least 1 "
-                f"and keep_chunks ({keep_chunks}) at least 0"
+                f"and keep_gib ({keep_gib}) at least 0"
             )
         self.similarity_block = similarity_block
-        self.keep_chunks = keep_chunks
+        self.keep_bytes = int(keep_gib * 2**30)
 
     @property
     def parts(self) -> list[nn.Module]:
         return [self.backbone, *([self.temperature] if self.learn_temperature else [])]
 
-    def accumulate(self, rows: Rows) -> dict[str, Tensor]:
+    def preparation(self, *, validating: bool) -> ToEmbed:
+        return ToEmbed(self.backbone.layouts(self.policy), token_budget=self.token_budget)
+
+    def accumulate(self, step: Step[Chunk]) -> dict[str, Tensor]:
         hits, scale = torch.zeros(2, device=self.device)
 
         def loss(embeddings: Tensor) -> Tensor:
-            value, found, used_scale = self.loss(embeddings, rows)
+            value, found, used_scale = self.loss(embeddings, step)
             hits.copy_(found)
             scale.copy_(used_scale.detach())
             return value
 
         with shared_norms(self.backbone):
             value = cached_backward(
-                lambda chunk: self.backbone.embed(chunk, self.policy),
-                self.chunks(rows.batch),
+                self._embed_chunk,
+                self.in_step(step.chunks),
                 loss,
-                keep=self.keep_chunks,
+                keep_bytes=self.keep_bytes,
+                agreed=self.all_agree,
                 backward=self.manual_backward,
+                device=self.device,
             )
         total, accuracy = global_sum(torch.stack([value, hits]))
         return {"loss": total, "accuracy": accuracy, "temperature": 1 / scale}
 
-    def loss(self, embeddings: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+    def loss(self, embeddings: Tensor, step: Step[Chunk]) -> tuple[Tensor, Tensor, Tensor]:
         """This rank's share of the loss over the global batch, its share of hits at the full width,
         and the inverse temperature.
 
         Args:
-            embeddings: (S, D), queries, positives, negatives of this rank.
+            embeddings: (S, D), of the chunks one after the other.
         """
-        n, keys = rows.num_rows, rows.batch.keys
+        n, keys = step.num_rows, on_device(step.keys, self.device)
+        embeddings = self._in_order_of_rows(embeddings, step)
         count = global_sum(torch.full((), float(n), device=embeddings.device))  # waits for nothing
         task, scale = self._candidates(embeddings, keys, n), self.temperature()
         losses, hits = self._widths(task, scale)
         if self.symmetric:
             losses = (losses + self._widths(self._reversed(embeddings, keys, n), scale)[0]) / 2
         return losses.sum() / len(self.dims) / count, hits.sum() / count, scale
+
+    def _embed_chunk(self, chunk: Chunk) -> Tensor:
+        here = chunk.to(self.device)
+        embeddings: Tensor = self.backbone.embed(here.batch, here.layout)
+        return embeddings
+
+    def _embed(self, step: Step[Chunk]) -> Tensor:
+        """All samples in the order of the rows: queries, positives, negatives of this rank."""
+        found = [self._embed_chunk(chunk) for chunk in self.in_step(step.chunks)]
+        return self._in_order_of_rows(torch.cat(found), step)
+
+    def _in_order_of_rows(self, embeddings: Tensor, step: Step[Chunk]) -> Tensor:
+        return embeddings.index_select(0, on_device(step.order, self.device))
 
     def _widths(self, task: Candidates, scale: Tensor) -> tuple[Tensor, Tensor]:
         """Losses (n) summed over the Matryoshka widths, and hits (n) at the full one."""
@@ -204,11 +224,10 @@ class ContrastiveModule(StageModule):
             keys = ContentKeys(query_keys, candidate_keys, partner_keys)
         return Candidates(queries, gather_rows(own_candidates), index, keys)
 
-    def measure(self, rows: Rows) -> dict[str, Tensor]:
+    def measure(self, step: Step[Chunk]) -> dict[str, Tensor]:
         """Among the positives and hard negatives of all ranks, as in training."""
-        n = rows.num_rows
-        embeddings = self.backbone.embed(self.in_step([rows.batch])[0], self.policy)
-        task = self._candidates(embeddings, rows.batch.keys, n)
+        n = step.num_rows
+        task = self._candidates(self._embed(step), on_device(step.keys, self.device), n)
         losses, hits = self._info_nce(task, self.temperature())
         return {
             "rows": torch.full((), n, device=self.device),
@@ -225,7 +244,6 @@ class ContrastiveModule(StageModule):
             f"in-batch precision@1 {metrics['accuracy']:.1%}"
         )
 
-    def illustrate(self, rows: Rows) -> dict[str, Any]:
-        embeddings = self.backbone.embed(self.in_step([rows.batch])[0], self.policy)
-        n = rows.num_rows
+    def illustrate(self, step: Step[Chunk]) -> dict[str, Any]:
+        embeddings, n = self._embed(step), step.num_rows
         return {"similarity": heat_map(embeddings[:n] @ embeddings[n : 2 * n].T)}

@@ -13,10 +13,11 @@ from dataclasses import dataclass, replace
 import torch
 from PIL import Image
 
-from cocoa_pl.batch import Batch, join, pack
+from cocoa_pl.batch import Batch, pack
 from cocoa_pl.data.tokenize import Processor
 from cocoa_pl.distributed import global_max
 from cocoa_pl.items import IMAGE_SLOT, Item
+from cocoa_pl.stages.chunks import AnyChunk, Preparation
 
 
 @dataclass(frozen=True)
@@ -38,20 +39,31 @@ def make_fillers(processor: Processor) -> Fillers:
     return Fillers(*(replace(pack([sample]), num_fillers=1) for sample in samples))
 
 
-def in_lockstep(chunks: Sequence[Batch], fillers: Fillers) -> list[Batch]:
+def in_lockstep(
+    chunks: Sequence[AnyChunk],
+    fillers: Fillers,
+    preparation: Preparation[AnyChunk],
+    *,
+    device: torch.device,
+) -> list[AnyChunk]:
     """The chunks, with a filler image behind those that have none where another rank's has one, and
     fillers alone up to the longest list of any rank.
 
     Every rank must call this at the same time.
+
+    Args:
+        chunks: on the host.
+        device: where the ranks exchange.
     """
-    device = chunks[0].input_ids.device
     count = int(global_max(torch.tensor(len(chunks), device=device)))
     has_image = torch.zeros(count, dtype=torch.int32)
-    has_image[: len(chunks)] = torch.tensor([len(chunk.grids) > 0 for chunk in chunks])
+    has_image[: len(chunks)] = torch.tensor([len(chunk.batch.grids) > 0 for chunk in chunks])
     anywhere = global_max(has_image.to(device)).tolist()
-    text, image = fillers.text.to(device), fillers.image.to(device)
     filled = [
-        join([chunk, image]) if seen and not len(chunk.grids) else chunk
+        preparation.filled(chunk, fillers.image) if seen and not len(chunk.batch.grids) else chunk
         for chunk, seen in zip(chunks, anywhere, strict=False)
     ]
-    return filled + [image if seen else text for seen in anywhere[len(chunks) :]]
+    return filled + [
+        preparation.filler(fillers.image if seen else fillers.text)
+        for seen in anywhere[len(chunks) :]
+    ]

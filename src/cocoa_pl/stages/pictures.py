@@ -11,55 +11,56 @@ from matplotlib import colormaps
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cocoa_pl.corruption import Corrupted
+from cocoa_pl.corruption import with_noise
 from cocoa_pl.models.backbone import Backbone
+from cocoa_pl.stages.chunks import Puzzle
 
 Picture = NDArray[np.float32]
 
 MAX_PICTURES = 8
 
 
-def hidden_text(backbone: Backbone, hidden: Tensor, seen: Corrupted, tokenizer: Any) -> str:
+def hidden_text(puzzle: Puzzle, guesses: Tensor, tokenizer: Any) -> str:
     """The first samples' CONTEXT | TARGET with hidden tokens as blanks, and below it with the
     model's guesses in their place (Markdown).
+
+    Args:
+        guesses: (M) int64, what the model takes the hidden tokens for.
     """
-    positions = seen.token_mask.nonzero()[:, 0]
-    guesses = dict(
-        zip(
-            positions.tolist(),
-            backbone.vocabulary(hidden.index_select(0, positions - 1)).argmax(1).tolist(),
-            strict=True,
-        )
-    )
-    labels, text = seen.labels.tolist(), seen.batch.text_mask.tolist()
+    seen, batch = puzzle.seen, puzzle.seen.batch
+    hidden = seen.token_mask.nonzero()[:, 0].tolist()
+    guessed = dict(zip(hidden, guesses.tolist(), strict=True))
+    labels, text = seen.labels.tolist(), batch.text_mask.tolist()
     lines, start = [], 0
-    count = min(MAX_PICTURES, seen.batch.num_samples - seen.batch.num_fillers)
+    count = min(MAX_PICTURES, batch.num_samples - batch.num_fillers)
     for length, eos in zip(
-        seen.batch.lengths.tolist()[:count], seen.batch.eos_positions.tolist(), strict=False
+        batch.lengths.tolist()[:count], batch.eos_positions.tolist(), strict=False
     ):
-        shown = [p for p in range(start, start + length) if p in guesses or text[p] or p == eos]
+        shown = [p for p in range(start, start + length) if p in guessed or text[p] or p == eos]
         said = {p: " | " if p == eos else tokenizer.decode([labels[p]]) for p in shown}
-        masked = "".join("▁" if p in guesses else said[p] for p in shown)
+        masked = "".join("▁" if p in guessed else said[p] for p in shown)
         rebuilt = "".join(
-            tokenizer.decode([guesses[p]]) if p in guesses else said[p] for p in shown
+            tokenizer.decode([guessed[p]]) if p in guessed else said[p] for p in shown
         )
         lines.append(f"- `{_flat(masked)}`\n  → `{_flat(rebuilt)}`")
         start += length
     return "\n".join(lines)
 
 
-def image_triptychs(backbone: Backbone, seen: Corrupted, predicted: Tensor) -> Picture:
-    """Original, corrupted and rebuilt image side by side, one row for each of the first images."""
-    rebuilt = seen.pixels.clone()
-    hidden = seen.patch_mask[seen.batch.image_mask].repeat_interleave(backbone.merge_size**2)
-    rebuilt[hidden] = predicted.float().view(-1, seen.pixels.shape[1])
-    rows, start = [], 0
-    real = int(
-        seen.batch.images_per_sample[: seen.batch.num_samples - seen.batch.num_fillers].sum()
-    )
-    for grid in seen.batch.grids.tolist()[: min(MAX_PICTURES, real)]:
+def image_triptychs(backbone: Backbone, puzzle: Puzzle, predicted: Tensor) -> Picture:
+    """Original, corrupted and rebuilt image side by side, one row for each of the first images.
+
+    Args:
+        predicted: (V, merge_size ** 2 * B), normalised pixels of the hidden visual tokens.
+    """
+    clean = backbone.pixels(puzzle.batch)
+    said = predicted.to(clean.dtype).view(-1, clean.shape[1])
+    rebuilt = clean.index_copy(0, puzzle.noise.rows, said)
+    versions = (clean, with_noise(clean, puzzle.noise), rebuilt)
+    batch, rows, start = puzzle.seen.batch, [], 0
+    real = int(batch.images_per_sample[: batch.num_samples - batch.num_fillers].sum())
+    for grid in batch.grids.tolist()[: min(MAX_PICTURES, real)]:
         stop = start + grid[0] * grid[1] * grid[2]
-        versions = (seen.pixels, seen.corrupted_pixels, rebuilt)
         rows.append(
             np.concatenate([unpatchify(backbone, v[start:stop], grid) for v in versions], axis=1)
         )

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import lightning as L
+from lightning.pytorch.accelerators import CUDAAccelerator
 from rich.console import Console
 
 from cocoa_pl import checkpoint
@@ -153,11 +154,19 @@ def _run_stage(
     steps, seed = stage.count_steps(rows.num_train), mix(settings.seed, index)
     L.seed_everything(seed % 2**32, verbose=False)  # new heads
     module = stage.make_module(backbone, processor, steps=steps, seed=seed)
+    saver = LastCheckpoint(
+        settings.last,
+        every=settings.checkpoint_every,
+        position={"stage": stage.name, "stage_index": index, "lineage": lineage},
+    )
+    trainer = _make_trainer(stage, settings, saver, label=label, start_step=start_step, steps=steps)
     data = StageData(
         rows.train,
         rows.validation,
         make_samples=stage.make_samples,
         processor=processor,
+        prepare=module.preparation(validating=False),
+        prepare_validation=module.preparation(validating=True),
         mixing=stage.mixing,
         batch_size=stage.batch_size,
         validation_batch_size=stage.validation_batch_size,
@@ -166,13 +175,8 @@ def _run_stage(
         seed=seed,
         num_workers=settings.num_workers,
         on_bad_row=settings.on_bad_row,
+        pinned=isinstance(trainer.accelerator, CUDAAccelerator),
     )
-    saver = LastCheckpoint(
-        settings.last,
-        every=settings.checkpoint_every,
-        position={"stage": stage.name, "stage_index": index, "lineage": lineage},
-    )
-    trainer = _make_trainer(stage, settings, saver, label=label, start_step=start_step, steps=steps)
     log.info("%s: %s", label, stage.described(num_rows=rows.num_train, steps=steps))
     trainer.fit(module, data, ckpt_path=settings.last if start_step else None)
     if saver.stopped:

@@ -4,28 +4,28 @@ module.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from cocoa_pl.attention import Plan, make_plan
-from cocoa_pl.batch import Batch, Rows
-from cocoa_pl.corruption import Corrupted, every_next_token, hide_patches, hide_text
+from cocoa_pl.attention.plan import on_device
+from cocoa_pl.corruption import Corruption, with_noise
 from cocoa_pl.distributed import global_sum
 from cocoa_pl.models.backbone import Backbone
 from cocoa_pl.models.dora import shared_norms
 from cocoa_pl.models.heads import ImageDecoder, token_pixels
 from cocoa_pl.objectives import masked_next_token, rebuilt_patches
 from cocoa_pl.stages.base import StageModule
-from cocoa_pl.stages.bridge import exchange_contexts
-from cocoa_pl.stages.pictures import MAX_PICTURES, hidden_text, image_triptychs
+from cocoa_pl.stages.chunks import Puzzle, Rebuilt, Step, ToRebuild
+from cocoa_pl.stages.pictures import hidden_text, image_triptychs
 
 # A bridge that gains less than this tells target tokens hardly anything about their context.
 NO_BRIDGE_GAIN = 0.05  # nats per token
 
 
-class ReconstructionModule(StageModule):
+class ReconstructionModule(StageModule[Puzzle]):
     """Masked text, and optionally masked patches, predicted from what is left.
 
     Args:
@@ -57,57 +57,54 @@ class ReconstructionModule(StageModule):
             else None
         )
 
-    def corrupt(self, batch: Batch) -> Corrupted:
-        pixels = self.backbone.pixels(batch)
-        if self.text_ratio is None:
-            seen, token_mask = batch, every_next_token(batch)
-        else:
-            seen, token_mask = hide_text(
-                batch,
-                ratio=self.text_ratio,
-                segment=self.text_segment,
-                mask_token_id=self.processor.mask_id,
-            )
-        patch_mask, corrupted = torch.zeros_like(token_mask), pixels
-        if self.patch_ratio:
-            corrupted, patch_mask = hide_patches(
-                batch, pixels, ratio=self.patch_ratio, merge_size=self.backbone.merge_size
-            )
-        real = torch.arange(batch.num_tokens, device=token_mask.device) < batch.num_real_tokens
-        return Corrupted(
-            seen, batch.input_ids, token_mask & real, patch_mask & real, pixels, corrupted
+    def preparation(self, *, validating: bool) -> ToRebuild:
+        corruption = Corruption(
+            text_ratio=self.text_ratio,
+            text_segment=self.text_segment,
+            patch_ratio=self.patch_ratio,
+            mask_token_id=self.processor.mask_id,
+            merge_size=self.backbone.merge_size,
+        )
+        return ToRebuild(
+            corruption,
+            exchanging=validating and self.text_segment == "target",
+            layouts=self.backbone.layouts(self.policy),
+            token_budget=self.token_budget,
         )
 
     @property
     def parts(self) -> list[nn.Module]:
         return [self.backbone, *([self.image_decoder] if self.image_decoder is not None else [])]
 
-    def rebuild(self, seen: Corrupted) -> tuple[Tensor, Tensor, Tensor]:
+    def rebuild(self, puzzle: Puzzle) -> Rebuilt:
+        """What the model says in the place of what was hidden; the puzzle is on its device."""
+        backbone, batch, layout = self.backbone, puzzle.batch, puzzle.layout
+        if self.image_decoder is None:
+            states = backbone(batch, layout, reads=puzzle.states)  # (M, D)
+            return Rebuilt(backbone.vocabulary(states), None, None)
+        pixels = backbone.pixels(batch)
+        wanted = token_pixels(pixels, puzzle.visual_places, merge_size=backbone.merge_size)
+        hidden = backbone(batch, layout, with_noise(pixels, puzzle.noise))  # (T, D)
+        logits = backbone.vocabulary(hidden.index_select(0, puzzle.states))
+        predicted = self.image_decoder(backbone, hidden, batch, layout, puzzle.visual_rows)
+        return Rebuilt(logits, predicted, wanted)
+
+    def compare(self, puzzle: Puzzle) -> tuple[Tensor, Tensor, Tensor]:
         """Cross-entropies (M) and hits (M) of hidden tokens, squared errors (V) of hidden visual
         tokens.
         """
-        plan = self._plan(seen.batch)
-        hidden = self.backbone(seen.batch, plan, seen.corrupted_pixels)
-        losses, hits = masked_next_token(
-            hidden, seen.token_mask, seen.labels, self.backbone.vocabulary
-        )
-        errors = losses.new_zeros(0)
-        if self.image_decoder is not None:
-            predicted = self.image_decoder(self.backbone, hidden, seen.batch, plan, seen.patch_mask)
-            errors = rebuilt_patches(predicted, self._targets(seen))
-        return losses, hits, errors
+        rebuilt = self.rebuild(puzzle)
+        losses, hits = masked_next_token(rebuilt.logits, puzzle.targets)
+        if rebuilt.predicted is None or rebuilt.wanted is None:
+            return losses, hits, losses.new_zeros(0)
+        return losses, hits, rebuilt_patches(rebuilt.predicted, rebuilt.wanted)
 
-    def accumulate(self, rows: Rows) -> dict[str, Tensor]:
-        chunks = [self.corrupt(chunk) for chunk in self.chunks(rows.batch)]
-        counts = global_sum(
-            torch.stack(
-                [_count(c.token_mask for c in chunks), _count(c.patch_mask for c in chunks)]
-            )
-        ).clamp(min=1)
-        sums = torch.zeros(3, device=counts.device)
+    def accumulate(self, step: Step[Puzzle]) -> dict[str, Tensor]:
+        counts = self._counts(step.chunks)
+        sums = torch.zeros(3, device=self.device)
         with shared_norms(self.backbone):
-            for chunk in chunks:
-                losses, hits, errors = self.rebuild(chunk)
+            for puzzle in self.at_work(step.chunks):
+                losses, hits, errors = self.compare(puzzle)
                 text, patches = losses.sum() / counts[0], errors.sum() / counts[1]
                 self.manual_backward(text + self.patch_weight * patches)
                 sums += torch.stack([text, hits.sum() / counts[0], patches]).detach()
@@ -116,18 +113,32 @@ class ReconstructionModule(StageModule):
         metrics |= {"accuracy": accuracy}
         return metrics | ({"loss_patch": patches} if self.image_decoder is not None else {})
 
-    def measure(self, rows: Rows) -> dict[str, Tensor]:
-        seen = self.corrupt(self.in_step([rows.batch])[0])
-        losses, hits, errors = self.rebuild(seen)
-        sums = {"tokens": seen.token_mask.sum(), "loss": losses.sum(), "hits": hits.sum()}
-        sums |= {"patches": seen.patch_mask.sum(), "errors": errors.sum()}
+    def measure(self, step: Step[Puzzle]) -> dict[str, Tensor]:
+        tokens, loss, hits, patches, errors = self._sums(step.chunks)
+        sums = {"tokens": tokens, "loss": loss, "hits": hits}
+        sums |= {"patches": patches, "errors": errors}
         if self.text_segment == "target":
-            other = self._with_other_contexts(seen)
-            loss = self.rebuild(other)[0].sum()
-            alone = rows.num_rows == 1  # a row alone has no other
-            compared = {"compared": sums["tokens"], "loss_own": sums["loss"], "loss_other": loss}
-            sums |= {name: value * (not alone) for name, value in compared.items()}
+            _, other, *_ = self._sums(step.others)
+            has_others = len(step.others) > 0
+            compared = {"compared": tokens, "loss_own": loss, "loss_other": other}
+            sums |= {name: value * has_others for name, value in compared.items()}
         return sums
+
+    def _sums(self, puzzles: Sequence[Puzzle]) -> Tensor:
+        """(5): hidden tokens, their losses, hits, hidden visual tokens, their errors."""
+        sums = torch.zeros(5, device=self.device)
+        for puzzle in self.at_work(puzzles):
+            losses, hits, errors = self.compare(puzzle)
+            tokens, patches = (torch.full_like(sums[0], len(one)) for one in (losses, errors))
+            sums += torch.stack([tokens, losses.sum(), hits.sum(), patches, errors.sum()])
+        return sums
+
+    def _counts(self, puzzles: Sequence[Puzzle]) -> Tensor:
+        """Hidden tokens and hidden visual tokens of the global batch: (2) float."""
+        tokens = sum(len(puzzle.targets) for puzzle in puzzles)
+        patches = sum(len(puzzle.visual_rows) for puzzle in puzzles)
+        here = torch.tensor([tokens, patches], dtype=torch.float32)
+        return global_sum(on_device(here, self.device)).clamp(min=1)
 
     def means(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
         text, patches = sums["loss"] / sums["tokens"], sums["errors"] / sums["patches"].clamp(min=1)
@@ -155,38 +166,13 @@ class ReconstructionModule(StageModule):
             )
         return told
 
-    def illustrate(self, rows: Rows) -> dict[str, Any]:
-        few = rows.batch.select(0, min(MAX_PICTURES, rows.num_rows))
-        seen = self.corrupt(self.in_step([few])[0])
-        plan = self._plan(seen.batch)
-        hidden = self.backbone(seen.batch, plan, seen.corrupted_pixels)
+    def illustrate(self, step: Step[Puzzle]) -> dict[str, Any]:
+        puzzle = self.in_step(step.chunks[:1])[0].to(self.device)
+        rebuilt = self.rebuild(puzzle)
+        guesses = rebuilt.logits.argmax(1)
         pictures: dict[str, Any] = {
-            "text": hidden_text(self.backbone, hidden, seen, self.processor.tokenizer)
+            "text": hidden_text(puzzle, guesses, self.processor.tokenizer),
         }
-        if self.image_decoder is not None:
-            predicted = self.image_decoder(self.backbone, hidden, seen.batch, plan, seen.patch_mask)
-            if len(few.grids):
-                pictures["images"] = image_triptychs(self.backbone, seen, predicted)
+        if rebuilt.predicted is not None and len(puzzle.visual_rows):
+            pictures["images"] = image_triptychs(self.backbone, puzzle, rebuilt.predicted)
         return pictures
-
-    def _plan(self, batch: Batch) -> Plan:
-        return make_plan(self.policy, batch.segment_lengths).to(batch.input_ids.device)
-
-    def _targets(self, seen: Corrupted) -> Tensor:
-        merge_size = self.backbone.merge_size
-        return token_pixels(seen.pixels, seen.batch, seen.patch_mask, merge_size=merge_size)
-
-    def _with_other_contexts(self, seen: Corrupted) -> Corrupted:
-        batch, tokens, patches = exchange_contexts(seen.batch)
-        return Corrupted(
-            batch,
-            seen.labels[tokens],
-            seen.token_mask[tokens],
-            seen.patch_mask[tokens],
-            seen.pixels[patches],
-            seen.corrupted_pixels[patches],
-        )
-
-
-def _count(masks: Any) -> Tensor:
-    return torch.stack([mask.sum() for mask in masks]).sum()

@@ -1,0 +1,71 @@
+"""A step on a gradient that is not finite is not taken, and is named one step later."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cocoa_pl.stages.finite import FiniteSteps
+
+FINE, BAD = 1.0, (math.nan, math.inf)
+
+
+def steps(gradients: list[float], *, look: bool) -> tuple[list[Tensor], list[object]]:
+    """Values of a parameter behind each step, and what was said of the step before."""
+    parameter = nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([parameter], lr=0.1, weight_decay=0.1, fused=True)
+    watch: FiniteSteps[int] = FiniteSteps()
+    values, told = [], []
+    for number, gradient in enumerate(gradients):
+        parameter.grad = torch.full((3,), gradient)
+        if look:
+            told.append(watch.look_back())
+        watch.guard(optimizer, parameter.grad.norm(), number)
+        optimizer.step()
+        values.append(parameter.detach().clone())
+    told.append(watch.look_back())
+    return values, told
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_the_weights_stay_as_before_the_bad_step(bad: float) -> None:
+    values, _ = steps([FINE, bad, FINE, FINE], look=False)
+    assert not torch.equal(values[0], torch.ones(3))
+    for value in values[1:]:  # not even decay, and not even a step that would be fine
+        assert torch.equal(value, values[0])
+
+
+def test_finite_steps_are_those_of_the_plain_optimizer() -> None:
+    values, told = steps([FINE, 0.5, -2.0], look=True)
+    parameter = nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([parameter], lr=0.1, weight_decay=0.1, fused=True)
+    for value, gradient in zip(values, [FINE, 0.5, -2.0], strict=True):
+        parameter.grad = torch.full((3,), gradient)
+        optimizer.step()
+        assert torch.equal(value, parameter)
+    assert told == [None] * 4
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_the_bad_step_is_named_once_the_next_one_is_queued(bad: float) -> None:
+    _, told = steps([FINE, FINE, bad, FINE], look=True)
+    assert told[:3] == [None] * 3
+    refused = told[3]
+    assert refused is not None
+    assert refused.facts == 2  # type: ignore[attr-defined]
+    assert not math.isfinite(refused.norm)  # type: ignore[attr-defined]
+
+
+def test_a_bad_last_step_is_named_at_the_end() -> None:
+    _, told = steps([FINE, math.nan], look=True)
+    assert told[-1] is not None
+
+
+def test_an_optimizer_that_cannot_skip_is_refused() -> None:
+    parameter = nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([parameter], lr=0.1, fused=False)
+    with pytest.raises(AssertionError):
+        FiniteSteps[int]().guard(optimizer, torch.tensor(1.0), 0)
