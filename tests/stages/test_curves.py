@@ -1,0 +1,131 @@
+"""What makes training faster changes none of its numbers: curves of the recipe on digits.
+
+Once against the curve of the code before any of it (`digits_curve.csv`), and for each way of saving
+work against the run without it.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+from rich.console import Console
+from torch import Tensor
+
+from cocoa_pl.assemble import train
+from cocoa_pl.command_line import CONFIGS
+from cocoa_pl.entry import register_resolvers
+from cocoa_pl.models.qwen2_vl import Qwen2VLBackbone
+
+Curve = dict[tuple[str, int, str], float]  # stage, step, name
+RECORDED = Path(__file__).parent / "digits_curve.csv"
+STAGES = ("pretrain", "warmup", "reconstruct", "contrast")
+SHORT = [
+    *(f"schedule.{stage}.{key}" for stage in STAGES for key in ("steps=3", "batch_size=8")),
+    *(f"schedule.{stage}.{key}" for stage in STAGES for key in ("warmup_steps=2", "lr=5e-4")),
+    *("schedule.validate_every=3", "schedule.validation_batch_size=12"),
+    *("data.scenes=1000", "data.task_rows=60", "data.validation_rows=30"),
+    *("trainer.accelerator=cpu", "trainer.log_every_n_steps=1", "logger=none", "evaluate=false"),
+]
+PLAIN = ["schedule.token_budget=100000", "stage.contrast.module.similarity_block=100000"]
+
+Run = Callable[..., Curve]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The recipe for a few steps, and what it logged."""
+    register_resolvers()
+    cache = tmp_path_factory.mktemp("cache")
+
+    def once(*overrides: str) -> Curve:
+        folder = tmp_path_factory.mktemp("run")
+        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            cfg = compose("train", overrides=[*SHORT, f"cache_dir={cache}", *overrides])
+        assert isinstance(cfg, DictConfig)
+        train(cfg, folder, Console(quiet=True))
+        return read(folder / "metrics.csv")
+
+    return once
+
+
+def read(path: Path) -> Curve:
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return {
+        (row["stage"], int(row["step"]), row["name"]): float(row["value"])
+        for row in rows
+        if "per_second" not in row["name"]
+    }
+
+
+def assert_same(found: Curve, wanted: Curve, *, relative: float) -> None:
+    assert found.keys() == wanted.keys()
+    for place, value in wanted.items():
+        assert math.isclose(found[place], value, rel_tol=relative, abs_tol=relative), (
+            f"{place}: {found[place]} is not {value}"
+        )
+
+
+def test_the_curve_is_that_of_the_code_before(run: Run) -> None:
+    found, wanted = run(), read(RECORDED)
+    assert len(wanted) > 70
+    assert {stage for stage, _, _ in wanted} == set(STAGES)
+    assert_same(found, wanted, relative=5e-4)
+
+
+@pytest.fixture(scope="module")
+def plain(run: Run) -> Curve:
+    """One chunk a step, one table of similarities: nothing is cut, cached or shared."""
+    return run(*PLAIN)
+
+
+SAVINGS: dict[str, list[str]] = {
+    "small chunks": [*PLAIN, "schedule.token_budget=70"],
+    "kept graphs": [*PLAIN, "schedule.token_budget=70", "stage.contrast.module.keep_gib=1"],
+    "similarities by blocks": [PLAIN[0], "stage.contrast.module.similarity_block=5"],
+    "workers": [*PLAIN, "num_workers=2"],
+    "recomputed blocks": [*PLAIN, "model.gradient_checkpointing=true"],
+}
+
+
+@pytest.mark.parametrize("overrides", SAVINGS.values(), ids=SAVINGS)
+def test_a_saving_changes_no_number(overrides: list[str], run: Run, plain: Curve) -> None:
+    assert_same(run(*overrides), plain, relative=1e-4)
+
+
+def test_reading_few_states_is_reading_all_and_choosing(
+    run: Run, plain: Curve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = Qwen2VLBackbone.forward
+
+    def everything(
+        self: Any, batch: Any, layout: Any, pixels: Any = None, *, reads: Tensor | None = None
+    ) -> Tensor:
+        states = forward(self, batch, layout, pixels, reads=None)
+        return states if reads is None else states.index_select(0, reads)
+
+    monkeypatch.setattr(Qwen2VLBackbone, "forward", everything)
+    assert_same(run(*PLAIN), plain, relative=1e-4)
+
+
+DORA = [*PLAIN, "adapter=dora", "adapter.dropout=0"]
+
+
+def test_dora_with_less_work_gives_the_same_curve(run: Run) -> None:
+    theirs = run(*DORA, "adapter.lean_dora=false")
+    assert_same(run(*DORA), theirs, relative=1e-4)
+    assert_same(run(*DORA, "adapter.dropout_on_base=false"), theirs, relative=1e-4)
+
+
+def test_another_seed_gives_another_curve(run: Run, plain: Curve) -> None:
+    """The comparisons above can fail."""
+    other = run(*PLAIN, "seed=1")
+    first = ("contrast", 0, "train/loss")
+    assert abs(other[first] - plain[first]) > 1e-2 * plain[first]
