@@ -24,6 +24,7 @@ LAYERS = (
         "objectives",
         "grad_cache",
         "distributed",
+        "similarity_tiles",
         "sharding",
         "replication",
     },

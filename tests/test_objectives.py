@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import cross_entropy, normalize
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cocoa_pl.objectives import (
@@ -205,12 +208,23 @@ def test_equal_targets_and_targets_of_equal_queries_are_no_negatives() -> None:
     assert got.int().tolist() == [[0, 1, 1, 1, 0], [1, 0, 0, 1, 0], [1, 0, 0, 0, 0]]
 
 
-# --- InfoNCE by blocks -----------------------------------------------------------------------
-
-Task = tuple[Tensor, Tensor, Tensor, Tensor, ContentKeys]
+# --- InfoNCE by tiles ------------------------------------------------------------------------
 
 
-def make_task(n: int, m: int, *, dtype: torch.dtype = torch.float64) -> Task:
+@dataclass(frozen=True)
+class Task:
+    queries: Tensor
+    candidates: Tensor
+    positive: Tensor
+    scale: Tensor
+    keys: ContentKeys
+
+    @property
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.queries, self.candidates, self.scale
+
+
+def make_task(n: int, m: int, *, width: int = D, dtype: torch.dtype = torch.float64) -> Task:
     """Few keys, so that every row has false negatives."""
     generator = torch.Generator().manual_seed(n)
     positive = torch.randperm(m, generator=generator)[:n]
@@ -220,48 +234,54 @@ def make_task(n: int, m: int, *, dtype: torch.dtype = torch.float64) -> Task:
         candidates=torch.randint(0, 9, (m,), generator=generator),
         partners=torch.full((m,), -1).index_copy(0, positive, query_keys),
     )
-    queries = unit(n, D, seed=n)
-    near = normalize(queries + 1.5 * unit(n, D, seed=n + 1), dim=-1)  # some are nearest, some not
-    candidates = unit(m, D, seed=m).index_copy(0, positive, near)
+    queries = unit(n, width, seed=n)
+    near = normalize(queries + 1.5 * unit(n, width, seed=n + 1), dim=-1)  # some are nearest
+    candidates = unit(m, width, seed=m).index_copy(0, positive, near)
     queries, candidates = (x.to(dtype).requires_grad_() for x in (queries, candidates))
-    return queries, candidates, positive, torch.tensor(20.0, dtype=dtype).requires_grad_(), keys
+    scale = torch.tensor(20.0, dtype=torch.promote_types(dtype, torch.float32)).requires_grad_()
+    return Task(queries, candidates, positive, scale, keys)
 
 
 def whole(task: Task, *, masked: bool) -> tuple[Tensor, Tensor]:
     """The slow twin: one table of N x M."""
-    queries, candidates, positive, scale, keys = task
-    ignored = None
+    keys, ignored = task.keys, None
     if masked:
-        ignored = same_content(positive, keys.queries, keys.candidates, keys.partners)
-    losses, seen = info_nce(queries, candidates, positive, scale, false_negatives=ignored)
+        ignored = same_content(task.positive, keys.queries, keys.candidates, keys.partners)
+    losses, seen = info_nce(
+        task.queries, task.candidates, task.positive, task.scale, false_negatives=ignored
+    )
     if ignored is not None:
         seen = seen.masked_fill(ignored, -torch.inf)
-    return losses, seen.argmax(1) == positive
+    return losses, seen.argmax(1) == task.positive
 
 
 def by_blocks(task: Task, *, masked: bool, block: int) -> tuple[Tensor, Tensor]:
-    queries, candidates, positive, scale, keys = task
     return info_nce_by_blocks(
-        queries, candidates, positive, scale, keys=keys if masked else None, block=block
+        task.queries,
+        task.candidates,
+        task.positive,
+        task.scale,
+        keys=task.keys if masked else None,
+        block=block,
     )
 
 
 def gradients(task: Task, losses: Tensor) -> tuple[Tensor, ...]:
     weight = torch.linspace(0.5, 1.5, len(losses), dtype=losses.dtype)
-    return torch.autograd.grad((losses * weight).sum(), (task[0], task[1], task[3]))
+    return torch.autograd.grad((losses * weight).sum(), task.inputs)
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("block", [1, 4, 5, 13, 100])
-def test_blocks_equal_the_whole_table_forward_and_backward(block: int, masked: bool) -> None:
-    task = make_task(13, 31)
-    (losses, hits), (expected, expected_hits) = (
-        by_blocks(task, masked=masked, block=block),
-        whole(task, masked=masked),
-    )
+@pytest.mark.parametrize("block", [1, 4, 5, 13, 30, 31, 100])
+@pytest.mark.parametrize(("n", "m"), [(13, 31), (20, 20), (1, 31)])
+def test_tiles_equal_the_whole_table_forward_and_backward(
+    n: int, m: int, block: int, masked: bool
+) -> None:
+    task = make_task(n, m)
+    losses, hits = by_blocks(task, masked=masked, block=block)
+    expected, expected_hits = whole(task, masked=masked)
     torch.testing.assert_close(losses, expected, rtol=0, atol=1e-12)
     assert torch.equal(hits, expected_hits)
-    assert hits.any()
     torch.testing.assert_close(
         gradients(task, losses), gradients(task, expected), rtol=0, atol=1e-12
     )
@@ -272,43 +292,146 @@ def test_masking_changes_losses_and_hits() -> None:
     task = make_task(13, 31)
     plain, masked = (by_blocks(task, masked=masked, block=4) for masked in (False, True))
     assert (plain[0] - masked[0]).min() > 0
-    assert masked[1].sum() > plain[1].sum()
+    assert masked[1].sum() > plain[1].sum() > 0
 
 
-def test_blocks_compute_in_float32() -> None:
-    task = make_task(6, 8, dtype=torch.bfloat16)
-    losses, _ = by_blocks(task, masked=True, block=2)
-    assert losses.dtype == torch.float32
-    assert gradients(task, losses)[0].dtype == torch.bfloat16
-
-
-class LargestTensor(TorchDispatchMode):
-    """Elements of the largest result of any operation, in forward and backward passes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        results = result if isinstance(result, tuple | list) else [result]
-        sizes = [one.numel() for one in results if isinstance(one, Tensor)]
-        self.elements = max([self.elements, *sizes])
-        return result
-
-
-def largest(task: Task, losses: Callable[[], Tensor]) -> int:
-    with LargestTensor() as seen:
-        gradients(task, losses())
-    return seen.elements
+@pytest.mark.parametrize("block", [2, 3, 7, 50])
+def test_of_equally_near_candidates_the_first_one_counts(block: int) -> None:
+    """Also where they lie in different tiles."""
+    queries = torch.eye(4, dtype=torch.float64)[torch.tensor([0, 0, 1, 1])]
+    candidates = torch.eye(4, dtype=torch.float64)[torch.tensor([2, 0, 1, 0, 3, 1, 0])]
+    _, hits = info_nce_by_blocks(
+        queries,
+        candidates,
+        torch.tensor([1, 3, 2, 5]),
+        torch.tensor(9.0),
+        keys=None,
+        block=block,
+    )
+    assert hits.tolist() == [True, False, True, False]
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_no_tensor_is_larger_than_a_block_of_similarities(masked: bool) -> None:
-    n, m, block = 64, 128, 8
+@pytest.mark.parametrize("broken", ["query", "candidate", "both"])
+def test_what_is_not_a_number_spreads_as_in_the_whole_table(broken: str, masked: bool) -> None:
+    task = make_task(13, 31)
+    if broken != "candidate":
+        task.queries.data[5, 2] = torch.nan
+    if broken != "query":
+        task.candidates.data[17, 1] = torch.nan
+    losses, hits = by_blocks(task, masked=masked, block=4)
+    expected, expected_hits = whole(task, masked=masked)
+    assert losses.isnan().any()
+    torch.testing.assert_close(losses, expected, equal_nan=True)
+    assert torch.equal(hits, expected_hits)
+    torch.testing.assert_close(gradients(task, losses), gradients(task, expected), equal_nan=True)
+
+
+def test_tiles_compute_in_float32_also_under_autocast() -> None:
+    task = make_task(6, 8, dtype=torch.bfloat16)
+    plain, _ = by_blocks(task, masked=True, block=2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        losses, _ = by_blocks(task, masked=True, block=2)
+        found = gradients(task, losses)
+    assert losses.dtype == torch.float32
+    assert torch.equal(losses, plain)
+    assert [x.dtype for x in found] == [torch.bfloat16, torch.bfloat16, torch.float32]
+    torch.testing.assert_close(found, gradients(task, whole(task, masked=True)[0]))
+
+
+def test_gradients_of_half_precision_are_rounded_once() -> None:
+    """Summed over tiles in bfloat16 they would differ from the whole table's."""
+    task = make_task(96, 96, dtype=torch.bfloat16)
+    found = gradients(task, by_blocks(task, masked=True, block=8)[0])
+    wide = make_task(96, 96, dtype=torch.float32)
+    for mine, theirs in zip(wide.inputs, task.inputs, strict=True):
+        mine.data.copy_(theirs.data)
+    expected = gradients(wide, whole(wide, masked=True)[0])
+    for got, exact in zip(found[:2], expected[:2], strict=True):
+        error = (got.float() - exact).norm() / exact.norm()
+        assert float(error) < 2**-9  # on average less than half a step of bfloat16
+
+
+def test_a_temperature_that_does_not_train_needs_no_gradient() -> None:
+    task = make_task(13, 31)
+    frozen = replace(task, scale=task.scale.detach())
+    losses, _ = by_blocks(frozen, masked=True, block=4)
+    found = torch.autograd.grad(losses.sum(), (frozen.queries, frozen.candidates))
+    whole_losses = whole(task, masked=True)[0]
+    expected = torch.autograd.grad(whole_losses.sum(), (task.queries, task.candidates))
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_second_derivative_is_refused() -> None:
+    task = make_task(13, 31)
+    losses, _ = by_blocks(task, masked=False, block=4)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(losses.sum(), task.queries, create_graph=True)
+
+
+def test_a_rank_without_queries_has_no_losses_and_a_gradient_of_zero() -> None:
+    task = make_task(3, 9)
+    none = replace(task, queries=task.queries[:0], positive=task.positive[:0])
+    losses, hits = by_blocks(replace(none, keys=cut(task.keys)), masked=True, block=4)
+    assert losses.shape == hits.shape == (0,)
+    (found,) = torch.autograd.grad(losses.sum(), task.candidates)
+    assert not found.any()
+
+
+def cut(keys: ContentKeys) -> ContentKeys:
+    return replace(keys, queries=keys.queries[:0])
+
+
+# --- What it costs ---------------------------------------------------------------------------
+
+
+class Seen(TorchDispatchMode):
+    """What operations of forward and backward passes make, and how often they multiply."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = 0  # elements of one result
+        self.products = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # Each of these asks the device for a value.
+        assert func.overloadpacket not in WAITS, func
+        self.products += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm_)
+        result = func(*args, **(kwargs or {}))
+        results = result if isinstance(result, tuple | list) else [result]
+        self.largest = max([self.largest, *(x.numel() for x in results if isinstance(x, Tensor))])
+        return result
+
+
+WAITS = {
+    torch.ops.aten.nonzero,
+    torch.ops.aten._local_scalar_dense,
+    torch.ops.aten.masked_select,
+    torch.ops.aten.is_nonzero,
+}
+
+
+def watch(task: Task, losses: Callable[[], Tensor]) -> Seen:
+    with Seen() as seen:
+        gradients(task, losses())
+    return seen
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_no_tensor_is_larger_than_a_tile_or_the_embeddings(masked: bool) -> None:
+    n, m, block = 64, 128, 32
     task = make_task(n, m)
-    assert largest(task, lambda: whole(task, masked=masked)[0]) == n * m
-    assert largest(task, lambda: by_blocks(task, masked=masked, block=block)[0]) == block * m
+    assert watch(task, lambda: whole(task, masked=masked)[0]).largest == n * m
+    seen = watch(task, lambda: by_blocks(task, masked=masked, block=block)[0])
+    assert seen.largest == block * block > m * D
+
+
+def test_a_single_tile_is_not_computed_twice() -> None:
+    task = make_task(16, 32)
+    once = watch(task, lambda: by_blocks(task, masked=True, block=32)[0]).products
+    twice = watch(task, lambda: by_blocks(task, masked=True, block=31)[0]).products
+    assert once == 3  # forward, and the gradients of both sides
+    assert twice == 2 * 4
 
 
 def saved_bytes(losses: Callable[[], Tensor]) -> int:
@@ -326,13 +449,44 @@ def saved_bytes(losses: Callable[[], Tensor]) -> int:
     return sum(storages.values())
 
 
-def test_what_is_kept_grows_linearly_with_the_batch() -> None:
-    small, large = (make_task(n, n) for n in (64, 256))
+@pytest.mark.parametrize(("n", "m"), [(256, 64), (64, 256), (256, 256)])
+def test_what_is_kept_grows_linearly_with_queries_and_with_candidates(n: int, m: int) -> None:
+    small, large = make_task(64, 64), make_task(n, max(n, m))
     kept = [saved_bytes(lambda t=t: by_blocks(t, masked=True, block=8)[0]) for t in (small, large)]
-    table = [saved_bytes(lambda t=t: whole(t, masked=True)[0]) for t in (small, large)]
     assert kept[1] <= 4 * kept[0]
-    assert table[1] > 12 * table[0]
-    assert kept[1] < table[1] / 10
+
+
+def peak_bytes(work: Callable[[], object]) -> int:
+    """The most that was allocated at one time, temporaries inside operations included."""
+    with profile(
+        activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    ) as profiler:
+        work()
+    assert profiler.profiler is not None
+    events = profiler.profiler.kineto_results.events()
+    taken = [event.nbytes() for event in events if event.name() == "[memory]"]
+    return max(accumulate(taken))
+
+
+def assert_fixed_memory(n: int, *, width: int, block: int) -> None:
+    """Some tiles, and for each row its two gradients and a few numbers."""
+    task = make_task(n, n, width=width, dtype=torch.float32)
+    peak = peak_bytes(lambda: gradients(task, by_blocks(task, masked=True, block=block)[0]))
+    tiles, rows = 5 * 4 * block**2, (2 * 4 * width + 64) * n
+    assert 4 * block**2 < peak < tiles + rows
+    assert tiles + rows < 4 * n**2  # one table
+
+
+@pytest.mark.parametrize("n", [256, 768])
+def test_working_memory_is_that_of_some_tiles_whatever_the_batch(n: int) -> None:
+    assert_fixed_memory(n, width=16, block=64)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [16_384, 65_536])
+def test_65536_pairs_take_the_working_memory_of_16384(n: int) -> None:
+    """Some 40 MB beside the embeddings and their gradients; one table of all would take 16 GiB."""
+    assert_fixed_memory(n, width=16, block=1024)
 
 
 # --- Matryoshka ------------------------------------------------------------------------------

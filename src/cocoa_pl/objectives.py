@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, mse_loss, normalize
-from torch.utils.checkpoint import checkpoint
+
+from cocoa_pl.similarity_tiles import TiledInfoNCE, TileKeys, Tiles, similarities
 
 
 def masked_next_token(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -59,8 +60,7 @@ def info_nce(
     Returns:
         Losses (N) and similarities before scaling (N, M), both float32 (float64 for float64).
     """
-    wide = torch.promote_types(queries.dtype, torch.float32)
-    similarity = queries.to(wide) @ candidates.to(wide).T
+    similarity = similarities(queries, candidates)
     logits = similarity * scale
     if false_negatives is not None:
         logits = logits.masked_fill(false_negatives, -torch.inf)
@@ -85,49 +85,39 @@ def info_nce_by_blocks(
     keys: ContentKeys | None,
     block: int,
 ) -> tuple[Tensor, Tensor]:
-    """`info_nce`, a block of queries at a time.
+    """`info_nce`, a tile of similarities at a time.
 
-    Similarities and false negatives of one block are in memory, (block, M) instead of (N, M), and
-    are computed again in the backward pass. The losses of a row need no other row, so this is
-    exact. A single block is not computed twice. Cheng et al. 2024 (Inf-CL, arXiv 2410.17243) cut
-    both sides; here candidates are whole.
+    Beside the embeddings and a few numbers a row, the working memory is that of some tiles of
+    block x block, however many queries and candidates there are: see `similarity_tiles`. Where all
+    fits into one tile, nothing is computed twice.
 
     Args:
         queries, candidates, positive_index, scale: as for `info_nce`.
         keys: who is a false negative of whom; None to mask nothing.
-        block: rows of queries.
+        block: the side of a tile: queries and candidates whose similarities are in memory together.
 
     Returns:
         Losses (N) in float32 (float64 for float64), and whether the positive is nearest of all that
         are no false negatives (N) bool.
     """
-
-    def rows(own: Tensor, index: Tensor, start: int) -> tuple[Tensor, Tensor]:
-        masked = None
+    if max(len(queries), len(candidates)) > block:
+        wanted = None
         if keys is not None:
-            own_keys = keys.queries[start : start + len(own)]
-            masked = same_content(index, own_keys, keys.candidates, keys.partners)
-        losses, similarity = info_nce(own, candidates, index, scale, false_negatives=masked)
-        seen = similarity.detach()
-        if masked is not None:
-            seen = seen.masked_fill(masked, -torch.inf)
-        return losses, seen.argmax(1) == index
-
-    if len(queries) <= block:
-        return rows(queries, positive_index, 0)
-    found = [
-        checkpoint(
-            rows,
-            queries[start : start + block],
-            positive_index[start : start + block],
-            start,
-            use_reentrant=False,
-            preserve_rng_state=False,
-        )
-        for start in range(0, len(queries), block)
-    ]
-    losses, hits = zip(*found, strict=True)
-    return torch.cat(losses), torch.cat(hits)
+            targets = keys.candidates[positive_index]
+            wanted = TileKeys(keys.queries, targets, keys.partners, keys.candidates)
+        tiles = Tiles(queries, candidates, positive_index, wanted, block)
+        found: tuple[Tensor, Tensor] = TiledInfoNCE.apply(queries, candidates, scale, tiles)
+        return found
+    masked = None
+    if keys is not None:
+        masked = same_content(positive_index, keys.queries, keys.candidates, keys.partners)
+    losses, similarity = info_nce(
+        queries, candidates, positive_index, scale, false_negatives=masked
+    )
+    seen = similarity.detach()
+    if masked is not None:
+        seen = seen.masked_fill(masked, -torch.inf)
+    return losses, seen.argmax(1) == positive_index
 
 
 def same_content(
