@@ -1,19 +1,20 @@
-"""Two processes on the CPU give in one step what one process gives on the whole batch; whole runs
-are in `test_parallel_runs.py`.
+"""Two processes on the CPU give in one step what one process gives on the whole batch, and three
+gather rows of unequal numbers; whole runs are in `test_parallel_runs.py`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
 
 from cocoa_pl import distributed
@@ -22,6 +23,7 @@ from cocoa_pl.batch import Encoded, Rows
 from cocoa_pl.data.datamodule import collate
 from cocoa_pl.data.tokenize import Processor
 from cocoa_pl.distributed import (
+    RowCounts,
     gather_offset,
     gather_rows,
     global_sum,
@@ -37,6 +39,7 @@ from cocoa_pl.stages.base import Optimization, StageModule
 from cocoa_pl.stages.contrastive import ContrastiveModule
 from cocoa_pl.stages.reconstruction import ReconstructionModule
 
+CPU = torch.device("cpu")
 WORLD = 2
 SHARES = (slice(0, 3), slice(3, 5))  # rows of each rank: not the same number
 
@@ -132,11 +135,6 @@ def stage_steps(task: Task, share: slice) -> Found:
 def primitives() -> Found:
     """Sums and gathers of rank-dependent values, forward and backward."""
     here = rank()
-    rows = torch.arange(2.0 * (here + 1)).view(-1, 2) + 10 * here  # one row, then two
-    rows.requires_grad_()
-    gathered = gather_rows(rows)
-    weight = torch.tensor([1.0, 2.0, 3.0])[:, None] * (here + 1)
-    (gathered * weight).sum().backward()
     used, unused, nowhere, frozen = (nn.Parameter(torch.zeros(2)) for _ in range(4))
     wide = nn.Parameter(torch.zeros(3, dtype=torch.float64))
     frozen.requires_grad_(False)
@@ -149,9 +147,6 @@ def primitives() -> Found:
     return {
         "primitives": {
             "world": world_size(),
-            "gathered": gathered.detach(),
-            "gradient": rows.grad,
-            "offset": gather_offset(len(rows), torch.device("cpu")),
             "sum": global_sum(torch.tensor([1.0, here])),
             "sums": global_sums(names),
             "used": used.grad,
@@ -163,17 +158,52 @@ def primitives() -> Found:
     }
 
 
-def work(index: int, folder: Path) -> None:
-    """One of the processes: computes its share and writes what it found."""
+@contextmanager
+def one_of(world: int, index: int, folder: Path) -> Iterator[None]:
+    """As one process of a group."""
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/meeting", rank=index, world_size=WORLD
+        "gloo", init_method=f"file://{folder}/meeting", rank=index, world_size=world
     )
-    with (folder / "task.pkl").open("rb") as file:
-        task: Task = pickle.load(file)
-    torch.save(primitives() | stage_steps(task, SHARES[index]), folder / f"{index}.pt")
+    yield
     dist.barrier()  # nobody leaves while another still waits for him
     dist.destroy_process_group()
+
+
+def work(index: int, folder: Path) -> None:
+    """One of the processes: computes its share and writes what it found."""
+    with one_of(WORLD, index, folder):
+        with (folder / "task.pkl").open("rb") as file:
+            task: Task = pickle.load(file)
+        torch.save(primitives() | stage_steps(task, SHARES[index]), folder / f"{index}.pt")
+
+
+# Rows of every rank: different numbers, the same, and none on one of them.
+GATHERED = {
+    2: {"unequal": [1, 3], "equal": [2, 2], "none": [0, 2]},
+    3: {"unequal": [2, 1, 4], "equal": [3, 3, 3], "none": [1, 0, 2]},
+}
+
+
+def gather(index: int, world: int, folder: Path) -> None:
+    """Gathers rows that say whose they are; the loss weighs every row differently on every rank."""
+    with one_of(world, index, folder):
+        kinds = GATHERED[world]
+        counts = RowCounts({kind: sizes[index] for kind, sizes in kinds.items()}, CPU)
+        found: Found = {}
+        for kind in kinds:
+            rows = (10.0 * index + torch.arange(float(counts[kind][index]))).requires_grad_()
+            gathered = gather_rows(rows, counts[kind])
+            weight = (index + 1) * torch.arange(1.0, len(gathered) + 1)
+            (gathered * weight).sum().backward()
+            found[kind] = {
+                "counts": counts[kind],
+                "offset": gather_offset(counts[kind]),
+                "rows": gathered.detach(),
+                "numbers": gather_rows(rows.detach().long(), counts[kind]),
+                "gradient": rows.grad,
+            }
+        torch.save(found, folder / f"{index}.pt")
 
 
 @pytest.fixture(scope="module")
@@ -214,19 +244,62 @@ def whole(task: Task) -> Found:
     return stage_steps(task, slice(None))
 
 
-def test_gathered_rows_are_those_of_all_ranks_in_order(ranks: list[Found]) -> None:
-    expected = torch.tensor([[0.0, 1.0], [10.0, 11.0], [12.0, 13.0]])
-    for found in ranks:
-        assert found["primitives"]["world"] == 2
-        assert torch.equal(found["primitives"]["gathered"], expected)
-    assert [found["primitives"]["offset"] for found in ranks] == [0, 1]
+@pytest.fixture(scope="module", params=GATHERED)
+def gatherings(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> list[Found]:
+    """What each of two or three processes gathered."""
+    world, folder = request.param, tmp_path_factory.mktemp("gatherings")
+    spawn(gather, args=(world, folder), nprocs=world)
+    return [torch.load(folder / f"{index}.pt", weights_only=False) for index in range(world)]
 
 
-def test_a_gathered_row_gets_the_gradient_of_all_ranks(ranks: list[Found]) -> None:
-    # Row i counted i+1 times on rank 0 and twice that on rank 1.
-    gradients = [found["primitives"]["gradient"] for found in ranks]
-    assert torch.equal(gradients[0], torch.tensor([[3.0, 3.0]]))
-    assert torch.equal(gradients[1], torch.tensor([[6.0, 6.0], [9.0, 9.0]]))
+@pytest.mark.parametrize("kind", ["unequal", "equal", "none"])
+def test_gathered_rows_are_those_of_all_ranks_in_order(kind: str, gatherings: list[Found]) -> None:
+    sizes = GATHERED[len(gatherings)][kind]
+    expected = [10.0 * index + row for index, size in enumerate(sizes) for row in range(size)]
+    for index, found in enumerate(part[kind] for part in gatherings):
+        assert found["counts"] == sizes
+        assert found["offset"] == sum(sizes[:index])
+        assert found["rows"].tolist() == found["numbers"].tolist() == expected
+        assert found["numbers"].dtype == torch.int64
+
+
+@pytest.mark.parametrize("kind", ["unequal", "equal", "none"])
+def test_a_gathered_row_gets_the_gradient_of_all_ranks(kind: str, gatherings: list[Found]) -> None:
+    world = len(gatherings)
+    all_ranks = sum(range(1, world + 1))  # rank r weighs everything r + 1 times
+    expected = torch.arange(1.0, sum(GATHERED[world][kind]) + 1) * all_ranks
+    found = torch.cat([part[kind]["gradient"] for part in gatherings])
+    assert torch.equal(found, expected)
+
+
+def test_a_rank_receives_the_gradient_of_its_own_rows_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The exchange of the backward pass, as seen by the second of three ranks."""
+    sent: list[Tensor] = []
+
+    def reduce_scatter(own: Tensor, blocks: list[Tensor]) -> None:
+        sent.extend(blocks)
+        own.copy_(blocks[1])
+
+    monkeypatch.setattr(distributed, "world_size", lambda: 3)
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
+    monkeypatch.setattr(dist, "all_gather", lambda blocks, mine: [x.copy_(mine) for x in blocks])
+    monkeypatch.setattr(dist, "reduce_scatter", reduce_scatter)
+    rows = torch.ones(2, 5, requires_grad=True)
+    gathered = gather_rows(rows, [1, 2, 4])
+    gathered.backward(torch.arange(35.0).view(7, 5))
+    assert [block.shape for block in sent] == [(4, 5)] * 3
+    assert [int(block.any(1).sum()) for block in sent] == [1, 2, 4]  # the rest is padding
+    assert rows.grad is not None
+    assert torch.equal(rows.grad, torch.arange(5.0, 15.0).view(2, 5))
+
+
+def test_rows_that_were_announced_otherwise_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They would be read as those of another rank."""
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    with pytest.raises(AssertionError):
+        gather_rows(torch.ones(2, 5), [3, 2])
 
 
 def test_gradients_are_summed_and_a_missing_one_counts_as_zero(ranks: list[Found]) -> None:
@@ -241,6 +314,7 @@ def test_gradients_are_summed_and_a_missing_one_counts_as_zero(ranks: list[Found
 
 def test_sums_are_over_ranks_even_of_names_that_one_lacks(ranks: list[Found]) -> None:
     for found in (part["primitives"] for part in ranks):
+        assert found["world"] == 2
         assert torch.equal(found["sum"], torch.tensor([2.0, 1.0]))
         assert found["sums"] == {"both": torch.tensor(3.0), "one": torch.tensor(4.0)}
 
@@ -249,8 +323,10 @@ def test_on_one_process_everything_is_the_identity() -> None:
     rows, parameter = torch.ones(3, 2, requires_grad=True), nn.Parameter(torch.ones(2))
     parameter.grad = torch.full((2,), 4.0)
     sum_gradients([parameter])
-    assert gather_rows(rows) is rows
-    assert gather_offset(3, rows.device) == 0
+    counts = RowCounts({"rows": 3, "others": 5}, rows.device)
+    assert (counts["rows"], counts["others"]) == ([3], [5])
+    assert gather_rows(rows, counts["rows"]) is rows
+    assert gather_offset(counts["rows"]) == 0
     assert torch.equal(global_sum(rows), rows)
     assert global_sums({"a": rows}) == {"a": rows}
     assert torch.equal(parameter.grad, torch.full((2,), 4.0))

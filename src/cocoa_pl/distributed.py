@@ -5,7 +5,7 @@ Gradients are summed over ranks (never averaged), because every loss is already 
 count.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -42,22 +42,66 @@ def global_sums(values: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: sum(part[name] for part in gathered if name in part) for name in names}
 
 
-def gather_rows(rows: Tensor) -> Tensor:
-    """Rows of all ranks in rank order: (n_r, ...) -> (sum n_r, ...); ranks may hold different
-    counts.
+class RowCounts:
+    """How many rows of each kind every rank holds, exchanged while other work goes on.
 
-    Differentiable and exact: the gradient of a row is the sum of what all ranks did with it.
+    Made at the start of a step and read where the numbers are needed, it is there by then: neither
+    the host nor the stream that computes waits for it before. One process exchanges nothing.
+
+    Args:
+        mine: rows of this rank, by kind; the same kinds on all ranks.
+        device: what the process group exchanges on.
+    """
+
+    def __init__(self, mine: dict[str, int], device: torch.device) -> None:
+        self._mine = mine
+        if world_size() > 1:
+            self._start(device)
+
+    def __getitem__(self, kind: str) -> list[int]:
+        """In rank order."""
+        if world_size() == 1:
+            return [self._mine[kind]]
+        self._wait()
+        counts: list[int] = self._table[:, list(self._mine).index(kind)].tolist()
+        return counts
+
+    def _start(self, device: torch.device) -> None:
+        sent = torch.zeros(world_size(), len(self._mine), dtype=torch.int64, device=device)
+        for place, count in enumerate(self._mine.values()):
+            sent[rank(), place] = count
+        work = dist.all_reduce(sent, async_op=True)
+        if device.type != "cuda":
+            self._table, self._wait = sent, work.wait
+            return
+        self._sent = sent  # its memory is in use until it has been copied
+        self._table = torch.empty(sent.shape, dtype=sent.dtype, pin_memory=True)
+        aside = torch.cuda.Stream(device)
+        with torch.cuda.stream(aside):
+            work.wait()  # makes this stream wait, not the host
+            self._table.copy_(sent, non_blocking=True)
+        self._wait = aside.record_event().synchronize
+
+
+def gather_rows(rows: Tensor, counts: Sequence[int]) -> Tensor:
+    """Rows of all ranks in rank order: (n_r, ...) -> (sum n_r, ...).
+
+    Differentiable and exact: the gradient of a row is the sum of what all ranks did with it, and
+    every rank receives that of its own rows only.
+
+    Args:
+        counts: rows of every rank, from `RowCounts`; they may differ.
     """
     if world_size() == 1:
         return rows
-    return _GatherRows.apply(rows)
+    assert counts[rank()] == len(rows)
+    gathered: Tensor = _GatherRows.apply(rows, counts)
+    return gathered
 
 
-def gather_offset(num_rows: int, device: torch.device) -> int:
+def gather_offset(counts: Sequence[int]) -> int:
     """Where this rank's rows begin in `gather_rows`."""
-    if world_size() == 1:
-        return 0
-    return int(_row_counts(num_rows, device)[: rank()].sum())
+    return sum(counts[: rank()])
 
 
 def global_max(value: Tensor) -> Tensor:
@@ -131,26 +175,30 @@ def is_lost_peer(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
 
 
-def _row_counts(num_rows: int, device: torch.device) -> Tensor:
-    counts = torch.zeros(world_size(), dtype=torch.int64, device=device)
-    counts[rank()] = num_rows
-    dist.all_reduce(counts)
-    return counts
-
-
 class _GatherRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, rows: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-        counts = _row_counts(len(rows), rows.device).tolist()
-        padded = rows.new_zeros(max(counts), *rows.shape[1:])
-        padded[: len(rows)] = rows
-        parts = [torch.empty_like(padded) for _ in counts]
-        dist.all_gather(parts, padded)
-        ctx.start, ctx.stop = sum(counts[: rank()]), sum(counts[: rank() + 1])
-        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+    """Blocks of equal size, as backends want them: as many rows as the longest rank has."""
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-        total = gradient.contiguous().clone()
-        dist.all_reduce(total)
-        return total[ctx.start : ctx.stop]
+    def forward(ctx: Any, rows: Tensor, counts: Sequence[int]) -> Tensor:
+        ctx.counts = counts
+        longest = max(counts)
+        padded = rows.new_zeros(longest, *rows.shape[1:])
+        padded[: len(rows)] = rows
+        blocks = rows.new_empty(len(counts), *padded.shape)
+        dist.all_gather(list(blocks), padded)
+        if min(counts) == longest:
+            return blocks.flatten(0, 1)
+        return torch.cat([block[:count] for block, count in zip(blocks, counts, strict=True)])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        counts, longest = ctx.counts, max(ctx.counts)
+        if min(counts) == longest:
+            blocks = gradient.contiguous().unflatten(0, (len(counts), longest))
+        else:
+            blocks = gradient.new_zeros(len(counts), longest, *gradient.shape[1:])
+            for block, part in zip(blocks, gradient.split(counts), strict=True):
+                block[: len(part)] = part
+        own = torch.empty_like(blocks[0])
+        dist.reduce_scatter(own, list(blocks))
+        return own[: counts[rank()]], None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cocoa_pl.attention.plan import on_device
-from cocoa_pl.distributed import gather_offset, gather_rows, global_sum
+from cocoa_pl.distributed import RowCounts, gather_offset, gather_rows, global_sum
 from cocoa_pl.errors import UserError
 from cocoa_pl.grad_cache import cached_backward
 from cocoa_pl.models.backbone import Backbone
@@ -115,9 +115,10 @@ class ContrastiveModule(StageModule[Chunk]):
 
     def accumulate(self, step: Step[Chunk]) -> dict[str, Tensor]:
         hits, scale = torch.zeros(2, device=self.device)
+        counts = self._counts(step)  # exchanged while chunks are embedded
 
         def loss(embeddings: Tensor) -> Tensor:
-            value, found, used_scale = self.loss(embeddings, step)
+            value, found, used_scale = self.loss(embeddings, step, counts)
             hits.copy_(found)
             scale.copy_(used_scale.detach())
             return value
@@ -135,20 +136,24 @@ class ContrastiveModule(StageModule[Chunk]):
         total, accuracy = global_sum(torch.stack([value, hits]))
         return {"loss": total, "accuracy": accuracy, "temperature": 1 / scale}
 
-    def loss(self, embeddings: Tensor, step: Step[Chunk]) -> tuple[Tensor, Tensor, Tensor]:
+    def loss(
+        self, embeddings: Tensor, step: Step[Chunk], counts: RowCounts
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """This rank's share of the loss over the global batch, its share of hits at the full width,
         and the inverse temperature.
 
         Args:
             embeddings: (S, D), of the chunks one after the other.
+            counts: of all ranks.
         """
         n, keys = step.num_rows, on_device(step.keys, self.device)
         embeddings = self._in_order_of_rows(embeddings, step)
-        count = global_sum(torch.full((), float(n), device=embeddings.device))  # waits for nothing
-        task, scale = self._candidates(embeddings, keys, n), self.temperature()
+        count = sum(counts["queries"])
+        task, scale = self._candidates(embeddings, keys, n, counts), self.temperature()
         losses, hits = self._widths(task, scale)
         if self.symmetric:
-            losses = (losses + self._widths(self._reversed(embeddings, keys, n), scale)[0]) / 2
+            reverse = self._reversed(embeddings, keys, n, counts)
+            losses = (losses + self._widths(reverse, scale)[0]) / 2
         return losses.sum() / len(self.dims) / count, hits.sum() / count, scale
 
     def _embed_chunk(self, chunk: Chunk) -> Tensor:
@@ -189,22 +194,29 @@ class ContrastiveModule(StageModule[Chunk]):
             block=self.similarity_block,
         )
 
-    def _candidates(self, embeddings: Tensor, keys: Tensor, n: int) -> Candidates:
+    def _counts(self, step: Step[Chunk]) -> RowCounts:
+        sizes = {"queries": step.num_rows, "candidates": len(step.keys) - step.num_rows}
+        return RowCounts(sizes, self.device)
+
+    def _candidates(
+        self, embeddings: Tensor, keys: Tensor, n: int, counts: RowCounts
+    ) -> Candidates:
         """Queries among the positives and hard negatives of all ranks."""
         own_query_keys = torch.full_like(keys[n:], -1)
         own_query_keys[:n] = keys[:n]
         return self._task(
-            embeddings[:n], embeddings[n:], keys[:n], gather_rows(keys[n:]), own_query_keys
+            embeddings[:n], embeddings[n:], keys[:n], keys[n:], own_query_keys, counts["candidates"]
         )
 
-    def _reversed(self, embeddings: Tensor, keys: Tensor, n: int) -> Candidates:
+    def _reversed(self, embeddings: Tensor, keys: Tensor, n: int, counts: RowCounts) -> Candidates:
         """Positives among the queries of all ranks."""
         return self._task(
             embeddings[n : 2 * n],
             embeddings[:n],
             keys[n : 2 * n],
-            gather_rows(keys[:n]),
+            keys[:n],
             keys[n : 2 * n],
+            counts["queries"],
         )
 
     def _task(
@@ -212,22 +224,25 @@ class ContrastiveModule(StageModule[Chunk]):
         queries: Tensor,
         own_candidates: Tensor,
         query_keys: Tensor,
-        candidate_keys: Tensor,
+        own_candidate_keys: Tensor,
         own_partner_keys: Tensor,
+        counts: Sequence[int],
     ) -> Candidates:
-        device = queries.device
-        offset = gather_offset(len(own_candidates), device)
-        index = offset + torch.arange(len(queries), device=device)
-        partner_keys = gather_rows(own_partner_keys)
+        index = gather_offset(counts) + torch.arange(len(queries), device=queries.device)
         keys = None
         if self.mask_false_negatives:
-            keys = ContentKeys(query_keys, candidate_keys, partner_keys)
-        return Candidates(queries, gather_rows(own_candidates), index, keys)
+            keys = ContentKeys(
+                query_keys,
+                gather_rows(own_candidate_keys, counts),
+                gather_rows(own_partner_keys, counts),
+            )
+        return Candidates(queries, gather_rows(own_candidates, counts), index, keys)
 
     def measure(self, step: Step[Chunk]) -> dict[str, Tensor]:
         """Among the positives and hard negatives of all ranks, as in training."""
-        n = step.num_rows
-        task = self._candidates(self._embed(step), on_device(step.keys, self.device), n)
+        n, counts = step.num_rows, self._counts(step)
+        keys = on_device(step.keys, self.device)
+        task = self._candidates(self._embed(step), keys, n, counts)
         losses, hits = self._info_nce(task, self.temperature())
         return {
             "rows": torch.full((), n, device=self.device),
