@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from cocoa_pl.attention import Plan, Policy, dense_mask, make_plan, self_plan
+from cocoa_pl.attention.rectangles import Rectangle
 
 ALL = ("context", "eos", "target")
 POLICIES = {
@@ -80,24 +81,15 @@ def test_bridge_is_three_segments_a_sample_and_bidirectional_one() -> None:
 
 
 def test_segments_of_equal_size_need_no_mask() -> None:
-    (bucket,) = self_plan(torch.tensor([4, 4, 4])).buckets
-    assert bucket.mask is None
-    assert bucket.q_index.shape == (3, 4)
+    (rectangle,) = self_plan(torch.tensor([4, 4, 4])).rectangles
+    assert rectangle == Rectangle(segments=3, queries=4, keys=4, masked=False)
 
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_every_token_is_a_query_once_and_finds_its_output(name: str) -> None:
     plan = make_plan(POLICIES[name], random_lengths(3))
-    slots = torch.cat([bucket.q_index.flatten() for bucket in plan.buckets])
-    assert torch.equal(slots[plan.restore_index], torch.arange(int(plan.cu_seqlens_q[-1])))
-
-
-def test_padding_of_a_bucket_is_less_than_double() -> None:
-    plan = make_plan(POLICIES["bidirectional"], torch.tensor([[n, 1, 0] for n in range(1, 70)]))
-    for bucket in plan.buckets:
-        slots = bucket.k_index.shape[1]
-        shortest = slots if bucket.mask is None else int(bucket.mask.sum(-1).min())
-        assert slots < 2 * shortest
+    slots = plan.padded.q.index
+    assert torch.equal(slots[plan.padded.q.first], torch.arange(int(plan.cu_seqlens_q[-1])))
 
 
 def test_self_plan_is_the_bidirectional_plan_of_images() -> None:

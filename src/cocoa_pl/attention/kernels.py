@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from cocoa_pl.attention.gather import gather, ungather
 from cocoa_pl.attention.plan import Plan
 from cocoa_pl.attention.variable_length import flash, suits_flash, varlen
 
@@ -26,28 +27,39 @@ VISION_ATTENTION = "cocoa_flash_layout"
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> Tensor:
-    """torch's own attention, one padded call for each bucket of similar segments; runs anywhere."""
-    heads = q.shape[1]
+    """torch's own attention, one call for each rectangle of padded segments; runs anywhere."""
+    padded, grouped = plan.padded, k.shape[1] != q.shape[1]
+    shapes = padded.rectangles
+    queries = gather(q, padded.q).split([r.segments * r.queries for r in shapes])
+    keys, values = (
+        gather(states, padded.k).split([r.segments * r.keys for r in shapes]) for states in (k, v)
+    )
     outputs = []
-    for bucket in plan.buckets:
+    for r, mask, *states in zip(shapes, padded.masks, queries, keys, values, strict=True):
+        q, k, v = (part.unflatten(0, (r.segments, -1)).transpose(1, 2) for part in states)
         output = scaled_dot_product_attention(
-            _pad(q, bucket.q_index),
-            _pad(k, bucket.k_index),
-            _pad(v, bucket.k_index),
-            attn_mask=bucket.mask,
-            is_causal=bucket.causal,
-            scale=scale,
-            enable_gqa=k.shape[1] != heads,
+            q, k, v, attn_mask=mask, is_causal=padded.causal, scale=scale, enable_gqa=grouped
         )  # (G, H, Lq, D)
         outputs.append(output.transpose(1, 2).flatten(0, 1))  # (G * Lq, H, D)
-    return torch.cat(outputs).index_select(0, plan.restore_index)
+    return ungather(torch.cat(outputs), padded.q)
 
 
 def auto(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> Tensor:
     """`varlen` in half precision on a GPU that has it, `sdpa` elsewhere; logged once for each."""
-    kernel = varlen if suits_flash(v) else sdpa
-    _tell(kernel.__name__, v.device.type, v.dtype, v.shape[-1])
-    return kernel(q, k, v, plan, scale)
+    kernel = chosen("auto", device=v.device, dtype=v.dtype, head_width=v.shape[-1])
+    _tell(kernel, v.device.type, v.dtype, v.shape[-1])
+    return KERNELS[kernel](q, k, v, plan, scale)
+
+
+def chosen(kernel: str, *, device: torch.device, dtype: torch.dtype, head_width: int) -> str:
+    """The kernel that computes: what `auto` comes to, and any other name itself.
+
+    Args:
+        dtype: of the values, which is what projections compute in.
+    """
+    if kernel != "auto":
+        return kernel
+    return "varlen" if suits_flash(device, dtype, head_width) else "sdpa"
 
 
 KERNELS: dict[str, Kernel] = {"sdpa": sdpa, "varlen": varlen, "flash": flash, "auto": auto}
@@ -69,7 +81,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, kernel: str, scale: f
         UserError: where the kernel does not run on this device or in this type, or is not
             installed.
     """
-    return KERNELS[kernel](q, k, v, plan, scale)
+    # A view of a fused projection, kept for the backward pass, would keep all of the projection.
+    return KERNELS[kernel](q, k, v.contiguous(), plan, scale)
 
 
 def transformers_attention(
@@ -106,9 +119,3 @@ AttentionInterface.register(VISION_ATTENTION, transformers_attention)
 @cache
 def _tell(kernel: str, device: str, dtype: torch.dtype, width: int) -> None:
     log.info("attention kernel auto: %s for heads of %d in %s on %s", kernel, width, dtype, device)
-
-
-def _pad(states: Tensor, index: Tensor) -> Tensor:
-    """(T, H, D) -> (G, H, L, D)."""
-    rows = states.index_select(0, index.flatten())
-    return rows.view(*index.shape, *states.shape[1:]).transpose(1, 2)

@@ -2,8 +2,7 @@
 rectangles: torch's own `varlen_attn`, or flash-attn where it is installed.
 
 Both read segment i as rows `cu_seqlens[i]:cu_seqlens[i + 1]`, so keys that several segments see are
-gathered once for each of them. Copying is exact; its backward pass adds the copies up in float32
-(in float64 for float64), in one order, and rounds once.
+gathered once for each of them.
 """
 
 from __future__ import annotations
@@ -17,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cocoa_pl.attention.plan import Gather, Packed, Plan
+from cocoa_pl.attention.gather import gather
+from cocoa_pl.attention.plan import Packed, Plan
 from cocoa_pl.errors import UserError
 
 HALF = (torch.bfloat16, torch.float16)
@@ -56,20 +56,13 @@ def over_segments(call: Call, q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale
     """
     packed = plan.packed
     q, k = q.to(v.dtype), k.to(v.dtype)
-    if packed.gather is not None:
-        k, v = gather(k, packed.gather), gather(v, packed.gather)
+    k, v = gather(k, packed.gather), gather(v, packed.gather)
     return call(q, k, v, packed, plan.causal, scale)
 
 
-def gather(rows: Tensor, wanted: Gather) -> Tensor:
-    """(T, ...) -> (K, ...), differentiable and deterministic."""
-    copies: Tensor = _GatherRows.apply(rows, wanted)
-    return copies
-
-
-def suits_flash(states: Tensor) -> bool:
-    """Whether a flash kernel computes for this type, head width and device."""
-    return _refusal(states) is None
+def suits_flash(device: torch.device, dtype: torch.dtype, head_width: int) -> bool:
+    """Whether a flash kernel computes on this device, in this type, for heads of this width."""
+    return _refusal(device, dtype, head_width) is None
 
 
 def require_flash_inputs(states: Tensor, kernel: str) -> None:
@@ -79,7 +72,7 @@ def require_flash_inputs(states: Tensor, kernel: str) -> None:
         UserError: off CUDA, before Ampere, in another type than bfloat16 and float16, or for a head
             width that is no multiple of 8 or above 256.
     """
-    if reason := _refusal(states):
+    if reason := _refusal(states.device, states.dtype, states.shape[-1]):
         raise UserError(f"model.kernel={kernel} {reason}; model.kernel=sdpa runs anywhere")
 
 
@@ -140,32 +133,15 @@ def flash_call(function: Callable[..., Any]) -> Call:
     return call
 
 
-class _GatherRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, wanted: Gather) -> Tensor:
-        ctx.wanted = wanted
-        return rows.index_select(0, wanted.index)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        wanted: Gather = ctx.wanted
-        wide = torch.promote_types(gradient.dtype, torch.float32)
-        total = gradient.index_select(0, wanted.first).to(wide)
-        for tokens, places in wanted.more:
-            total.index_add_(0, tokens, gradient.index_select(0, places).to(wide))
-        return total.to(gradient.dtype), None
-
-
-def _refusal(states: Tensor) -> str | None:
-    """Why a flash kernel does not compute these states; None where it does."""
-    if states.device.type != "cuda":
-        return f"runs on CUDA only, not on {states.device.type}"
-    if states.dtype not in HALF:
-        return f"computes in bfloat16 or float16, not in {states.dtype}: set model.dtype=bfloat16"
-    width = states.shape[-1]
-    if width > MAX_HEAD_DIM or width % HEAD_DIM_STEP:
-        return f"takes heads of a multiple of 8 up to 256 wide, not {width}"
-    if _capability(states.device) < MIN_CAPABILITY:
+def _refusal(device: torch.device, dtype: torch.dtype, head_width: int) -> str | None:
+    """Why a flash kernel does not compute this; None where it does."""
+    if device.type != "cuda":
+        return f"runs on CUDA only, not on {device.type}"
+    if dtype not in HALF:
+        return f"computes in bfloat16 or float16, not in {dtype}: set model.dtype=bfloat16"
+    if head_width > MAX_HEAD_DIM or head_width % HEAD_DIM_STEP:
+        return f"takes heads of a multiple of 8 up to 256 wide, not {head_width}"
+    if _capability(device) < MIN_CAPABILITY:
         return "needs a GPU of compute capability 8.0 or more"
     return None
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from cocoa_pl.attention import Policy
-from cocoa_pl.attention.kernels import KERNELS
+from cocoa_pl.attention.kernels import KERNELS, chosen
 from cocoa_pl.batch import Batch
-from cocoa_pl.models.layout import Layout, Layouts, VisionInputs
+from cocoa_pl.models.layout import Kernels, Layout, Layouts, VisionInputs
 
 log = logging.getLogger(__name__)
 
@@ -109,9 +109,23 @@ class Backbone(nn.Module, ABC):
     def vision_inputs(self) -> VisionInputs:
         """What the vision tower asks for beside pixels: a picklable function of the image grids."""
 
-    def layouts(self, policy: Policy) -> Layouts:
-        """What lays batches out for this model, in the workers."""
-        return Layouts(policy, self.kernel, self.vision_inputs)
+    @property
+    @abstractmethod
+    def head_widths(self) -> tuple[int, int]:
+        """Of the language model's attention heads, and of the vision tower's."""
+
+    def layouts(self, policy: Policy, device: torch.device | None = None) -> Layouts:
+        """What lays batches out for this model, in the workers.
+
+        Args:
+            device: where the model will be when it sees them; None if it is there already.
+        """
+        device = self.device if device is None else device
+        text, vision = (
+            chosen(self.kernel, device=device, dtype=self.compute_dtype, head_width=width)
+            for width in self.head_widths
+        )
+        return Layouts(policy, Kernels(text, vision, device), self.vision_inputs)
 
     @abstractmethod
     def forward(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cocoa_pl.attention import Plan, Policy, make_plan
-from cocoa_pl.attention.plan import on_device
+from cocoa_pl.attention.gather import on_device
 from cocoa_pl.batch import Batch
 
 # Grids (I, 3) of at least one image -> keywords of the family's vision tower: tensors and plans on
@@ -46,25 +46,48 @@ class Layout:
             on_device(self.eos_rows, device),
         )
 
+    def pin_memory(self) -> Layout:
+        return Layout(
+            self.plan.pin_memory(),
+            {n: v if isinstance(v, int) else v.pin_memory() for n, v in self.vision.items()},
+            self.visual_rows.pin_memory(),
+            self.eos_rows.pin_memory(),
+        )
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """Who will compute the attention of a batch, and on what kind of device: what is built ahead
+    for them depends on both.
+    """
+
+    text: str
+    vision: str
+    device: torch.device
+
 
 @dataclass(frozen=True)
 class Layouts:
     """Lays batches out for one model under one policy; small, and pickled into the workers.
 
     Args:
-        kernel: of attention, whose bookkeeping is built ahead.
         vision_inputs: what the family's vision tower asks for.
     """
 
     policy: Policy
-    kernel: str
+    kernels: Kernels
     vision_inputs: VisionInputs
 
     def __call__(self, batch: Batch) -> Layout:
-        real = batch.num_samples - batch.num_fillers
+        device, real = self.kernels.device, batch.num_samples - batch.num_fillers
+        plan = make_plan(self.policy, batch.segment_lengths)
+        vision: dict[str, Any] = {}
+        if len(batch.grids):
+            vision = dict(self.vision_inputs(batch.grids))
+            vision["plan"] = vision["plan"].to(device).prepared(self.kernels.vision)
         return Layout(
-            plan=make_plan(self.policy, batch.segment_lengths),
-            vision=self.vision_inputs(batch.grids) if len(batch.grids) else {},
+            plan=plan.to(device).prepared(self.kernels.text),
+            vision=vision,
             visual_rows=batch.image_mask.nonzero()[:, 0],
             eos_rows=batch.eos_positions[:real],
         )

@@ -48,6 +48,12 @@ class QwenVLBackbone(Backbone):
     def hidden_size(self) -> int:
         return int(self.stock.config.text_config.hidden_size)
 
+    @property
+    def head_widths(self) -> tuple[int, int]:
+        model = self.stock.model
+        text, vision = model.language_model.layers[0].self_attn, model.visual.blocks[0].attn
+        return int(text.head_dim), int(vision.head_dim)
+
     def forward(
         self,
         batch: Batch,

@@ -32,6 +32,12 @@ class WindowPlans:
         """The same plans with buckets for another device."""
         return WindowPlans(self.images.to(device), self.windows.to(device))
 
+    def prepared(self, kernel: str) -> "WindowPlans":
+        return WindowPlans(self.images.prepared(kernel), self.windows.prepared(kernel))
+
+    def pin_memory(self) -> "WindowPlans":
+        return WindowPlans(self.images.pin_memory(), self.windows.pin_memory())
+
 
 @dataclass(frozen=True)
 class Windows:

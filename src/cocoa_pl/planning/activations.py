@@ -102,7 +102,11 @@ def kept_by_chunk(
     hooked = work.tokens * text.width * residual * (checkpointing and not tuning.full)
     return Kept(
         vision=vision,
-        text=(inputs if checkpointing else sum(blocks)) + rotary + last + hooked + _indices(work),
+        text=(inputs if checkpointing else sum(blocks))
+        + rotary
+        + last
+        + hooked
+        + _indices(work) * numbers.on_gpu,
         vision_block=vision_block,
         text_block=max(blocks),
         head=_head(shape, tuning, numbers, work) if work.predicted else 0,

@@ -53,27 +53,33 @@ def work_of(
     policy: Policy,
     vision: VisionShape,
     kernel: str,
-    predicted: int = 0,
-    rebuilt: int = 0,
+    device: torch.device,
+    predicted: int,
+    rebuilt: int,
     read: int,
 ) -> Work:
     """Count the work of one chunk.
 
     Args:
         kernel: a name in `attention.kernels.KERNELS`.
+        device: how attention pads depends on its kind.
         read: rows that the last layer computes whole.
     """
     patches = int(batch.patches_per_sample.sum())
     has_images, has_windows = len(batch.grids) > 0, vision.window > 0
     windows = window_lengths(batch.grids, side=vision.window) if has_windows else torch.empty(0)
+
+    def attention(plan: Plan) -> Attention:
+        return attention_work(plan.to(device), kernel)
+
     return Work(
         tokens=batch.num_tokens,
         samples=batch.num_samples,
         patches=patches,
         visual_tokens=patches // vision.merge_size**2,
-        text=attention_work(make_plan(policy, batch.segment_lengths), kernel),
-        images=attention_work(self_plan(batch.grids.prod(1)), kernel) if has_images else NOTHING,
-        windows=attention_work(self_plan(windows), kernel) if len(windows) else NOTHING,
+        text=attention(make_plan(policy, batch.segment_lengths)),
+        images=attention(self_plan(batch.grids.prod(1))) if has_images else NOTHING,
+        windows=attention(self_plan(windows)) if len(windows) else NOTHING,
         read=read,
         predicted=predicted,
         rebuilt=rebuilt,
@@ -84,11 +90,11 @@ def attention_work(plan: Plan, kernel: str) -> Attention:
     """What a kernel computes for a plan."""
     if kernel not in PADDING_KERNELS:
         return Attention(plan.num_scores, int(plan.cu_seqlens_q[-1]), int(plan.cu_seqlens_k[-1]))
-    sizes = [(*b.q_index.shape, b.k_index.shape[1]) for b in plan.buckets]  # segments, q, k
+    rectangles = plan.rectangles
     return Attention(
-        scores=sum(count * q * k for count, q, k in sizes),
-        queries=sum(count * q for count, q, _ in sizes),
-        keys=sum(count * k for count, _, k in sizes),
+        scores=sum(r.scores for r in rectangles),
+        queries=sum(r.segments * r.queries for r in rectangles),
+        keys=sum(r.segments * r.keys for r in rectangles),
     )
 
 

@@ -121,8 +121,14 @@ class StageModule(L.LightningModule, ABC, Generic[AnyChunk]):
         )
 
     @abstractmethod
-    def preparation(self, *, validating: bool) -> Preparation[AnyChunk]:
-        """What makes steps of rows, in the data workers."""
+    def preparation(
+        self, *, validating: bool, device: torch.device | None = None
+    ) -> Preparation[AnyChunk]:
+        """What makes steps of rows, in the data workers.
+
+        Args:
+            device: where the module will be when it takes them; None if it is there already.
+        """
 
     @abstractmethod
     def accumulate(self, step: Step[AnyChunk]) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from cocoa_pl.attention.plan import on_device
+from cocoa_pl.attention.gather import on_device
 from cocoa_pl.batch import Batch, Rows, cut_by_cost, join
 from cocoa_pl.corruption import (
     Corrupted,
@@ -41,7 +41,7 @@ class Chunk:
         return Chunk(self.batch.to(device), self.layout.to(device))
 
     def pin_memory(self) -> Chunk:
-        return replace(self, batch=self.batch.pin_memory())
+        return Chunk(self.batch.pin_memory(), self.layout.pin_memory())
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,8 @@ class Puzzle:
 
     def pin_memory(self) -> Puzzle:
         batch = self.batch.pin_memory()
-        return replace(self, batch=batch, seen=replace(self.seen, batch=batch))
+        seen = replace(self.seen, batch=batch)
+        return replace(self, batch=batch, seen=seen, layout=self.layout.pin_memory())
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cocoa_pl.attention.plan import on_device
+from cocoa_pl.attention.gather import on_device
 from cocoa_pl.distributed import RowCounts, gather_offset, gather_rows, global_sum
 from cocoa_pl.errors import UserError
 from cocoa_pl.grad_cache import cached_backward
@@ -110,8 +110,9 @@ class ContrastiveModule(StageModule[Chunk]):
     def parts(self) -> list[nn.Module]:
         return [self.backbone, *([self.temperature] if self.learn_temperature else [])]
 
-    def preparation(self, *, validating: bool) -> ToEmbed:
-        return ToEmbed(self.backbone.layouts(self.policy), token_budget=self.token_budget)
+    def preparation(self, *, validating: bool, device: torch.device | None = None) -> ToEmbed:
+        layouts = self.backbone.layouts(self.policy, device)
+        return ToEmbed(layouts, token_budget=self.token_budget)
 
     def accumulate(self, step: Step[Chunk]) -> dict[str, Tensor]:
         hits, scale = torch.zeros(2, device=self.device)

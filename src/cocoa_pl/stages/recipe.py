@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import lightning as L
-from lightning.pytorch.accelerators import CUDAAccelerator
 from rich.console import Console
 
 from cocoa_pl import checkpoint
@@ -160,13 +159,14 @@ def _run_stage(
         position={"stage": stage.name, "stage_index": index, "lineage": lineage},
     )
     trainer = _make_trainer(stage, settings, saver, label=label, start_step=start_step, steps=steps)
+    device = trainer.strategy.root_device
     data = StageData(
         rows.train,
         rows.validation,
         make_samples=stage.make_samples,
         processor=processor,
-        prepare=module.preparation(validating=False),
-        prepare_validation=module.preparation(validating=True),
+        prepare=module.preparation(validating=False, device=device),
+        prepare_validation=module.preparation(validating=True, device=device),
         mixing=stage.mixing,
         batch_size=stage.batch_size,
         validation_batch_size=stage.validation_batch_size,
@@ -175,7 +175,7 @@ def _run_stage(
         seed=seed,
         num_workers=settings.num_workers,
         on_bad_row=settings.on_bad_row,
-        pinned=isinstance(trainer.accelerator, CUDAAccelerator),
+        pinned=device.type == "cuda",
     )
     log.info("%s: %s", label, stage.described(num_rows=rows.num_train, steps=steps))
     trainer.fit(module, data, ckpt_path=settings.last if start_step else None)

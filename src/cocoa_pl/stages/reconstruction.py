@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cocoa_pl.attention.plan import on_device
+from cocoa_pl.attention.gather import on_device
 from cocoa_pl.corruption import Corruption, with_noise
 from cocoa_pl.distributed import global_sum
 from cocoa_pl.models.backbone import Backbone
@@ -57,7 +57,7 @@ class ReconstructionModule(StageModule[Puzzle]):
             else None
         )
 
-    def preparation(self, *, validating: bool) -> ToRebuild:
+    def preparation(self, *, validating: bool, device: torch.device | None = None) -> ToRebuild:
         corruption = Corruption(
             text_ratio=self.text_ratio,
             text_segment=self.text_segment,
@@ -68,7 +68,7 @@ class ReconstructionModule(StageModule[Puzzle]):
         return ToRebuild(
             corruption,
             exchanging=validating and self.text_segment == "target",
-            layouts=self.backbone.layouts(self.policy),
+            layouts=self.backbone.layouts(self.policy, device),
             token_budget=self.token_budget,
         )
 
