@@ -1,14 +1,21 @@
 """`attend` against its slow twin: one dense-mask SDPA over the whole row, in float64."""
 
+import pickle
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.nn.functional import scaled_dot_product_attention
 
 from cocoa_pl.attention import Policy, attend, dense_mask, make_plan
-from cocoa_pl.attention.kernels import KERNELS, transformers_attention
+from cocoa_pl.attention import gather as gather_module
+from cocoa_pl.attention import plan as plan_module
+from cocoa_pl.attention import rectangles as rectangles_module
+from cocoa_pl.attention.kernels import KERNELS, chosen, transformers_attention
+from cocoa_pl.attention.plan import Packed
+from cocoa_pl.attention.variable_length import over_segments
 
 ALL = ("context", "eos", "target")
 POLICIES = {
@@ -95,12 +102,88 @@ def test_output_keeps_the_dtype(name: str, dtype: torch.dtype) -> None:
     torch.testing.assert_close(got.double(), expected, rtol=0, atol=tolerance)
 
 
+@pytest.mark.parametrize("name", POLICIES)
+def test_several_rectangles_equal_dense_mask_attention(name: str) -> None:
+    """Lengths for which several rectangles are made, some of them padded."""
+    lengths = torch.tensor([[n, 1, n // 3] for n in (3, 150, 7, 160, 2, 90)])
+    plan = make_plan(POLICIES[name], lengths)
+    assert 1 < len(plan.padded.rectangles) < len(plan.cu_seqlens_q) - 1
+    assert_equals_dense(POLICIES[name], lengths, heads=4, kv_heads=2)
+
+
+def test_auto_comes_to_sdpa_on_the_cpu_and_other_names_to_themselves() -> None:
+    where: dict[str, Any] = {"device": torch.device("cpu"), "dtype": torch.bfloat16}
+    names = {name: chosen(name, head_width=64, **where) for name in KERNELS}
+    assert names == {"sdpa": "sdpa", "varlen": "varlen", "flash": "flash", "auto": "sdpa"}
+
+
+def test_auto_comes_to_varlen_where_flash_attention_computes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    cuda = torch.device("cuda", 7)
+    taken = {
+        (dtype, width): chosen("auto", device=cuda, dtype=dtype, head_width=width)
+        for dtype in (torch.float32, torch.bfloat16, torch.float16)
+        for width in (60, 80, 128, 256, 264)
+    }
+    assert {key for key, kernel in taken.items() if kernel == "varlen"} == {
+        (dtype, width) for dtype in (torch.bfloat16, torch.float16) for width in (80, 128, 256)
+    }
+
+
 def test_unknown_kernel_fails_instead_of_falling_back() -> None:
     q, k, v = states(1, heads=1, kv_heads=1, dtype=torch.float32)
     plan = make_plan(POLICIES["causal"], torch.tensor([[0, 1, 0]]))
     assert "no_such_kernel" not in KERNELS
     with pytest.raises(KeyError, match="no_such_kernel"):
         attend(q, k, v, plan, kernel="no_such_kernel", scale=1.0)
+
+
+# --- Nobody waits for the device ---------------------------------------------------------------
+
+
+@pytest.fixture
+def without_data(monkeypatch: pytest.MonkeyPatch) -> FakeTensorMode:
+    """Tensors in this mode have shapes and no values: reading one fails, as it would wait for the
+    device in a step. What a plan moves there has no values either.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    for module in (gather_module, rectangles_module, plan_module):
+        monkeypatch.setattr(module, "on_device", lambda tensor, device: mode.from_tensor(tensor))
+    return mode
+
+
+def any_linear_map(
+    q: Tensor, k: Tensor, v: Tensor, packed: Packed, causal: bool, scale: float
+) -> Tensor:
+    """In place of a kernel for packed rows, to which only a GPU gives values."""
+    assert isinstance(packed.max_q, int)
+    bounds = packed.cu_seqlens_q.sum() + packed.cu_seqlens_k.sum()
+    return q + (k.sum(0) + v.sum(0)).mean(0) * bounds
+
+
+@pytest.mark.parametrize("form", ["sdpa", "varlen"])
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_prepared_plan_is_run_forward_and_backward_without_reading_a_value(
+    name: str, form: str, without_data: FakeTensorMode
+) -> None:
+    lengths = torch.tensor(LENGTHS["mixed"])
+    tokens = int(lengths.sum())
+    plan = pickle.loads(pickle.dumps(make_plan(POLICIES[name], lengths).prepared(form)))
+    with without_data:
+        q, k, v = (torch.randn(tokens, n, 8, requires_grad=True) for n in (4, 2, 2))
+        if form == "sdpa":
+            output = attend(q, k, v, plan, kernel="sdpa", scale=0.3)
+        else:
+            output = over_segments(any_linear_map, q, k, v, plan, 0.3)
+        output.sum().backward()
+        with pytest.raises(DataDependentOutputException):
+            output.sum().item()  # the mode would have told
+    assert all(x.grad is not None and x.grad.shape == x.shape for x in (q, k, v))
+
+
+# --- The adapter for transformers --------------------------------------------------------------
 
 
 def transformers_call(**changes: Any) -> tuple[Tensor, None]:

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from cocoa_pl.attention import Plan, Policy, attend, dense_mask, kernels, make_plan, self_plan
-from cocoa_pl.attention.gather import gather
+from cocoa_pl.attention import Plan, Policy, attend, dense_mask, kernels, make_plan
 from cocoa_pl.attention.kernels import KERNELS
 from cocoa_pl.attention.variable_length import (
     Call,
@@ -156,62 +155,10 @@ def bridge_plan() -> Plan:
     return make_plan(POLICIES["eos_bridge"], torch.tensor(LENGTHS["mixed"]))
 
 
-def test_gathering_is_indexing_and_its_gradient_is_exact() -> None:
-    plan = bridge_plan()
-    wanted = plan.packed.gather
-    rows = torch.randn(int(plan.cu_seqlens_q[-1]), 3, dtype=torch.float64).requires_grad_()
-    copies = gather(rows, wanted)
-    assert torch.equal(copies, rows[plan.kv_index])
-    weight = torch.randn(copies.shape, dtype=torch.float64)
-    (found,) = torch.autograd.grad((copies * weight).sum(), rows)
-    (expected,) = torch.autograd.grad((rows[plan.kv_index] * weight).sum(), rows)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-15)
-    assert torch.autograd.gradcheck(lambda x: gather(x, wanted), (rows,))
-
-
-def test_copies_are_added_in_float32_and_rounded_once() -> None:
-    plan = bridge_plan()
-    rows = torch.zeros(int(plan.cu_seqlens_q[-1]), 64, dtype=torch.bfloat16).requires_grad_()
-    weight = torch.randn(len(plan.kv_index), 64).bfloat16()
-    (gather(rows, plan.packed.gather) * weight).sum().backward()
-    exact = torch.zeros(rows.shape, dtype=torch.float64)
-    exact.index_add_(0, plan.kv_index, weight.double())
-    once = exact.float().bfloat16()
-    assert rows.grad is not None
-    assert torch.equal(rows.grad, once)
-    stepwise = torch.zeros_like(rows.detach())
-    for place, token in enumerate(plan.kv_index.tolist()):
-        stepwise[token] += weight[place]
-    assert not torch.equal(stepwise, once)  # three terms: rounding after each is something else
-
-
-def test_no_list_of_copies_names_a_token_twice() -> None:
-    plan = bridge_plan()
-    wanted = plan.packed.gather
-    assert len(wanted.more) == 2  # EOS is read by all three segments
-    for tokens, places in wanted.more:
-        assert len(tokens.unique()) == len(tokens)
-        assert torch.equal(plan.kv_index[places], tokens)
-    assert torch.equal(plan.kv_index[wanted.first], torch.arange(len(wanted.first)))
-    listed = torch.cat([wanted.first, *(places for _, places in wanted.more)])
-    assert torch.equal(listed.sort().values, torch.arange(len(plan.kv_index)))
-
-
-@pytest.mark.parametrize("name", ["bidirectional", "causal"])
-def test_nothing_is_gathered_where_keys_lie_in_place(name: str) -> None:
-    lengths = torch.tensor(LENGTHS["mixed"])
-    rows = torch.randn(int(lengths.sum()), 2)
-    assert gather(rows, make_plan(POLICIES[name], lengths).packed.gather) is rows
-    assert gather(rows[:13], self_plan(torch.tensor([4, 9])).packed.gather).shape == (13, 2)
-    assert self_plan(torch.tensor([4, 9])).packed.gather.in_place
-
-
-def test_bounds_are_made_once_for_all_layers() -> None:
-    plan = bridge_plan()
-    assert plan.packed is plan.packed
-    assert plan.packed.max_q == 30
-    assert plan.packed.max_k == 48  # EOS of (17, 1, 30)
-    assert plan.to("cpu").packed is not plan.packed
+def test_the_longest_segments_are_told() -> None:
+    packed = bridge_plan().packed
+    assert packed.max_q == 30
+    assert packed.max_k == 48  # EOS of (17, 1, 30)
 
 
 def test_queries_and_keys_take_the_type_of_the_values() -> None:
@@ -250,6 +197,27 @@ def test_flash_attention_is_deterministic_where_torch_is() -> None:
         finally:
             torch.use_deterministic_algorithms(before)
     assert seen == [False, True]
+
+
+def test_only_flash_attention_is_allowed_while_varlen_runs() -> None:
+    plan = bridge_plan()
+    inputs = states(int(plan.cu_seqlens_q[-1]))
+    seen: list[bool] = []
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+
+    def fails(*given: Any, enable_gqa: bool, window_size: Any) -> Tensor:
+        seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+        raise RuntimeError("out of memory")
+
+    for allowed in (True, False):
+        torch.backends.cuda.enable_cudnn_sdp(allowed)
+        try:
+            with pytest.raises(RuntimeError, match="out of memory"):
+                over_segments(torch_call(fails), *inputs, plan, SCALE)
+            assert torch.backends.cuda.cudnn_sdp_enabled() == allowed  # whatever happens inside
+        finally:
+            torch.backends.cuda.enable_cudnn_sdp(before)
+    assert seen == [False, False]
 
 
 def test_the_installed_torch_is_known() -> None:
@@ -295,98 +263,3 @@ def test_auto_is_sdpa_on_the_cpu_and_says_so_once(caplog: pytest.LogCaptureFixtu
 
 def test_every_kernel_of_the_table_is_tested() -> None:
     assert set(KERNELS) == {"sdpa", "varlen", "flash", "auto"}
-
-
-# --- On a GPU ---------------------------------------------------------------------------------
-
-GPU_LENGTHS = torch.tensor([[300, 1, 64], [17, 1, 30], [0, 1, 5], [130, 1, 0]])
-IMAGES, WINDOWS = torch.tensor([576, 1024, 64, 4]), torch.tensor([64] * 20 + [32, 16, 16, 4])
-PLANS: dict[str, Callable[[], Plan]] = {
-    **{
-        name: (lambda policy=policy: make_plan(policy, GPU_LENGTHS))
-        for name, policy in POLICIES.items()
-    },
-    "images": lambda: self_plan(IMAGES),
-    "windows": lambda: self_plan(WINDOWS),
-}
-HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-SHAPES = {"grouped": (12, 2, 128), "vision": (4, 4, 80), "many groups": (28, 4, 128)}
-
-
-def on_gpu(name: str, shape: str, dtype: torch.dtype) -> tuple[Plan, list[Tensor]]:
-    plan, (heads, kv_heads, width) = PLANS[name]().to("cuda"), SHAPES[shape]
-    tokens = int(plan.cu_seqlens_q[-1])
-    inputs = states(tokens, heads=heads, kv_heads=kv_heads, width=width, dtype=dtype, device="cuda")
-    return plan, inputs
-
-
-def require(kernel: str) -> None:
-    if kernel == "flash":
-        pytest.importorskip("flash_attn")
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("kernel", ["varlen", "flash"])
-@pytest.mark.parametrize("dtype", HALF.values(), ids=HALF)
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("name", PLANS)
-def test_half_precision_equals_float32_on_a_gpu(
-    name: str, shape: str, dtype: torch.dtype, kernel: str
-) -> None:
-    """Grouped heads first: a kernel that mixes them up, forward or backward, fails here."""
-    require(kernel)
-    plan, half = on_gpu(name, shape, dtype)
-    full = [x.detach().float().requires_grad_() for x in half]
-    scale = half[0].shape[-1] ** -0.5
-    got = attend(*half, plan, kernel=kernel, scale=scale)
-    expected = attend(*full, plan, kernel="sdpa", scale=scale)
-    assert got.dtype == dtype
-    torch.testing.assert_close(got.float(), expected, rtol=2e-2, atol=2e-2)
-    for found, wanted in zip(gradients(got, half), gradients(expected, full), strict=True):
-        error = (found.float() - wanted).norm() / wanted.norm()
-        assert error < 1e-2  # bfloat16 has 8 bits; a key that is missed costs far more
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("name", PLANS)
-def test_auto_is_varlen_in_half_precision_on_a_gpu_and_sdpa_in_float32(name: str) -> None:
-    for dtype, kernel in ((torch.bfloat16, "varlen"), (torch.float32, "sdpa")):
-        plan, inputs = on_gpu(name, "grouped", dtype)
-        found = attend(*inputs, plan, kernel="auto", scale=SCALE)
-        assert torch.equal(found, attend(*inputs, plan, kernel=kernel, scale=SCALE))
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("kernel", ["varlen", "flash", "sdpa"])
-@pytest.mark.parametrize("name", ["eos_bridge", "bidirectional", "causal", "windows"])
-def test_kernels_are_deterministic_where_torch_is(name: str, kernel: str) -> None:
-    require(kernel)
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    try:
-        plan, inputs = on_gpu(name, "grouped", torch.bfloat16)
-        runs = []
-        for _ in range(3):
-            output = attend(*inputs, plan, kernel=kernel, scale=SCALE)
-            runs.append((output, *gradients(output, inputs)))
-    finally:
-        torch.use_deterministic_algorithms(before)
-    for again in runs[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(runs[0], again, strict=True))
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("kernel", ["varlen", "flash", "sdpa"])
-@pytest.mark.parametrize("name", ["eos_bridge", "windows"])
-def test_a_plan_and_its_kernel_never_wait_for_the_device(name: str, kernel: str) -> None:
-    require(kernel)
-    plan, inputs = on_gpu(name, "grouped", torch.bfloat16)
-    attend(*inputs, plan, kernel=kernel, scale=SCALE).sum().backward()  # warm up
-    ready = PLANS[name]().to("cuda").prepared(kernel).pin_memory()
-    mode = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        attend(*inputs, ready, kernel=kernel, scale=SCALE).sum().backward()
-        attend(*inputs, PLANS[name]().to("cuda"), kernel=kernel, scale=SCALE).sum().backward()
-    finally:
-        torch.cuda.set_sync_debug_mode(mode)

@@ -11,7 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -46,19 +48,19 @@ def make_gather(index: Tensor, real: Tensor) -> Gather:
         index: (K) int64 on the CPU; every token stands at a real place at least once.
         real: (K) bool, False for padding.
     """
-    places = real.nonzero()[:, 0]
-    tokens, order = index[places].sort(stable=True)  # copies of a token side by side
-    places = places[order]
-    begins = torch.cat([torch.ones(1, dtype=torch.bool), tokens.diff() != 0])
-    begin = begins.nonzero()[:, 0]
-    copy = torch.arange(len(tokens)) - begin[begins.cumsum(0) - 1]  # 0 for the first one
-    ranks = [copy == rank for rank in range(1, int(copy.max()) + 1)]
-    return Gather(
-        index=index,
-        first=places[begin],
-        more=tuple((tokens[rank], places[rank]) for rank in ranks),
-        in_place=len(index) == len(begin) and torch.equal(index, torch.arange(len(index))),
-    )
+    places = real.numpy().nonzero()[0]
+    tokens = index.numpy()[places]
+    num_tokens = int(tokens.max()) + 1
+    ranks: list[tuple[NDArray[np.int64], NDArray[np.int64]]] = []
+    while len(tokens):
+        place = np.empty(num_tokens, dtype=np.int64)
+        place[tokens[::-1]] = places[::-1]  # numpy keeps what is written last: the first copy
+        now = place[tokens] == places
+        ranks.append((tokens[now], places[now]) if ranks else (np.arange(num_tokens), place))
+        tokens, places = tokens[~now], places[~now]
+    (_, first), *more = [(torch.from_numpy(t), torch.from_numpy(p)) for t, p in ranks]
+    in_place = len(index) == num_tokens and torch.equal(index, torch.arange(num_tokens))
+    return Gather(index, first, tuple(more), in_place)
 
 
 def gather(rows: Tensor, wanted: Gather) -> Tensor:

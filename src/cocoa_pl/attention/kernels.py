@@ -4,7 +4,7 @@ Also the adapters that hand this function to stock transformers models: nothing 
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch
@@ -29,19 +29,28 @@ VISION_ATTENTION = "cocoa_flash_layout"
 def sdpa(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> Tensor:
     """torch's own attention, one call for each rectangle of padded segments; runs anywhere."""
     padded, grouped = plan.padded, k.shape[1] != q.shape[1]
-    shapes = padded.rectangles
-    queries = gather(q, padded.q).split([r.segments * r.queries for r in shapes])
-    keys, values = (
-        gather(states, padded.k).split([r.segments * r.keys for r in shapes]) for states in (k, v)
-    )
-    outputs = []
-    for r, mask, *states in zip(shapes, padded.masks, queries, keys, values, strict=True):
-        q, k, v = (part.unflatten(0, (r.segments, -1)).transpose(1, 2) for part in states)
-        output = scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=padded.causal, scale=scale, enable_gqa=grouped
-        )  # (G, H, Lq, D)
-        outputs.append(output.transpose(1, 2).flatten(0, 1))  # (G * Lq, H, D)
-    return ungather(torch.cat(outputs), padded.q)
+    q_shapes = [(shape.segments, shape.queries) for shape in padded.rectangles]
+    k_shapes = [(shape.segments, shape.keys) for shape in padded.rectangles]
+    outputs = [
+        scaled_dot_product_attention(
+            q_part,
+            k_part,
+            v_part,
+            attn_mask=mask,
+            is_causal=padded.causal,
+            scale=scale,
+            enable_gqa=grouped,
+        )
+        for mask, q_part, k_part, v_part in zip(
+            padded.masks,
+            _cut(gather(q, padded.q), q_shapes),
+            _cut(gather(k, padded.k), k_shapes),
+            _cut(gather(v, padded.k), k_shapes),
+            strict=True,
+        )
+    ]  # (G, H, Lq, D) each
+    rows = torch.cat([output.transpose(1, 2).flatten(0, 1) for output in outputs])
+    return ungather(rows, padded.q)
 
 
 def auto(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> Tensor:
@@ -119,3 +128,9 @@ AttentionInterface.register(VISION_ATTENTION, transformers_attention)
 @cache
 def _tell(kernel: str, device: str, dtype: torch.dtype, width: int) -> None:
     log.info("attention kernel auto: %s for heads of %d in %s on %s", kernel, width, dtype, device)
+
+
+def _cut(rows: Tensor, shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
+    """(sum of G L, H, D) -> (G, H, L, D) of each rectangle."""
+    parts = rows.split([segments * length for segments, length in shapes])
+    return [part.unflatten(0, s).transpose(1, 2) for part, s in zip(parts, shapes, strict=True)]

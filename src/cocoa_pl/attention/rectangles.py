@@ -15,10 +15,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cocoa_pl.attention.gather import Gather, make_gather, on_device
+from cocoa_pl.batch import ranges
 
-# What a call costs beside its scores, in scores of all heads. On the CPU as measured, forward and
-# backward (docs/speed.md); on a GPU, where launching is what costs, a choice that makes few calls.
-CPU_CALL_COST, GPU_CALL_COST = 512, 2**18
+# What a call costs beside its scores, in scores of all heads. On one core (AVX2, float32, 4 to 12
+# heads of 32 to 128) 400 to 2,300 were measured, forward and backward; more where several threads
+# meet in every call, up to 100,000 on busy cores. For lengths as in docs/speed.md padding is still
+# within 2 % of what is needed. Elsewhere launching costs: chosen for few calls, not measured.
+CPU_CALL_COST, GPU_CALL_COST = 2**12, 2**18
 MAX_SIZES = 128  # more distinct sizes are told apart by eighths of an octave only
 
 Integers = NDArray[np.int64]
@@ -75,21 +78,20 @@ def pad(
         cu_seqlens_q, cu_seqlens_k, kv_index, causal: as for `Plan`.
         call_cost: of a rectangle beside its scores, in scores.
     """
-    q_lengths, k_lengths = cu_seqlens_q.diff().long(), cu_seqlens_k.diff().long()
-    assert not causal or torch.equal(q_lengths, k_lengths)
-    groups = partition(q_lengths.numpy(), k_lengths.numpy(), call_cost=call_cost)
-    rectangles, q_parts, k_parts = [], [], []
-    for members in map(torch.from_numpy, groups):
-        q, k = q_lengths[members], k_lengths[members]
-        q_parts.append(_places(cu_seqlens_q[members].long(), q))
-        k_parts.append(_places(cu_seqlens_k[members].long(), k))
-        # Behind a causal segment's end there is nothing that its own queries see.
-        masked = not causal and bool((k != k[0]).any())
-        rectangles.append(Rectangle(len(members), int(q.max()), int(k.max()), masked))
-    q_index, q_real = map(torch.cat, zip(*q_parts, strict=True))
-    k_entry, k_real = map(torch.cat, zip(*k_parts, strict=True))
+    q_lengths, k_lengths = (bounds.diff().long().numpy() for bounds in (cu_seqlens_q, cu_seqlens_k))
+    assert not causal or np.array_equal(q_lengths, k_lengths)
+    groups = partition(q_lengths, k_lengths, call_cost=call_cost)
+    order, counts = np.concatenate(groups), np.array([len(group) for group in groups])
+    starts = counts.cumsum() - counts
+    q_sides, k_sides = (np.maximum.reduceat(x[order], starts) for x in (q_lengths, k_lengths))
+    # Behind a causal segment's end there is nothing that its own queries see.
+    unequal = np.minimum.reduceat(k_lengths[order], starts) < k_sides
+    masked = unequal & (not causal)
+    q_index, q_real = _places(cu_seqlens_q, order, np.repeat(q_sides, counts))
+    k_entry, k_real = _places(cu_seqlens_k, order, np.repeat(k_sides, counts))
+    shapes = (counts.tolist(), q_sides.tolist(), k_sides.tolist(), masked.tolist())
     return Padded(
-        tuple(rectangles),
+        tuple(map(Rectangle, *shapes)),
         make_gather(q_index, q_real),
         make_gather(kv_index[k_entry], k_real),
         k_real,
@@ -100,7 +102,8 @@ def pad(
 def partition(q_lengths: Integers, k_lengths: Integers, *, call_cost: int) -> list[Integers]:
     """Cut segments into groups so that padded scores plus `call_cost` a group are few.
 
-    Least of all where sizes can be sorted (queries and keys grow together); nearly so elsewhere.
+    The fewest where segments can be sorted by both sides at once and have at most `MAX_SIZES`
+    sizes; nearly so elsewhere.
 
     Args:
         q_lengths, k_lengths: (N), at least 1.
@@ -150,11 +153,14 @@ def _runs(keys: Integers) -> tuple[Integers, Integers]:
     return order, np.concatenate([[0], changes.nonzero()[0] + 1])
 
 
-def _places(starts: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """Entries of segments padded to the longest, end to end, and which of them are real.
+def _places(bounds: Tensor, order: Integers, padded: Integers) -> tuple[Tensor, Tensor]:
+    """Entries of segments in an order, each padded to a length; and which of them are real.
 
     Padding repeats a segment's last entry.
     """
-    place = torch.arange(int(lengths.max()))
-    index = starts[:, None] + place.clamp(max=lengths[:, None] - 1)
-    return index.flatten(), (place < lengths[:, None]).flatten()
+    segments, lengths = torch.from_numpy(order), torch.from_numpy(padded)
+    place = ranges(torch.zeros_like(lengths), lengths)
+    first, last = bounds[:-1].long()[segments], bounds[1:].long()[segments] - 1
+    entry = place + torch.repeat_interleave(first, lengths)
+    last = torch.repeat_interleave(last, lengths)
+    return entry.minimum(last), entry <= last

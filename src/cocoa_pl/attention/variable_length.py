@@ -8,7 +8,8 @@ gathered once for each of them.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
 from typing import Any
@@ -79,9 +80,11 @@ def require_flash_inputs(states: Tensor, kernel: str) -> None:
 def torch_call(function: Callable[..., Any]) -> Call:
     """Adapt `varlen_attn` as the installed torch has it.
 
-    Its keywords changed: the first versions take `is_causal` and no `scale`; later ones
-    `window_size`, where (-1, 0) is causal, and `enable_gqa`. Where it does not take grouped heads,
-    keys and values are repeated.
+    Its documented keywords changed: 2.10 takes `is_causal` and no `scale`; 2.11 `scale` and
+    `window_size`, where (-1, 0) is causal; 2.12 and 2.13 `enable_gqa` too. Where grouped heads are
+    not promised, keys and values are repeated. What else there is (`seqused_k`, `block_table`,
+    `num_splits`, caches) is for inference. A causal segment has as many queries as keys, so it does
+    not matter at which end a version aligns them.
     """
     names: Mapping[str, Any] = inspect.signature(function).parameters
     if not {"window_size", "is_causal"} & set(names):
@@ -106,7 +109,8 @@ def torch_call(function: Callable[..., Any]) -> Call:
         elif (factor := scale * q.shape[2] ** 0.5) != 1:  # of what it scales by itself
             q = q * factor
         bounds = (packed.cu_seqlens_q, packed.cu_seqlens_k, packed.max_q, packed.max_k)
-        output: Tensor = function(q, k, v, *bounds, **keywords)
+        with _without_cudnn():
+            output: Tensor = function(q, k, v, *bounds, **keywords)
         return output
 
     return call
@@ -144,6 +148,20 @@ def _refusal(device: torch.device, dtype: torch.dtype, head_width: int) -> str |
     if _capability(device) < MIN_CAPABILITY:
         return "needs a GPU of compute capability 8.0 or more"
     return None
+
+
+@contextmanager
+def _without_cudnn() -> Iterator[None]:
+    """`varlen` is flash attention. Later versions of torch prefer cuDNN where both are allowed,
+    which was slower where it was tried (https://github.com/pytorch/pytorch/issues/187770), and
+    choose for the backward pass what ran forward.
+    """
+    allowed = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(allowed)
 
 
 @cache

@@ -29,7 +29,7 @@ class WindowPlans:
     windows: Plan  # every window of every image by itself
 
     def to(self, device: torch.device | str) -> "WindowPlans":
-        """The same plans with buckets for another device."""
+        """The same plans for another device."""
         return WindowPlans(self.images.to(device), self.windows.to(device))
 
     def prepared(self, kernel: str) -> "WindowPlans":
