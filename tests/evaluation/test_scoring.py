@@ -136,9 +136,7 @@ def test_rows_that_share_lists_score_like_rows_that_spell_them_out(
             candidate_index=shared,
             block=block,
         )
-        assert_same(
-            found, every_score(corpus.queries, corpus.candidates, corpus.query_index, rows)
-        )
+        assert_same(found, every_score(corpus.queries, corpus.candidates, corpus.query_index, rows))
 
 
 def test_a_single_list_is_scored_without_spelling_out_any_row(
@@ -223,8 +221,7 @@ class Counted:
         return found
 
 
-def test_each_candidate_is_read_once_for_a_block_that_shares_it_and_never_for_one_that_does_not(
-) -> None:
+def test_a_block_reads_what_it_shares_once_and_nothing_that_it_does_not_need() -> None:
     rng = np.random.default_rng(0)
     vectors = unit(rng.normal(size=(2000, 8)))
     queries = vectors[rng.integers(2000, size=200)]

@@ -63,11 +63,6 @@ class CandidateRows(Sequence[np.ndarray]):
     def __iter__(self) -> Iterator[np.ndarray]:
         return (self[row] for row in range(len(self)))
 
-    @property
-    def lengths(self) -> np.ndarray:
-        """int64 [Q], candidates of each row."""
-        return np.array([len(one) for one in self.lists], np.int64)[self.list_of_row]
-
     def select(self, rows: Sequence[int]) -> CandidateRows:
         """Some of the rows, and of the lists those that they use."""
         chosen = self.list_of_row[rows]
@@ -83,6 +78,13 @@ class CandidateRows(Sequence[np.ndarray]):
         return CandidateRows(
             [rank[one] for one in self.lists], self.list_of_row, rank[self.positive]
         )
+
+
+def row_lengths(rows: Sequence[np.ndarray]) -> np.ndarray:
+    """int64 [Q], candidates of each row."""
+    if isinstance(rows, CandidateRows):
+        return np.array([len(one) for one in rows.lists], np.int64)[rows.list_of_row]
+    return np.array([len(row) for row in rows], np.int64)
 
 
 class CandidateTable:

@@ -184,7 +184,9 @@ def _train_rows(
             number += 1
 
 
-def _keep_used(items: list[Item | None], index: Sequence[np.ndarray]) -> tuple[list[Item], np.ndarray]:
+def _keep_used(
+    items: list[Item | None], index: Sequence[np.ndarray]
+) -> tuple[list[Item], np.ndarray]:
     """The items that `index` names, and int32 [len(items)]: number -> position among them."""
     used = np.zeros(len(items), dtype=bool)
     for numbers in index:

@@ -70,14 +70,14 @@ def _leads(
 ) -> Iterator[tuple[Ints, Floats, Floats]]:
     """Rows [B], and of each its positive's score and the best among its other candidates."""
     width = queries.shape[1]
-    apart = np.arange(len(query_index))
+    apart: Ints = np.arange(len(query_index))
     if isinstance(candidate_index, CandidateRows):
         number = candidate_index.list_of_row
         counts = np.bincount(number, minlength=len(candidate_index.lists))
         for shared in np.flatnonzero(counts >= _MANY_ROWS):
-            rows = np.flatnonzero(number == shared)
-            for part in blocks(len(rows), block // width):
-                some = rows[part]
+            all_rows = np.flatnonzero(number == shared)
+            for part in blocks(len(all_rows), block // width):
+                some = all_rows[part]
                 yield (
                     some,
                     *_shared_leads(
@@ -140,9 +140,7 @@ def _row_blocks(
     start, pairs = 0, 0
     for number, row in enumerate(rows):
         one = np.asarray(candidate_index[row])
-        if lists and (
-            pairs + len(one) > block // READ_COST or (len(lists) + 1) * width > block
-        ):
+        if lists and (pairs + len(one) > block // READ_COST or (len(lists) + 1) * width > block):
             yield rows[start:number], lists
             start, lists, pairs = number, [], 0
         lists.append(one)
