@@ -10,12 +10,13 @@ In every row the first candidate is the positive.
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import numpy as np
 
 from cocoa_pl.data.candidate_rows import CandidateRows
 from cocoa_pl.evaluation.metrics import Hits, row_hit, rule_hits
-from cocoa_pl.evaluation.vectors import Floats, Ints, Vectors, blocks, read
+from cocoa_pl.evaluation.vectors import Floats, Ints, Vectors, blocks, read, widened
 
 # Numbers held at once of each kind (queries, candidates, scores): 64 MiB of float32.
 BLOCK = 1 << 24
@@ -23,8 +24,8 @@ BLOCK = 1 << 24
 READ_COST = 12
 # Rows with the same list from which on the list is scored by itself.
 _MANY_ROWS = 8
-# Numbers of a row's own vectors that are used while they are in the processor's cache.
-_CACHED = 1 << 17
+# Numbers of rows' own vectors that are read together, and used while the processor caches them.
+_READ, _CACHED = 1 << 20, 1 << 17
 # A float32 product may differ by this much between two equal candidates.
 _ROUNDING = 1e-5
 
@@ -171,16 +172,18 @@ def _own_scores(
 ) -> Floats:
     """Scores of each query [B, D] with its own candidates only: [sum of K]."""
     width = queries.shape[1]
-    ends = lengths.cumsum()
+    row_of = np.repeat(np.arange(len(lengths)), lengths)
     scores = np.empty(len(flat), queries.dtype)
-    for part in blocks(len(flat), _CACHED // width):
-        vectors = read(candidates, flat[part])
-        row, start = int(np.searchsorted(ends, part.start, side="right")), part.start
-        while start < part.stop:
-            stop = min(int(ends[row]), part.stop)
-            here = vectors[start - part.start : stop - part.start]
-            np.dot(here, queries[row], out=scores[start:stop])
-            row, start = row + 1, stop
+    for part in blocks(len(flat), min(_READ, block) // width):
+        vectors = np.asarray(candidates[flat[part]])
+        for piece in blocks(len(vectors), _CACHED // width):
+            wide = widened(vectors[piece])
+            rows = row_of[part][piece]
+            cuts = [0, *(np.flatnonzero(np.diff(rows)) + 1).tolist(), len(rows)]
+            for start, stop in pairwise(cuts):
+                place = part.start + piece.start + start
+                here = scores[place : place + stop - start]
+                np.dot(wide[start:stop], queries[rows[start]], out=here)
     return scores
 
 
