@@ -1,7 +1,10 @@
 """Score a model on a benchmark: `python evaluate.py ckpt=RUN_OR_EXPORT`.
 
 RUN_OR_EXPORT is a run folder, a .ckpt, an exported folder or a hub id. Writes results.json and
-report.html.
+report.html. With store=FOLDER vectors are kept there: the command goes on where it was killed, and
+several processes share the work:
+
+    torchrun --nproc-per-node=2 evaluate.py ckpt=RUN store=FOLDER hydra.run.dir=runs/NAME
 """
 
 import os
@@ -14,30 +17,57 @@ from omegaconf import DictConfig
 
 from cocoa_pl.assemble import open_embedder, score
 from cocoa_pl.command_line import check_command_line
-from cocoa_pl.entry import build, guarded, register_resolvers, set_up_logging
+from cocoa_pl.distributed import world_size
+from cocoa_pl.entry import (
+    build,
+    check_run_folder,
+    guarded,
+    launched_processes,
+    register_resolvers,
+    set_up_logging,
+)
 from cocoa_pl.errors import UserError
+from cocoa_pl.evaluation.embedded import VectorSettings
 
 
 @hydra.main(config_path="conf", config_name="evaluate", version_base="1.3")
 def main(cfg: DictConfig) -> None:
-    run_dir = Path(os.path.relpath(HydraConfig.get().runtime.output_dir))
-    console = set_up_logging(run_dir)
+    job = HydraConfig.get()
+    run_dir = Path(os.path.relpath(job.runtime.output_dir))
 
     def run() -> None:
-        embedder = open_embedder(cfg.ckpt, device=cfg.device)
-        metrics = Path(cfg.ckpt) / "metrics.csv"
-        score(
-            embedder,
-            build(cfg.benchmark),
-            run_dir,
-            console,
-            checkpoint_name=cfg.ckpt,
-            facts={"attention": embedder.policy.name},
-            metrics_csv=metrics if metrics.is_file() else None,
-        )
+        check_run_folder(job.overrides.hydra, way="hydra.run.dir=runs/NAME")
+        console = set_up_logging(run_dir)
+        with launched_processes():
+            if world_size() > 1 and cfg.store is None:
+                raise UserError(
+                    "several processes share vectors through a folder; give it as store=FOLDER"
+                )
+            embedder = open_embedder(cfg.ckpt, device=cfg.device)
+            metrics = Path(cfg.ckpt) / "metrics.csv"
+            score(
+                embedder,
+                build(cfg.benchmark),
+                run_dir,
+                console,
+                checkpoint_name=cfg.ckpt,
+                facts={"attention": embedder.policy.name, "vectors": _kept_as(cfg)},
+                metrics_csv=metrics if metrics.is_file() else None,
+                vectors=VectorSettings(
+                    batch_tokens=cfg.batch_tokens,
+                    threads=cfg.threads,
+                    store=None if cfg.store is None else Path(cfg.store),
+                    store_dtype=cfg.store_dtype,
+                ),
+            )
 
-    if status := guarded(run):
+    remedy = f"the same command goes on with what is in store={cfg.store}"
+    if status := guarded(run, remedy=remedy):
         sys.exit(status)
+
+
+def _kept_as(cfg: DictConfig) -> str:
+    return "float32, in memory" if cfg.store is None else f"{cfg.store_dtype}, in {cfg.store}"
 
 
 def start() -> None:

@@ -29,6 +29,10 @@ def fields_equal(first: Batch, second: Batch) -> bool:
     )
 
 
+def cut(batch: Batch, token_budget: int) -> list[Tensor]:
+    return cut_by_cost(batch.lengths, batch.costs, token_budget)
+
+
 def text_sample(tokens: int, *, name: str = "toy") -> Encoded:
     return Encoded(
         input_ids=torch.arange(tokens),
@@ -115,13 +119,13 @@ def test_taken_samples_are_those_packed_in_that_order(
 def test_pieces_hold_the_dearest_first_and_never_exceed_the_token_budget(
     lengths: Sequence[int], budget: int, expected: list[list[int]]
 ) -> None:
-    pieces = cut_by_cost(pack([text_sample(n) for n in lengths]), budget)
+    pieces = cut(pack([text_sample(n) for n in lengths]), budget)
     assert [piece.tolist() for piece in pieces] == expected
 
 
 @pytest.mark.parametrize("budget", [1, 10, 20, 40, 10_000])
 def test_pieces_hold_every_sample_once(budget: int, samples: list[Encoded]) -> None:
-    pieces = cut_by_cost(pack(samples), budget)
+    pieces = cut(pack(samples), budget)
     assert torch.cat(pieces).sort().values.tolist() == list(range(len(samples)))
     assert all(len(piece) for piece in pieces)
 
@@ -130,14 +134,14 @@ def test_an_image_is_dearer_than_a_text_of_as_many_tokens(samples: list[Encoded]
     picture = samples[0]
     text = text_sample(len(picture.input_ids) + 1)
     text = dataclasses.replace(text, patches=torch.empty(0, picture.patches.shape[1]).byte())
-    (piece,) = cut_by_cost(pack([text, picture]), 1000)
+    (piece,) = cut(pack([text, picture]), 1000)
     assert piece.tolist() == [1, 0]
 
 
 def test_sorted_pieces_are_fuller_and_alike() -> None:
     """Rows of a pair are a long and a short sample; beside each other they would fill a piece."""
     batch = pack([text_sample(n) for n in [300, 20] * 32])
-    pieces = cut_by_cost(batch, 1000)
+    pieces = cut(batch, 1000)
     assert len(pieces) == 11 + 1
     assert sum(len(batch.lengths[piece].unique()) > 1 for piece in pieces) == 1
 

@@ -19,7 +19,8 @@ from cocoa_pl.distributed import rank
 from cocoa_pl.embedder import Embedder, chosen_device
 from cocoa_pl.entry import build, save_config
 from cocoa_pl.errors import UserError
-from cocoa_pl.evaluation.benchmark import evaluate
+from cocoa_pl.evaluation.benchmark import check_subsets, score_subsets
+from cocoa_pl.evaluation.embedded import IN_MEMORY, VectorSettings, embedded
 from cocoa_pl.evaluation.report import score_table, write_report
 from cocoa_pl.export import export, lineage_of
 from cocoa_pl.models.adapter_folders import base_path, is_adapter, load_adapter
@@ -193,7 +194,7 @@ def open_embedder(path: str, *, device: str) -> Embedder:
     checkpoint.load_backbone(backbone, weights, where=path)
     stage = build_stages(cfg)[content["cocoa"]["stage_index"]]
     processor = make_processor(cfg, loaded, max_pixels=cfg.model.eval_max_pixels)
-    return Embedder(backbone.to(chosen_device(device)), processor, stage.policy)
+    return Embedder(backbone.to(chosen_device(device)).eval(), processor, stage.policy)
 
 
 def score(
@@ -205,11 +206,23 @@ def score(
     checkpoint_name: str,
     facts: dict[str, Any],
     metrics_csv: Path | None,
+    vectors: VectorSettings = IN_MEMORY,
 ) -> None:
-    """Evaluate, write results.json and report.html, and show the table."""
-    results = evaluate(
-        embedder.encode,
-        benchmark.subsets(),
+    """Evaluate, write results.json and report.html, and show the table.
+
+    Of several processes, which share `vectors.store`, each embeds its part and the first scores.
+
+    Raises:
+        UserError: if several processes have no store to share.
+    """
+    subsets = benchmark.subsets()
+    check_subsets(subsets)
+    vectors_of = embedded(embedder, subsets, vectors)
+    if rank():
+        return
+    results = score_subsets(
+        vectors_of,
+        subsets,
         benchmark=benchmark.name,
         checkpoint=checkpoint_name,
         is_partial=benchmark.is_partial,

@@ -75,6 +75,14 @@ class Batch:
         return self.segment_lengths.sum(1)
 
     @property
+    def costs(self) -> Tensor:
+        """What samples cost, in text tokens: (S) int64, CPU."""
+        before = torch.nn.functional.pad(self.image_mask.long().cumsum(0), (1, 0))
+        ends = self.lengths.cumsum(0)
+        visual = before[ends] - before[ends - self.lengths]
+        return self.lengths + VISUAL_TOKEN_COST * visual
+
+    @property
     def eos_positions(self) -> Tensor:
         """Where each sample's EOS lies in the row: (S) int64, CPU."""
         ends = self.lengths.cumsum(0)
@@ -154,22 +162,23 @@ class Rows:
     skipped: tuple[str, ...]  # why rows are missing, where the config allows it
 
 
-def cut_by_cost(batch: Batch, token_budget: int) -> list[Tensor]:
+def cut_by_cost(tokens: Tensor, costs: Tensor, token_budget: int) -> list[Tensor]:
     """Samples of about equal cost together, the dearest first, in pieces of at most `token_budget`
     tokens (a longer single sample is a piece alone).
 
     Then texts do not wait for images, pieces are full, and attention pads little where it pads.
     Samples of equal cost keep their order.
 
+    Args:
+        tokens, costs: (S), of each sample.
+
     Returns:
         For each piece the samples in it, int64; together each sample once.
     """
-    lengths = batch.lengths
-    cost = lengths + VISUAL_TOKEN_COST * _visual_tokens(batch)
-    order = cost.argsort(descending=True, stable=True)
+    order = costs.argsort(descending=True, stable=True)
     sizes, used = [0], 0
-    for length in lengths[order].tolist():
-        if used and used + length > token_budget:
+    for length in tokens[order].tolist():
+        if sizes[-1] and used + length > token_budget:
             sizes.append(0)
             used = 0
         sizes[-1] += 1
@@ -214,13 +223,6 @@ def ranges(starts: Tensor, lengths: Tensor) -> Tensor:
     ends = lengths.cumsum(0)
     within = torch.arange(int(lengths.sum())) - torch.repeat_interleave(ends - lengths, lengths)
     return torch.repeat_interleave(starts, lengths) + within
-
-
-def _visual_tokens(batch: Batch) -> Tensor:
-    """Of each sample: (S) int64."""
-    before = torch.nn.functional.pad(batch.image_mask.long().cumsum(0), (1, 0))
-    ends = batch.lengths.cumsum(0)
-    return before[ends] - before[ends - batch.lengths]
 
 
 def _span(sizes: Tensor, start: int, stop: int) -> slice:

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL.Image import Image
 
 from cocoa_pl.attention import Policy
-from cocoa_pl.batch import Encoded, pack
+from cocoa_pl.batch import Batch, Encoded, pack
+from cocoa_pl.data.inputs import Input, as_item
+from cocoa_pl.data.item_batches import item_batches, name_of
+from cocoa_pl.data.progress import Progress
 from cocoa_pl.data.tokenize import Processor
 from cocoa_pl.errors import UserError
-from cocoa_pl.fingerprint import check_fingerprint
-from cocoa_pl.items import IMAGE_SLOT, ImageSource, Item
+from cocoa_pl.fingerprint import check_fingerprint, digest_of, digest_of_text, take_fingerprint
+from cocoa_pl.items import Item
 from cocoa_pl.models.backbone import Backbone
+from cocoa_pl.models.layout import Layout
 from cocoa_pl.models.loading import ADAPTER_CONFIG, find_folder, load
 
 FORMAT = 1  # of cocoa.json
@@ -32,7 +38,10 @@ NEEDED = (
     "fingerprint",
 )
 
-Input = str | Item | Mapping[str, Any]
+THREADS = 4  # that read and encode ahead of the model
+
+Fetch = Callable[[], NDArray[np.float32]]
+Part = tuple[NDArray[np.intp], NDArray[np.float32]]  # places of items, and their vectors
 
 
 class Embedder:
@@ -45,6 +54,7 @@ class Embedder:
         self.backbone = backbone
         self.processor = processor
         self.policy = policy
+        self._one_at_a_time = threading.Lock()
 
     @classmethod
     def load(cls, path: str, *, device: str = "auto") -> Embedder:
@@ -71,9 +81,8 @@ class Embedder:
                 f"{folder}: the tokenizer's end token is {processor.eos_id}, "
                 f"the model was trained on {described['eos_token_id']}"
             )
-        embedder = cls(
-            loaded.backbone.to(chosen_device(device)), processor, Policy(**described["policy"])
-        )
+        backbone = loaded.backbone.to(chosen_device(device)).eval()
+        embedder = cls(backbone, processor, Policy(**described["policy"]))
         expected = np.array(described["fingerprint"], dtype=np.float32)
         check_fingerprint(embedder.encode, expected, dtype=dtype, where=str(folder))
         return embedder
@@ -82,15 +91,36 @@ class Embedder:
     def dim(self) -> int:
         return self.backbone.hidden_size
 
-    @torch.inference_mode()
-    def encode(self, items: Sequence[Input], *, batch_tokens: int = 8192) -> NDArray[np.float32]:
+    def identity(self) -> dict[str, Any]:
+        """What vectors depend on, for telling whether kept ones are this model's: exact digests,
+        settings, and the fingerprint, which rounding may move.
+        """
+        processor = self.processor
+        return {
+            "weights": digest_of(self.backbone.state_dict()),
+            "tokenizer": digest_of_text(processor.tokenizer.backend_tokenizer.to_str()),
+            "image_processor": digest_of_text(processor.image_processor.to_json_string()),
+            "policy": self.policy.to_dict(),
+            "eos_token_id": processor.eos_id,
+            "max_length": processor.max_length,
+            "min_pixels": processor.size.shortest_edge,
+            "max_pixels": processor.size.longest_edge,
+            "dtype": str(self.backbone.compute_dtype).removeprefix("torch."),
+            "fingerprint": take_fingerprint(self.encode).tolist(),
+        }
+
+    def encode(
+        self, items: Sequence[Input], *, batch_tokens: int = 8192, threads: int = THREADS
+    ) -> NDArray[np.float32]:
         """Embed items.
 
         Args:
             items: strings, `Item`s, or dicts with `text` and/or `image` (a path, bytes, a PIL
                 image, or a list of them); images go before the text unless the text places them
                 with U+FFFC.
-            batch_tokens: tokens that go through the model together.
+            batch_tokens: tokens that go through the model together, at most (a longer single item
+                goes alone).
+            threads: that read images and tokenize texts ahead of the model; 0 for none.
 
         Returns:
             (N, D) float32, rows of unit length, in the order given.
@@ -98,42 +128,102 @@ class Embedder:
         Raises:
             UserError: naming the item that cannot be embedded.
         """
+        stream = self.stream(items, batch_tokens=batch_tokens, threads=threads)
+        vectors = np.empty((len(items), self.dim), np.float32)
+        with closing(stream):
+            for numbers, some in stream:
+                vectors[numbers] = some
+        return vectors
+
+    def stream(
+        self, items: Sequence[Input], *, batch_tokens: int = 8192, threads: int = THREADS
+    ) -> Generator[Part]:
+        """Embed items and hand over each batch when it is there, for more items than memory holds.
+
+        Arguments and errors are those of `encode`. Several threads may embed at once: the model
+        runs for one of them at a time.
+
+        Returns:
+            An iterator over places in `items`, (n), and their vectors, (n, D). Each item occurs
+            once; the order is by cost within a few thousand items.
+        """
         if isinstance(items, str | Item | Mapping):
             raise UserError("encode takes a list of items; put a single one into a list")
-        training = self.backbone.training
-        self.backbone.eval()
-        try:
-            vectors = [self._embed(samples) for samples in self._batches(items, batch_tokens)]
-        finally:
-            self.backbone.train(training)
-        return np.concatenate([np.zeros((0, self.dim), np.float32), *vectors])
+        return self._parts(items, batch_tokens, threads)
 
-    def _batches(self, items: Sequence[Input], batch_tokens: int) -> Iterator[list[Encoded]]:
-        waiting: list[Encoded] = []
-        used = 0
-        for number, value in enumerate(items):
-            sample = self._encoded(value, where=f"item {number}")
-            if waiting and used + len(sample.input_ids) > batch_tokens:
-                yield waiting
-                waiting, used = [], 0
-            waiting.append(sample)
-            used += len(sample.input_ids)
-        if waiting:
-            yield waiting
+    def _parts(self, items: Sequence[Input], batch_tokens: int, threads: int) -> Generator[Part]:
+        def item_at(number: int) -> Item:
+            try:
+                return as_item(items[number])
+            except ValueError as error:
+                raise UserError(f"{name_of(number)}: {error}") from error
 
-    def _encoded(self, value: Input, *, where: str) -> Encoded:
-        try:
-            item = as_item(value)
-        except ValueError as error:
-            raise UserError(f"{where}: {error}") from error
-        return self.processor.encode(item, None, key=0, seed=0, row_id=where)
+        progress = Progress(len(items), done="embedded")
+        batches = item_batches(
+            len(items),
+            item_at,
+            self.processor,
+            self._lay_out,
+            batch_tokens=batch_tokens,
+            threads=threads,
+        )
+        with closing(batches):
+            queued: deque[tuple[NDArray[np.intp], Fetch]] = deque()  # on the device
+            for numbers, (batch, layout) in batches:
+                queued.append((numbers, self._embed(batch, layout)))
+                if len(queued) > 1:  # the device has the next one while this one is fetched
+                    yield _fetched(*queued.popleft(), progress)
+            while queued:
+                yield _fetched(*queued.popleft(), progress)
 
-    def _embed(self, samples: list[Encoded]) -> NDArray[np.float32]:
+    def _lay_out(self, samples: list[Encoded]) -> tuple[Batch, Layout]:
+        """What the model takes; in a thread ahead of it, and for a GPU in pinned memory."""
         batch, device = pack(samples), self.backbone.device
         layout = self.backbone.layouts(self.policy)(batch)
-        embeddings = self.backbone.embed(batch.to(device), layout.to(device))
-        vectors: NDArray[np.float32] = embeddings.cpu().numpy()
-        return vectors
+        if device.type != "cuda":
+            return batch, layout
+        with torch.cuda.device(device):  # a new thread begins with the first GPU
+            return batch.pin_memory(), layout.pin_memory()
+
+    def _embed(self, batch: Batch, layout: Layout) -> Fetch:
+        """Queue a batch on the device; the function returned waits for its vectors."""
+        device = self.backbone.device
+        with self._one_at_a_time, torch.inference_mode(), _evaluating(self.backbone):
+            vectors = self.backbone.embed(batch.to(device), layout.to(device))
+            on_host = vectors.to("cpu", non_blocking=True)
+            wait = _nothing
+            if vectors.is_cuda:
+                wait = torch.cuda.current_stream(vectors.device).record_event().synchronize
+
+        def fetch() -> NDArray[np.float32]:
+            wait()
+            found: NDArray[np.float32] = on_host.numpy()
+            return found
+
+        return fetch
+
+
+def _fetched(numbers: NDArray[np.intp], fetch: Fetch, progress: Progress) -> Part:
+    vectors = fetch()
+    progress.advance(len(numbers))
+    return numbers, vectors
+
+
+@contextmanager
+def _evaluating(backbone: Backbone) -> Iterator[None]:
+    """Every module in evaluation mode, and those that were in training mode in it again after."""
+    trained = [module for module in backbone.modules() if module.training]
+    for module in trained:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in trained:
+            module.training = True
+
+
+def _nothing() -> None:
+    """The CPU is done when it returns."""
 
 
 def chosen_device(device: str) -> str:
@@ -141,35 +231,6 @@ def chosen_device(device: str) -> str:
     if device != "auto":
         return device
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def as_item(value: Input) -> Item:
-    """What users pass to an `Item`.
-
-    Raises:
-        ValueError: for an empty or unknown input.
-    """
-    if isinstance(value, Item):
-        return value
-    if isinstance(value, str):
-        value = {"text": value}
-    if not isinstance(value, Mapping):
-        raise ValueError(f"an item is a string, an Item or a dict, not {type(value).__name__}")
-    if unknown := set(value) - {"text", "image"}:
-        raise ValueError(f"an item has the keys text and image, not {sorted(unknown)}")
-    text, image = value.get("text") or "", value.get("image")
-    if not isinstance(text, str):
-        raise ValueError(f"an item's text is a string, not {type(text).__name__}")
-    sources: list[Any] = list(image) if isinstance(image, list | tuple) else [image]
-    images: tuple[ImageSource, ...] = tuple(
-        Path(s) if isinstance(s, str) else s for s in sources if s is not None
-    )
-    if not text and not images:
-        raise ValueError("an item needs a text or an image")
-    if not all(isinstance(s, Path | bytes | Image) for s in images):
-        raise ValueError("an image is a path, bytes or a PIL image")
-    missing = len(images) - text.count(IMAGE_SLOT)
-    return Item(IMAGE_SLOT * max(missing, 0) + text, images)
 
 
 def _export_folder(path: str) -> Path:

@@ -5,16 +5,20 @@ Nothing behind this module knows Hydra or OmegaConf.
 
 from __future__ import annotations
 
+import datetime
 import logging
 import os
 import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
@@ -31,6 +35,8 @@ from cocoa_pl.distributed import is_lost_peer
 from cocoa_pl.errors import UserError
 from cocoa_pl.stages.recipe import Interrupted
 
+# One process may be hours behind another; one that is gone is noticed at once.
+PATIENCE = datetime.timedelta(days=30)
 MISTAKE, LOST_PEER, INTERRUPTED = 2, 3, 130  # exit statuses
 LAUNCHER_CHECK_SECONDS = 2.0
 RESUMABLE = ("trainer.", "logger", "num_workers", "checkpoint_every", "evaluate")
@@ -53,8 +59,14 @@ def register_resolvers() -> None:
     OmegaConf.register_new_resolver("sum", lambda *terms: sum(terms), replace=True)
 
 
-def guarded(run: Callable[[], None]) -> int:
-    """Run an entry point; what a user did wrong becomes one sentence and an exit status."""
+def guarded(
+    run: Callable[[], None], *, remedy: str = "resume=RUN goes on from the last checkpoint"
+) -> int:
+    """Run an entry point; what a user did wrong becomes one sentence and an exit status.
+
+    Args:
+        remedy: what to do when another process of the job was lost.
+    """
     transformers_logging.disable_progress_bar()  # one line for each file it opens
     try:
         run()
@@ -72,17 +84,46 @@ def guarded(run: Callable[[], None]) -> int:
             raise
         sys.stderr.write(
             "error: another process of this job was killed, or ended with a message of its own; "
-            "resume=RUN goes on from the last checkpoint\n"
+            f"{remedy}\n"
         )
         return LOST_PEER
     return 0
 
 
-def check_run_folder(overrides: Sequence[str]) -> None:
+@contextmanager
+def launched_processes() -> Iterator[None]:
+    """Join the processes that torchrun started, in a job without a trainer; one alone just runs.
+
+    Each gets a GPU of its own where there are any. They only tell each other how far they are,
+    which gloo does with GPUs too.
+
+    Raises:
+        UserError: if SLURM started several processes by itself.
+    """
+    if not TorchElasticEnvironment.detect():
+        if SLURMEnvironment.detect() and int(os.environ["SLURM_NTASKS"]) > 1:
+            raise UserError(
+                "SLURM started several processes, and each of them would do the whole work; "
+                "let one task a machine run torchrun, which starts processes that share it"
+            )
+        yield
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("gloo", timeout=PATIENCE)
+    yield
+    dist.barrier()  # nobody leaves while another still waits for him
+    dist.destroy_process_group()
+
+
+def check_run_folder(
+    overrides: Sequence[str], *, way: str = "hydra.run.dir=runs/NAME (or resume=RUN)"
+) -> None:
     """All processes of a job must agree on the run folder, which by default holds the time.
 
     Args:
         overrides: of Hydra's own keys on the command line.
+        way: how to name a folder.
 
     Raises:
         UserError: if torchrun or SLURM started several processes and no folder was named.
@@ -94,8 +135,8 @@ def check_run_folder(overrides: Sequence[str]) -> None:
         return  # the processes that Lightning starts are told
     if several and not any(o.startswith("hydra.run.dir=") for o in overrides):
         raise UserError(
-            "several processes were started from outside and must share one run folder; "
-            "give it as hydra.run.dir=runs/NAME (or resume=RUN)"
+            f"several processes were started from outside and must share one run folder; "
+            f"give it as {way}"
         )
 
 

@@ -1,10 +1,16 @@
-"""Fixed inputs in, their vectors out: what an exported model must reproduce when it is loaded."""
+"""Fixed inputs in, their vectors out: what an exported model must reproduce when it is loaded.
 
-from collections.abc import Callable, Sequence
+Digests tell models apart that are so alike that their vectors of a few inputs do not.
+"""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
 
 from cocoa_pl.errors import UserError
 from cocoa_pl.items import IMAGE_SLOT, Item
@@ -50,3 +56,17 @@ def check_fingerprint(
             f"{where}: the model does not give the vectors it was exported with (largest "
             f"difference {worst:.2g}); weights, tokenizer or attention were changed since"
         )
+
+
+def digest_of(state: Mapping[str, Tensor]) -> str:
+    """Of names, types, shapes and every bit of these tensors; the same on any device."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(state.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        digest.update(content.data)
+    return digest.hexdigest()
+
+
+def digest_of_text(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

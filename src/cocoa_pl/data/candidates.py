@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from cocoa_pl.data.candidate_rows import CandidateRows, CandidateTable
 from cocoa_pl.data.instructed import Reader, as_plain
 from cocoa_pl.data.rows import make_item
 from cocoa_pl.data.tables import check_type, find_parquet, is_list, read_batches
@@ -111,7 +112,7 @@ def number_rows(
     queries: SideTable,
     candidates: SideTable,
     reader: Reader | None,
-) -> tuple[list[str], np.ndarray, list[np.ndarray], dict[int, str]]:
+) -> tuple[list[str], np.ndarray, CandidateRows, dict[int, str]]:
     """Read a subset's rows and number their sides in `queries` and `candidates`.
 
     Args:
@@ -123,7 +124,7 @@ def number_rows(
     """
     row_ids: list[str] = []
     query_index: list[np.ndarray] = []
-    candidate_index: list[np.ndarray] = []
+    table = CandidateTable()
     bad_rows: dict[int, str] = {}
     columns = _EVAL_COLUMNS if reader is None else reader.columns
     files = find_parquet(root, subset=subset, split=split)
@@ -149,10 +150,10 @@ def number_rows(
             row_ids=np.repeat(np.asarray(names, dtype=object), lengths),
             names=candidate_names,
         )
-        candidate_index += np.split(numbers, np.cumsum(lengths)[:-1])
+        table.extend(np.split(numbers, np.cumsum(lengths)[:-1]))
     if not row_ids:
         raise UserError(f"{subset}: {root / subset} holds no rows; an evaluation needs data")
-    return row_ids, np.concatenate(query_index), candidate_index, bad_rows
+    return row_ids, np.concatenate(query_index), table.rows(), bad_rows
 
 
 def _misshapen(batch: pa.RecordBatch, *, names: list[str]) -> dict[int, str]:

@@ -60,6 +60,25 @@ def open_image(source: ImageSource, *, where: str) -> Image.Image:
     return image.convert("RGB")
 
 
+def image_size(source: ImageSource, *, where: str) -> tuple[int, int]:
+    """Width and height of an image as they stand in its header; no pixel is decoded.
+
+    Raises:
+        UserError: if `open_image` would refuse the file for what its header says.
+    """
+    name = _describe(source)
+    if isinstance(source, Image.Image):
+        size = source.size
+    else:
+        try:
+            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+                size = image.size
+        except _DECODING_ERRORS as error:
+            raise UserError(f"{where}: {name} cannot be read as an image ({error})") from error
+    check_aspect_ratio(size, where=f"{where}: {name}")
+    return size
+
+
 def check_aspect_ratio(size: tuple[int, int], *, where: str) -> None:
     """Refuse a picture whose long side is more than `MAX_ASPECT_RATIO` times its short side."""
     width, height = size

@@ -30,7 +30,8 @@ class EvalSubset:
     Attributes:
         group: one of `GROUPS`.
         query_index: int32 [Q], row -> position in `queries`.
-        candidate_index: for each row int32 [C], positions in `candidates`, the positive first.
+        candidate_index: for each row int32 [C], positions in `candidates`, the positive first;
+            `CandidateRows` where rows share lists.
         row_ids: for each row its name in messages, e.g. `"RefCOCO row 17"`.
     """
 
@@ -40,7 +41,7 @@ class EvalSubset:
     queries: list[Item]
     candidates: list[Item]
     query_index: np.ndarray
-    candidate_index: list[np.ndarray]
+    candidate_index: Sequence[np.ndarray]
     row_ids: list[str]
 
     def __post_init__(self) -> None:
@@ -125,8 +126,8 @@ def read_eval_subset(
         reader: how the newer annotations with instructions are turned into these columns; None for
             files that hold them.
 
-    Memory grows with the number of distinct texts and images, not with rows x candidates. A row
-    with one unusable candidate is a bad row.
+    Memory grows with the number of distinct texts, images and candidate lists, not with rows x
+    candidates. A row with one unusable candidate is a bad row.
 
     Raises:
         UserError: no such folder, file or column, no usable row, or a bad row (`on_bad_row`).
@@ -151,7 +152,8 @@ def read_eval_subset(
     if not good:
         raise UserError(f"{subset}: no usable row in {root / subset} ({len(bad_rows)} skipped)")
     kept_queries, query_rank = _keep_used(query_items, [query_index[good]])
-    kept, rank = _keep_used(items, [candidate_index[row] for row in good])
+    good_rows = candidate_index.select(good)
+    kept, rank = _keep_used(items, good_rows.lists)
     return EvalSubset(
         name=subset,
         group=group,
@@ -159,7 +161,7 @@ def read_eval_subset(
         queries=kept_queries,
         candidates=kept,
         query_index=query_rank[query_index[good]],
-        candidate_index=[rank[candidate_index[row]] for row in good],
+        candidate_index=good_rows.renumbered(rank),
         row_ids=[row_ids[row] for row in good],
     )
 
@@ -182,7 +184,9 @@ def _train_rows(
             number += 1
 
 
-def _keep_used(items: list[Item | None], index: list[np.ndarray]) -> tuple[list[Item], np.ndarray]:
+def _keep_used(
+    items: list[Item | None], index: Sequence[np.ndarray]
+) -> tuple[list[Item], np.ndarray]:
     """The items that `index` names, and int32 [len(items)]: number -> position among them."""
     used = np.zeros(len(items), dtype=bool)
     for numbers in index:

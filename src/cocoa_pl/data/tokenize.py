@@ -8,6 +8,7 @@ do not, so the placeholder expansion is done here.
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,11 +26,17 @@ from cocoa_pl.positions import mrope_positions
 
 log = logging.getLogger(__name__)
 
-MAX_KNOWN_TEXTS = 1 << 16  # prompts and answers come again and again
+# Prompts and answers come again and again. Bounds of what is remembered: about 100 MB.
+MAX_KNOWN_TEXTS = 1 << 16
+MAX_KNOWN_TOKENS = 1 << 21
+
+# transformers sets up a fast tokenizer anew before every call, and Rust refuses ("Already
+# borrowed") while another thread is inside.
+_one_at_a_time = threading.Lock()
 
 
 class Processor:
-    """Turns items into `Encoded` samples for one model.
+    """Turns items into `Encoded` samples for one model; several threads may use one.
 
     Args:
         tokenizer: a Hugging Face tokenizer; its own end token is EOS.
@@ -69,6 +76,7 @@ class Processor:
         self.patch_size: int = image_processor.patch_size
         self._reported_truncation = False
         self._known_texts: dict[str, tuple[int, ...]] = {}
+        self._known_tokens = 0
 
     @property
     def patch_values(self) -> int:
@@ -155,12 +163,20 @@ class Processor:
 
     def _text_ids(self, text: str) -> list[int]:
         """A literal `<|im_end|>` or `<|image_pad|>` in a user's text is spelt out, never obeyed."""
-        if text not in self._known_texts:
-            encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)
-            if len(self._known_texts) >= MAX_KNOWN_TEXTS:
-                self._known_texts.clear()
-            self._known_texts[text] = tuple(encoded.input_ids)
-        return list(self._known_texts[text])
+        known = self._known_texts.get(text)
+        if known is None:
+            with _one_at_a_time:
+                encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)
+                known = tuple(encoded.input_ids)
+                self._remember(text, known)
+        return list(known)
+
+    def _remember(self, text: str, tokens: tuple[int, ...]) -> None:
+        self._known_tokens += len(tokens)
+        if len(self._known_texts) >= MAX_KNOWN_TEXTS or self._known_tokens > MAX_KNOWN_TOKENS:
+            self._known_texts.clear()
+            self._known_tokens = len(tokens)
+        self._known_texts[text] = tokens
 
     def _truncated(
         self, parts: Sequence[list[int] | _Patches], target: list[int], budget: int, row_id: str
@@ -170,8 +186,9 @@ class Processor:
         excess = num_context + len(target) - budget
         if excess <= 0:
             return list(parts), target
-        if not self._reported_truncation:
-            self._reported_truncation = True
+        with _one_at_a_time:
+            was_said, self._reported_truncation = self._reported_truncation, True
+        if not was_said:
             log.warning(
                 "%s is longer than max_length=%d and loses %d text tokens (said once)",
                 row_id,

@@ -1,4 +1,4 @@
-"""An `encode` callable and evaluation subsets in, `Results` out.
+"""An `encode` callable, or vectors wherever they lie, and evaluation subsets in, `Results` out.
 
 The scorer never sees a model. Every unique item is encoded once, also across subsets.
 A benchmark never averages over fewer subsets than it was asked for: what cannot be scored raises.
@@ -10,16 +10,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from cocoa_pl.data.candidate_rows import row_lengths
 from cocoa_pl.errors import UserError
-from cocoa_pl.evaluation.metrics import (
-    Floats,
-    Hits,
-    chance_level,
-    check_embeddings,
-    row_scores,
-    score_rows,
-)
+from cocoa_pl.evaluation.metrics import Hits, chance_level, check_embeddings, row_scores
 from cocoa_pl.evaluation.results import GalleryRow, RankedCandidate, Results, SubsetScore
+from cocoa_pl.evaluation.scoring import BLOCK, score_rows
+from cocoa_pl.evaluation.vectors import Floats, Vectors
 from cocoa_pl.items import Item
 
 if TYPE_CHECKING:
@@ -28,6 +24,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Encode = Callable[[Sequence[Item]], Floats]  # items -> float32 [N, D], unit length
+# A subset's number -> vectors of its queries and of its candidates; asked in the subsets' order.
+VectorsOf = Callable[[int], tuple[Vectors, Vectors]]
 
 
 def evaluate(
@@ -52,13 +50,38 @@ def evaluate(
         UserError: if a subset is missing, empty, twice there, or its embeddings are NaN, collapsed
             or not of unit length.
     """
-    _check_subsets(subsets, asked=asked)
-    encode_subset = _encode_once(encode, subsets)
+    check_subsets(subsets, asked=asked)
+    return score_subsets(
+        encode_once(encode, subsets),
+        subsets,
+        benchmark=benchmark,
+        checkpoint=checkpoint,
+        is_partial=is_partial,
+        gallery_rows=gallery_rows,
+    )
+
+
+def score_subsets(
+    vectors_of: VectorsOf,
+    subsets: Sequence["EvalSubset"],
+    *,
+    benchmark: str,
+    checkpoint: str,
+    is_partial: bool = False,
+    gallery_rows: int = 3,
+) -> Results:
+    """Score checked subsets by both rules; vectors are read in blocks from where they lie.
+
+    Raises:
+        UserError: if embeddings of a subset are NaN, collapsed or not of unit length.
+    """
     scores: list[SubsetScore] = []
     gallery: list[GalleryRow] = []
     for number, subset in enumerate(subsets):
         logger.debug("%s %d/%d: %s", benchmark, number + 1, len(subsets), subset.name)
-        queries, candidates = encode_subset(number)
+        queries, candidates = vectors_of(number)
+        check_embeddings(queries, name=f"{subset.name} queries")
+        check_embeddings(candidates, name=f"{subset.name} candidates")
         hits = score_rows(
             queries,
             candidates,
@@ -82,7 +105,12 @@ def evaluate(
     return Results(benchmark, checkpoint, tuple(scores), tuple(gallery), is_partial)
 
 
-def _check_subsets(subsets: Sequence["EvalSubset"], *, asked: Sequence[str] | None) -> None:
+def check_subsets(subsets: Sequence["EvalSubset"], *, asked: Sequence[str] | None = None) -> None:
+    """Refuse what cannot be scored before anything is encoded.
+
+    Raises:
+        UserError: if a subset is missing, empty or twice there, or a row has no candidates.
+    """
     if not subsets:
         raise UserError("the benchmark has no subset; name at least one")
     names = [subset.name for subset in subsets]
@@ -96,15 +124,12 @@ def _check_subsets(subsets: Sequence["EvalSubset"], *, asked: Sequence[str] | No
             raise UserError(f"{subset.name}: the subset is in the benchmark twice; keep one")
         if not len(subset.query_index):
             raise UserError(f"{subset.name}: no rows to score; check the subset's files")
-        for row_id, candidates in zip(subset.row_ids, subset.candidate_index, strict=True):
-            if not len(candidates):
-                raise UserError(f"{row_id}: no candidates; give at least the positive")
+        for row in np.flatnonzero(row_lengths(subset.candidate_index) == 0):
+            raise UserError(f"{subset.row_ids[row]}: no candidates; give at least the positive")
 
 
-def _encode_once(
-    encode: Encode, subsets: Sequence["EvalSubset"]
-) -> Callable[[int], tuple[Floats, Floats]]:
-    """A function from a subset's number to its checked query and candidate embeddings.
+def encode_once(encode: Encode, subsets: Sequence["EvalSubset"]) -> VectorsOf:
+    """Embeddings in memory, encoded when a subset is the first to need them.
 
     To be called in the subsets' order: an embedding is dropped after the last subset that uses it.
     """
@@ -123,8 +148,6 @@ def _encode_once(
         known.update(_encode_new({k: item for k, item in items.items() if k not in known}, encode))
         queries = np.stack([known[key] for key in query_keys[number]])
         candidates = np.stack([known[key] for key in candidate_keys[number]])
-        check_embeddings(queries, name=f"{subset.name} queries")
-        check_embeddings(candidates, name=f"{subset.name} candidates")
         for key in items:
             if last_use[key] == number:
                 del known[key]
@@ -156,10 +179,16 @@ def _sample_rows(hits: Hits, *, count: int) -> list[int]:
 
 
 def _gallery_row(
-    subset: "EvalSubset", row: int, hits: Hits, *, queries: Floats, candidates: Floats, top: int = 5
+    subset: "EvalSubset",
+    row: int,
+    hits: Hits,
+    *,
+    queries: Vectors,
+    candidates: Vectors,
+    top: int = 5,
 ) -> GalleryRow:
-    query, index = int(subset.query_index[row]), subset.candidate_index[row]
-    scores = row_scores(queries[query], candidates[index])
+    query, index = subset.query_index[row], subset.candidate_index[row]
+    scores = row_scores(queries[np.array([query])][0], candidates, index, block=BLOCK)
     order = np.argsort(-scores, kind="stable")  # ties keep row order: the positive comes first
     rank_of_positive = int(np.flatnonzero(order == 0)[0])
     places = [*range(min(top, len(order)))]

@@ -66,7 +66,7 @@ class StagePlan:
             merge_size=vision.merge_size,
             max_length=self.max_length,
         )
-        pieces = cut_by_cost(batch, self.stage.token_budget)
+        pieces = cut_by_cost(batch.lengths, batch.costs, self.stage.token_budget)
         chunks = [batch.take(piece) for piece in pieces]
         contrasts, choices = _kind(self.stage)
         works: dict[bytes, Work] = {}  # most chunks are alike

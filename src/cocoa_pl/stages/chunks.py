@@ -151,7 +151,7 @@ class Preparation(ABC, Generic[AnyChunk]):
 
     def __call__(self, rows: Rows) -> Step[AnyChunk]:
         batch = rows.batch
-        pieces = cut_by_cost(batch, self.token_budget)
+        pieces = cut_by_cost(batch.lengths, batch.costs, self.token_budget)
         return Step(
             chunks=self.chunks(batch, pieces),
             others=self.others(batch),
@@ -214,7 +214,8 @@ class ToRebuild(Preparation[Puzzle]):
         if not self.exchanging or batch.num_samples == 1:  # a sample alone has no other
             return ()
         exchanged = exchange_contexts(self.corruption(batch))
-        pieces = cut_by_cost(exchanged.batch, self.token_budget)
+        lengths, costs = exchanged.batch.lengths, exchanged.batch.costs
+        pieces = cut_by_cost(lengths, costs, self.token_budget)
         return tuple(self._puzzle(exchanged.take(piece)) for piece in pieces)
 
     def filler(self, batch: Batch) -> Puzzle:

@@ -1,0 +1,119 @@
+"""Items in, samples for one model call at a time out: of similar cost together, ahead of the model.
+
+Images are decoded and texts tokenized by a few threads. What exists at once is a window of costs
+and a few batches, however many items there are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from cocoa_pl.batch import VISUAL_TOKEN_COST, Encoded, cut_by_cost
+from cocoa_pl.data.images import image_size
+from cocoa_pl.data.lookahead import Lookahead
+from cocoa_pl.data.tokenize import Processor
+from cocoa_pl.errors import UserError
+from cocoa_pl.items import IMAGE_SLOT, Item
+
+WINDOW = 4096  # items that are sorted together
+
+_MEASURED_AT_ONCE = 256  # items; a window is 16 such pieces
+_MARKERS = 2  # tokens around each image: its start and its end
+_READY = 2  # batches that wait for the model beside those that threads work on
+
+_Laid = TypeVar("_Laid")
+
+
+@dataclass(frozen=True)
+class Measure:
+    """Tokens of an item and what they cost; infinite for one that cannot be embedded."""
+
+    tokens: int
+    cost: float
+
+
+def item_batches(
+    count: int,
+    item_at: Callable[[int], Item],
+    processor: Processor,
+    lay_out: Callable[[list[Encoded]], _Laid],
+    *,
+    batch_tokens: int,
+    threads: int,
+) -> Generator[tuple[NDArray[np.intp], _Laid]]:
+    """Numbers of items, and what `lay_out` makes of their samples, batch after batch.
+
+    The dearest items of a window go first: what does not fit into memory is known at once, and so
+    is what cannot be read.
+
+    Args:
+        item_at: the item of a number from 0 to `count`; may be called twice, from any thread.
+        lay_out: is called in the threads too.
+        batch_tokens: of a batch at most; a longer single item is a batch alone.
+        threads: that read and encode ahead; 0 does so when a batch is asked for.
+
+    Raises:
+        UserError: what `item_at` or the processor says of the first bad item in the order of the
+            batches, which depends on the items alone.
+    """
+
+    def measure(numbers: range) -> list[Measure]:
+        return [_measure(item_at, number, processor) for number in numbers]
+
+    def encode(numbers: NDArray[np.intp]) -> tuple[NDArray[np.intp], _Laid]:
+        samples = [
+            processor.encode(item_at(number), None, key=0, seed=0, row_id=name_of(number))
+            for number in numbers.tolist()
+        ]
+        return numbers, lay_out(samples)
+
+    with Lookahead(threads) as lookahead:
+        pieces = (
+            range(start, min(start + _MEASURED_AT_ONCE, count))
+            for start in range(0, count, _MEASURED_AT_ONCE)
+        )
+        # A window ahead, so that the model never waits for the measures of the next one.
+        measured = lookahead.map(measure, pieces, ahead=WINDOW // _MEASURED_AT_ONCE)
+        yield from lookahead.map(
+            encode, _cut_windows(measured, batch_tokens), ahead=threads + _READY
+        )
+
+
+def name_of(number: int) -> str:
+    """What messages call an item."""
+    return f"item {number}"
+
+
+def _cut_windows(
+    measured: Iterator[list[Measure]], batch_tokens: int
+) -> Iterator[NDArray[np.intp]]:
+    start = 0
+    while window := [
+        measure for piece in islice(measured, WINDOW // _MEASURED_AT_ONCE) for measure in piece
+    ]:
+        tokens = torch.tensor([measure.tokens for measure in window])
+        costs = torch.tensor([measure.cost for measure in window], dtype=torch.float64)
+        for places in cut_by_cost(tokens, costs, batch_tokens):
+            yield start + places.numpy()
+        start += len(window)
+
+
+def _measure(item_at: Callable[[int], Item], number: int, processor: Processor) -> Measure:
+    """From the text and the images' headers; what is wrong with an item is told by encoding it."""
+    try:
+        item = item_at(number)
+        sizes = [image_size(image, where=name_of(number)) for image in item.images]
+    except UserError:
+        return Measure(0, math.inf)
+    text = sum(processor.count_text_tokens(part) for part in item.text.split(IMAGE_SLOT) if part)
+    visual = sum(processor.count_visual_tokens(*size) for size in sizes)
+    tokens = min(text + visual + _MARKERS * len(sizes) + 1, processor.max_length)
+    return Measure(tokens, tokens + VISUAL_TOKEN_COST * visual)

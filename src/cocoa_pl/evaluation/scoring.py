@@ -1,0 +1,198 @@
+"""Embeddings and each row's candidates in, hits out: blocked, in bounded memory, equal to a loop.
+
+A peer's loop (CoCoA's and VLM2Vec's eval.py) looks up, stacks and normalises the K candidate
+vectors of every row. Here a block of rows is either one matrix product with the distinct candidates
+of the block, or reads each row's own candidates, whichever counts less; rows that share a list of
+candidates never spell it out.
+
+Shapes: U unique queries, N unique candidates, Q rows, K candidates of a row (ragged), D dimensions.
+In every row the first candidate is the positive.
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+
+import numpy as np
+
+from cocoa_pl.data.candidate_rows import CandidateRows
+from cocoa_pl.evaluation.metrics import Hits, row_hit, rule_hits
+from cocoa_pl.evaluation.vectors import Floats, Ints, Vectors, blocks, read, widened
+
+# Numbers held at once of each kind (queries, candidates, scores): 64 MiB of float32.
+BLOCK = 1 << 24
+# Reading a vector takes as long as multiplying it by this many queries.
+READ_COST = 12
+# Rows with the same list from which on the list is scored by itself.
+_MANY_ROWS = 8
+# Numbers of rows' own vectors that are read together, and used while the processor caches them.
+_READ, _CACHED = 1 << 20, 1 << 17
+# A float32 product may differ by this much between two equal candidates.
+_ROUNDING = 1e-5
+
+
+def score_rows(
+    queries: Vectors,
+    candidates: Vectors,
+    *,
+    query_index: Ints,
+    candidate_index: Sequence[Ints],
+    block: int = BLOCK,
+) -> Hits:
+    """Score every row's query against that row's own candidates by cosine.
+
+    Args:
+        queries: [U, D] and candidates: [N, D], unit length, each unique item encoded once; float32,
+            or float16, which is widened where it is read.
+        query_index: [Q] row -> query.
+        candidate_index: per row the indices [K] of its candidates, K may differ from row to row;
+            `CandidateRows` where rows share lists.
+        block: numbers held at once of each kind: queries, candidates, scores. Memory is a few
+            times as many float32 and O(N + Q); only a row alone may need more, for its K scores.
+    """
+    official = np.zeros(len(query_index), dtype=bool)
+    strict = np.zeros(len(query_index), dtype=bool)
+    with np.errstate(invalid="ignore", over="ignore"):  # NaN is judged by the rules
+        for rows, first, other in _leads(queries, candidates, query_index, candidate_index, block):
+            official[rows], strict[rows] = rule_hits(first, other)
+            # A product rounds equal candidates differently: settle close rows one by one.
+            for row in rows[np.abs(first - other) < _ROUNDING]:
+                official[row], strict[row] = row_hit(
+                    queries[query_index[[row]]][0], candidates, candidate_index[row], block=block
+                )
+    return Hits(official, strict)
+
+
+def _leads(
+    queries: Vectors,
+    candidates: Vectors,
+    query_index: Ints,
+    candidate_index: Sequence[Ints],
+    block: int,
+) -> Iterator[tuple[Ints, Floats, Floats]]:
+    """Rows [B], and of each its positive's score and the best among its other candidates."""
+    width = queries.shape[1]
+    apart: Ints = np.arange(len(query_index))
+    if isinstance(candidate_index, CandidateRows):
+        number = candidate_index.list_of_row
+        counts = np.bincount(number, minlength=len(candidate_index.lists))
+        for shared in np.flatnonzero(counts >= _MANY_ROWS):
+            all_rows = np.flatnonzero(number == shared)
+            for part in blocks(len(all_rows), block // width):
+                some = all_rows[part]
+                yield (
+                    some,
+                    *_shared_leads(
+                        read(queries, query_index[some]),
+                        candidates,
+                        np.unique(candidate_index.lists[shared]),
+                        candidate_index.positive[some],
+                        block=block,
+                    ),
+                )
+        apart = np.flatnonzero(counts[number] < _MANY_ROWS)
+    ranks = np.empty(len(candidates), np.int32)
+    for rows, lists in _row_blocks(apart, candidate_index, width=width, block=block):
+        block_queries = read(queries, query_index[rows])
+        flat = np.concatenate(lists)
+        lengths = np.array([len(one) for one in lists])
+        distinct = _distinct(flat, ranks)
+        if product_counts_less(len(rows), pairs=len(flat), distinct=len(distinct)):
+            scores = _product(block_queries, candidates, distinct, block=block)
+            places = np.repeat(np.arange(len(rows)) * len(distinct), lengths) + ranks[flat]
+            scores = scores.reshape(-1)[places]
+        else:
+            scores = _own_scores(block_queries, candidates, flat, lengths, block=block)
+        yield rows, *_best(scores, flat, lengths)
+
+
+def product_counts_less(rows: int, *, pairs: int, distinct: int) -> bool:
+    """Whether scoring these rows with all their distinct candidates takes less than each with its
+    own: multiplications of vectors, and vectors to be read, at `READ_COST` multiplications each.
+    """
+    return (rows + READ_COST) * distinct <= (1 + READ_COST) * pairs
+
+
+def _shared_leads(
+    queries: Floats, candidates: Vectors, distinct: Ints, positive: Ints, *, block: int
+) -> tuple[Floats, Floats]:
+    """Queries [B, D] against the same distinct, sorted candidates."""
+    first = np.full(len(queries), -np.inf, queries.dtype)
+    other = np.full(len(queries), -np.inf, queries.dtype)
+    place = np.searchsorted(distinct, positive)
+    for part in blocks(len(distinct), block // max(len(queries), queries.shape[1])):
+        scores = queries @ read(candidates, distinct[part]).T  # (B, C)
+        here = np.flatnonzero((part.start <= place) & (place < part.stop))
+        column = place[here] - part.start
+        first[here] = scores[here, column]
+        scores[here, column] = -np.inf
+        np.maximum(other, scores.max(axis=1), out=other)
+    return first, other
+
+
+def _row_blocks(
+    rows: Ints, candidate_index: Sequence[Ints], *, width: int, block: int
+) -> Iterator[tuple[Ints, list[Ints]]]:
+    """Consecutive rows with their lists, at least one row at a time.
+
+    The product is taken only where rows x distinct candidates is below `READ_COST` x the rows'
+    candidates, so this many candidates keep its scores within `block`.
+    """
+    lists: list[Ints] = []
+    start, pairs = 0, 0
+    for number, row in enumerate(rows):
+        one = np.asarray(candidate_index[row])
+        if lists and (pairs + len(one) > block // READ_COST or (len(lists) + 1) * width > block):
+            yield rows[start:number], lists
+            start, lists, pairs = number, [], 0
+        lists.append(one)
+        pairs += len(one)
+    if lists:
+        yield rows[start:], lists
+
+
+def _distinct(flat: Ints, ranks: Ints) -> Ints:
+    """The distinct numbers of `flat`, sorted; writes the place of each of them into `ranks`."""
+    seen = np.zeros(len(ranks), bool)
+    seen[flat] = True
+    distinct = np.flatnonzero(seen)
+    ranks[distinct] = np.arange(len(distinct), dtype=ranks.dtype)
+    return distinct
+
+
+def _product(queries: Floats, candidates: Vectors, distinct: Ints, *, block: int) -> Floats:
+    """Scores of all queries [B, D] with all of these candidates: [B, M]."""
+    scores = np.empty((len(queries), len(distinct)), queries.dtype)
+    for part in blocks(len(distinct), block // queries.shape[1]):
+        scores[:, part] = queries @ read(candidates, distinct[part]).T
+    return scores
+
+
+def _own_scores(
+    queries: Floats, candidates: Vectors, flat: Ints, lengths: Ints, *, block: int
+) -> Floats:
+    """Scores of each query [B, D] with its own candidates only: [sum of K]."""
+    width = queries.shape[1]
+    row_of = np.repeat(np.arange(len(lengths)), lengths)
+    scores = np.empty(len(flat), queries.dtype)
+    for part in blocks(len(flat), min(_READ, block) // width):
+        vectors = np.asarray(candidates[flat[part]])
+        for piece in blocks(len(vectors), _CACHED // width):
+            wide = widened(vectors[piece])
+            rows = row_of[part][piece]
+            cuts = [0, *(np.flatnonzero(np.diff(rows)) + 1).tolist(), len(rows)]
+            for start, stop in pairwise(cuts):
+                place = part.start + piece.start + start
+                here = scores[place : place + stop - start]
+                np.dot(wide[start:stop], queries[rows[start]], out=here)
+    return scores
+
+
+def _best(scores: Floats, flat: Ints, lengths: Ints) -> tuple[Floats, Floats]:
+    """Of each row the positive's score and the best of the others; no others are -inf.
+
+    A candidate named twice is one: the positive's second mention is no other.
+    """
+    starts = lengths.cumsum() - lengths
+    is_other = flat != np.repeat(flat[starts], lengths)
+    others = np.where(is_other, scores, -np.inf)
+    return scores[starts], np.maximum.reduceat(others, starts)

@@ -1,0 +1,93 @@
+"""Threads that work ahead: the same results in the same order, never too far, and then gone."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from cocoa_pl.data.lookahead import Lookahead
+
+
+def names() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if "lookahead" in thread.name]
+
+
+@pytest.fixture(autouse=True)
+def no_thread_is_left() -> Iterator[None]:
+    yield
+    assert names() == []
+
+
+@pytest.mark.parametrize("threads", [0, 1, 3])
+def test_results_come_in_the_order_of_the_values(threads: int) -> None:
+    def slow_first(value: int) -> int:
+        time.sleep(0.02 if value % 4 == 0 else 0)
+        return value * value
+
+    with Lookahead(threads) as lookahead:
+        found = list(lookahead.map(slow_first, range(20), ahead=5))
+    assert found == [value * value for value in range(20)]
+
+
+def test_work_goes_on_ahead_of_use_but_only_so_far() -> None:
+    begun: list[int] = []
+    with Lookahead(2) as lookahead:
+        results = lookahead.map(lambda v: begun.append(v), range(100), ahead=5)
+        next(results)
+        deadline = time.monotonic() + 5
+        while len(begun) < 5 and time.monotonic() < deadline:
+            time.sleep(0.001)
+        time.sleep(0.05)
+        assert sorted(begun) == [0, 1, 2, 3, 4]
+        next(results)
+        deadline = time.monotonic() + 5
+        while len(begun) < 6 and time.monotonic() < deadline:
+            time.sleep(0.001)
+        time.sleep(0.05)
+        assert len(begun) == 6
+
+
+def test_without_threads_nothing_is_computed_before_it_is_asked_for() -> None:
+    begun: list[int] = []
+    with Lookahead(0) as lookahead:
+        results = lookahead.map(lambda v: begun.append(v), range(9), ahead=5)
+        next(results)
+    assert begun == [0]
+
+
+@pytest.mark.parametrize("threads", [0, 1, 4])
+def test_the_first_value_that_fails_is_told_whichever_thread_was_faster(threads: int) -> None:
+    def work(value: int) -> int:
+        if value == 3:
+            time.sleep(0.05)
+        if value in (3, 4, 5):
+            raise ValueError(str(value))
+        return value
+
+    taken: list[int] = []
+    with pytest.raises(ValueError, match="3"), Lookahead(threads) as lookahead:  # noqa: PT012
+        for result in lookahead.map(work, range(50), ahead=10):
+            taken.append(result)
+    assert taken == [0, 1, 2]
+
+
+def test_two_maps_one_feeding_the_other_share_the_threads() -> None:
+    with Lookahead(1) as lookahead:
+        doubled = lookahead.map(lambda v: 2 * v, range(30), ahead=4)
+        assert list(lookahead.map(lambda v: v + 1, doubled, ahead=3)) == list(range(1, 61, 2))
+
+
+def test_what_has_not_begun_when_the_block_is_left_never_does() -> None:
+    begun: list[int] = []
+
+    def work(value: int) -> None:
+        begun.append(value)
+        time.sleep(0.02)
+
+    with pytest.raises(KeyboardInterrupt), Lookahead(1) as lookahead:  # noqa: PT012
+        next(lookahead.map(work, range(50), ahead=20))
+        raise KeyboardInterrupt
+    assert len(begun) < 5

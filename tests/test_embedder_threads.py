@@ -1,0 +1,308 @@
+"""Embedding ahead of the model and from several threads: the same vectors, nothing left over."""
+
+from __future__ import annotations
+
+import io
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import nn
+
+from cocoa_pl.attention import Policy
+from cocoa_pl.data import progress, tokenize
+from cocoa_pl.data.tokenize import Processor
+from cocoa_pl.embedder import Embedder
+from cocoa_pl.errors import UserError
+from cocoa_pl.items import IMAGE_SLOT, Item
+from cocoa_pl.models.loading import Loaded
+
+EVERYTHING = ("context", "eos", "target")
+FULL = Policy("bidirectional", EVERYTHING, EVERYTHING, EVERYTHING, causal=False)
+
+
+@pytest.fixture
+def embedder(load_tiny: Callable[..., Loaded], processor: Processor) -> Embedder:
+    return Embedder(load_tiny().backbone, processor, FULL)
+
+
+@pytest.fixture(scope="module")
+def items(make_item: Callable[..., Item]) -> list[Item]:
+    return [make_item(seed, images=seed % 3) for seed in range(23)]
+
+
+@pytest.fixture(autouse=True)
+def no_thread_is_left() -> Iterator[None]:
+    yield
+    assert [t.name for t in threading.enumerate() if "lookahead" in t.name] == []
+
+
+def one_by_one(embedder: Embedder, items: list[Item]) -> NDArray[np.float32]:
+    return np.concatenate([embedder.encode([item], threads=0) for item in items])
+
+
+@pytest.mark.parametrize("threads", [0, 1, 4])
+@pytest.mark.parametrize("batch_tokens", [1, 70, 10_000])
+def test_vectors_are_those_of_items_embedded_one_by_one(
+    batch_tokens: int, threads: int, embedder: Embedder, items: list[Item]
+) -> None:
+    found = embedder.encode(items, batch_tokens=batch_tokens, threads=threads)
+    np.testing.assert_allclose(found, one_by_one(embedder, items), atol=1e-5)
+
+
+def test_the_number_of_threads_changes_no_bit(embedder: Embedder, items: list[Item]) -> None:
+    found = [embedder.encode(items, batch_tokens=70, threads=threads) for threads in (0, 1, 4)]
+    np.testing.assert_array_equal(found[0], found[1])
+    np.testing.assert_array_equal(found[0], found[2])
+
+
+def test_a_stream_hands_over_each_item_once(embedder: Embedder, items: list[Item]) -> None:
+    expected = embedder.encode(items, batch_tokens=70)
+    places: list[int] = []
+    for numbers, vectors in embedder.stream(items, batch_tokens=70):
+        np.testing.assert_array_equal(vectors, expected[numbers])
+        places += numbers.tolist()
+    assert sorted(places) == list(range(len(items)))
+    assert places != sorted(places)  # by cost
+
+
+def test_a_stream_that_is_left_early_stops_reading(
+    embedder: Embedder, items: list[Item], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    original = embedder.processor.encode
+    monkeypatch.setattr(
+        embedder.processor,
+        "encode",
+        lambda *a, **k: (read.append(k["row_id"]), original(*a, **k))[1],
+    )
+    stream = embedder.stream(items * 20, batch_tokens=70)
+    next(stream)
+    stream.close()
+    after = len(read)
+    time.sleep(0.05)
+    assert len(read) == after < 20 * len(items) / 4
+
+
+@pytest.mark.parametrize("threads", [0, 4])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_what_stops_the_model_stops_the_threads(
+    error: type[BaseException],
+    threads: int,
+    embedder: Embedder,
+    items: list[Item],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls = []
+    original = embedder.backbone.embed
+
+    def embed(*args: Any, **kwargs: Any) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 3:
+            raise error("stopped")
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(embedder.backbone, "embed", embed)
+    with pytest.raises(error, match="stopped"):
+        embedder.encode(items * 5, batch_tokens=70, threads=threads)
+    assert len(calls) == 3
+    monkeypatch.undo()
+    assert embedder.encode(items[:2]).shape == (2, embedder.dim)  # it can be used again
+
+
+@pytest.mark.parametrize("threads", [0, 1, 4])
+def test_a_bad_item_is_the_same_sentence_for_any_number_of_threads(
+    threads: int, embedder: Embedder, items: list[Item], tmp_path: Path
+) -> None:
+    given: list[Any] = [*items, {"image": tmp_path / "none.png"}, "", {"text": 3}]
+    with pytest.raises(UserError, match=rf"^item {len(items)}: image .*none\.png does not exist"):
+        embedder.encode(given, threads=threads)
+    with pytest.raises(UserError, match=f"^item {len(items)}: an item needs a text or an image"):
+        embedder.encode(given[:23] + given[24:], threads=threads)
+
+
+def test_several_threads_may_use_one_embedder(embedder: Embedder, items: list[Item]) -> None:
+    expected = embedder.encode(items)
+    embedder.backbone.train()
+    embedder.backbone.stock.model.visual.eval()  # a part of it is frozen
+    modes = {name: module.training for name, module in embedder.backbone.named_modules()}
+
+    def embed(seed: int) -> None:
+        order = np.random.default_rng(seed).permutation(len(items))
+        found = embedder.encode([items[n] for n in order], batch_tokens=50, threads=2)
+        np.testing.assert_allclose(found, expected[order], atol=1e-5)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(embed, range(8)))
+    after = {name: module.training for name, module in embedder.backbone.named_modules()}
+    assert after == modes
+    assert len(set(modes.values())) == 2
+
+
+def test_a_model_never_embeds_in_training_mode(
+    embedder: Embedder, items: list[Item], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embedder.backbone.add_module("extra", nn.Dropout())  # in training mode, as peft's are
+    embedder.backbone.eval()
+    embedder.backbone.extra.train()
+    seen: list[bool] = []
+    original = embedder.backbone.embed
+
+    def embed(*args: Any, **kwargs: Any) -> torch.Tensor:
+        seen.append(any(module.training for module in embedder.backbone.modules()))
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(embedder.backbone, "embed", embed)
+    embedder.encode(items, batch_tokens=70)
+    assert seen
+    assert not any(seen)
+    assert embedder.backbone.extra.training
+
+
+def test_a_tokenizer_is_used_by_one_thread_at_a_time(
+    make_processor: Callable[..., Processor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    processor = make_processor()
+    inside, most, lock = 0, 0, threading.Lock()
+    original = processor.tokenizer
+
+    class Watched:
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            nonlocal inside, most
+            with lock:
+                inside += 1
+                most = max(most, inside)
+            time.sleep(0.001)
+            encoded = original(*args, **kwargs)
+            with lock:
+                inside -= 1
+            return encoded
+
+    monkeypatch.setattr(processor, "tokenizer", Watched())
+    monkeypatch.setattr(tokenize, "MAX_KNOWN_TEXTS", 5)  # what is known is forgotten all the time
+    texts = [f"the {'dog ' * (n % 7)}near {n % 11} cats" for n in range(200)]
+    expected = [original(text, add_special_tokens=False).input_ids for text in texts]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(processor._text_ids, texts)) == expected
+    assert most == 1
+
+
+def test_what_a_processor_remembers_is_bounded_in_tokens(
+    make_processor: Callable[..., Processor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenize, "MAX_KNOWN_TOKENS", 100)
+    processor = make_processor()
+    for number in range(50):
+        processor.count_text_tokens(f"the dog sleeps near {number}")
+        assert sum(map(len, processor._known_texts.values())) <= 100
+    assert processor._known_texts
+
+
+def test_a_cut_text_is_said_once_by_several_threads(
+    make_processor: Callable[..., Processor], caplog: pytest.LogCaptureFixture
+) -> None:
+    processor = make_processor(max_length=8)
+    with ThreadPoolExecutor(8) as pool:
+        list(
+            pool.map(
+                lambda n: processor.encode(
+                    Item("the dog sleeps near one red sofa " * 3),
+                    None,
+                    key=0,
+                    seed=0,
+                    row_id=str(n),
+                ),
+                range(64),
+            )
+        )
+    assert caplog.text.count("said once") == 1
+
+
+def test_a_long_call_says_how_far_it_is(
+    embedder: Embedder,
+    items: list[Item],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    caplog.set_level(logging.INFO)
+    embedder.encode(items, batch_tokens=70)
+    assert "embedded" not in caplog.text
+    monkeypatch.setattr(progress, "EVERY_SECONDS", 0.0)
+    embedder.encode(items, batch_tokens=70)
+    lines = [record.message for record in caplog.records if "embedded" in record.message]
+    assert lines[-1].startswith("embedded 23 of 23 items, ")
+    assert lines[-1].endswith("about 0 s to go")
+    assert len(lines) > 3
+
+
+@pytest.mark.parametrize(
+    ("seconds", "told"), [(0.4, "0 s"), (89, "89 s"), (600, "10 min"), (12_240, "3.4 h")]
+)
+def test_durations_are_said_in_the_unit_a_person_would_use(seconds: float, told: str) -> None:
+    assert progress._duration(seconds) == told
+
+
+def test_identity_is_the_same_for_the_same_model_and_changes_with_whatever_vectors_depend_on(
+    load_tiny: Callable[..., Loaded], make_processor: Callable[..., Processor]
+) -> None:
+    def identity(embedder: Embedder) -> dict[str, Any]:
+        found = embedder.identity()
+        found.pop("fingerprint")
+        return found
+
+    loaded = load_tiny()
+    mine = identity(Embedder(loaded.backbone, make_processor(), FULL))
+    other = Embedder(load_tiny().backbone, make_processor(), FULL)
+    other.encode(["two boats"])
+    assert identity(other) == mine
+    changed = {
+        "max_length": Embedder(loaded.backbone, make_processor(max_length=64), FULL),
+        "max_pixels": Embedder(loaded.backbone, make_processor(max_pixels=3136), FULL),
+        "policy": Embedder(
+            loaded.backbone,
+            make_processor(),
+            Policy("causal", EVERYTHING, EVERYTHING, EVERYTHING, causal=True),
+        ),
+        "weights": Embedder(load_tiny().backbone, make_processor(), FULL),
+    }
+    with torch.no_grad():
+        weight = next(changed["weights"].backbone.parameters())
+        weight.view(-1)[0] = torch.nextafter(weight.view(-1)[0], torch.tensor(9.0))  # one bit
+    for name, embedder in changed.items():
+        differing = {key for key, value in identity(embedder).items() if value != mine[key]}
+        assert differing == {name}
+
+
+def test_pictures_are_embedded_from_bytes_in_threads(
+    embedder: Embedder, make_image: Callable[..., Image.Image]
+) -> None:
+    buffer = io.BytesIO()
+    make_image((56, 84)).save(buffer, "PNG")
+    items = [Item(IMAGE_SLOT, (buffer.getvalue(),))] * 30
+    found = embedder.encode(items, batch_tokens=20, threads=4)
+    np.testing.assert_allclose(found, found[:1].repeat(30, axis=0), atol=1e-6)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_batches_go_over_from_pinned_memory_and_vectors_are_those_of_the_cpu(
+    load_tiny: Callable[..., Loaded], processor: Processor, items: list[Item]
+) -> None:
+    expected = Embedder(load_tiny().backbone, processor, FULL).encode(items, batch_tokens=70)
+    embedder = Embedder(load_tiny().backbone.cuda(), processor, FULL)
+    laid_out = embedder._lay_out(
+        [processor.encode(item, None, key=0, seed=0, row_id="toy") for item in items[:3]]
+    )
+    assert laid_out.input_ids.is_pinned()
+    assert laid_out.patches.is_pinned()
+    for threads in (0, 4):
+        found = embedder.encode(items, batch_tokens=70, threads=threads)
+        np.testing.assert_allclose(found, expected, atol=1e-4)
