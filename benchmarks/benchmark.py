@@ -1,0 +1,214 @@
+"""A benchmark in, its record out: equality first, then times, counts and curves."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+
+from benchmarks.counting import Counts
+from benchmarks.timing import Pairs, Run, alternate, measured, median_and_interval
+
+RE_CREATION = "re-creation, because the released CoCoA code does not run"
+SIZES = ("cpu", "cuda", "test")
+SECONDS = "seconds"  # a curve's quantity that is not a count
+FLOOR_RUNS = 7
+
+
+class Task(ABC):
+    """One problem at one size, with its inputs made: two ways to the same result.
+
+    Attributes:
+        samples: how many of the benchmark's `noun` one run works on.
+    """
+
+    samples: int
+
+    @abstractmethod
+    def peer(self) -> object:
+        """The peer's way, from public calls of torch, transformers, peft and numpy alone."""
+
+    @abstractmethod
+    def ours(self) -> object:
+        """The project's way, from its public functions."""
+
+    @abstractmethod
+    def check(self) -> None:
+        """Raise AssertionError unless both give the same results (and gradients)."""
+
+    @abstractmethod
+    def counts(self) -> Counts:
+        """What both compute, move and keep; exact."""
+
+    def floor(self) -> Run | None:
+        """The part of the work that no exact way gets around, alone; None where none is known.
+
+        Where a target lies below it, this is the profile that says so.
+        """
+        return None
+
+
+@dataclass(frozen=True)
+class Curve:
+    """How cost grows with one property of the problem.
+
+    Attributes:
+        x: what grows.
+        quantity: `SECONDS`, or the name of a count.
+        points: by size name, values of x with the sizes to build.
+    """
+
+    x: str
+    quantity: str
+    points: Mapping[str, Sequence[tuple[float, Any]]]
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One claim.
+
+    Attributes:
+        id: its place in the list of claims (B1 to B10); some have several benchmarks.
+        name: on the command line.
+        title: what is computed, for the results page.
+        peer_label: whose way `peer` re-creates.
+        noun: what is counted per second.
+        target: the ratio that is aimed at; None where none is claimed.
+        note: what a reader must know to read the figures; may be empty.
+        sizes: by name, what `build` makes a task of; see `SIZES`.
+        build: size, device -> task.
+    """
+
+    id: str
+    name: str
+    title: str
+    peer_label: str
+    noun: str
+    target: float | None
+    note: str
+    sizes: Mapping[str, Any]
+    build: Callable[[Any, torch.device], Task]
+    curves: Sequence[Curve]
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long to measure.
+
+    Attributes:
+        seconds: for the pairs of one benchmark; `min_pairs` are run in any case.
+        curve_pairs: for each point of a curve.
+    """
+
+    seconds: float
+    min_pairs: int
+    curve_pairs: int
+
+
+def measure(
+    benchmark: Benchmark,
+    *,
+    size: str,
+    device: torch.device,
+    effort: Effort,
+    ceiling: Mapping[str, Any],
+    environment: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The record that goes into the JSON.
+
+    Args:
+        size: a name in `SIZES`.
+        ceiling: of matrix products, measured in this process.
+
+    Raises:
+        AssertionError: if both sides do not agree; nothing is timed then.
+    """
+    task = benchmark.build(benchmark.sizes[size], device)
+    task.check()
+    pairs = alternate(
+        task.peer,
+        task.ours,
+        device=device,
+        seconds=effort.seconds,
+        min_pairs=effort.min_pairs,
+    )
+    counts = task.counts()
+    record: dict[str, Any] = {
+        "id": benchmark.id,
+        "name": benchmark.name,
+        "title": benchmark.title,
+        "peer_label": f"{benchmark.peer_label} ({RE_CREATION})",
+        "note": benchmark.note,
+        **_figures(pairs),
+        "target": benchmark.target,
+        "noun": benchmark.noun,
+        "samples": task.samples,
+        "counts": {
+            name: {"ours": count.ours, "peer": count.peer, "ratio": count.ratio}
+            for name, count in counts.items()
+        },
+        "size": size,
+        "size_values": str(benchmark.sizes[size]),
+        "ceiling": dict(ceiling),
+        "environment": dict(environment),
+    }
+    record["samples_per_second"] = {side: task.samples / record[side] for side in ("ours", "peer")}
+    if "flops" in counts:
+        record["share_of_ceiling"] = {
+            side: getattr(counts["flops"], side) / record[side] / ceiling["flops_per_second"]
+            for side in ("ours", "peer")
+        }
+    if floor := task.floor():
+        record["floor"] = min(measured(floor, device).wall for _ in range(FLOOR_RUNS))
+        record["ratio_at_floor"] = record["peer"] / record["floor"]
+    del task  # a curve's tasks need the room
+    record["curves"] = [
+        _curve(benchmark, curve, size=size, device=device, pairs=effort.curve_pairs)
+        for curve in benchmark.curves
+        if size in curve.points
+    ]
+    return record
+
+
+def _figures(pairs: Pairs) -> dict[str, Any]:
+    ratio, interval = median_and_interval(pairs.ratios)
+    cpu_ratio, cpu_interval = median_and_interval(pairs.cpu_ratios)
+    return {
+        "ours": median(sample.wall for sample in pairs.ours),
+        "peer": median(sample.wall for sample in pairs.peer),
+        "ratio": ratio,
+        "unit": "seconds",
+        "ci": list(interval),
+        "pairs": len(pairs.ours),
+        "cpu": {
+            "ours": median(sample.cpu for sample in pairs.ours),
+            "peer": median(sample.cpu for sample in pairs.peer),
+            "ratio": cpu_ratio,
+            "ci": list(cpu_interval),
+        },
+    }
+
+
+def _curve(
+    benchmark: Benchmark, curve: Curve, *, size: str, device: torch.device, pairs: int
+) -> dict[str, Any]:
+    points = []
+    for x, values in curve.points[size]:
+        task = benchmark.build(values, device)
+        task.check()
+        if curve.quantity == SECONDS:
+            found = alternate(
+                task.peer, task.ours, device=device, seconds=0, min_pairs=pairs, max_pairs=pairs
+            )
+            ours, peer = (
+                median(sample.wall for sample in side) for side in (found.ours, found.peer)
+            )
+        else:
+            count = task.counts()[curve.quantity]
+            ours, peer = count.ours, count.peer
+        points.append({"x": x, "ours": ours, "peer": peer})
+    return {"x": curve.x, "quantity": curve.quantity, "points": points}

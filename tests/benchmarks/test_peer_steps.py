@@ -1,0 +1,305 @@
+"""The re-created training steps of peers compute what this project computes, from the same weights:
+losses and gradients, at dropout 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from benchmarks.attention_bridge import policy
+from benchmarks.models import MERGE, PATCH, SMALL, image_processor, special_ids, stock_model
+from benchmarks.peers.dora import adapt
+from benchmarks.peers.inputs import Row
+from benchmarks.peers.model import DENSE_VISION, VISION_BY_IMAGE, PeerModel, PixelDecoder
+from benchmarks.peers.steps import CHUNK, collator, contrast_step, reconstruct_step, warmup_step
+from benchmarks.samples import Mix, Sample, corrupted_rows, draw, encode, rows_of
+from cocoa_pl.attention import TEXT_ATTENTION, Policy, make_plan
+from cocoa_pl.batch import Batch, pack
+from cocoa_pl.corruption import Corrupted, hide_patches, hide_text
+from cocoa_pl.grad_cache import cached_backward
+from cocoa_pl.models.adapters import LowRank
+from cocoa_pl.models.backbone import Backbone
+from cocoa_pl.models.heads import ImageDecoder, token_pixels
+from cocoa_pl.models.qwen2_vl import Qwen2VLBackbone
+from cocoa_pl.objectives import info_nce, masked_next_token, rebuilt_patches
+
+CPU = torch.device("cpu")
+MAX_PIXELS = 24 * 28**2
+PICTURES = Mix(text=6, target=9, spread=0.5, sides=(40, 90, 130), max_pixels=MAX_PIXELS)
+TEXTS = Mix(text=8, target=0, spread=0.5, sides=(), max_pixels=MAX_PIXELS)
+MASK_ID = SMALL.vocabulary - 1
+TARGETS = [
+    r".*language_model\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj",
+    r".*visual\.blocks\.\d+\.(attn\.qkv|mlp\.fc\d)",
+]
+
+
+@pytest.fixture
+def processor() -> Any:
+    return image_processor(MAX_PIXELS)
+
+
+@pytest.fixture
+def ours(processor: Any) -> Backbone:
+    return Qwen2VLBackbone(
+        stock_model(SMALL, attention=TEXT_ATTENTION, device=CPU, dtype=torch.float32),
+        kernel="sdpa",
+        image_mean=list(processor.image_mean),
+        image_std=list(processor.image_std),
+        rescale_factor=float(processor.rescale_factor),
+    )
+
+
+def peer(*, attention: Policy, vision: str = DENSE_VISION) -> PeerModel:
+    stock = stock_model(SMALL, attention="sdpa", device=CPU, dtype=torch.float32)
+    return PeerModel(stock, table=attention.table, vision=vision)
+
+
+def collate(processor: Any) -> Any:
+    ids = special_ids(SMALL)
+    return collator(image_processor=processor, pad_id=ids["bos_token_id"], device=CPU)
+
+
+def packed(samples: Sequence[Sample], processor: Any) -> Batch:
+    return pack(
+        [
+            encode(
+                sample,
+                shape=SMALL,
+                max_pixels=MAX_PIXELS,
+                resample=processor.resample,
+                seed=seed,
+            )
+            for seed, sample in enumerate(samples)
+        ]
+    )
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same_gradients(ours: dict[str, Tensor], peer: dict[str, Tensor]) -> None:
+    assert ours
+    assert ours.keys() == peer.keys()
+    for name, expected in peer.items():
+        error = (ours[name] - expected).norm()
+        assert error <= 2e-4 * expected.norm() + 1e-7, name
+
+
+def without(prefix: str, found: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in found.items()}
+
+
+# --- Generative stages -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("vision", [DENSE_VISION, VISION_BY_IMAGE])
+def test_reconstruct_has_the_same_loss_and_gradients(
+    vision: str, ours: Backbone, processor: Any
+) -> None:
+    samples = draw(PICTURES, 4, shape=SMALL, seed=0)
+    bridge, batch = policy("eos_bridge"), packed(samples, processor)
+    seen, mask = hide_text(batch, ratio=0.7, segment="target", mask_token_id=MASK_ID)
+    none = torch.zeros_like(mask)
+    pixels = ours.pixels(batch)
+    corrupted = Corrupted(seen, batch.input_ids, mask, none, pixels, pixels)
+
+    hidden = ours(seen, make_plan(bridge, seen.segment_lengths))
+    losses, _ = masked_next_token(hidden, mask, batch.input_ids, ours.vocabulary)
+    losses.mean().backward()
+
+    model = peer(attention=bridge, vision=vision)
+    rows = corrupted_rows(samples, corrupted)
+    loss = reconstruct_step(model, rows, collate=collate(processor))
+    torch.testing.assert_close(loss, losses.mean().detach(), rtol=1e-5, atol=0)
+    assert_same_gradients(without("model.", gradients(ours)), without("stock.", gradients(model)))
+
+
+def test_the_bridge_is_seen_by_the_loss(ours: Backbone, processor: Any) -> None:
+    """The comparison above would not tell two attention policies apart else."""
+    samples = draw(PICTURES, 2, shape=SMALL, seed=0)
+    batch = packed(samples, processor)
+    seen, mask = hide_text(batch, ratio=0.7, segment="target", mask_token_id=MASK_ID)
+    first, second = (
+        masked_next_token(
+            ours(seen, make_plan(policy(name), seen.segment_lengths)),
+            mask,
+            batch.input_ids,
+            ours.vocabulary,
+        )[0].mean()
+        for name in ("eos_bridge", "bidirectional")
+    )
+    assert (first - second).abs() > 1e-3
+
+
+def test_warmup_has_the_same_loss_and_gradients(ours: Backbone, processor: Any) -> None:
+    samples = [
+        *draw(PICTURES, 3, shape=SMALL, seed=1),
+        *draw(TEXTS, 1, shape=SMALL, seed=2),  # a row without a picture
+    ]
+    full, batch = policy("bidirectional"), packed(samples, processor)
+    seen, mask = hide_text(batch, ratio=0.2, segment="context", mask_token_id=MASK_ID)
+    clean = ours.pixels(batch)
+    noisy, patch_mask = hide_patches(batch, clean, ratio=0.3, merge_size=MERGE)
+    corrupted = Corrupted(seen, batch.input_ids, mask, patch_mask, clean, noisy)
+    decoder = ImageDecoder(ours, patch_values=3 * PATCH**2)
+
+    plan = make_plan(full, seen.segment_lengths)
+    hidden = ours(seen, plan, noisy)
+    losses, _ = masked_next_token(hidden, mask, batch.input_ids, ours.vocabulary)
+    targets = token_pixels(clean, seen, patch_mask, merge_size=MERGE)
+    errors = rebuilt_patches(decoder(ours, hidden, seen, plan, patch_mask), targets)
+    expected = losses.mean() + 0.5 * errors.mean()
+    expected.backward()
+
+    model = peer(attention=full)
+    text = model.stock.model.language_model
+    theirs = PixelDecoder(
+        type(text.layers[0])(text.config, layer_idx=0),
+        nn.Linear(*reversed(decoder.projection.weight.shape)),
+    )
+    theirs.load_state_dict(decoder.state_dict())
+    loss = warmup_step(
+        model,
+        corrupted_rows(samples, corrupted),
+        collate=collate(processor),
+        decoder=theirs,
+        weight=0.5,
+        clean=[targets],
+    )
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-5, atol=0)
+    assert_same_gradients(gradients(decoder), gradients(theirs))
+    assert_same_gradients(without("model.", gradients(ours)), without("stock.", gradients(model)))
+
+
+# --- Contrast, with adapters -------------------------------------------------------------------
+
+
+def adapted(backbone: Backbone) -> Backbone:
+    adapter = LowRank(
+        rank=2,
+        alpha=8,
+        dropout=0.0,
+        init="gaussian",
+        use_dora=True,
+        target_modules=TARGETS,
+        lean_dora=True,
+        dropout_on_base=False,
+    )
+    torch.manual_seed(0)
+    backbone = adapter(backbone)
+    with torch.no_grad():
+        for name, parameter in backbone.named_parameters():
+            if ".lora_B." in name:
+                parameter.normal_(std=0.1)
+    return backbone
+
+
+def adapters_of(backbone: Backbone) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    """By the names of the stock model's modules."""
+    found = {}
+    for name, module in backbone.model.named_modules():
+        if hasattr(module, "lora_magnitude_vector"):
+            magnitude = module.lora_magnitude_vector["default"].weight
+            values = (module.lora_A["default"].weight, module.lora_B["default"].weight, magnitude)
+            found[name.removeprefix("base_model.model.")] = values
+    return found
+
+
+def renamed(found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Gradients of our adapters by the peer's names."""
+    names = {
+        ".lora_A.default.weight": ".a",
+        ".lora_B.default.weight": ".b",
+        ".lora_magnitude_vector.default.weight": ".magnitude",
+    }
+    changed = {}
+    for name, value in found.items():
+        ending = next(ending for ending in names if name.endswith(ending))
+        stem = name.removeprefix("model.base_model.model.").removesuffix(ending)
+        changed[stem + names[ending]] = value
+    return changed
+
+
+@pytest.mark.parametrize("pad_whole_batch", [False, True], ids=["by chunk", "whole batch"])
+def test_contrast_has_the_same_loss_and_gradients(
+    pad_whole_batch: bool, ours: Backbone, processor: Any
+) -> None:
+    full, count = policy("bidirectional"), CHUNK + 3
+    queries = draw(
+        Mix(text=5, target=0, spread=0.5, sides=(40, 90), max_pixels=MAX_PIXELS),
+        count,
+        shape=SMALL,
+        seed=3,
+    )
+    positives = draw(TEXTS, count, shape=SMALL, seed=4)
+    backbone = adapted(ours)
+    halves = [packed(half, processor) for half in (queries, positives)]
+
+    def loss(embeddings: Tensor) -> Tensor:
+        losses, _ = info_nce(
+            embeddings[:count],
+            embeddings[count:],
+            torch.arange(count),
+            torch.tensor(1 / 0.02),
+            false_negatives=None,
+        )
+        return losses.mean()
+
+    expected = cached_backward(
+        lambda chunk: backbone.embed(chunk, full),
+        [chunk for half in halves for chunk in half.chunk(100)],
+        loss,
+        keep=1,
+        backward=lambda value: value.backward(),
+    )
+
+    model = peer(attention=full, vision=VISION_BY_IMAGE)
+    adapt(model.stock, adapters_of(backbone), scaling=4.0, dropout=0.0)
+    found = contrast_step(
+        model,
+        *(rows_of(side, half) for side, half in zip((queries, positives), halves, strict=True)),
+        collate=collate(processor),
+        temperature=0.02,
+        pad_whole_batch=pad_whole_batch,
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
+    assert_same_gradients(renamed(gradients(backbone)), without("stock.", gradients(model)))
+
+
+# --- Their batches -----------------------------------------------------------------------------
+
+
+def test_peers_pad_to_the_longest_and_run_the_image_processor_once_a_sample(processor: Any) -> None:
+    samples = draw(PICTURES, 5, shape=SMALL, seed=5)
+    batch = packed(samples, processor)
+    calls: list[int] = []
+
+    class Counting:
+        def __call__(self, images: Sequence[Any], **keywords: Any) -> Any:
+            calls.append(len(images))
+            return processor(images, **keywords)
+
+    rows: list[Row] = rows_of(samples, batch)
+    inputs = collate(Counting())(rows)
+    longest = int(batch.lengths.max())
+    assert inputs.slots == len(samples) * longest
+    assert inputs.attention_mask.sum() == batch.num_tokens
+    assert calls == [1] * len(samples)
+    assert [one.slots for one in inputs.split(2)] == [2 * longest, 2 * longest, longest]
+
+
+def test_positions_of_padded_rows_are_those_of_the_packed_batch(processor: Any) -> None:
+    samples = draw(PICTURES, 3, shape=SMALL, seed=6)
+    batch = packed(samples, processor)
+    model = peer(attention=policy("bidirectional"))
+    inputs = collate(processor)(rows_of(samples, batch))
+    positions = model(inputs).positions
+    real = inputs.attention_mask.bool()
+    assert torch.equal(positions[:, real], batch.position_ids)
