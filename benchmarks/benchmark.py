@@ -15,6 +15,7 @@ from benchmarks.timing import Pairs, Run, alternate, measured, median_and_interv
 
 RE_CREATION = "re-creation, because the released CoCoA code does not run"
 SIZES = ("cpu", "cuda", "test")
+SIDES = ("ours", "peer")
 SECONDS = "seconds"  # a curve's quantity that is not a count
 FLOOR_RUNS = 7
 
@@ -58,7 +59,7 @@ class Curve:
 
     Attributes:
         x: what grows.
-        quantity: `SECONDS`, or the name of a count.
+        quantity: `SECONDS` (of the GPU, or of the processor), or the name of a count.
         points: by size name, values of x with the sizes to build.
     """
 
@@ -156,22 +157,41 @@ def measure(
         "ceiling": dict(ceiling),
         "environment": dict(environment),
     }
-    record["samples_per_second"] = {side: task.samples / record[side] for side in ("ours", "peer")}
+    own = own_seconds(record, device)
+    record["samples_per_second"] = {side: task.samples / record[side] for side in SIDES}
     if "flops" in counts:
         record["share_of_ceiling"] = {
-            side: getattr(counts["flops"], side) / record[side] / ceiling["flops_per_second"]
-            for side in ("ours", "peer")
+            side: getattr(counts["flops"], side) / own[side] / ceiling["flops_per_second"]
+            for side in SIDES
         }
     if floor := task.floor():
-        record["floor"] = min(measured(floor, device).wall for _ in range(FLOOR_RUNS))
-        record["ratio_at_floor"] = record["peer"] / record["floor"]
+        record["floor"] = min(measured(floor, device).own(device) for _ in range(FLOOR_RUNS))
+        record["ratio_at_floor"] = own["peer"] / record["floor"]
     del task  # a curve's tasks need the room
+
+    def point(curve: Curve, values: Any) -> dict[str, float]:
+        if values == benchmark.sizes[size]:  # measured already, and better
+            if curve.quantity == SECONDS:
+                return own
+            return {side: record["counts"][curve.quantity][side] for side in SIDES}
+        built = benchmark.build(values, device)
+        return _point(built, curve.quantity, device=device, pairs=effort.curve_pairs)
+
     record["curves"] = [
-        _curve(benchmark, curve, size=size, device=device, pairs=effort.curve_pairs)
+        {
+            "x": curve.x,
+            "quantity": curve.quantity,
+            "points": [{"x": x} | point(curve, values) for x, values in curve.points[size]],
+        }
         for curve in benchmark.curves
-        if size in curve.points
     ]
     return record
+
+
+def own_seconds(record: Mapping[str, Any], device: torch.device) -> dict[str, float]:
+    """Of both sides: of the GPU, or of the processor; see `Sample.own`."""
+    values = record if device.type == "cuda" else record["cpu"]
+    return {side: values[side] for side in SIDES}
 
 
 def _figures(pairs: Pairs) -> dict[str, Any]:
@@ -193,22 +213,12 @@ def _figures(pairs: Pairs) -> dict[str, Any]:
     }
 
 
-def _curve(
-    benchmark: Benchmark, curve: Curve, *, size: str, device: torch.device, pairs: int
-) -> dict[str, Any]:
-    points = []
-    for x, values in curve.points[size]:
-        task = benchmark.build(values, device)
-        task.check()
-        if curve.quantity == SECONDS:
-            found = alternate(
-                task.peer, task.ours, device=device, seconds=0, min_pairs=pairs, max_pairs=pairs
-            )
-            ours, peer = (
-                median(sample.wall for sample in side) for side in (found.ours, found.peer)
-            )
-        else:
-            count = task.counts()[curve.quantity]
-            ours, peer = count.ours, count.peer
-        points.append({"x": x, "ours": ours, "peer": peer})
-    return {"x": curve.x, "quantity": curve.quantity, "points": points}
+def _point(task: Task, quantity: str, *, device: torch.device, pairs: int) -> dict[str, float]:
+    task.check()
+    if quantity != SECONDS:
+        count = task.counts()[quantity]
+        return {"ours": count.ours, "peer": count.peer}
+    found = alternate(
+        task.peer, task.ours, device=device, seconds=0, min_pairs=pairs, max_pairs=pairs
+    )
+    return own_seconds(_figures(found), device)

@@ -10,11 +10,13 @@ from typing import Any
 import peft
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import dropout, linear
 
 from benchmarks.benchmark import SECONDS, Benchmark, Curve, Task
 from benchmarks.comparing import assert_close
 from benchmarks.counting import Count, Counts, torch_counts
 from benchmarks.peers.dora import DoraLinear
+from benchmarks.timing import Run
 from cocoa_pl.models.dora import make_lean, shared_norms
 
 RANK, ALPHA, DROPOUT = 8, 64, 0.1  # of the released scripts
@@ -98,6 +100,13 @@ class Dora(Task):
             for module in (self.model, self.theirs):
                 module.train()
 
+    def floor(self) -> Run | None:
+        """The same passes with LoRA: one product with W, forward and backward."""
+        if self.size.dropout_on_base:
+            return None
+        lora = LoraLinear(self.theirs)
+        return lambda: self._passes(lora)
+
     def counts(self) -> Counts:
         weights = list(self.model.parameters())
         passes = self.size.passes
@@ -105,6 +114,20 @@ class Dora(Task):
             self.peer, self.ours, device=self.device, parameters=[*weights, *self.inputs]
         )
         return {"norms_taken": Count(passes, 1), **counted}
+
+
+class LoraLinear(nn.Module):
+    """A DoRA layer without its magnitudes."""
+
+    def __init__(self, layer: DoraLinear) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        dropped = dropout(x, self.layer.dropout)
+        low_rank = linear(linear(dropped, self.layer.a), self.layer.b)
+        result: Tensor = self.layer.base(x) + self.layer.scaling * low_rank
+        return result
 
 
 def adapted(base: nn.Linear) -> Any:

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from benchmarks.benchmark import SECONDS, Benchmark, Curve, Task
 from benchmarks.counting import Count, Counts
-from benchmarks.models import MERGE, PATCH, SMALL, image_processor, stock_model
+from benchmarks.models import MERGE, PATCH, SMALL, image_processor
+from benchmarks.ours import wrapped
 from benchmarks.timing import Run
 from cocoa_pl.batch import Batch
 from cocoa_pl.data.images import open_image
 from cocoa_pl.data.patches import cut, resize
-from cocoa_pl.models.qwen2_vl import Qwen2VLBackbone
 
 FRAMES = 2  # of a still image: one, repeated
 STORED = (640, 480)  # of a picture on disk
@@ -54,12 +54,8 @@ class Images(Task):
         rng = np.random.default_rng(0)
         self.pictures = [photograph(rng, size) for _ in range(size.images)]
         cpu = torch.device("cpu")  # where a data worker is
-        self.backbone = Qwen2VLBackbone(
-            stock_model(SMALL, attention="sdpa", device=cpu, dtype=torch.float32),
-            kernel="sdpa",
-            image_mean=list(self.stock.image_mean),
-            image_std=list(self.stock.image_std),
-            rescale_factor=float(self.stock.rescale_factor),
+        self.backbone = wrapped(
+            SMALL, image_processor=self.stock, kernel="sdpa", device=cpu, dtype=torch.float32
         )
 
     def peer(self) -> list[Tensor]:
@@ -211,7 +207,7 @@ LARGE = replace(
 WITH_FLOATS = replace(
     BENCHMARK,
     name="images_on_one_core",
-    title="The same with the device's part on the same core",
+    title="Image pipeline with the device's part on the same core",
     target=None,
     note="As where there is no device: floats and repeated frames are made by the core that cuts.",
     sizes=_sizes(normalised=True),

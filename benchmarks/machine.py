@@ -63,7 +63,7 @@ def matrix_product_ceiling(device: torch.device, *, side: int | None = None) -> 
     side = side or (8192 if cuda else 1024)
     dtype = torch.bfloat16 if cuda else torch.float32
     left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    runs = [measured(lambda: left @ right, device).wall for _ in range(CEILING_RUNS)]
+    runs = [measured(lambda: left @ right, device).own(device) for _ in range(CEILING_RUNS)]
     return {
         "flops_per_second": 2 * side**3 / min(runs),
         "side": side,

@@ -102,7 +102,7 @@ BENCHMARK = Benchmark(
             quantity=SECONDS,
             points={
                 "test": [(n, replace(TEST, tokens=n)) for n in (50, 100)],
-                "cpu": [(n, replace(CPU, tokens=n)) for n in (40, 80, 160)],
+                "cpu": [(n, replace(CPU, tokens=n)) for n in (40, 80, 160, 320)],
                 "cuda": [(n, replace(CUDA, tokens=n)) for n in (1024, 2048, 4096, 8192)],
             },
         ),

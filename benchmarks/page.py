@@ -21,7 +21,10 @@ Written by `python -m benchmarks page`; do not edit.
   any.
 - Both run in turns in one process. The ratio is the median over pairs of neighbouring runs, with a
   95 % bootstrap interval; above 1, this project is faster.
-- Counts are exact and the same on any machine of a kind; times are of the machine named.
+- Counts are exact (the JSON has all digits) and the same on any machine of a kind; times are of
+  the machine named.
+- *Rate* and *of ceiling* are ours. Curves and shares of the ceiling are in time of the GPU, or of
+  the processor, which does not pass while others have it.
 """
 
 
@@ -88,12 +91,12 @@ def table_of_ratios(records: Sequence[Record]) -> str:
                 seconds(r["ours"]),
                 f"**{number(r['ratio'])}x** ({number(low)} to {number(high)})",
                 target,
-                f"{rate(r['samples_per_second']['ours'])}{r['noun']}/s",
+                f"{number(r['samples_per_second']['ours'])} {r['noun']}/s",
                 share,
                 str(r["pairs"]),
             ]
         )
-    head = ["", "benchmark", "peer", "ours", "ratio", "target", "ours", "of ceiling", "pairs"]
+    head = ["", "benchmark", "peer", "ours", "ratio", "target", "rate", "of ceiling", "pairs"]
     return table(head, rows)
 
 
@@ -163,7 +166,9 @@ def rate(value: float) -> str:
 
 
 def amount(value: float) -> str:
-    """Whole numbers in full, as counts are exact."""
+    """Whole numbers in full up to a million."""
+    if abs(value) >= 1e6:
+        return rate(value).strip()
     return f"{value:,.0f}" if float(value).is_integer() else number(value)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
 from benchmarks.benchmark import SECONDS
 
@@ -24,7 +24,7 @@ TICKS = (0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500)
 
 def draw_ratios(records: Sequence[Record], path: Path) -> None:
     """One row a benchmark: the median, its interval, the target."""
-    figure = Figure(figsize=(9, 0.9 + 0.34 * len(records)), layout="constrained")
+    figure = Figure(figsize=(9, 0.9 + 0.38 * len(records)), layout="constrained")
     axes = figure.subplots()
     for row, record in enumerate(records):
         low, high = record["ci"]
@@ -34,10 +34,11 @@ def draw_ratios(records: Sequence[Record], path: Path) -> None:
         axes.plot(ratio, row, "o", color=OURS, zorder=3, label="measured" if row == 0 else None)
         axes.annotate(
             f"{ratio:.3g}x",
-            (max(ratio, high), row),
-            (7, 0),
+            (ratio, row),
+            (0, 5),
             textcoords="offset points",
-            va="center",
+            ha="center",
+            fontsize=9,
         )
         if record["target"] is not None:
             axes.plot(record["target"], row, "|", color=TARGET, markersize=13, markeredgewidth=2)
@@ -86,6 +87,8 @@ def draw_curve(axes: Axes, title: str, curve: Mapping[str, Any]) -> None:
     axes.xaxis.set_major_locator(FixedLocator(xs))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
     axes.set_xlabel(curve["x"])
     axes.set_ylabel(unit)
@@ -95,7 +98,7 @@ def draw_curve(axes: Axes, title: str, curve: Mapping[str, Any]) -> None:
 
 def _unit(curve: Mapping[str, Any]) -> tuple[float, str]:
     if curve["quantity"] == SECONDS:
-        return 1e-3, "ms"
+        return 1e-3, "milliseconds"
     name = curve["quantity"].replace("_", " ")
     if name.endswith("bytes"):
         return 2**20, f"{name.removesuffix('bytes')}MiB"
@@ -104,7 +107,7 @@ def _unit(curve: Mapping[str, Any]) -> tuple[float, str]:
 
 def _wrapped(title: str, width: int = 38) -> str:
     lines = [""]
-    for word in title.split():
+    for word in title.replace(" x ", "\u00a0x\u00a0").split(" "):
         if len(lines[-1]) + len(word) > width:
             lines.append("")
         lines[-1] = f"{lines[-1]} {word}".strip()

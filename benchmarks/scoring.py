@@ -83,8 +83,10 @@ class Scoring(Task):
         assert found == self.peer()
         assert 0 < sum(found) < len(found), "every row hit or missed: nothing was compared"
 
-    def floor(self) -> Run:
-        """One product of all queries and all candidates of the pool."""
+    def floor(self) -> Run | None:
+        """Where all rows have the same candidates: one product."""
+        if not self.size.shared:
+            return None
         return lambda: self.queries @ self.candidates.T
 
     def counts(self) -> Counts:

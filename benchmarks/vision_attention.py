@@ -116,7 +116,7 @@ BENCHMARK = Benchmark(
 WITH_BATCH_OF_ONE = replace(
     BENCHMARK,
     name="vision_attention_4d",
-    title="The same against transformers 4.52",
+    title="The same attention against transformers 4.52",
     peer_label="transformers 4.52's VisionSdpaAttention: a 4-D SDPA call, a dense mask over all "
     "images",
     sizes={name: replace(size, fold_batch=False) for name, size in BENCHMARK.sizes.items()},

@@ -244,6 +244,22 @@ def test_no_gpu_is_invented(capsys: pytest.CaptureFixture[str]) -> None:
     assert "sees no CUDA device" in capsys.readouterr().err
 
 
+@pytest.mark.gpu
+@EVERY
+def test_a_gpu_gives_the_same_records(benchmark: Benchmark) -> None:
+    device = torch.device("cuda")
+    record = measure(
+        benchmark,
+        size="test",
+        device=device,
+        effort=Effort(seconds=0, min_pairs=2, curve_pairs=1),
+        ceiling=matrix_product_ceiling(device, side=512),
+        environment=environment(device),
+    )
+    assert record["ours"] > 0
+    assert record["environment"]["device_type"] == "cuda"
+
+
 # --- Rules -------------------------------------------------------------------------------------
 
 

@@ -107,7 +107,8 @@ def test_a_missed_target_is_said_and_so_is_what_would_be_the_most(results: Path)
         (seconds(4.56e-5), "45.6 µs"),
         (rate(2.5e12), "2.5 T"),
         (rate(150.0), "150 "),
-        (amount(1234567.0), "1,234,567"),
+        (amount(1234567.0), "1.23 M"),
+        (amount(123456.0), "123,456"),
         (amount(1.527), "1.53"),
     ],
 )

@@ -13,19 +13,18 @@ from torch import Tensor, nn
 
 from benchmarks.attention_bridge import policy
 from benchmarks.models import MERGE, PATCH, SMALL, image_processor, special_ids, stock_model
+from benchmarks.ours import adapters_of, packed, with_dora, wrapped
 from benchmarks.peers.dora import adapt
 from benchmarks.peers.inputs import Row
 from benchmarks.peers.model import DENSE_VISION, VISION_BY_IMAGE, PeerModel, PixelDecoder
 from benchmarks.peers.steps import CHUNK, collator, contrast_step, reconstruct_step, warmup_step
-from benchmarks.samples import Mix, Sample, corrupted_rows, draw, encode, rows_of
-from cocoa_pl.attention import TEXT_ATTENTION, Policy, make_plan
-from cocoa_pl.batch import Batch, pack
+from benchmarks.samples import Mix, Sample, corrupted_rows, draw, rows_of
+from cocoa_pl.attention import Policy, make_plan
+from cocoa_pl.batch import Batch
 from cocoa_pl.corruption import Corrupted, hide_patches, hide_text
 from cocoa_pl.grad_cache import cached_backward
-from cocoa_pl.models.adapters import LowRank
 from cocoa_pl.models.backbone import Backbone
 from cocoa_pl.models.heads import ImageDecoder, token_pixels
-from cocoa_pl.models.qwen2_vl import Qwen2VLBackbone
 from cocoa_pl.objectives import info_nce, masked_next_token, rebuilt_patches
 
 CPU = torch.device("cpu")
@@ -33,10 +32,6 @@ MAX_PIXELS = 24 * 28**2
 PICTURES = Mix(text=6, target=9, spread=0.5, sides=(40, 90, 130), max_pixels=MAX_PIXELS)
 TEXTS = Mix(text=8, target=0, spread=0.5, sides=(), max_pixels=MAX_PIXELS)
 MASK_ID = SMALL.vocabulary - 1
-TARGETS = [
-    r".*language_model\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj",
-    r".*visual\.blocks\.\d+\.(attn\.qkv|mlp\.fc\d)",
-]
 
 
 @pytest.fixture
@@ -46,13 +41,7 @@ def processor() -> Any:
 
 @pytest.fixture
 def ours(processor: Any) -> Backbone:
-    return Qwen2VLBackbone(
-        stock_model(SMALL, attention=TEXT_ATTENTION, device=CPU, dtype=torch.float32),
-        kernel="sdpa",
-        image_mean=list(processor.image_mean),
-        image_std=list(processor.image_std),
-        rescale_factor=float(processor.rescale_factor),
-    )
+    return wrapped(SMALL, image_processor=processor, kernel="sdpa", device=CPU, dtype=torch.float32)
 
 
 def peer(*, attention: Policy, vision: str = DENSE_VISION) -> PeerModel:
@@ -65,19 +54,8 @@ def collate(processor: Any) -> Any:
     return collator(image_processor=processor, pad_id=ids["bos_token_id"], device=CPU)
 
 
-def packed(samples: Sequence[Sample], processor: Any) -> Batch:
-    return pack(
-        [
-            encode(
-                sample,
-                shape=SMALL,
-                max_pixels=MAX_PIXELS,
-                resample=processor.resample,
-                seed=seed,
-            )
-            for seed, sample in enumerate(samples)
-        ]
-    )
+def batch_of(samples: Sequence[Sample], processor: Any) -> Batch:
+    return packed(samples, shape=SMALL, max_pixels=MAX_PIXELS, resample=processor.resample)
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
@@ -104,7 +82,7 @@ def test_reconstruct_has_the_same_loss_and_gradients(
     vision: str, ours: Backbone, processor: Any
 ) -> None:
     samples = draw(PICTURES, 4, shape=SMALL, seed=0)
-    bridge, batch = policy("eos_bridge"), packed(samples, processor)
+    bridge, batch = policy("eos_bridge"), batch_of(samples, processor)
     seen, mask = hide_text(batch, ratio=0.7, segment="target", mask_token_id=MASK_ID)
     none = torch.zeros_like(mask)
     pixels = ours.pixels(batch)
@@ -124,7 +102,7 @@ def test_reconstruct_has_the_same_loss_and_gradients(
 def test_the_bridge_is_seen_by_the_loss(ours: Backbone, processor: Any) -> None:
     """The comparison above would not tell two attention policies apart else."""
     samples = draw(PICTURES, 2, shape=SMALL, seed=0)
-    batch = packed(samples, processor)
+    batch = batch_of(samples, processor)
     seen, mask = hide_text(batch, ratio=0.7, segment="target", mask_token_id=MASK_ID)
     first, second = (
         masked_next_token(
@@ -143,7 +121,7 @@ def test_warmup_has_the_same_loss_and_gradients(ours: Backbone, processor: Any) 
         *draw(PICTURES, 3, shape=SMALL, seed=1),
         *draw(TEXTS, 1, shape=SMALL, seed=2),  # a row without a picture
     ]
-    full, batch = policy("bidirectional"), packed(samples, processor)
+    full, batch = policy("bidirectional"), batch_of(samples, processor)
     seen, mask = hide_text(batch, ratio=0.2, segment="context", mask_token_id=MASK_ID)
     clean = ours.pixels(batch)
     noisy, patch_mask = hide_patches(batch, clean, ratio=0.3, merge_size=MERGE)
@@ -181,37 +159,6 @@ def test_warmup_has_the_same_loss_and_gradients(ours: Backbone, processor: Any) 
 # --- Contrast, with adapters -------------------------------------------------------------------
 
 
-def adapted(backbone: Backbone) -> Backbone:
-    adapter = LowRank(
-        rank=2,
-        alpha=8,
-        dropout=0.0,
-        init="gaussian",
-        use_dora=True,
-        target_modules=TARGETS,
-        lean_dora=True,
-        dropout_on_base=False,
-    )
-    torch.manual_seed(0)
-    backbone = adapter(backbone)
-    with torch.no_grad():
-        for name, parameter in backbone.named_parameters():
-            if ".lora_B." in name:
-                parameter.normal_(std=0.1)
-    return backbone
-
-
-def adapters_of(backbone: Backbone) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
-    """By the names of the stock model's modules."""
-    found = {}
-    for name, module in backbone.model.named_modules():
-        if hasattr(module, "lora_magnitude_vector"):
-            magnitude = module.lora_magnitude_vector["default"].weight
-            values = (module.lora_A["default"].weight, module.lora_B["default"].weight, magnitude)
-            found[name.removeprefix("base_model.model.")] = values
-    return found
-
-
 def renamed(found: dict[str, Tensor]) -> dict[str, Tensor]:
     """Gradients of our adapters by the peer's names."""
     names = {
@@ -239,8 +186,8 @@ def test_contrast_has_the_same_loss_and_gradients(
         seed=3,
     )
     positives = draw(TEXTS, count, shape=SMALL, seed=4)
-    backbone = adapted(ours)
-    halves = [packed(half, processor) for half in (queries, positives)]
+    backbone = with_dora(ours, rank=2, alpha=8, dropout=0.0, dropout_on_base=False)
+    halves = [batch_of(half, processor) for half in (queries, positives)]
 
     def loss(embeddings: Tensor) -> Tensor:
         losses, _ = info_nce(
@@ -278,7 +225,7 @@ def test_contrast_has_the_same_loss_and_gradients(
 
 def test_peers_pad_to_the_longest_and_run_the_image_processor_once_a_sample(processor: Any) -> None:
     samples = draw(PICTURES, 5, shape=SMALL, seed=5)
-    batch = packed(samples, processor)
+    batch = batch_of(samples, processor)
     calls: list[int] = []
 
     class Counting:
@@ -297,7 +244,7 @@ def test_peers_pad_to_the_longest_and_run_the_image_processor_once_a_sample(proc
 
 def test_positions_of_padded_rows_are_those_of_the_packed_batch(processor: Any) -> None:
     samples = draw(PICTURES, 3, shape=SMALL, seed=6)
-    batch = packed(samples, processor)
+    batch = batch_of(samples, processor)
     model = peer(attention=policy("bidirectional"))
     inputs = collate(processor)(rows_of(samples, batch))
     positions = model(inputs).positions
