@@ -16,6 +16,7 @@ from benchmarks.timing import Pairs, Run, alternate, measured, median_and_interv
 RE_CREATION = "re-creation, because the released CoCoA code does not run"
 SIZES = ("cpu", "cuda", "test")
 SIDES = ("ours", "peer")
+Sides = dict[str, float]
 SECONDS = "seconds"  # a curve's quantity that is not a count
 FLOOR_RUNS = 7
 
@@ -25,9 +26,11 @@ class Task(ABC):
 
     Attributes:
         samples: how many of the benchmark's `noun` one run works on.
+        device: where the work is done, whose time is taken.
     """
 
     samples: int
+    device: torch.device
 
     @abstractmethod
     def peer(self) -> object:
@@ -128,54 +131,27 @@ def measure(
     Raises:
         AssertionError: if both sides do not agree; nothing is timed then.
     """
-    task = benchmark.build(benchmark.sizes[size], device)
-    task.check()
-    pairs = alternate(
-        task.peer,
-        task.ours,
-        device=device,
-        seconds=effort.seconds,
-        min_pairs=effort.min_pairs,
-    )
-    counts = task.counts()
-    record: dict[str, Any] = {
+    size_values = benchmark.sizes[size]
+    record = {
         "id": benchmark.id,
         "name": benchmark.name,
         "title": benchmark.title,
         "peer_label": f"{benchmark.peer_label} ({RE_CREATION})",
         "note": benchmark.note,
-        **_figures(pairs),
         "target": benchmark.target,
         "noun": benchmark.noun,
-        "samples": task.samples,
-        "counts": {
-            name: {"ours": count.ours, "peer": count.peer, "ratio": count.ratio}
-            for name, count in counts.items()
-        },
         "size": size,
-        "size_values": str(benchmark.sizes[size]),
+        "size_values": str(size_values),
         "ceiling": dict(ceiling),
         "environment": dict(environment),
+        **_headline(benchmark.build(size_values, device), effort, ceiling["flops_per_second"]),
     }
-    own = own_seconds(record, device)
-    record["samples_per_second"] = {side: task.samples / record[side] for side in SIDES}
-    if "flops" in counts:
-        record["share_of_ceiling"] = {
-            side: getattr(counts["flops"], side) / own[side] / ceiling["flops_per_second"]
-            for side in SIDES
-        }
-    if floor := task.floor():
-        record["floor"] = min(measured(floor, device).own(device) for _ in range(FLOOR_RUNS))
-        record["ratio_at_floor"] = own["peer"] / record["floor"]
-    del task  # a curve's tasks need the room
 
-    def point(curve: Curve, values: Any) -> dict[str, float]:
-        if values == benchmark.sizes[size]:  # measured already, and better
-            if curve.quantity == SECONDS:
-                return own
-            return {side: record["counts"][curve.quantity][side] for side in SIDES}
-        built = benchmark.build(values, device)
-        return _point(built, curve.quantity, device=device, pairs=effort.curve_pairs)
+    def point(curve: Curve, values: Any) -> Sides:
+        if values == size_values:  # measured already, and better
+            timed = curve.quantity == SECONDS
+            return _sides(record["own_seconds"] if timed else record["counts"][curve.quantity])
+        return _point(benchmark.build(values, device), curve.quantity, effort.curve_pairs)
 
     record["curves"] = [
         {
@@ -188,37 +164,67 @@ def measure(
     return record
 
 
-def own_seconds(record: Mapping[str, Any], device: torch.device) -> dict[str, float]:
-    """Of both sides: of the GPU, or of the processor; see `Sample.own`."""
-    values = record if device.type == "cuda" else record["cpu"]
-    return {side: values[side] for side in SIDES}
+def _headline(task: Task, effort: Effort, ceiling: float) -> dict[str, Any]:
+    """All that is measured at one size."""
+    task.check()
+    pairs = alternate(
+        task.peer,
+        task.ours,
+        device=task.device,
+        seconds=effort.seconds,
+        min_pairs=effort.min_pairs,
+    )
+    counts = task.counts()
+    found = _figures(pairs, task.device)
+    own = found["own_seconds"]
+    found["samples"] = task.samples
+    found["samples_per_second"] = {side: task.samples / found[side] for side in SIDES}
+    found["counts"] = {
+        name: {"ours": count.ours, "peer": count.peer, "ratio": count.ratio}
+        for name, count in counts.items()
+    }
+    if "flops" in counts:
+        found["share_of_ceiling"] = {
+            side: getattr(counts["flops"], side) / own[side] / ceiling for side in SIDES
+        }
+    if floor := task.floor():
+        runs = [measured(floor, task.device).own(task.device) for _ in range(FLOOR_RUNS)]
+        found["floor"] = min(runs)
+        found["ratio_at_floor"] = own["peer"] / found["floor"]
+    return found
 
 
-def _figures(pairs: Pairs) -> dict[str, Any]:
+def _figures(pairs: Pairs, device: torch.device) -> dict[str, Any]:
     ratio, interval = median_and_interval(pairs.ratios)
-    cpu_ratio, cpu_interval = median_and_interval(pairs.cpu_ratios)
+    sides = {"ours": pairs.ours, "peer": pairs.peer}
     return {
-        "ours": median(sample.wall for sample in pairs.ours),
-        "peer": median(sample.wall for sample in pairs.peer),
+        **{side: median(sample.wall for sample in found) for side, found in sides.items()},
         "ratio": ratio,
         "unit": "seconds",
         "ci": list(interval),
         "pairs": len(pairs.ours),
-        "cpu": {
-            "ours": median(sample.cpu for sample in pairs.ours),
-            "peer": median(sample.cpu for sample in pairs.peer),
-            "ratio": cpu_ratio,
-            "ci": list(cpu_interval),
+        "cpu_ratio": median(pairs.cpu_ratios),
+        "own_seconds": {
+            side: median(sample.own(device) for sample in found) for side, found in sides.items()
         },
     }
 
 
-def _point(task: Task, quantity: str, *, device: torch.device, pairs: int) -> dict[str, float]:
+def _point(task: Task, quantity: str, pairs: int) -> Sides:
     task.check()
     if quantity != SECONDS:
         count = task.counts()[quantity]
         return {"ours": count.ours, "peer": count.peer}
     found = alternate(
-        task.peer, task.ours, device=device, seconds=0, min_pairs=pairs, max_pairs=pairs
+        task.peer,
+        task.ours,
+        device=task.device,
+        seconds=0,
+        min_pairs=pairs,
+        max_pairs=pairs,
     )
-    return own_seconds(_figures(found), device)
+    return _sides(_figures(found, task.device)["own_seconds"])
+
+
+def _sides(found: Mapping[str, float]) -> Sides:
+    return {side: found[side] for side in SIDES}

@@ -53,9 +53,13 @@ class Images(Task):
         self.stock: Any = image_processor(self.max_pixels)
         rng = np.random.default_rng(0)
         self.pictures = [photograph(rng, size) for _ in range(size.images)]
-        cpu = torch.device("cpu")  # where a data worker is
+        self.device = torch.device("cpu")  # where a data worker is
         self.backbone = wrapped(
-            SMALL, image_processor=self.stock, kernel="sdpa", device=cpu, dtype=torch.float32
+            SMALL,
+            image_processor=self.stock,
+            kernel="sdpa",
+            device=self.device,
+            dtype=torch.float32,
         )
 
     def peer(self) -> list[Tensor]:

@@ -117,7 +117,7 @@ def account(record: Record) -> str:
         f"**`{record['name']}`** ({record['id']}). {record['title']}. {record['note']}".strip(),
         f"Peer: {record['peer_label']}.",
         f"Sizes: `{record['size_values']}`.",
-        f"In processor time {number(record['cpu']['ratio'])}x.",
+        f"In processor time {number(record['cpu_ratio'])}x.",
     ]
     if "floor" in record:
         lines.append(

@@ -40,6 +40,7 @@ class Scoring(Task):
     def __init__(self, size: Size, device: torch.device) -> None:
         rng = np.random.default_rng(0)
         self.size, self.samples = size, size.rows
+        self.device = torch.device("cpu")  # on any machine
         self.candidates = unit(rng.normal(size=(size.pool, size.width)))
         if size.shared:
             # The positive comes first in MMEB's rows, so the others are in one order behind it.

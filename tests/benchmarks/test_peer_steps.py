@@ -15,6 +15,7 @@ from benchmarks.attention_bridge import policy
 from benchmarks.models import MERGE, PATCH, SMALL, image_processor, special_ids, stock_model
 from benchmarks.ours import adapters_of, packed, with_dora, wrapped
 from benchmarks.peers.dora import adapt
+from benchmarks.peers.grad_cache import cached_step
 from benchmarks.peers.inputs import Row
 from benchmarks.peers.model import DENSE_VISION, VISION_BY_IMAGE, PeerModel, PixelDecoder
 from benchmarks.peers.steps import CHUNK, collator, contrast_step, reconstruct_step, warmup_step
@@ -250,3 +251,22 @@ def test_positions_of_padded_rows_are_those_of_the_packed_batch(processor: Any) 
     positions = model(inputs).positions
     real = inputs.attention_mask.bool()
     assert torch.equal(positions[:, real], batch.position_ids)
+
+
+def test_the_peers_gradient_cache_draws_dropout_again() -> None:
+    weight = torch.ones(6, requires_grad=True)
+    seen: list[Tensor] = []
+
+    def embed(chunk: Tensor) -> Tensor:
+        rows = nn.functional.dropout(chunk * weight, 0.5)
+        seen.append(rows.detach().clone())
+        return rows
+
+    torch.manual_seed(0)
+    queries, positives = (list(torch.rand(4, 6).split(2)) for _ in range(2))
+    cached_step(embed, queries, positives, temperature=1.0)
+    first, second = seen[:4], seen[4:]
+    assert all(torch.equal(one, again) for one, again in zip(first, second, strict=True))
+    assert not torch.equal(first[0].bool(), first[1].bool())
+    assert weight.grad is not None
+    assert weight.grad.any()
