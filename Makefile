@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?= -n 2 --dist loadfile
+BENCH_DEVICE ?= cpu
 
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
@@ -18,7 +19,7 @@ endif
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow test-gpu lint types format clean
+.PHONY: help venv demo test test-slow test-gpu bench lint types format clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -39,13 +40,17 @@ test-slow: $(STAMP) ## Run the tests that take longer, among them the main job
 test-gpu: $(STAMP) ## Run the tests that need a CUDA device
 	$(PY) -m pytest -m gpu --timeout 600 $(PYTEST_ARGS)
 
+bench: $(STAMP) ## Measure speed side by side with re-created peers (5 minutes; BENCH_DEVICE=cuda on a GPU)
+	$(PY) -m benchmarks all --device $(BENCH_DEVICE) --json benchmarks/results/$(BENCH_DEVICE).json
+	$(PY) -m benchmarks page benchmarks/results/*.json
+
 lint: $(STAMP) ## Check style, formatting and spelling
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m codespell_lib
 
 types: $(STAMP) ## Check types
-	$(PY) -m mypy src train.py evaluate.py
+	$(PY) -m mypy
 
 format: $(STAMP) ## Rewrite the code as lint wants it
 	$(PY) -m ruff check --fix .

@@ -103,8 +103,8 @@ class Embedder:
             "policy": self.policy.to_dict(),
             "eos_token_id": processor.eos_id,
             "max_length": processor.max_length,
-            "min_pixels": processor.size.shortest_edge,
-            "max_pixels": processor.size.longest_edge,
+            "min_pixels": processor.min_pixels,
+            "max_pixels": processor.max_pixels,
             "dtype": str(self.backbone.compute_dtype).removeprefix("torch."),
             "fingerprint": take_fingerprint(self.encode).tolist(),
         }

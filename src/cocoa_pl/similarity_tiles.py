@@ -1,10 +1,10 @@
 """Queries and candidates in, losses and hits of InfoNCE out, one tile of their similarities at a
 time.
 
-What stays from the forward pass is one number a query, the log-sum-exp of its row; tiles are
-computed again in the backward pass, as in flash attention (arXiv 2205.14135). Cheng et al. 2024
-(Inf-CL, arXiv 2410.17243) do this for a contrastive loss. Shape legend: N queries, M candidates,
-D dimensions, R x C a tile of at most block x block.
+What stays from the forward pass is two numbers a query, its positive's similarity and its loss;
+tiles are computed again in the backward pass, as in flash attention (arXiv 2205.14135). Cheng et
+al. 2024 (Inf-CL, arXiv 2410.17243) do this for a contrastive loss. Shape legend: N queries, M
+candidates, D dimensions, R x C a tile of at most block x block.
 """
 
 from __future__ import annotations
@@ -62,13 +62,15 @@ class Tiles:
     def columns(self) -> Iterator[slice]:
         return _pieces(len(self.candidates), self.block)
 
-    def seen(self, rows: slice, columns: slice) -> Tensor:
-        """(R, C) similarities."""
-        return similarities(self.queries[rows], self.candidates[columns])
+    def positive(self, rows: slice) -> Tensor:
+        """(R) the similarity of each query and its positive."""
+        chosen = self.candidates.index_select(0, self.positive_index[rows])
+        return (wide(self.queries[rows]) * wide(chosen)).sum(1)
 
-    def place(self, rows: slice, columns: slice) -> Tensor:
-        """(R, 1) where each query's positive lies in this tile; outside 0..C where it does not."""
-        return self.positive_index[rows, None] - columns.start
+    def is_positive(self, rows: slice, columns: slice) -> Tensor:
+        """(R, C) bool."""
+        numbers = torch.arange(columns.start, columns.stop, device=self.queries.device)
+        return self.positive_index[rows, None] == numbers
 
     def hidden(self, rows: slice, columns: slice) -> Tensor | None:
         """(R, C) bool, True for what is neither positive nor negative: `same_content` of a tile."""
@@ -76,7 +78,20 @@ class Tiles:
             return None
         same = self.keys.targets[rows, None] == self.keys.candidates[columns]
         same |= self.keys.queries[rows, None] == self.keys.partners[columns]
-        return same & (self.place(rows, columns) != _numbers(same))
+        return same & ~self.is_positive(rows, columns)
+
+    def seen(self, rows: slice, columns: slice) -> Tensor:
+        """(R, C) similarities; -inf where a false negative is hidden."""
+        seen = similarities(self.queries[rows], self.candidates[columns])
+        hidden = self.hidden(rows, columns)
+        return seen if hidden is None else seen.masked_fill_(hidden, -torch.inf)
+
+    def margins(self, seen: Tensor, rows: slice, columns: slice, positive: Tensor) -> Tensor:
+        """(R, C) similarities less the positive's, which is exactly 0: so a small loss is not what
+        is left of two large numbers.
+        """
+        margins = seen - positive[:, None]
+        return margins.masked_fill_(self.is_positive(rows, columns), 0)
 
 
 class TiledInfoNCE(torch.autograd.Function):
@@ -91,29 +106,35 @@ class TiledInfoNCE(torch.autograd.Function):
         ctx: Any, queries: Tensor, candidates: Tensor, scale: Tensor, tiles: Tiles
     ) -> tuple[Tensor, Tensor]:
         found = [_scan(tiles, rows, scale) for rows in tiles.rows]
-        normalizers, scores, nearest = (torch.cat(parts) for parts in zip(*found, strict=True))
+        losses, positive, nearest = (torch.cat(parts) for parts in zip(*found, strict=True))
         keys = () if tiles.keys is None else tiles.keys
-        ctx.save_for_backward(queries, candidates, scale, tiles.positive_index, normalizers, *keys)
+        numbers = (tiles.positive_index, positive, losses)
+        ctx.save_for_backward(queries, candidates, scale, *numbers, *keys)
         ctx.block = tiles.block
         hits = nearest == tiles.positive_index
         ctx.mark_non_differentiable(hits)
-        return normalizers - scores * scale, hits
+        return losses, hits
 
     @staticmethod
     def backward(ctx: Any, of_losses: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         if torch.is_grad_enabled():  # `once_differentiable` lets constants pass for gradients here
             raise RuntimeError("InfoNCE by tiles has no second derivative: do not create a graph")
-        queries, candidates, scale, positive_index, normalizers, *keys = ctx.saved_tensors
+        queries, candidates, scale, positive_index, positive, losses, *keys = ctx.saved_tensors
         tiles = Tiles(
             queries, candidates, positive_index, TileKeys(*keys) if keys else None, ctx.block
         )
         of_queries, of_candidates = torch.empty_like(queries), torch.zeros_like(wide(candidates))
-        of_scale = normalizers.new_zeros(())
+        of_scale = losses.new_zeros(())
         for rows in tiles.rows:
             own = wide(queries[rows])
             total = torch.zeros_like(own)  # by the queries times the inverse temperature
             for columns in tiles.columns:
-                errors = _errors(tiles, rows, columns, scale, normalizers)
+                # Softmax less one at the positive: the gradient of the losses by the logits.
+                seen = tiles.seen(rows, columns)
+                errors = tiles.margins(seen, rows, columns, positive[rows]).mul_(scale)
+                errors.sub_(losses[rows, None]).exp_()
+                errors.masked_fill_(seen.isneginf(), 0)  # hidden, even beside a NaN
+                errors.sub_(tiles.is_positive(rows, columns).to(errors.dtype))
                 errors.mul_(of_losses[rows, None])
                 with torch.autocast(queries.device.type, enabled=False):
                     total.addmm_(errors, wide(candidates[columns]))
@@ -128,44 +149,21 @@ def _scan(tiles: Tiles, rows: slice, scale: Tensor) -> tuple[Tensor, Tensor, Ten
     """What is known of a row when all of its tiles have been seen.
 
     Returns:
-        (R) the log-sum-exp of its logits, (R) its positive's similarity, (R) int64 the candidate
-        that is nearest: the first of equals, and a NaN before all others, as argmax has it.
+        (R) its loss, (R) its positive's similarity, (R) int64 the candidate that is nearest: the
+        first of equals, and a NaN before all others, as argmax has it.
     """
-    scores = wide(tiles.queries.new_zeros(rows.stop - rows.start))
-    normalizers = best = torch.full_like(scores, -torch.inf)
-    nearest = torch.zeros_like(scores, dtype=torch.int64)
+    positive = tiles.positive(rows)
+    losses = best = torch.full_like(positive, -torch.inf)
+    nearest = torch.zeros_like(positive, dtype=torch.int64)
     for columns in tiles.columns:
         seen = tiles.seen(rows, columns)
-        hidden, place = tiles.hidden(rows, columns), tiles.place(rows, columns)
-        # Every row reads somewhere: asking which positives lie here would wait for the device.
-        read = seen.gather(1, place.clamp(0, seen.shape[1] - 1))
-        scores = torch.where((place >= 0) & (place < seen.shape[1]), read, scores[:, None])[:, 0]
-        logits = seen * scale
-        if hidden is not None:
-            logits.masked_fill_(hidden, -torch.inf)
-            seen.masked_fill_(hidden, -torch.inf)
-        normalizers = normalizers.logaddexp(logits.logsumexp(1))
+        margins = tiles.margins(seen, rows, columns, positive).mul_(scale)
+        losses = losses.logaddexp(margins.logsumexp(1))
         highest, index = seen.max(1)
         better = (highest > best) | (highest.isnan() & ~best.isnan())
         best = torch.where(better, highest, best)
         nearest = torch.where(better, index + columns.start, nearest)
-    return normalizers, scores, nearest
-
-
-def _errors(
-    tiles: Tiles, rows: slice, columns: slice, scale: Tensor, normalizers: Tensor
-) -> Tensor:
-    """(R, C) softmax less one at the positive: the gradient of the losses by the logits."""
-    share = (tiles.seen(rows, columns) * scale).sub_(normalizers[rows, None]).exp_()
-    hidden = tiles.hidden(rows, columns)
-    if hidden is not None:
-        share.masked_fill_(hidden, 0)
-    return share.sub_((tiles.place(rows, columns) == _numbers(share)).to(share.dtype))
-
-
-def _numbers(tile: Tensor) -> Tensor:
-    """(C) 0, 1, 2, ... of its columns."""
-    return torch.arange(tile.shape[1], device=tile.device)
+    return losses, positive, nearest
 
 
 def _pieces(length: int, block: int) -> Iterator[slice]:

@@ -57,7 +57,7 @@ def open_image(source: ImageSource, *, where: str) -> Image.Image:
         return _grey_from_wide(image, where=f"{where}: {name}").convert("RGB")
     if image.has_transparency_data:
         return _over_white(image.convert("RGBA"))
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy
 
 
 def image_size(source: ImageSource, *, where: str) -> tuple[int, int]:

@@ -12,14 +12,13 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from PIL.Image import Image
 from torch import Tensor
-from transformers.image_utils import SizeDict
 
 from cocoa_pl.batch import Encoded
 from cocoa_pl.data.images import open_image
+from cocoa_pl.data.patches import cut, resize
 from cocoa_pl.errors import UserError
 from cocoa_pl.items import IMAGE_SLOT, Item
 from cocoa_pl.positions import mrope_positions
@@ -63,7 +62,8 @@ class Processor:
         self.tokenizer = tokenizer
         self.image_processor = image_processor
         self.max_length = max_length
-        self.size = SizeDict(shortest_edge=min_pixels, longest_edge=max_pixels)
+        self.min_pixels = min_pixels
+        self.max_pixels = max_pixels
         self.eos_id: int = tokenizer.eos_token_id
         token = tokenizer.convert_tokens_to_ids
         self.image_id: int = token("<|image_pad|>")
@@ -92,7 +92,7 @@ class Processor:
         patches = self.image_processor.get_number_of_image_patches(
             height,
             width,
-            {"min_pixels": self.size.shortest_edge, "max_pixels": self.size.longest_edge},
+            {"min_pixels": self.min_pixels, "max_pixels": self.max_pixels},
         )
         return int(patches) // self.merge_size**2
 
@@ -207,23 +207,16 @@ class Processor:
         return kept[::-1], target
 
     def _patches(self, image: Image) -> _Patches:
-        """Resize and cut by the model's own image processor, on bytes: it only scales and copies
-        frames later.
-        """
-        processor = self.image_processor
-        pixels = np.asarray(image).transpose(2, 0, 1)
-        resized = processor.resize(
-            pixels,
-            size=self.size,
-            resample=processor.resample,
+        resized = resize(
+            image,
+            min_pixels=self.min_pixels,
+            max_pixels=self.max_pixels,
             factor=self.patch_size * self.merge_size,
+            resample=self.image_processor.resample,
         )
-        patches, height, width = processor.patchify(
-            resized, patch_size=self.patch_size, merge_size=self.merge_size, temporal_patch_size=1
-        )
-        return _Patches(
-            torch.from_numpy(patches.astype(np.uint8)), (1, height, width), self.merge_size
-        )
+        patches = cut(resized, patch_size=self.patch_size, merge_size=self.merge_size)
+        grid = (1, resized.height // self.patch_size, resized.width // self.patch_size)
+        return _Patches(torch.from_numpy(patches), grid, self.merge_size)
 
     def _positions(self, kinds: Sequence[int], images: Sequence[_Patches]) -> Tensor:
         spans: list[int | tuple[int, int, int]] = []

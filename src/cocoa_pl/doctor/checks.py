@@ -94,6 +94,6 @@ class SideCheck:
         size = f"image {file} is {width} x {height} pixels".replace("  ", " ")
         if min(width, height) < TINY_SIDE:
             add("tiny_image", file, size)
-        elif self.processor and width * height < self.processor.size.shortest_edge:
-            limit = self.processor.size.shortest_edge
+        elif self.processor and width * height < self.processor.min_pixels:
+            limit = self.processor.min_pixels
             add("enlarged_image", file, f"{size}, fewer than min_pixels={limit}")

@@ -1,0 +1,33 @@
+"""Results of both sides in, an AssertionError out where they differ by more than rounding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+# Of the norm of the difference, relative to the norm. The two sides add up in different orders.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+
+
+def assert_close(
+    ours: Sequence[Tensor], peer: Sequence[Tensor], *, dtype: torch.dtype | None = None
+) -> None:
+    """Every pair of tensors is equal in shape, and in value up to rounding of their type.
+
+    Args:
+        dtype: what was computed in, where it is not the type of the results.
+    """
+    assert len(ours) == len(peer)
+    for place, (found, expected) in enumerate(zip(ours, peer, strict=True)):
+        assert found.shape == expected.shape, (place, found.shape, expected.shape)
+        assert found.isfinite().all(), f"result {place} is not finite"
+        narrow = min((found.dtype, expected.dtype), key=lambda t: torch.finfo(t).bits)
+        tolerance = TOLERANCE[dtype or narrow]
+        error = (found.double() - expected.double()).norm()
+        scale = expected.double().norm()
+        assert error <= tolerance * scale, (
+            f"result {place} differs by {float(error / scale):.2g} of its norm, more than "
+            f"{tolerance:.0e}"
+        )

@@ -1,0 +1,44 @@
+"""Every benchmark, by name and by the id of its claim, in the order of the claims."""
+
+from __future__ import annotations
+
+from benchmarks import (
+    attention_bridge,
+    dora,
+    images,
+    masked_head,
+    scoring,
+    similarities,
+    vision_attention,
+)
+from benchmarks.benchmark import Benchmark
+
+BENCHMARKS: tuple[Benchmark, ...] = (
+    masked_head.BENCHMARK,
+    attention_bridge.BENCHMARK,
+    vision_attention.BENCHMARK,
+    vision_attention.WITH_BATCH_OF_ONE,
+    dora.BENCHMARK,
+    dora.SAME_DROPOUT,
+    images.BENCHMARK,
+    images.LARGE,
+    images.WITH_FLOATS,
+    images.WHOLE_PATH,
+    scoring.BENCHMARK,
+    scoring.SHARED,
+    similarities.BENCHMARK,
+)
+ALL = "all"
+
+
+def names() -> list[str]:
+    """What may be asked for."""
+    ids = dict.fromkeys(benchmark.id for benchmark in BENCHMARKS)
+    return [*(benchmark.name for benchmark in BENCHMARKS), *ids, ALL]
+
+
+def find(name: str) -> list[Benchmark]:
+    """All benchmarks of that name or id."""
+    if name == ALL:
+        return list(BENCHMARKS)
+    return [benchmark for benchmark in BENCHMARKS if name in (benchmark.name, benchmark.id)]

@@ -1,0 +1,172 @@
+"""B8. Embeddings and each row's candidates in, precision@1 out: products of whole blocks, against
+one query at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from benchmarks.benchmark import SECONDS, Benchmark, Curve, Task
+from benchmarks.counting import Count, Counts
+from benchmarks.peers.scoring import Key, hits_row_by_row
+from benchmarks.timing import Run
+from cocoa_pl.data.candidate_rows import CandidateRows
+from cocoa_pl.evaluation.scoring import score_rows
+
+
+@dataclass(frozen=True)
+class Size:
+    """One subset of a benchmark.
+
+    Attributes:
+        pool: candidates that are encoded.
+        candidates: of each row; all rows have the same ones where `shared`.
+    """
+
+    rows: int
+    pool: int
+    candidates: int
+    width: int
+    shared: bool
+
+
+class Scoring(Task):
+    """From embeddings to hits; who is a candidate of which row is known before."""
+
+    def __init__(self, size: Size, device: torch.device) -> None:
+        rng = np.random.default_rng(0)
+        self.size, self.samples = size, size.rows
+        self.device = torch.device("cpu")  # on any machine
+        self.candidates = unit(rng.normal(size=(size.pool, size.width)))
+        if size.shared:
+            # The positive comes first in MMEB's rows, so the others are in one order behind it.
+            everyone = rng.permutation(size.pool)[: size.candidates]
+            positives = rng.integers(size.candidates, size=size.rows)
+            self.index = [
+                np.concatenate([everyone[p : p + 1], np.delete(everyone, p)]) for p in positives
+            ]
+        else:
+            self.index = [rng.permutation(size.pool)[: size.candidates] for _ in range(size.rows)]
+        self.candidate_index = CandidateRows.of(self.index)  # as a reader makes it
+        first = np.array([row[0] for row in self.index])
+        noise = rng.normal(size=(size.rows, size.width))
+        self.queries = unit(
+            self.candidates[first] + 0.4 * unit(noise) * rng.uniform(0, 30, (size.rows, 1))
+        )
+        self.query_index = np.arange(size.rows)
+        # The peer finds an embedding by the text and the image that it was made of.
+        self.query_keys = [_key("query", row) for row in range(size.rows)]
+        self.rows = [[_key("candidate", one) for one in row] for row in self.index]
+        self.known_queries = dict(zip(self.query_keys, self.queries, strict=True))
+        self.known_candidates = {
+            _key("candidate", place): one for place, one in enumerate(self.candidates)
+        }
+
+    def peer(self) -> Sequence[bool]:
+        return hits_row_by_row(
+            self.query_keys, self.rows, self.known_queries, self.known_candidates
+        )
+
+    def ours(self) -> Sequence[bool]:
+        hits = score_rows(
+            self.queries,
+            self.candidates,
+            query_index=self.query_index,
+            candidate_index=self.candidate_index,
+        )
+        return hits.official.tolist()
+
+    def check(self) -> None:
+        found = self.ours()
+        assert found == self.peer()
+        assert 0 < sum(found) < len(found), "every row hit or missed: nothing was compared"
+
+    def floor(self) -> Run | None:
+        """Where all rows have the same candidates: one product."""
+        if not self.size.shared:
+            return None
+        return lambda: self.queries @ self.candidates.T
+
+    def counts(self) -> Counts:
+        needed = self.size.rows * self.size.candidates
+        copied = 4 * needed * self.size.width  # np.stack of every row's candidates
+        return {
+            "scores_needed": Count(needed, needed),
+            "bytes_of_copied_embeddings": Count(copied, 0),
+        }
+
+
+def unit(rows: NDArray[np.floating]) -> NDArray[np.float32]:
+    """(N, D), each row of length 1."""
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+
+
+def _key(kind: str, place: int) -> Key:
+    return f"a text of {kind} {place} as long as a caption is", f"images/{kind}/{place}.jpg"
+
+
+TEST = Size(rows=60, pool=50, candidates=20, width=16, shared=False)
+CPU = Size(rows=64, pool=4000, candidates=1000, width=1536, shared=False)
+CUDA = replace(CPU, rows=1000)  # on the processor of that machine too: a subset of MMEB
+
+PEER = (
+    "VLM2Vec's and CoCoA's eval.py: a dictionary look-up for each candidate, np.stack, norms, "
+    "one product, argmax"
+)
+
+BENCHMARK = Benchmark(
+    id="B8",
+    name="scoring",
+    title="Scoring, each row with candidates of its own",
+    peer_label=PEER,
+    noun="queries",
+    target=13,
+    note="1,000 candidates of a pool of 4,000, embeddings of 1,536. On the processor.",
+    sizes={"test": TEST, "cpu": CPU, "cuda": CUDA},
+    build=Scoring,
+    curves=(
+        Curve(
+            x="candidates in the pool",
+            quantity=SECONDS,
+            points={
+                "test": [(n, replace(TEST, pool=n)) for n in (25, 50)],
+                "cpu": [(n, replace(CPU, pool=n)) for n in (1000, 2000, 4000, 8000)],
+                "cuda": [(n, replace(CUDA, pool=n)) for n in (1000, 2000, 4000, 8000)],
+            },
+        ),
+    ),
+)
+
+SHARED = replace(
+    BENCHMARK,
+    name="scoring_shared",
+    title="Scoring, all rows with the same candidates",
+    target=100,
+    note="1,000 candidates for all rows, as in classification. On the processor.",
+    sizes={
+        "test": replace(TEST, pool=20, shared=True),
+        "cpu": replace(CPU, rows=128, pool=1000, shared=True),
+        "cuda": replace(CUDA, pool=1000, shared=True),
+    },
+    curves=(
+        Curve(
+            x="queries",
+            quantity=SECONDS,
+            points={
+                "test": [(n, replace(TEST, rows=n, pool=20, shared=True)) for n in (30, 60)],
+                "cpu": [
+                    (n, replace(CPU, rows=n, pool=1000, shared=True)) for n in (16, 32, 64, 128)
+                ],
+                "cuda": [
+                    (n, replace(CUDA, rows=n, pool=1000, shared=True))
+                    for n in (125, 250, 500, 1000)
+                ],
+            },
+        ),
+    ),
+)

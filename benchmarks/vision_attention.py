@@ -1,0 +1,124 @@
+"""B3. Queries, keys and values of several images in, the vision tower's attention and its gradients
+out: image by image, against one product over all images under a dense mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from benchmarks.attention_bridge import FORWARD_AND_BACKWARD, computed_scores, exact
+from benchmarks.benchmark import SECONDS, Benchmark, Curve, Task
+from benchmarks.comparing import assert_close
+from benchmarks.counting import Count, Counts, torch_counts
+from benchmarks.peers.attention import vision_attention
+from cocoa_pl.attention import attend, self_plan
+
+
+@dataclass(frozen=True)
+class Size:
+    """Images of one size.
+
+    Attributes:
+        side: patches of a side; 32 for 448 pixels.
+        fold_batch: how the peer calls SDPA; see `peers.attention.vision_attention`.
+    """
+
+    images: int
+    side: int
+    heads: int
+    head_dim: int
+    dtype: torch.dtype
+    kernel: str
+    fold_batch: bool
+
+
+class VisionAttention(Task):
+    """One block of the tower, forward and backward; the mask, or the plan, is made in every run."""
+
+    def __init__(self, size: Size, device: torch.device) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.size, self.device, self.samples = size, device, size.images
+        self.patches = torch.full((size.images,), size.side**2)
+        self.cumulative = torch.nn.functional.pad(self.patches.cumsum(0), (1, 0)).to(device)
+        shape = (int(self.patches.sum()), size.heads, size.head_dim)
+        self.states = [
+            torch.randn(shape, generator=generator).to(device, size.dtype).requires_grad_()
+            for _ in range(3)
+        ]
+        self.gradient = torch.randn(shape, generator=generator).to(device, size.dtype)
+
+    def peer(self) -> list[Tensor]:
+        output = vision_attention(
+            *self.states, cumulative=self.cumulative, fold_batch=self.size.fold_batch
+        )
+        return [output.detach(), *torch.autograd.grad(output, self.states, self.gradient)]
+
+    def ours(self) -> list[Tensor]:
+        plan = self_plan(self.patches).to(self.device)
+        query, key, value = self.states
+        scale = self.size.head_dim**-0.5
+        output = attend(query, key, value, plan, kernel=self.size.kernel, scale=scale)
+        return [output.detach(), *torch.autograd.grad(output, self.states, self.gradient)]
+
+    def check(self) -> None:
+        assert_close(self.ours(), self.peer())
+
+    def counts(self) -> Counts:
+        size = self.size
+        peer = int(self.patches.sum()) ** 2
+        ours = computed_scores(self_plan(self.patches), size.kernel, self.states[2])
+        counted = torch_counts(self.peer, self.ours, device=self.device)
+        if exact(size.kernel, self.states[2]):
+            each = FORWARD_AND_BACKWARD * size.heads * size.head_dim
+            counted["flops"] = Count(counted["flops"].peer, each * ours)
+        return {"scores": Count(peer, ours), **counted}
+
+
+TEST = Size(8, 4, 2, 8, torch.float32, "sdpa", True)
+CPU = Size(8, 16, 4, 80, torch.float32, "sdpa", True)  # heads of Qwen2-VL's width, 224 pixels
+CUDA = Size(8, 32, 16, 80, torch.bfloat16, "auto", True)  # Qwen2-VL's tower, 448 pixels
+
+
+def _by_images(size: Size, counts: Sequence[int]) -> list[tuple[float, Size]]:
+    return [(n, replace(size, images=n)) for n in counts]
+
+
+NOTE = "One block, images of one size. Forward and backward; the mask, or the plan, is made anew."
+
+BENCHMARK = Benchmark(
+    id="B3",
+    name="vision_attention",
+    title="Attention of the vision tower, 8 images",
+    peer_label="CoCoA's copy of the vision tower: heads as the batch of a 3-D SDPA call, a dense "
+    "mask over all images",
+    noun="images",
+    target=4,
+    note=NOTE,
+    sizes={"test": TEST, "cpu": CPU, "cuda": CUDA},
+    build=VisionAttention,
+    curves=(
+        Curve(
+            x="images in the batch",
+            quantity=SECONDS,
+            points={
+                "test": _by_images(TEST, (1, 2)),
+                "cpu": _by_images(CPU, (1, 2, 4, 8)),
+                "cuda": _by_images(CUDA, (1, 2, 4, 8)),
+            },
+        ),
+    ),
+)
+
+WITH_BATCH_OF_ONE = replace(
+    BENCHMARK,
+    name="vision_attention_4d",
+    title="The same attention against transformers 4.52",
+    peer_label="transformers 4.52's VisionSdpaAttention: a 4-D SDPA call, a dense mask over all "
+    "images",
+    sizes={name: replace(size, fold_batch=False) for name, size in BENCHMARK.sizes.items()},
+    curves=(),
+)

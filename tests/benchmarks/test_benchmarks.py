@@ -1,0 +1,296 @@
+"""Every benchmark at test size: equal results, exact counts, the keys of its JSON. Times are in the
+slow test alone.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import attention_bridge, dora, masked_head, scoring, similarities, vision_attention
+from benchmarks.attention_bridge import policy
+from benchmarks.benchmark import RE_CREATION, SIZES, Benchmark, Effort, measure
+from benchmarks.command import EFFORT, run
+from benchmarks.comparing import assert_close
+from benchmarks.counting import Counts
+from benchmarks.machine import ROOT, environment, matrix_product_ceiling
+from benchmarks.registry import BENCHMARKS, find, names
+from cocoa_pl.attention import dense_mask
+
+CPU = torch.device("cpu")
+EVERY = pytest.mark.parametrize("benchmark", BENCHMARKS, ids=lambda b: b.name)
+
+# By benchmark: counts, and how many times as much the peer has at test size at least.
+GATES: dict[str, dict[str, float]] = {
+    "masked_head": {"head_rows": 20, "flops": 20, "peak_saved_bytes": 20},
+    "attention_bridge": {"scores": 1.5, "flops": 1.5, "token_slots_per_real_token": 1.5},
+    "vision_attention": {"scores": 8, "flops": 6, "peak_saved_bytes": 4},
+    "vision_attention_4d": {"scores": 8, "flops": 6, "peak_saved_bytes": 4},
+    "dora": {"norms_taken": 4, "flops": 1.6, "peak_saved_bytes": 2},
+    "dora_same_dropout": {"norms_taken": 4},
+    "images": {"bytes_to_the_device": 8},
+    "images_672": {"bytes_to_the_device": 8},
+    "images_on_one_core": {"bytes_to_the_device": 8},
+    "images_whole_path": {"bytes_to_the_device": 8},
+    "scoring": {},
+    "scoring_shared": {},
+    "similarities": {"similarities": 4, "flops": 3, "peak_saved_bytes": 4},
+}
+
+
+def counts_of(benchmark: Benchmark) -> Counts:
+    return benchmark.build(benchmark.sizes["test"], CPU).counts()
+
+
+@EVERY
+def test_both_sides_give_the_same(benchmark: Benchmark) -> None:
+    benchmark.build(benchmark.sizes["test"], CPU).check()
+
+
+@EVERY
+def test_counts_pass_their_gates(benchmark: Benchmark) -> None:
+    counts = counts_of(benchmark)
+    for name, least in GATES[benchmark.name].items():
+        ratio = counts[name].ratio
+        assert ratio is not None
+        assert ratio >= least, (name, ratio)
+
+
+@EVERY
+def test_every_benchmark_has_all_sizes_and_says_whose_way_the_peer_is(
+    benchmark: Benchmark,
+) -> None:
+    assert set(benchmark.sizes) == set(SIZES)
+    assert len(benchmark.peer_label) > 20
+    assert all(set(curve.points) == set(SIZES) for curve in benchmark.curves)
+
+
+def test_bytes_of_images_are_exactly_an_eighth() -> None:
+    for benchmark in find("B6"):
+        assert counts_of(benchmark)["bytes_to_the_device"].ratio == 8
+
+
+def test_what_a_rank_keeps_for_similarities_grows_linearly_with_the_batch() -> None:
+    kept = [
+        similarities.Similarities(replace(similarities.TEST, batch=batch), CPU).counts()
+        for batch in (256, 512, 1024)
+    ]
+    for small, large in pairwise(kept):
+        assert large["peak_bytes"].ours <= 2.2 * small["peak_bytes"].ours
+        assert large["peak_bytes"].peer >= 3.5 * small["peak_bytes"].peer
+
+
+def test_scores_of_the_bridge_are_hardly_more_than_are_needed() -> None:
+    counts = counts_of(attention_bridge.BENCHMARK)
+    assert counts["scores_over_needed"].ours < 2 < counts["scores_over_needed"].peer
+
+
+def test_needed_scores_are_those_of_the_dense_mask() -> None:
+    task = attention_bridge.BridgedAttention(attention_bridge.TEST, CPU)
+    mask = dense_mask(policy("eos_bridge"), task.segment_lengths)
+    assert int(mask.sum()) == task.plan().num_scores
+
+
+@pytest.mark.parametrize(
+    ("task", "size"),
+    [
+        (attention_bridge.BridgedAttention, attention_bridge.TEST),
+        (vision_attention.VisionAttention, vision_attention.TEST),
+    ],
+    ids=["bridge", "vision"],
+)
+def test_operations_worked_out_for_exact_kernels_are_what_torch_counts(
+    task: Any, size: Any
+) -> None:
+    """A kernel that torch does not count computes each score of the plan at the same price."""
+    counts = task(size, CPU).counts()
+    layers = getattr(size, "layers", 1)
+    price = attention_bridge.FORWARD_AND_BACKWARD * size.heads * size.head_dim * layers
+    assert counts["flops"].ours == price * counts["scores"].ours
+
+
+@pytest.mark.parametrize(
+    ("task", "size"),
+    [
+        (masked_head.MaskedHead, masked_head.TEST),
+        (attention_bridge.BridgedAttention, replace(attention_bridge.TEST, kernel="auto")),
+        (vision_attention.VisionAttention, replace(vision_attention.TEST, kernel="auto")),
+        (dora.Dora, dora.TEST),
+        (dora.Dora, replace(dora.TEST, dropout_on_base=True)),
+    ],
+    ids=["head", "bridge", "vision", "dora", "dora same dropout"],
+)
+def test_the_types_of_a_gpu_agree_too(task: Any, size: Any) -> None:
+    """What --device cuda runs, but for the device and the kernel that `auto` finds there."""
+    task(replace(size, dtype=torch.bfloat16), CPU).check()
+
+
+def test_scoring_has_hits_and_misses_and_candidates_of_its_own() -> None:
+    own = scoring.Scoring(scoring.TEST, CPU)
+    assert len({tuple(sorted(row)) for row in own.index}) > 1
+    shared = scoring.Scoring(scoring.SHARED.sizes["test"], CPU)
+    assert len({tuple(sorted(row)) for row in shared.index}) == 1
+    assert 0.1 < sum(own.ours()) / own.samples < 0.9
+
+
+# --- Comparison --------------------------------------------------------------------------------
+
+
+def test_a_wrong_result_is_never_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[str] = []
+
+    class Wrong(masked_head.MaskedHead):
+        def ours(self) -> Any:
+            runs.append("ours")
+            loss, gradient = super().ours()
+            return loss, gradient * 1.01
+
+    wrong = replace(masked_head.BENCHMARK, build=Wrong)
+    with pytest.raises(AssertionError, match=r"result 1 differs by 0\.01 of its norm"):
+        record_of(wrong)
+    assert runs == ["ours"]
+
+
+def test_a_result_that_is_not_finite_is_refused() -> None:
+    nan = torch.full((2,), torch.nan)
+    with pytest.raises(AssertionError, match="not finite"):
+        assert_close([nan], [nan])
+
+
+# --- JSON --------------------------------------------------------------------------------------
+
+
+def record_of(benchmark: Benchmark) -> dict[str, Any]:
+    return measure(
+        benchmark,
+        size="test",
+        device=CPU,
+        effort=Effort(seconds=0, min_pairs=1, curve_pairs=1),
+        ceiling=matrix_product_ceiling(CPU, side=64),
+        environment=environment(CPU),
+    )
+
+
+@EVERY
+def test_a_record_has_the_public_keys(benchmark: Benchmark) -> None:
+    record = json.loads(json.dumps(record_of(benchmark), allow_nan=False))
+    assert record["name"] == benchmark.name
+    assert record["unit"] == "seconds"
+    assert record["ratio"] == pytest.approx(record["peer"] / record["ours"])  # of one pair
+    assert record["counts"].keys() == counts_of(benchmark).keys()
+    assert all(count.keys() == {"ours", "peer", "ratio"} for count in record["counts"].values())
+    assert RE_CREATION in record["peer_label"]
+    assert {"device", "torch", "commit", "date", "threads"} <= record["environment"].keys()
+    assert len(record["curves"]) == len(benchmark.curves)
+    assert all(len(curve["points"]) >= 2 for curve in record["curves"])
+
+
+# --- Command line ------------------------------------------------------------------------------
+
+QUICK = ["--size", "test", "--pairs", "1", "--seconds", "0"]
+
+
+def test_one_name_writes_one_object(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "deeper" / "one.json"
+    run(["similarities", "--json", str(file), *QUICK])
+    written = json.loads(file.read_text())
+    assert written["name"] == "similarities"
+    assert {"name", "ours", "peer", "ratio", "unit", "counts"} <= written.keys()
+    assert "similarities" in capsys.readouterr().out
+
+
+def test_an_id_with_several_benchmarks_writes_a_list(tmp_path: Path) -> None:
+    file = tmp_path / "several.json"
+    run(["B3", "--json", str(file), *QUICK])
+    written = json.loads(file.read_text())
+    found = [record["name"] for record in written["results"]]
+    assert found == ["vision_attention", "vision_attention_4d"]
+    assert written["seconds"] > 0
+
+
+def test_all_means_all() -> None:
+    assert find("all") == list(BENCHMARKS)
+    assert len({b.name for b in BENCHMARKS}) == len(BENCHMARKS)
+    assert set(GATES) == {b.name for b in BENCHMARKS}
+    assert all(find(name) for name in names())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["nonsense"], [], ["dora", "--pairs", "0"], ["dora", "--size", "huge"], ["page", "gone.json"]],
+    ids=["name", "nothing", "pairs", "size", "file"],
+)
+def test_a_mistake_is_one_sentence_and_status_2(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        run(arguments)
+    assert caught.value.code == 2
+    assert "error:" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_no_gpu_is_invented(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        run(["dora", "--device", "cuda"])
+    assert caught.value.code == 2
+    assert "sees no CUDA device" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+@EVERY
+def test_a_gpu_gives_the_same_records(benchmark: Benchmark) -> None:
+    device = torch.device("cuda")
+    record = measure(
+        benchmark,
+        size="test",
+        device=device,
+        effort=Effort(seconds=0, min_pairs=2, curve_pairs=1),
+        ceiling=matrix_product_ceiling(device, side=512),
+        environment=environment(device),
+    )
+    assert record["ours"] > 0
+    assert record["environment"]["device_type"] == "cuda"
+
+
+# --- Rules -------------------------------------------------------------------------------------
+
+
+def test_peers_know_nothing_of_this_project() -> None:
+    files = sorted((ROOT / "benchmarks" / "peers").glob("*.py"))
+    assert len(files) > 4
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                assert not (node.module or "").startswith("cocoa_pl"), file
+            if isinstance(node, ast.Import):
+                assert not any(alias.name.startswith("cocoa_pl") for alias in node.names), file
+
+
+# --- Times -------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "benchmark", [b for b in BENCHMARKS if b.target is not None], ids=lambda b: b.name
+)
+def test_no_ratio_is_under_half_of_its_target(benchmark: Benchmark) -> None:
+    """Or of what the part that nobody gets around leaves possible on this machine."""
+    record = measure(
+        replace(benchmark, curves=()),
+        size="cpu",
+        device=CPU,
+        effort=EFFORT,
+        ceiling=matrix_product_ceiling(CPU),
+        environment=environment(CPU),
+    )
+    assert benchmark.target is not None
+    possible = record.get("ratio_at_floor", benchmark.target)
+    assert record["ratio"] >= min(benchmark.target, possible) / 2
