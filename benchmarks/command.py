@@ -19,9 +19,9 @@ import torch
 from benchmarks.benchmark import SIZES, Effort, measure
 from benchmarks.machine import ROOT, environment, matrix_product_ceiling
 from benchmarks.page import one_line, write_page
-from benchmarks.registry import ALL, BENCHMARKS, find, names
+from benchmarks.registry import ALL, BENCHMARKS, BY_NAME, find, names
 
-EFFORT = Effort(seconds=8.0, min_pairs=9, curve_pairs=3)
+EFFORT = Effort(seconds=4.0, min_pairs=3, curve_pairs=2)
 RESULTS = ROOT / "benchmarks" / "results.md"
 
 
@@ -39,7 +39,8 @@ def _measure(arguments: Sequence[str]) -> None:
         description="Measure the project side by side with its peers. `python -m benchmarks page` "
         "writes the page of results.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="names:\n" + "\n".join(f"  {b.name:20} {b.id:4} {b.title}" for b in BENCHMARKS),
+        epilog="names:\n"
+        + "\n".join(f"  {b.name:20} {b.id:4} {b.title}" for b in (*BENCHMARKS, *BY_NAME)),
     )
     parser.add_argument("name", choices=names(), metavar="NAME")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to a file")

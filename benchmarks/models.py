@@ -57,28 +57,29 @@ QWEN2_VL_2B = shape(
     vision={"depth": 32, "embed_dim": 1280, "num_heads": 16, "mlp_ratio": 4, "hidden_size": 1536},
 )
 
-# Every width an eighth of the above, with as many heads. What must hold are the shares of work:
+# Widths of a quarter of the above, heads as many, and two layers. What must hold are the
+# shares of work:
 #
 #   per token, linear layers     2B                                      here
-#   language model               2 x 28 x 46.8 M = 2.62 GF               2 x 4 x 731 k = 5.85 MF
-#   vision tower, visual token   8 x (32 x 19.7 M + 1.5 M) + 2 x 34 M    8 x (4 x 307 k + 188 k)
-#                                = 5.11 GF, 1.95 x the language model    + 2 x 532 k = 12.4 MF, 2.1x
-#   vocabulary head              2 x 1536 x 151,936 = 0.467 GF, 17.8 %   2 x 192 x 2,712 = 17.8 %
+#   language model               2 x 28 x 46.8 M = 2.62 GF               2 x 2 x 2.92 M = 11.7 MF
+#   vision tower, visual token   8 x (32 x 19.7 M + 1.5 M) + 2 x 34 M    8 x (2 x 1.0 M + 0.34 M)
+#                                = 5.11 GF, 1.95 x the language model    + 2 x 1.77 M = 22 MF, 1.9x
+#   vocabulary head              2 x 1536 x 151,936 = 0.467 GF, 17.8 %   2 x 384 x 2,712 = 17.8 %
 #
-# The vocabulary is chosen for the last line. Four blocks of the tower instead of 4 / 28 x 32: its
-# patch embedding and merger shrink less than its blocks.
+# The vocabulary is chosen for the last line, the tower's depth and width for the one above. A
+# narrower model spends its time between matrix products, which no true one does.
 PROPORTIONS = shape(
     text={
-        "hidden_size": 192,
-        "intermediate_size": 1120,
-        "num_hidden_layers": 4,
+        "hidden_size": 384,
+        "intermediate_size": 2240,
+        "num_hidden_layers": 2,
         "num_attention_heads": 12,
         "num_key_value_heads": 2,
         "vocab_size": 2712,
         "max_position_embeddings": 32_768,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]},
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 6, 6]},
     },
-    vision={"depth": 4, "embed_dim": 160, "num_heads": 8, "mlp_ratio": 4, "hidden_size": 192},
+    vision={"depth": 2, "embed_dim": 288, "num_heads": 8, "mlp_ratio": 4, "hidden_size": 384},
 )
 
 # For the tests.

@@ -39,6 +39,26 @@ def wrapped(
     return backbone.to(device)
 
 
+def compute_whole_last_layer(backbone: Backbone) -> None:
+    """Compute all rows of the last layer, also those that nobody reads.
+
+    To save them is 3 % of a language model of 28 layers, and would be 44 % of one of two.
+    """
+    stock: Any = backbone.stock
+    layer = stock.model.language_model.layers[-1]
+    asked: list[Tensor | None] = []
+
+    def whole(_: Any, inputs: Any, keywords: dict[str, Any]) -> Any:
+        asked[:] = [keywords["reads"]]
+        return inputs, {**keywords, "reads": None}
+
+    def chosen(_: Any, __: Any, output: Tensor) -> Tensor:
+        return output if asked[0] is None else output.index_select(1, asked[0])
+
+    layer.register_forward_pre_hook(whole, with_kwargs=True)
+    layer.register_forward_hook(chosen)
+
+
 def with_dora(
     backbone: Backbone, *, rank: int, alpha: int, dropout: float, dropout_on_base: bool
 ) -> Backbone:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from benchmarks import (
     attention_bridge,
+    contrast,
     dora,
+    encoding,
     images,
     masked_head,
+    rebuilding,
     scoring,
     similarities,
     vision_attention,
@@ -18,27 +21,37 @@ BENCHMARKS: tuple[Benchmark, ...] = (
     attention_bridge.BENCHMARK,
     vision_attention.BENCHMARK,
     vision_attention.WITH_BATCH_OF_ONE,
+    encoding.PACKING,
     dora.BENCHMARK,
     dora.SAME_DROPOUT,
     images.BENCHMARK,
     images.LARGE,
     images.WITH_FLOATS,
     images.WHOLE_PATH,
+    contrast.GRADIENT_CACHE,
     scoring.BENCHMARK,
     scoring.SHARED,
     similarities.BENCHMARK,
+    rebuilding.WARMUP,
+    rebuilding.RECONSTRUCT,
+    contrast.BENCHMARK,
+    encoding.BENCHMARK,
 )
+# Minutes for each pair of runs: only by their names.
+BY_NAME: tuple[Benchmark, ...] = (contrast.WHOLE_BATCH_ON_ONE,)
 ALL = "all"
 
 
 def names() -> list[str]:
     """What may be asked for."""
     ids = dict.fromkeys(benchmark.id for benchmark in BENCHMARKS)
-    return [*(benchmark.name for benchmark in BENCHMARKS), *ids, ALL]
+    return [*(benchmark.name for benchmark in (*BENCHMARKS, *BY_NAME)), *ids, ALL]
 
 
 def find(name: str) -> list[Benchmark]:
     """All benchmarks of that name or id."""
     if name == ALL:
         return list(BENCHMARKS)
+    if alone := [benchmark for benchmark in BY_NAME if name == benchmark.name]:
+        return alone
     return [benchmark for benchmark in BENCHMARKS if name in (benchmark.name, benchmark.id)]

@@ -46,7 +46,8 @@ class Similarities(Task):
             return normalize(drawn, dim=1).to(device)
 
         self.queries = rows()
-        self.positives = normalize(self.queries + 2 * rows(), dim=1)
+        # Hard enough that a loss is more than the rounding of logits.
+        self.positives = normalize(self.queries + 5 * rows(), dim=1)
         self.scale = torch.tensor(SCALE, device=device)
 
     def _own(self, rank: int) -> slice:

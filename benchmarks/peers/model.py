@@ -59,6 +59,12 @@ class PeerModel(nn.Module):
         """Logits of all positions and the hidden states of all layers, asked for or not, as the
         forward passes of CoCoA and VLM2Vec do in every stage.
         """
+        arguments = self._arguments(inputs)
+        output = self.stock(**arguments, output_hidden_states=True, use_cache=False)
+        positions, mask = arguments["position_ids"], arguments["attention_mask"]
+        return Seen(output.logits, output.hidden_states, positions, mask)
+
+    def _arguments(self, inputs: Inputs) -> dict[str, Any]:
         model = self.stock.model
         pixels = [one for one in inputs.pixel_values if one is not None]
         grids = [one for one in inputs.grids if one is not None]
@@ -78,16 +84,13 @@ class PeerModel(nn.Module):
             device=inputs.input_ids.device,
             dtype=self.stock.dtype,
         )
-        output = self.stock(
-            input_ids=inputs.input_ids,
-            attention_mask=mask,
-            position_ids=positions,
-            mm_token_type_ids=inputs.token_types,
-            output_hidden_states=True,
-            use_cache=False,
+        return {
+            "input_ids": inputs.input_ids,
+            "attention_mask": mask,
+            "position_ids": positions,
+            "mm_token_type_ids": inputs.token_types,
             **pictures,
-        )
-        return Seen(output.logits, output.hidden_states, positions, mask)
+        }
 
     def decode(self, decoder: PixelDecoder, seen: Seen) -> Tensor:
         """Pixels of every token, hidden or not, visual or not, as MoCa's decoder does it."""
@@ -99,7 +102,14 @@ class PeerModel(nn.Module):
 
     def embed(self, inputs: Inputs) -> Tensor:
         """The unit last hidden state at each row's EOS: (B, D) float32."""
-        states = self(inputs).hidden_states[-1]  # after logits of all positions
+        return self._pooled(self(inputs).hidden_states[-1], inputs)  # after all logits
+
+    def embed_without_head(self, inputs: Inputs) -> Tensor:
+        """The same, as it would be if the peer ran its model without the vocabulary head."""
+        output = self.stock.model(**self._arguments(inputs), use_cache=False)
+        return self._pooled(output.last_hidden_state, inputs)
+
+    def _pooled(self, states: Tensor, inputs: Inputs) -> Tensor:
         eos = inputs.segment_lengths[:, 0].to(states.device)
         rows = torch.arange(len(states), device=states.device)
         return normalize(states[rows, eos].float(), dim=-1)

@@ -14,12 +14,24 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import attention_bridge, dora, masked_head, scoring, similarities, vision_attention
+from benchmarks import (
+    attention_bridge,
+    contrast,
+    dora,
+    encoding,
+    masked_head,
+    rebuilding,
+    scoring,
+    similarities,
+    step_sizes,
+    training,
+    vision_attention,
+)
 from benchmarks.attention_bridge import policy
 from benchmarks.benchmark import RE_CREATION, SIZES, Benchmark, Effort, measure
 from benchmarks.command import EFFORT, run
 from benchmarks.comparing import assert_close
-from benchmarks.counting import Counts
+from benchmarks.counting import Counts, cost_of
 from benchmarks.machine import ROOT, environment, matrix_product_ceiling
 from benchmarks.registry import BENCHMARKS, find, names
 from cocoa_pl.attention import dense_mask
@@ -39,9 +51,15 @@ GATES: dict[str, dict[str, float]] = {
     "images_672": {"bytes_to_the_device": 8},
     "images_on_one_core": {"bytes_to_the_device": 8},
     "images_whole_path": {"bytes_to_the_device": 8},
+    "packing": {"token_slots_per_real_token": 2.5, "flops": 2.5, "model_calls": 1},
+    "gradient_cache": {"model_calls": 1.3, "flops": 1.3},
     "scoring": {},
     "scoring_shared": {},
     "similarities": {"similarities": 4, "flops": 3, "peak_saved_bytes": 4},
+    "warmup_step": {"head_rows": 10, "flops": 2, "peak_saved_bytes": 1.3},
+    "reconstruct_step": {"head_rows": 3, "flops": 1.6, "peak_saved_bytes": 2},
+    "contrast_step": {"token_slots_per_real_token": 1.3, "flops": 2, "peak_saved_bytes": 1.4},
+    "encode": {"flops": 1.05},
 }
 
 
@@ -79,12 +97,57 @@ def test_bytes_of_images_are_exactly_an_eighth() -> None:
 
 def test_what_a_rank_keeps_for_similarities_grows_linearly_with_the_batch() -> None:
     kept = [
-        similarities.Similarities(replace(similarities.TEST, batch=batch), CPU).counts()
+        similarities.Similarities(replace(similarities.TEST, batch=batch, block=32), CPU).counts()
         for batch in (256, 512, 1024)
     ]
     for small, large in pairwise(kept):
         assert large["peak_bytes"].ours <= 2.2 * small["peak_bytes"].ours
         assert large["peak_bytes"].peer >= 3.5 * small["peak_bytes"].peer
+
+
+@pytest.mark.parametrize(
+    ("task", "sizes"),
+    [(contrast.Contrast, step_sizes.CONTRAST), (encoding.Encode, step_sizes.ITEMS)],
+    ids=["contrast", "encode"],
+)
+def test_work_of_a_step_grows_linearly_with_its_tokens(task: Any, sizes: Any) -> None:
+    """All samples are alike here, so that a batch twice as large is twice as many tokens."""
+    mix = step_sizes.texts(20, spread=0)
+
+    def operations(batch: int) -> int:
+        size = replace(sizes["test"], batch=batch, query=mix, positive=mix, token_budget=200)
+        one = task(size, CPU)
+        one.ours()
+        return cost_of(one.ours, device=CPU).flops
+
+    for small, large in pairwise([operations(batch) for batch in (8, 16, 32)]):
+        assert large == pytest.approx(2 * small, rel=0.1)
+
+
+def test_adapters_of_both_sides_have_gradients_that_are_compared() -> None:
+    """`assert_same_step` compares what it finds: it must find every adapter."""
+    task = contrast.Contrast(step_sizes.CONTRAST["test"], CPU)
+    task.peer()
+    layers, blocks = 2, 2
+    assert len(training.gradients(task.theirs.model)) == 3 * (7 * layers + 3 * blocks)
+
+
+@pytest.mark.parametrize("broken", ["loss", "gradients"])
+def test_a_step_that_differs_is_noticed(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = rebuilding.Bridge(step_sizes.BRIDGE["test"], CPU)
+    ours = task.ours
+
+    def wrong() -> Any:
+        loss = ours()
+        if broken == "loss":
+            return loss * 1.001
+        for gradient in training.gradients(task.module).values():
+            gradient.mul_(1.001)
+        return loss
+
+    monkeypatch.setattr(task, "ours", wrong)
+    with pytest.raises(AssertionError, match="differs by"):
+        task.check()
 
 
 def test_scores_of_the_bridge_are_hardly_more_than_are_needed() -> None:
@@ -220,6 +283,7 @@ def test_all_means_all() -> None:
     assert len({b.name for b in BENCHMARKS}) == len(BENCHMARKS)
     assert set(GATES) == {b.name for b in BENCHMARKS}
     assert all(find(name) for name in names())
+    assert find("contrast_step_1024")[0] not in BENCHMARKS  # minutes for each pair
 
 
 @pytest.mark.parametrize(

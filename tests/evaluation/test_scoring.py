@@ -13,6 +13,7 @@ from cocoa_pl.data.candidate_rows import CandidateRows
 from cocoa_pl.evaluation import scoring
 from cocoa_pl.evaluation.metrics import TIE, Hits
 from cocoa_pl.evaluation.scoring import score_rows
+from cocoa_pl.evaluation.vectors import read
 
 
 def unit(array: np.ndarray) -> np.ndarray:
@@ -232,6 +233,15 @@ def test_a_block_reads_what_it_shares_once_and_nothing_that_it_does_not_need() -
         score_rows(queries, candidates, query_index=np.arange(200), candidate_index=rows)
         close = 40  # rows settled one by one read a few again
         assert most_read <= candidates.read <= most_read + close
+
+
+def test_neighbours_are_read_without_a_copy_and_others_in_their_order() -> None:
+    vectors = unit(np.random.default_rng(0).normal(size=(20, 4))).astype(np.float32)
+    neighbours = read(vectors, np.arange(3, 11))
+    assert np.shares_memory(neighbours, vectors)
+    for rows in (np.arange(3, 11), np.array([7]), np.array([4, 3]), np.array([1, 2, 4])):
+        np.testing.assert_array_equal(read(vectors, rows), vectors[rows])
+    assert read(vectors, np.empty(0, np.int64)).shape == (0, 4)
 
 
 @pytest.mark.parametrize("kind", ["own", "shared"])

@@ -31,7 +31,9 @@ class Vectors(Protocol):
 
 
 def read(vectors: Vectors, rows: slice | Ints) -> NDArray[np.float32]:
-    """Some vectors as float32: [n, D]."""
+    """Some vectors as float32: [n, D]. Neighbours in their order are not copied one by one."""
+    if not isinstance(rows, slice) and len(rows) and (np.diff(rows) == 1).all():
+        rows = slice(int(rows[0]), int(rows[-1]) + 1)
     return widened(np.asarray(vectors[rows]))
 
 

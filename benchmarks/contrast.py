@@ -1,0 +1,159 @@
+"""B10 and B7. Pairs in, the loss and gradients of a gradient-cached InfoNCE step out: all that the
+project does against all that peers do, from pictures on.
+
+Both sides have one core, or one GPU and the core that feeds it. What a data worker does for the
+project (cutting images, packing, laying out) is inside its time here, although it runs beside the
+step elsewhere; the peer's image processor runs in its step anyway.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from benchmarks.attention_bridge import policy
+from benchmarks.benchmark import SECONDS, Benchmark, Curve, Task
+from benchmarks.counting import Count, Counts, torch_counts
+from benchmarks.peers.model import VISION_BY_IMAGE
+from benchmarks.peers.steps import contrast_step, in_chunks
+from benchmarks.samples import draw, rows_of
+from benchmarks.step_sizes import CONTRAST, EVEN_TEXTS, WHOLE_BATCH, Size
+from benchmarks.training import Ours, Peer, assert_same_step, calls, cleared
+from cocoa_pl.batch import Rows
+from cocoa_pl.data.datamodule import collate
+from cocoa_pl.stages.contrastive import ContrastiveModule
+
+TEMPERATURE = 0.02
+
+
+class Contrast(Task):
+    """A gradient-cached step: query with picture, positive text, temperature 0.02."""
+
+    def __init__(self, size: Size, device: torch.device) -> None:
+        self.size, self.device, self.samples = size, device, size.batch
+        shape = size.model.shape
+        self.queries = draw(size.query, size.batch, shape=shape, seed=0)
+        self.positives = draw(size.positive, size.batch, shape=shape, seed=1)
+        self.own = Ours(size.model, device)
+        self.theirs = Peer(size.model, self.own, attention="bidirectional", vision=VISION_BY_IMAGE)
+        self.module = self.own.stage(
+            ContrastiveModule,
+            policy=policy("bidirectional"),
+            token_budget=size.token_budget,
+            temperature=TEMPERATURE,
+            learn_temperature=False,
+            symmetric=False,
+            mask_false_negatives=False,
+            matryoshka_dims=(),
+            similarity_block=1024,
+            keep_gib=size.keep_gib,
+        ).train()
+        self.theirs.model.train()
+        self.prepare = self.module.preparation(validating=False)
+        self.peer_rows = [rows_of(s, self.own.packed(s)) for s in (self.queries, self.positives)]
+
+    def _rows(self) -> Rows:
+        encode = self.own.encode
+        return collate(
+            [
+                [encode(query, 2 * n), encode(positive, 2 * n + 1)]
+                for n, (query, positive) in enumerate(
+                    zip(self.queries, self.positives, strict=True)
+                )
+            ]
+        )
+
+    def ours(self) -> Tensor:
+        cleared(self.module)
+        loss: Tensor = self.module.accumulate(self.prepare(self._rows()))["loss"]
+        return loss
+
+    def peer(self) -> Tensor:
+        cleared(self.theirs.model)
+        return contrast_step(
+            self.theirs.model,
+            *self.peer_rows,
+            collate=self.theirs.collate,
+            temperature=TEMPERATURE,
+            pad_whole_batch=False,
+        )
+
+    def check(self) -> None:
+        """Without dropout, whose draws differ."""
+        assert_same_step(self, self.module, self.theirs.model)
+
+    def counts(self) -> Counts:
+        step = self.prepare(self._rows())
+        slots = sum(
+            len(part) * max(len(row.input_ids) for row in part)
+            for side in self.peer_rows
+            for part in in_chunks(side)
+        )
+        return {
+            "token_slots_per_real_token": Count(slots / step.num_tokens, 1.0),
+            "model_calls": Count(
+                calls(self.theirs.model, self.peer), calls(self.module.backbone, self.ours)
+            ),
+            "head_rows": Count(2 * slots, 0),
+            **torch_counts(self.peer, self.ours, device=self.device, parameters=self._weights()),
+        }
+
+    def _weights(self) -> list[Tensor]:
+        return [*self.module.parameters(), *self.theirs.model.parameters()]
+
+
+def _by_batch(size: Size, batches: Sequence[int]) -> list[tuple[float, Size]]:
+    return [(n, replace(size, batch=n)) for n in batches]
+
+
+BENCHMARK = Benchmark(
+    id="B10",
+    name="contrast_step",
+    title="A contrastive step, from pictures to gradients",
+    peer_label="CoCoA's contrastive stage: chunks of 8 padded each by itself, both towers in turn, "
+    "peft 0.11.1's DoRA, the whole CausalLM forward pass, images processed in the step; vision "
+    "attention image by image, which is kinder than CoCoA's",
+    noun="pairs",
+    target=2.5,
+    note="Gradient cache, DoRA of rank 8 with dropout 0.1 (off where equality is asserted), "
+    "temperature 0.02. Queries are a picture and a text, positives a text, of log-normal lengths. "
+    "Only one chunk's graph is kept.",
+    sizes=CONTRAST,
+    build=Contrast,
+    curves=(
+        Curve(
+            x="pairs in the batch",
+            quantity=SECONDS,
+            points={
+                "test": _by_batch(CONTRAST["test"], (2, 4)),
+                "cpu": _by_batch(CONTRAST["cpu"], (2, 4, 8)),
+                "cuda": _by_batch(CONTRAST["cuda"], (32, 64, 128)),
+            },
+        ),
+    ),
+)
+
+WHOLE_BATCH_ON_ONE = replace(
+    BENCHMARK,
+    name="contrast_step_1024",
+    title="The same with the paper's 1,024 pairs on one device",
+    sizes=WHOLE_BATCH,
+    curves=(),
+)
+
+GRADIENT_CACHE = replace(
+    BENCHMARK,
+    id="B7",
+    name="gradient_cache",
+    title="The gradient cache alone",
+    peer_label="VLM2Vec's and CoCoA's copies of GradCache: chunks of 8, both towers in turn, the "
+    "whole CausalLM forward pass",
+    target=None,
+    note="Texts of one length, so that nothing is padded; all weights train (on a GPU, DoRA). "
+    "One merged list of chunks by tokens, of which one keeps its graph.",
+    sizes=EVEN_TEXTS,
+    curves=(),
+)

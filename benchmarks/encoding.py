@@ -1,0 +1,128 @@
+"""B10 and B4. Items in, their vectors out, without gradients: packed by a token budget, against
+rows padded to their longest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from benchmarks.attention_bridge import policy
+from benchmarks.benchmark import Benchmark, Curve, Task
+from benchmarks.comparing import assert_close
+from benchmarks.counting import Count, Counts, torch_counts
+from benchmarks.peers.inputs import Inputs
+from benchmarks.peers.model import VISION_BY_IMAGE
+from benchmarks.peers.steps import CHUNK
+from benchmarks.samples import draw, rows_of
+from benchmarks.step_sizes import ITEMS, SKEWED_TEXTS, Size
+from benchmarks.training import Ours, Peer, calls
+from cocoa_pl.batch import cut_by_cost
+
+
+class Encode(Task):
+    """Vectors of queries with pictures, merged weights, no gradients."""
+
+    peer_batch = 4  # of CoCoA's eval.sh
+
+    def __init__(self, size: Size, device: torch.device) -> None:
+        self.size, self.device, self.samples = size, device, size.batch
+        self.items = draw(size.query, size.batch, shape=size.model.shape, seed=0)
+        self.own = Ours(size.model, device)
+        self.theirs = Peer(size.model, self.own, attention="bidirectional", vision=VISION_BY_IMAGE)
+        self.layouts = self.own.backbone.eval().layouts(policy("bidirectional"))
+        self.theirs.model.eval()
+        self.peer_rows = rows_of(self.items, self.own.packed(self.items))
+
+    @torch.inference_mode()
+    def ours(self) -> Tensor:
+        """As `Embedder` does: batches of a token budget, samples of like cost together."""
+        batch = self.own.packed(self.items)
+        pieces = cut_by_cost(batch.lengths, batch.costs, self.size.token_budget)
+        vectors = []
+        for piece in pieces:
+            part = batch.take(piece)
+            layout = self.layouts(part).to(self.device)
+            vectors.append(self.own.backbone.embed(part.to(self.device), layout))
+        return torch.cat(vectors)[torch.cat(pieces).argsort()]
+
+    @torch.inference_mode()
+    def peer(self) -> Tensor:
+        rows, size = self.peer_rows, self.peer_batch
+        return torch.cat(
+            [
+                self.theirs.model.embed(self.theirs.collate(rows[start : start + size]))
+                for start in range(0, len(rows), size)
+            ]
+        )
+
+    def check(self) -> None:
+        assert_close([self.ours()], [self.peer()], dtype=self.size.model.dtype)
+
+    def counts(self) -> Counts:
+        weights = [*self.own.backbone.parameters(), *self.theirs.model.parameters()]
+        return {
+            "model_calls": Count(
+                calls(self.theirs.model, self.peer), calls(self.own.backbone, self.ours)
+            ),
+            **torch_counts(self.peer, self.ours, device=self.device, parameters=weights),
+        }
+
+
+class Packing(Encode):
+    """Whole batches padded to their longest before they are cut, as VLM2Vec-V2's collator does;
+    without its vocabulary head, so that padding alone makes the difference.
+    """
+
+    def _inputs(self) -> list[Inputs]:
+        return self.theirs.collate(self.peer_rows).split(CHUNK)
+
+    @torch.inference_mode()
+    def peer(self) -> Tensor:
+        return torch.cat([self.theirs.model.embed_without_head(chunk) for chunk in self._inputs()])
+
+    def counts(self) -> Counts:
+        slots = sum(chunk.slots for chunk in self._inputs())
+        real = sum(len(row.input_ids) for row in self.peer_rows)
+        return {"token_slots_per_real_token": Count(slots / real, 1.0), **super().counts()}
+
+
+BENCHMARK = Benchmark(
+    id="B10",
+    name="encode",
+    title="Vectors of pictures with texts",
+    peer_label="VLM2Vec's and CoCoA's eval.py: batches of 4 in the order of the data set, padded, "
+    "the whole CausalLM forward pass, vision attention image by image",
+    noun="items",
+    target=None,
+    note="From pictures to vectors on one core or one GPU; nothing overlaps here.",
+    sizes=ITEMS,
+    build=Encode,
+    curves=(),
+)
+
+PACKING = Benchmark(
+    id="B4",
+    name="packing",
+    title="Token budgets instead of padding",
+    peer_label="VLM2Vec-V2: a device's batch is padded to its longest, then cut into chunks of 8; "
+    "without its vocabulary head",
+    noun="texts",
+    target=1.5,
+    note="Texts of log-normal lengths, median 24 (spread 0.8). A forward pass.",
+    sizes=SKEWED_TEXTS,
+    build=Packing,
+    curves=(
+        Curve(
+            x="texts in the batch",
+            quantity="flops",
+            points={
+                "test": [(n, replace(SKEWED_TEXTS["test"], batch=n)) for n in (6, 12)],
+                "cpu": [(n, replace(SKEWED_TEXTS["cpu"], batch=n)) for n in (8, 16, 32)],
+                "cuda": [(n, replace(SKEWED_TEXTS["cuda"], batch=n)) for n in (128, 512, 1024)],
+            },
+        ),
+    ),
+)

@@ -1,0 +1,193 @@
+"""A model's shape and a stage in, both sides of its training step out, with the same weights: the
+project's module around a wrapped model, and the re-created peer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.attention_bridge import policy
+from benchmarks.comparing import assert_close
+from benchmarks.models import PATCH, Shape, image_processor, special_ids, stock_model
+from benchmarks.ours import adapters_of, compute_whole_last_layer, packed, with_dora, wrapped
+from benchmarks.peers.dora import adapt
+from benchmarks.peers.model import PeerModel, PixelDecoder
+from benchmarks.peers.steps import Collate, collator
+from benchmarks.samples import Sample, encode
+from cocoa_pl.batch import Batch, Encoded
+from cocoa_pl.models.adapters import FullTuning
+from cocoa_pl.models.backbone import Backbone
+from cocoa_pl.models.heads import ImageDecoder
+from cocoa_pl.stages.base import Optimization, StageModule
+
+RANK, ALPHA = 8, 64  # of the released scripts
+NAMES = {
+    ".lora_A.default.weight": ".a",
+    ".lora_B.default.weight": ".b",
+    ".lora_magnitude_vector.default.weight": ".magnitude",
+}
+
+
+@dataclass(frozen=True)
+class Model:
+    """What both sides are built of.
+
+    Attributes:
+        tuning: `dora`, `full`, or `none` where nothing trains.
+        dropout: of adapters.
+        dropout_on_base: of our adapters; peft's way if True.
+        whole_last_layer: forgo a saving that counts for too much in a model of few layers.
+    """
+
+    shape: Shape
+    dtype: torch.dtype
+    kernel: str
+    max_pixels: int
+    tuning: str
+    dropout: float
+    dropout_on_base: bool
+    whole_last_layer: bool
+
+
+class Ours:
+    """The project's side: a wrapped model and what makes samples for it."""
+
+    def __init__(self, model: Model, device: torch.device) -> None:
+        self.model, self.device = model, device
+        self.images: Any = image_processor(model.max_pixels)
+        backbone = wrapped(
+            model.shape,
+            image_processor=self.images,
+            kernel=model.kernel,
+            device=device,
+            dtype=model.dtype,
+        )
+        if model.whole_last_layer:
+            compute_whole_last_layer(backbone)
+        self.backbone: Backbone = backbone.requires_grad_(False)
+        if model.tuning == "full":
+            self.backbone = FullTuning()(backbone)
+        elif model.tuning == "dora":
+            self.backbone = with_dora(
+                backbone,
+                rank=RANK,
+                alpha=ALPHA,
+                dropout=model.dropout,
+                dropout_on_base=model.dropout_on_base,
+            )
+
+    def stage(self, kind: type[StageModule[Any]], **choices: Any) -> Any:
+        """A stage's module, ready for one step outside of a trainer."""
+        vocabulary = self.model.shape.vocabulary
+        processor = SimpleNamespace(patch_values=3 * PATCH**2, mask_id=vocabulary - 1)
+        torch.manual_seed(0)  # of new heads
+        module = kind(
+            self.backbone,
+            processor=cast(Any, processor),
+            optimization=Optimization(2e-5, 0.0, (0.9, 0.98), "linear", 0, 1.0),
+            steps=1,
+            seed=0,
+            **choices,
+        )
+        module.manual_backward = lambda loss: loss.backward()  # type: ignore[method-assign, misc]
+        return module.to(self.device)
+
+    def encode(self, sample: Sample, seed: int) -> Encoded:
+        """Picture and ids to tokens and patches, as a data worker does it."""
+        return encode(
+            sample,
+            shape=self.model.shape,
+            max_pixels=self.model.max_pixels,
+            resample=self.images.resample,
+            seed=seed,
+        )
+
+    def packed(self, samples: Sequence[Sample]) -> Batch:
+        """Samples end to end; each one's seed is its place."""
+        return packed(
+            samples,
+            shape=self.model.shape,
+            max_pixels=self.model.max_pixels,
+            resample=self.images.resample,
+        )
+
+
+class Peer:
+    """The re-created side, with the weights that ours has."""
+
+    def __init__(self, model: Model, ours: Ours, *, attention: str, vision: str) -> None:
+        device = ours.device
+        stock = stock_model(model.shape, attention="sdpa", device=device, dtype=model.dtype)
+        self.model = PeerModel(stock, table=policy(attention).table, vision=vision)
+        stock.requires_grad_(model.tuning == "full")
+        if model.tuning == "dora":
+            adapters = adapters_of(ours.backbone)
+            adapt(stock, adapters, scaling=ALPHA / RANK, dropout=model.dropout)
+        self.model.to(device)
+        pad_id = special_ids(model.shape)["bos_token_id"]
+        self.collate: Collate = collator(image_processor=ours.images, pad_id=pad_id, device=device)
+
+    def decoder(self, ours: ImageDecoder) -> PixelDecoder:
+        """Its image decoder, with the weights of ours."""
+        text = self.model.stock.model.language_model
+        theirs = PixelDecoder(
+            type(text.layers[0])(text.config, layer_idx=0),
+            nn.Linear(ours.projection.in_features, ours.projection.out_features),
+        )
+        theirs.load_state_dict(ours.state_dict())
+        return theirs.to(text.device)
+
+
+def cleared(*modules: nn.Module | None) -> None:
+    """Without gradients of an earlier run."""
+    for module in modules:
+        if module is not None:
+            module.zero_grad(set_to_none=True)
+
+
+def gradients(module: nn.Module) -> dict[str, Tensor]:
+    """By the peer's names: of adapters, or of the stock model's own parameters."""
+    found: dict[str, Tensor] = {}
+    for name, parameter in module.named_parameters():
+        if parameter.grad is None:
+            continue
+        for prefix in ("backbone.model.base_model.model.", "backbone.model.", "stock."):
+            name = name.removeprefix(prefix)
+        for ending, theirs in NAMES.items():
+            name = name.removesuffix(ending) + theirs if name.endswith(ending) else name
+        found[name] = parameter.grad
+    return found
+
+
+def assert_same_step(task: Any, module: Any, model: Any) -> None:
+    """Loss and all gradients, with dropout off."""
+    module.eval()
+    model.eval()
+    try:
+        losses = task.ours(), task.peer()
+        ours, peer = gradients(module), gradients(model)
+    finally:
+        module.train()
+        model.train()
+    dtype = task.size.model.dtype
+    assert_close([losses[0]], [losses[1]], dtype=dtype)
+    assert peer
+    assert peer.keys() <= ours.keys()
+    flat = [torch.cat([side[name].flatten().float() for name in peer]) for side in (ours, peer)]
+    assert_close([flat[0]], [flat[1]], dtype=dtype)
+
+
+def calls(module: Any, run: Any) -> int:
+    """How often the language model runs, at most once for a chunk and pass."""
+    seen: list[int] = []
+    target = module.stock.model.language_model if hasattr(module, "stock") else module
+    handle = target.register_forward_pre_hook(lambda *_: seen.append(1))
+    run()
+    handle.remove()
+    return len(seen)
