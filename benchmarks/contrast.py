@@ -120,7 +120,7 @@ BENCHMARK = Benchmark(
     target=2.5,
     note="Gradient cache, DoRA of rank 8 with dropout 0.1 (off where equality is asserted), "
     "temperature 0.02. Queries are a picture and a text, positives a text, of log-normal lengths. "
-    "Only one chunk's graph is kept.",
+    "Only one chunk's graph is kept, and memory stays below the peer's.",
     sizes=CONTRAST,
     build=Contrast,
     curves=(

@@ -102,7 +102,7 @@ def _unit(curve: Mapping[str, Any]) -> tuple[float, str]:
     name = curve["quantity"].replace("_", " ")
     if name.endswith("bytes"):
         return 2**20, f"{name.removesuffix('bytes')}MiB"
-    return 1.0, name
+    return (1e9, "GFLOP") if name == "flops" else (1.0, name)
 
 
 def _wrapped(title: str, width: int = 38) -> str:

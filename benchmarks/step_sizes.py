@@ -66,7 +66,7 @@ def large(side: int) -> Model:
 # Visual tokens of a picture are (side / 28) ^ 2 at most: 16 to 64 on a CPU, 256 on a GPU.
 CONTRAST = {
     "test": Size(5, tiny(84), pictures(5, 0, 84), texts(8, spread=SPREAD), 60, 0.0),
-    "cpu": Size(8, middle(168), pictures(16, 0, 168), texts(16, spread=SPREAD), 256, 0.0),
+    "cpu": Size(8, middle(168), pictures(16, 0, 168), texts(16, spread=SPREAD), 512, 0.0),
     "cuda": Size(128, large(448), pictures(64, 0, 448), texts(64, spread=SPREAD), 8192, 30.0),
 }
 # Micro-batches are those of the released scripts.

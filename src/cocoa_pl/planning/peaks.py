@@ -66,12 +66,13 @@ def _last(inputs: int, block: int, checkpointing: bool) -> int:
 
 def _pixels(shape: ModelShape, tuning: Tuning, numbers: Numbers, work: Work) -> int:
     """Float pixels, the same with noise where patches are hidden, both frames of them, and these
-    in the tower's width where that is another; full tuning keeps the last for the backward pass
-    anyway.
+    in the tower's width where that is another; what is kept of these for the backward pass, with
+    full tuning the last, is counted there.
     """
     values = work.patches * shape.vision.patch_values  # of both frames
-    narrow = values * numbers.product if numbers.product != FLOAT32 and not tuning.full else 0
-    return values // 2 * FLOAT32 * (1 + (work.rebuilt > 0)) + values * FLOAT32 + narrow
+    widths = [FLOAT32, *([numbers.product] if numbers.product != FLOAT32 else [])]
+    passing = widths[:-1] if tuning.full else widths
+    return values // 2 * FLOAT32 * (1 + (work.rebuilt > 0)) + values * sum(passing)
 
 
 def _working(tuning: Tuning, numbers: Numbers) -> int:
