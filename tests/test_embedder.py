@@ -83,7 +83,8 @@ def test_a_picture_may_be_a_path_bytes_or_opened(
     picture.save(path)
     buffer = io.BytesIO()
     picture.save(buffer, "PNG")
-    sources: Sequence[Any] = (picture, path, str(path), buffer.getvalue(), [picture])
+    array = np.asarray(picture)
+    sources: Sequence[Any] = (picture, path, str(path), buffer.getvalue(), array, [picture])
     found = embedder.encode([{"text": "a dog", "image": source} for source in sources])
     np.testing.assert_allclose(found, found[:1].repeat(len(sources), axis=0), atol=1e-5)
 
@@ -91,19 +92,84 @@ def test_a_picture_may_be_a_path_bytes_or_opened(
 def test_strings_dicts_and_items_mean_the_same(embedder: Embedder, picture: Image.Image) -> None:
     texts = embedder.encode(["two boats", {"text": "two boats"}, Item("two boats")])
     np.testing.assert_allclose(texts, texts[:1].repeat(3, axis=0), atol=1e-5)
-    placed = Item(f"{IMAGE_SLOT}two boats", (picture,))
+    placed = Item(f"{IMAGE_SLOT}\ntwo boats", (picture,))  # as readers of rows have it
     shown = embedder.encode([{"text": "two boats", "image": picture}, placed])
     np.testing.assert_allclose(shown[0], shown[1], atol=1e-5)
     assert np.abs(shown[0] - texts[0]).max() > 1e-3
 
 
 def test_pictures_go_first_unless_the_text_places_them(picture: Image.Image) -> None:
-    assert as_item({"text": "a", "image": picture}).text == f"{IMAGE_SLOT}a"
+    assert as_item({"text": "a", "image": picture}).text == f"{IMAGE_SLOT}\na"
+    assert as_item({"image": picture, "text": "a"}).text == f"{IMAGE_SLOT}\na"
     assert as_item({"text": f"a{IMAGE_SLOT}", "image": picture}).text == f"a{IMAGE_SLOT}"
     two = as_item({"text": f"a{IMAGE_SLOT}", "image": [picture, picture]})
-    assert two.text == f"{IMAGE_SLOT}a{IMAGE_SLOT}"
+    assert two.text == f"{IMAGE_SLOT}\na{IMAGE_SLOT}"
     assert as_item({"image": picture}).text == IMAGE_SLOT
     assert as_item({"text": "a", "image": None}) == Item("a")
+
+
+def test_a_picture_alone_needs_no_dict(
+    embedder: Embedder, picture: Image.Image, tmp_path: Path
+) -> None:
+    path = tmp_path / "picture.png"
+    picture.save(path)
+    found = embedder.encode(
+        [{"image": picture}, picture, path, path.read_bytes(), np.asarray(picture)]
+    )
+    np.testing.assert_allclose(found, found[:1].repeat(5, axis=0), atol=1e-5)
+    gray = np.asarray(picture.convert("L"))
+    assert np.isfinite(embedder.encode([gray])).all()
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ("two boats", "Find it: two boats"),
+        ({"text": "two boats", "image": 1}, f"{IMAGE_SLOT}\nFind it: two boats"),
+        ({"image": 2}, f"{IMAGE_SLOT}{IMAGE_SLOT}\nFind it:"),
+        ({"text": f"left of{IMAGE_SLOT}", "image": 1}, f"Find it: left of{IMAGE_SLOT}"),
+    ],
+    ids=["text", "both", "pictures", "placed"],
+)
+def test_an_instruction_comes_before_the_words_and_behind_the_pictures(
+    value: Any, text: str, embedder: Embedder, picture: Image.Image
+) -> None:
+    if isinstance(value, dict):
+        value = {**value, "image": [picture] * value["image"]}
+    item = as_item(value, "Find it:")
+    assert item.text == text
+    plain, instructed, same = (
+        embedder.encode([value]),
+        embedder.encode([value], instruction="Find it:"),
+        embedder.encode([item]),
+    )
+    np.testing.assert_array_equal(instructed, same)
+    assert np.abs(plain - instructed).max() > 1e-3
+
+
+def test_leading_components_are_of_unit_length(
+    embedder: Embedder, items: list[Item], vectors: NDArray[np.float32]
+) -> None:
+    short = embedder.encode(items, truncate_dim=8)
+    assert short.shape == (7, 8)
+    np.testing.assert_allclose(np.linalg.norm(short, axis=1), 1, atol=1e-6)
+    lengths = np.linalg.norm(vectors[:, :8], axis=1, keepdims=True)
+    np.testing.assert_allclose(short, vectors[:, :8] / lengths, atol=1e-6)
+    np.testing.assert_array_equal(embedder.encode(items, truncate_dim=embedder.dim), vectors)
+    for dim in (0, embedder.dim + 1):
+        with pytest.raises(UserError, match=rf"truncate_dim is 1 to {embedder.dim}, not {dim}"):
+            embedder.encode(items, truncate_dim=dim)
+
+
+def test_a_bar_is_shown_where_it_is_asked_for(
+    embedder: Embedder, items: list[Item], capsys: pytest.CaptureFixture[str]
+) -> None:
+    embedder.encode(items, progress=True)
+    shown = capsys.readouterr()
+    assert "7/7" in shown.err
+    assert shown.out == ""
+    embedder.encode(items)
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(
@@ -113,7 +179,10 @@ def test_pictures_go_first_unless_the_text_places_them(picture: Image.Image) -> 
         ("", "needs a text or an image"),
         ({"text": None, "image": []}, "needs a text or an image"),
         ({"text": "a", "picture": 1}, "keys text and image, not.*picture"),
-        ({"image": 3}, "a path, bytes or a PIL image"),
+        ({"image": 3}, "a path, bytes, a PIL image or an array, not int"),
+        (np.zeros((4, 4, 3)), "uint8 of height x width x 3.*not float64 of 4 x 4 x 3"),
+        (np.zeros((4, 4, 4), np.uint8), "not uint8 of 4 x 4 x 4"),
+        (np.zeros(4, np.uint8), "not uint8 of 4"),
         ({"text": f"a{IMAGE_SLOT}"}, "1 image placeholder"),
         ({"text": 7}, "text is a string"),
         (None, "an item is a string"),
@@ -131,6 +200,8 @@ def test_one_string_is_not_a_list_of_letters(embedder: Embedder) -> None:
         embedder.encode("two boats")
     with pytest.raises(ValueError, match="list of items"):
         embedder.encode({"text": "two boats"})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="list of items"):
+        embedder.encode(b"a picture")  # type: ignore[arg-type]
 
 
 def test_a_bad_item_is_named_by_its_place(embedder: Embedder, tmp_path: Path) -> None:

@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL.Image import Image
 
 from cocoa_pl.attention import Policy
 from cocoa_pl.batch import Batch, Encoded, pack
 from cocoa_pl.data.inputs import Input, as_item
 from cocoa_pl.data.item_batches import item_batches, name_of
-from cocoa_pl.data.progress import Progress
+from cocoa_pl.data.progress import Progress, bar
 from cocoa_pl.data.tokenize import Processor
 from cocoa_pl.errors import UserError
 from cocoa_pl.fingerprint import check_fingerprint, digest_of, digest_of_text, take_fingerprint
@@ -110,33 +111,58 @@ class Embedder:
         }
 
     def encode(
-        self, items: Sequence[Input], *, batch_tokens: int = 8192, threads: int = THREADS
+        self,
+        items: Sequence[Input],
+        *,
+        instruction: str | None = None,
+        truncate_dim: int | None = None,
+        batch_tokens: int = 8192,
+        threads: int = THREADS,
+        progress: bool = False,
     ) -> NDArray[np.float32]:
         """Embed items.
 
         Args:
-            items: strings, `Item`s, or dicts with `text` and/or `image` (a path, bytes, a PIL
-                image, or a list of them); images go before the text unless the text places them
-                with U+FFFC.
+            items: strings, which are texts; images (a `Path`, bytes, a PIL image, or a uint8 array
+                of height x width x 3); dicts with `text` and/or `image` (also a path as a string,
+                or a list of images); or `Item`s. Images go on a line before the text unless the
+                text places them with U+FFFC.
+            instruction: what all of them are embedded for, before each one's own words; queries of
+                MMEB have one, candidates often none. None for none.
+            truncate_dim: leading components to keep, for a model trained with `matryoshka_dims`;
+                vectors are of unit length afterwards. None for all.
             batch_tokens: tokens that go through the model together, at most (a longer single item
                 goes alone).
             threads: that read images and tokenize texts ahead of the model; 0 for none.
+            progress: show a bar on stderr.
 
         Returns:
             (N, D) float32, rows of unit length, in the order given.
 
         Raises:
-            UserError: naming the item that cannot be embedded.
+            UserError: naming the item that cannot be embedded, or a `truncate_dim` that is none.
         """
-        stream = self.stream(items, batch_tokens=batch_tokens, threads=threads)
-        vectors = np.empty((len(items), self.dim), np.float32)
-        with closing(stream):
+        _must_be_a_list(items)
+        dim = self.dim if truncate_dim is None else truncate_dim
+        if not 1 <= dim <= self.dim:
+            raise UserError(f"truncate_dim is 1 to {self.dim}, not {truncate_dim}")
+        vectors = np.empty((len(items), dim), np.float32)
+        stream = self.stream(
+            items, instruction=instruction, batch_tokens=batch_tokens, threads=threads
+        )
+        with closing(stream), bar(len(items), shown=progress) as advance:
             for numbers, some in stream:
-                vectors[numbers] = some
+                vectors[numbers] = shortened(some, dim)
+                advance(len(numbers))
         return vectors
 
     def stream(
-        self, items: Sequence[Input], *, batch_tokens: int = 8192, threads: int = THREADS
+        self,
+        items: Sequence[Input],
+        *,
+        instruction: str | None = None,
+        batch_tokens: int = 8192,
+        threads: int = THREADS,
     ) -> Generator[Part]:
         """Embed items and hand over each batch when it is there, for more items than memory holds.
 
@@ -147,14 +173,15 @@ class Embedder:
             An iterator over places in `items`, (n), and their vectors, (n, D). Each item occurs
             once; the order is by cost within a few thousand items.
         """
-        if isinstance(items, str | Item | Mapping):
-            raise UserError("encode takes a list of items; put a single one into a list")
-        return self._parts(items, batch_tokens, threads)
+        _must_be_a_list(items)
+        return self._parts(items, instruction, batch_tokens, threads)
 
-    def _parts(self, items: Sequence[Input], batch_tokens: int, threads: int) -> Generator[Part]:
+    def _parts(
+        self, items: Sequence[Input], instruction: str | None, batch_tokens: int, threads: int
+    ) -> Generator[Part]:
         def item_at(number: int) -> Item:
             try:
-                return as_item(items[number])
+                return as_item(items[number], instruction)
             except ValueError as error:
                 raise UserError(f"{name_of(number)}: {error}") from error
 
@@ -201,6 +228,19 @@ class Embedder:
             return found
 
         return fetch
+
+
+def _must_be_a_list(items: object) -> None:
+    if isinstance(items, str | bytes | Path | Image | Item | Mapping):
+        raise UserError("encode takes a list of items; put a single one into a list")
+
+
+def shortened(vectors: NDArray[np.float32], dim: int) -> NDArray[np.float32]:
+    """(N, D) -> (N, dim): leading components, of unit length again."""
+    if dim == vectors.shape[1]:
+        return vectors
+    found = vectors[:, :dim]
+    return found / np.linalg.norm(found, axis=1, keepdims=True)
 
 
 def _fetched(numbers: NDArray[np.intp], fetch: Fetch, progress: Progress) -> Part:

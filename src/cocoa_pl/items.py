@@ -68,6 +68,12 @@ class Pair:
     row_id: str
 
 
+def images_first(text: str, count: int) -> str:
+    """A text with `count` image slots on a line before it, as MMEB's rows have them."""
+    slots = IMAGE_SLOT * count
+    return f"{slots}\n{text}" if slots and text.strip() else slots or text
+
+
 def _source_bytes(image: ImageSource) -> bytes:
     if isinstance(image, Path):
         return str(image).encode()

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich import progress as rich_progress
+from rich.console import Console
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +43,20 @@ class Progress:
             rate,
             _duration((self.total - self.count) / rate),
         )
+
+
+@contextmanager
+def bar(total: int, *, shown: bool) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr that whoever embeds may ask for; yields what advances it."""
+    console = Console(stderr=True)
+    columns = (
+        rich_progress.BarColumn(),
+        rich_progress.MofNCompleteColumn(),
+        rich_progress.TimeRemainingColumn(),
+    )
+    with rich_progress.Progress(*columns, console=console, disable=not shown) as found:
+        task = found.add_task("", total=total)
+        yield lambda items: found.advance(task, items)
 
 
 def _duration(seconds: float) -> str:

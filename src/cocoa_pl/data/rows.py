@@ -15,7 +15,7 @@ from typing import Literal, TypeVar
 from cocoa_pl.data.images import resolve_image
 from cocoa_pl.data.pair_table import PairTable
 from cocoa_pl.errors import UserError
-from cocoa_pl.items import IMAGE_SLOT, Item, Pair
+from cocoa_pl.items import IMAGE_SLOT, Item, Pair, images_first
 
 OnBadRow = Literal["fail", "skip"]
 OnDuplicate = Literal["bad", "drop"]
@@ -177,7 +177,7 @@ def _with_slot(
                 f"{where}: the {role} has image {image!r:.200} but no {PLACEHOLDER} in its text; "
                 "write the placeholder where the image belongs"
             )
-        return f"{IMAGE_SLOT}\n{text}" if text.strip() else IMAGE_SLOT
+        return images_first(text, 1)
     if not image and not text.strip():
         raise UserError(f"{where}: the {role} is empty: it has neither text nor an image")
     return text.replace(PLACEHOLDER, IMAGE_SLOT)
