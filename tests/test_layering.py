@@ -31,7 +31,7 @@ LAYERS = (
     {"models", "data"},
     {
         *("stages", "evaluation", "checkpoint", "embedder", "export", "fingerprint"),
-        *("callbacks", "loggers", "doctor"),
+        *("callbacks", "loggers", "doctor", "search"),
     },
     {"cli", "commands", "planning", "sweep", "entry", "assemble", "command_line"},
 )

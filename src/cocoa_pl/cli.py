@@ -49,6 +49,11 @@ Keys and values are those of train.py; the doctor's own begin with doctor.
 
 Exit status: 0 healthy, 1 if something would stop training, 2 for a mistake in the command.""",
     ),
+    "search": Command(
+        module="cocoa_pl.commands.search",
+        summary="search a folder of images by a text, an image, or both",
+        about=None,
+    ),
     "plan": Command(
         module="cocoa_pl.planning.command",
         summary="what a training run needs: memory, time, disk",

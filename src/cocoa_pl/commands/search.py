@@ -1,0 +1,116 @@
+"""`cocoa search`: a folder of images and a query in, the nearest images out, here or on a page."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from cocoa_pl.embedder import Embedder
+from cocoa_pl.errors import UserError
+from cocoa_pl.search.folder import image_files
+from cocoa_pl.search.index import Found, ImageIndex
+from cocoa_pl.search.page import LOCAL, Page, extra, printable
+
+SHOWN = 5  # files that are left out and named
+
+
+def run(arguments: Sequence[str], console: Console) -> int:
+    """Bring the index up to date, then search it, or serve a page; the exit status is 0.
+
+    Raises:
+        UserError: for a folder without images, a model that is none, or a query that is none.
+    """
+    parsed = _parser().parse_args(arguments)
+    if parsed.top < 1:
+        raise UserError(f"--top is at least 1, not {parsed.top}")
+    image_files(Path(parsed.folder))  # a wrong folder is told before a model is loaded
+    embedder = Embedder.load(parsed.model, device=parsed.device)
+    index = ImageIndex(
+        Path(parsed.folder),
+        embedder,
+        kept_in=Path(parsed.index) if parsed.index else None,
+        threads=parsed.threads,
+        exact=parsed.exact,
+    )
+    update = index.update()
+    told = Console(stderr=True) if parsed.json else console
+    told.print(f"{len(index.files):,} images, {update.embedded:,} of them new", soft_wrap=True)
+    for file, why in list(update.unreadable.items())[:SHOWN]:
+        told.print(f"{printable(file)} {why}", soft_wrap=True, markup=False)
+    if len(update.unreadable) > SHOWN:
+        told.print(f"... and {len(update.unreadable) - SHOWN} more left out")
+    if parsed.serve:
+        _serve(index, embedder, parsed, console)
+    elif parsed.text or parsed.image:
+        query = {"text": parsed.text, "image": parsed.image}
+        vector = embedder.encode([query], instruction=parsed.instruction)[0]
+        _show(index, index.search(vector, parsed.top), console, as_json=parsed.json)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="cocoa search",
+        description="Search the images below a folder by a text, an image, or both. Vectors are "
+        "kept in FOLDER/.cocoa: what is new or has changed is embedded before each search.",
+    )
+    parser.add_argument("folder", metavar="FOLDER")
+    parser.add_argument("text", nargs="?", help="what to look for; without it and --image, index")
+    parser.add_argument("--image", metavar="FILE", help="what to look for, or beside the text")
+    parser.add_argument(
+        "--model", required=True, help="a run, an exported folder or a hub id", metavar="MODEL"
+    )
+    parser.add_argument("--top", type=int, default=10, help="images that are shown (default: 10)")
+    parser.add_argument("--instruction", help="before the query's words, as in training")
+    parser.add_argument("--index", metavar="DIR", help="where vectors are kept instead")
+    parser.add_argument("--exact", action="store_true", help="look at every vector of a million")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    parser.add_argument("--serve", action="store_true", help="a page in the browser instead")
+    parser.add_argument("--host", default="127.0.0.1", help="of the page (default: this machine)")
+    parser.add_argument("--port", type=int, default=8000, help="of the page (default: 8000)")
+    parser.add_argument("--threads", type=int, default=4, help="that read images (default: 4)")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    return parser
+
+
+def _show(index: ImageIndex, found: Sequence[Found], console: Console, *, as_json: bool) -> None:
+    if as_json:
+        for one in found:
+            line = {"file": printable(index.folder / one.file), "score": round(one.score, 6)}
+            console.print(json.dumps(line), markup=False, highlight=False, soft_wrap=True)
+        return
+    table = Table("", "score", "image", box=None, header_style="bold")
+    for rank, one in enumerate(found, 1):
+        table.add_row(str(rank), f"{one.score:.3f}", escape(printable(index.folder / one.file)))
+    console.print(table)
+
+
+def _serve(
+    index: ImageIndex, embedder: Embedder, parsed: argparse.Namespace, console: Console
+) -> None:
+    waitress = extra("waitress")
+    local = parsed.host in LOCAL
+    page = Page(
+        index,
+        embedder,
+        instruction=parsed.instruction,
+        top=parsed.top,
+        hosts=LOCAL if local else (),
+    )
+    try:
+        server = waitress.create_server(page.app(), host=parsed.host, port=parsed.port, threads=4)
+    except OSError as error:
+        raise UserError(f"--port {parsed.port}: {error.strerror or error}") from error
+    console.print(f"http://{parsed.host}:{server.effective_port}  (Ctrl-C ends it)", soft_wrap=True)
+    try:
+        server.run()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        server.close()

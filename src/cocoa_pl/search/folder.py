@@ -1,0 +1,81 @@
+"""A folder in, the image files below it out, and why some of them cannot be shown."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from cocoa_pl.data.images import open_image
+from cocoa_pl.errors import UserError
+from cocoa_pl.evaluation.identities import Identities, file_stamp
+from cocoa_pl.items import IMAGE_SLOT, Item
+
+SUFFIXES = frozenset(
+    (".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+)
+
+
+def image_files(folder: Path) -> list[Path]:
+    """Names of image files relative to the folder, sorted.
+
+    Hidden files and folders are left out, and so are links that lead out of the folder.
+
+    Raises:
+        UserError: if there is no such folder.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder")
+    root = folder.resolve()
+    found = []
+    for here, folders, files in os.walk(root):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in files:
+            path = Path(here, name)
+            is_image = path.suffix.lower() in SUFFIXES and not name.startswith(".")
+            if is_image and is_inside(path, root):
+                found.append(path.relative_to(root))
+    return sorted(found)
+
+
+def is_inside(path: Path, root: Path) -> bool:
+    """Whether a file is there and really lies below a resolved folder, whatever links say."""
+    real = path.resolve()
+    return real.is_relative_to(root) and real.is_file()
+
+
+def items_of(folder: Path, files: Sequence[Path]) -> list[Item]:
+    """Each image alone, without a text."""
+    return [Item(IMAGE_SLOT, (folder.resolve() / file,)) for file in files]
+
+
+def identities_of(files: Sequence[Path], items: Sequence[Item]) -> Identities:
+    """By names relative to the folder, which may move with all that is known of it."""
+    return Identities(
+        np.array([_key(file) for file in files], np.int64),
+        np.array([file_stamp(item) for item in items], np.int64),
+    )
+
+
+def unreadable(items: Sequence[Item], *, threads: int) -> dict[int, str]:
+    """By place, why an image cannot be embedded; each of them is decoded for this."""
+
+    def complaint(item: Item) -> str | None:
+        try:
+            open_image(item.images[0], where="left out")
+        except UserError as error:
+            return str(error)
+        return None
+
+    with ThreadPoolExecutor(max(threads, 1)) as pool:
+        found = enumerate(pool.map(complaint, items))
+        return {place: text for place, text in found if text is not None}
+
+
+def _key(file: Path) -> int:
+    name = os.fsencode(file.as_posix())  # a name need not be text
+    return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little") >> 1

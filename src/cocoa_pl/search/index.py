@@ -1,0 +1,133 @@
+"""A folder of images and a model in, what is nearest to a query out.
+
+Vectors are kept in the folder's `.cocoa`, one store for each model: what is new or has changed is
+embedded, a killed run goes on, and what is gone is not found any more.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cocoa_pl.embedder import Embedder
+from cocoa_pl.errors import UserError
+from cocoa_pl.evaluation.filling import fill
+from cocoa_pl.evaluation.store import VectorStore
+from cocoa_pl.fingerprint import digest_of_text
+from cocoa_pl.search.folder import identities_of, image_files, items_of, unreadable
+from cocoa_pl.search.neighbours import APPROXIMATE_FROM, CellIndex, digest_of, nearest
+
+KEPT_IN = ".cocoa"
+CELLS = "cells.faiss"
+
+
+@dataclass(frozen=True)
+class Found:
+    """An image and its cosine to the query.
+
+    Attributes:
+        number: of the file in the index.
+        file: relative to the folder.
+    """
+
+    number: int
+    file: Path
+    score: float
+
+
+@dataclass(frozen=True)
+class Update:
+    """What an update of the index did.
+
+    Attributes:
+        embedded: files that are new or have changed.
+        unreadable: by file, why it is left out.
+    """
+
+    embedded: int
+    unreadable: dict[Path, str]
+
+
+class ImageIndex:
+    """The images below a folder, ready to be searched once `update` has run.
+
+    Args:
+        folder: of images.
+        kept_in: folder for vectors; None for `.cocoa` in the folder itself.
+        threads: that read images.
+        exact: look at every vector, however many there are.
+
+    Raises:
+        UserError: if the folder is none, or its vectors cannot be kept.
+    """
+
+    def __init__(
+        self, folder: Path, embedder: Embedder, *, kept_in: Path | None, threads: int, exact: bool
+    ) -> None:
+        self.folder = folder.resolve()
+        self.embedder = embedder
+        self.threads = threads
+        self.exact = exact
+        if not folder.is_dir():
+            raise UserError(f"{folder} is no folder")
+        identity = embedder.identity()
+        exact_part = {name: value for name, value in identity.items() if name != "fingerprint"}
+        model = digest_of_text(json.dumps(exact_part, sort_keys=True))[:16]
+        self.store = VectorStore(
+            (kept_in or self.folder / KEPT_IN) / model,
+            identity=identity,
+            dim=embedder.dim,
+            dtype="float16",
+        )
+        self.files: list[Path] = []
+        self._vectors: Any = np.empty((0, embedder.dim), np.float16)
+        self._cells: CellIndex | None = None
+
+    def update(self) -> Update:
+        """Look at the folder, embed what is new or has changed, forget what is gone.
+
+        Raises:
+            UserError: if the folder holds no image that can be read.
+        """
+        files = image_files(self.folder)
+        items = items_of(self.folder, files)
+        identities = identities_of(files, items)
+        new = np.flatnonzero(self.store.find(identities) < 0)
+        bad = unreadable([items[n] for n in new.tolist()], threads=self.threads)
+        left_out = {files[new[place]]: text for place, text in bad.items()}
+        good = np.setdiff1d(np.arange(len(files)), new[list(bad)])
+        if not len(good):
+            raise UserError(f"{self.folder} holds no image that can be read")
+        embedded = fill(
+            self.store,
+            [items[n] for n in good.tolist()],
+            identities[good],
+            lambda some: self.embedder.stream(some, threads=self.threads),
+            rank=0,
+            world_size=1,
+        )
+        self.store.reload()
+        self.files = [files[n] for n in good.tolist()]
+        self._vectors = self.store.vectors(identities[good])
+        self._cells = None
+        if len(self.files) >= APPROXIMATE_FROM and not self.exact:
+            self._cells = CellIndex(
+                self._vectors,
+                file=self.store.folder / CELLS,
+                digest=digest_of(identities[good].both),
+            )
+        return Update(embedded, left_out)
+
+    def search(self, query: NDArray[np.float32], top: int) -> list[Found]:
+        """The images nearest to a unit vector [D], the best first."""
+        if self._cells is None:
+            numbers, scores = nearest(query, self._vectors, top)
+        else:
+            numbers, scores = self._cells.nearest(query, top)
+        pairs = zip(numbers.tolist(), scores.tolist(), strict=True)
+        return [Found(number, self.files[number], score) for number, score in pairs]
