@@ -115,7 +115,7 @@ class _Held:
     """A saved tensor; when the graph lets it go, its storage is no longer counted."""
 
     def __init__(self, tensor: Tensor, saved: _Saved | None) -> None:
-        self.tensor = tensor
+        self.tensor = tensor.detach()  # an output would hold its own graph, and that this, for ever
         if saved is not None:
             storage = tensor.untyped_storage()
             saved.add(storage)

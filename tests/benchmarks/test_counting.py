@@ -59,6 +59,17 @@ def test_a_graph_that_is_gone_is_no_longer_counted() -> None:
     assert cost(lambda: passes(3), x).peak_saved_bytes == one
 
 
+def test_an_output_that_no_backward_pass_reaches_is_let_go() -> None:
+    """As a norm that is only looked at: it is saved by the graph that makes it."""
+    x = torch.randn(1000, requires_grad=True)
+
+    def norms(count: int) -> None:
+        for _ in range(count):
+            (x * 2).norm(dim=0, keepdim=True).detach()
+
+    assert cost(lambda: norms(8)).peak_saved_bytes == cost(lambda: norms(1)).peak_saved_bytes
+
+
 def test_two_graphs_that_live_together_are_both_counted() -> None:
     x = torch.randn(10, requires_grad=True)
     assert cost(lambda: (x.exp().sum() + x.exp().sum()).backward(), x).peak_saved_bytes == 80
