@@ -45,7 +45,7 @@ GATES: dict[str, dict[str, float]] = {
     "attention_bridge": {"scores": 1.5, "flops": 1.5, "token_slots_per_real_token": 1.5},
     "vision_attention": {"scores": 8, "flops": 6, "peak_saved_bytes": 4},
     "vision_attention_4d": {"scores": 8, "flops": 6, "peak_saved_bytes": 4},
-    "dora": {"norms_taken": 4, "flops": 1.6, "peak_saved_bytes": 2},
+    "dora": {"norms_taken": 4, "flops": 1.6},
     "dora_same_dropout": {"norms_taken": 4},
     "images": {"bytes_to_the_device": 8},
     "images_672": {"bytes_to_the_device": 8},

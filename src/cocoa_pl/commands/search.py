@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -95,6 +96,7 @@ def _serve(
     index: ImageIndex, embedder: Embedder, parsed: argparse.Namespace, console: Console
 ) -> None:
     waitress = extra("waitress")
+    logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # a page's thumbnails are a queue
     local = parsed.host in LOCAL
     page = Page(
         index,
