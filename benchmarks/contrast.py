@@ -118,9 +118,10 @@ BENCHMARK = Benchmark(
     "attention image by image, which is kinder than CoCoA's",
     noun="pairs",
     target=2.5,
-    note="Gradient cache, DoRA of rank 8 with dropout 0.1 (off where equality is asserted), "
-    "temperature 0.02. Queries are a picture and a text, positives a text, of log-normal lengths. "
-    "Only one chunk's graph is kept, and memory stays below the peer's.",
+    note="Gradient cache, DoRA of rank 8 with dropout 0.1 (off where equality is asserted) and "
+    "adapter.dropout_on_base=false, temperature 0.02. Queries are a picture and a text, positives "
+    "a text, of log-normal lengths. Only one chunk's graph is kept, and memory stays below the "
+    "peer's.",
     sizes=CONTRAST,
     build=Contrast,
     curves=(
@@ -134,6 +135,19 @@ BENCHMARK = Benchmark(
             },
         ),
     ),
+)
+
+SAME_DROPOUT = replace(
+    BENCHMARK,
+    name="contrast_step_same_dropout",
+    title="The same with dropout as in peft",
+    target=None,
+    note="With adapter.dropout_on_base=true, as it is by default.",
+    sizes={
+        name: replace(size, model=replace(size.model, dropout_on_base=True))
+        for name, size in CONTRAST.items()
+    },
+    curves=(),
 )
 
 WHOLE_BATCH_ON_ONE = replace(

@@ -127,7 +127,7 @@ WARMUP = Benchmark(
     target=2.5,
     note="One micro-batch of 16, as the released script has. A fifth of the text and half of the "
     "patches are hidden, the same on both sides. DoRA of rank 8 with dropout 0.1 (off where "
-    "equality is asserted).",
+    "equality is asserted) and adapter.dropout_on_base=false.",
     sizes=CAPTIONS,
     build=Warmup,
     curves=(),
@@ -139,7 +139,7 @@ RECONSTRUCT = replace(
     title="A step of the EOS bridge: 70 % of the target hidden",
     peer_label=PEER,
     note="One micro-batch of 8, as the released script has. DoRA of rank 8 with dropout 0.1 (off "
-    "where equality is asserted).",
+    "where equality is asserted) and adapter.dropout_on_base=false.",
     sizes=BRIDGE,
     build=Bridge,
 )

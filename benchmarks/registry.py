@@ -37,8 +37,8 @@ BENCHMARKS: tuple[Benchmark, ...] = (
     contrast.BENCHMARK,
     encoding.BENCHMARK,
 )
-# Minutes for each pair of runs: only by their names.
-BY_NAME: tuple[Benchmark, ...] = (contrast.WHOLE_BATCH_ON_ONE,)
+# Only by their names: variants, and what takes minutes for each pair of runs.
+BY_NAME: tuple[Benchmark, ...] = (contrast.SAME_DROPOUT, contrast.WHOLE_BATCH_ON_ONE)
 ALL = "all"
 
 

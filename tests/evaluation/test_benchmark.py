@@ -49,6 +49,12 @@ def test_results_json_has_the_public_schema(results: Results, tmp_path: Path) ->
     results.write_json(tmp_path / "results.json")
     written = json.loads((tmp_path / "results.json").read_text())
     subsets = written.pop("subsets")
+    intervals = written.pop("intervals")
+    assert intervals.keys() == {"confidence", *written.keys(), "subsets"} - {
+        "benchmark",
+        "checkpoint",
+    }
+    assert intervals["subsets"].keys() == subsets.keys()
     assert written == {
         "benchmark": "digits",
         "checkpoint": "runs/1",

@@ -17,7 +17,8 @@ from rich.table import Table
 
 from cocoa_pl.data.images import open_image
 from cocoa_pl.evaluation.curves import read_panels
-from cocoa_pl.evaluation.results import GalleryRow, Results, SubsetScore, mean_score
+from cocoa_pl.evaluation.intervals import Interval
+from cocoa_pl.evaluation.results import GalleryRow, Results, SubsetScore, mean_score, score_interval
 from cocoa_pl.items import ImageSource, Item
 
 QUERY_BOX, CANDIDATE_BOX = 168, 112  # CSS pixels
@@ -30,6 +31,7 @@ class Score:
 
     label: str
     official: float
+    interval: Interval  # of `official`
     strict: float
     chance: float
     num_subsets: int
@@ -69,6 +71,8 @@ def write_report(
     )
     environment.filters |= {
         "percent": percent,
+        "between": between,
+        "interval": lambda subset: score_interval([subset]),
         "number": _number,
         "shorten": _shorten,
         "heading": _heading,
@@ -170,10 +174,17 @@ def percent(score: float) -> str:
     return f"{100 * score:.1f}"
 
 
+def between(interval: Interval) -> str:
+    """E.g. `87.1 to 89.0`."""
+    low, high = interval
+    return f"{percent(low)} to {percent(high)}"
+
+
 def _score(label: str, subsets: Sequence[SubsetScore]) -> Score:
     return Score(
         label=label,
         official=mean_score(subsets),
+        interval=score_interval(subsets),
         strict=mean_score(subsets, strict=True),
         chance=sum(subset.chance for subset in subsets) / len(subsets),
         num_subsets=len(subsets),

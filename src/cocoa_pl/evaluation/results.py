@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cocoa_pl.evaluation.intervals import CONFIDENCE, Interval, interval, resampled
 from cocoa_pl.items import Item
 
 
@@ -97,6 +98,7 @@ class Results:
                 name: None if self.is_partial else mean_score(subsets)
                 for name, subsets in self.groups.items()
             },
+            "intervals": self._intervals(),
             "subsets": {
                 subset.name: {
                     "group": subset.group,
@@ -111,6 +113,23 @@ class Results:
             },
         }
 
+    def _intervals(self) -> dict[str, Any]:
+        """Of everything that has a score by the official rule, by its name."""
+        splits = {
+            "overall": self.subsets,
+            "in_distribution": self.split(in_distribution=True),
+            "out_of_distribution": self.split(in_distribution=False),
+        }
+        found: dict[str, Any] = {"confidence": CONFIDENCE}
+        for name, subsets in splits.items():
+            found[name] = None if self.is_partial or not subsets else score_interval(subsets)
+        found["groups"] = {
+            name: None if self.is_partial else score_interval(subsets)
+            for name, subsets in self.groups.items()
+        }
+        found["subsets"] = {subset.name: score_interval([subset]) for subset in self.subsets}
+        return found
+
     def write_json(self, path: Path) -> None:
         text = json.dumps(self.to_json(), indent=2, allow_nan=False, ensure_ascii=False)
         path.write_text(text + "\n", encoding="utf-8")
@@ -124,3 +143,8 @@ def mean_score(subsets: Sequence[SubsetScore], *, strict: bool = False) -> float
     """Unweighted mean of precision@1 over at least one subset."""
     scores = [s.precision_at_1_strict if strict else s.precision_at_1 for s in subsets]
     return sum(scores) / len(scores)
+
+
+def score_interval(subsets: Sequence[SubsetScore]) -> Interval:
+    """Of the unweighted mean of precision@1 over at least one subset."""
+    return interval([resampled(s.precision_at_1, s.num_queries, name=s.name) for s in subsets])
