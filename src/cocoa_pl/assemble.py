@@ -21,6 +21,7 @@ from cocoa_pl.entry import build, save_config
 from cocoa_pl.errors import UserError
 from cocoa_pl.evaluation.benchmark import check_subsets, score_subsets
 from cocoa_pl.evaluation.embedded import IN_MEMORY, VectorSettings, embedded
+from cocoa_pl.evaluation.published import lines, published_table
 from cocoa_pl.evaluation.report import score_table, write_report
 from cocoa_pl.export import export, lineage_of
 from cocoa_pl.models.adapter_folders import base_path, is_adapter, load_adapter
@@ -235,8 +236,11 @@ def score(
         date=datetime.date.today().isoformat(),
         facts=facts,
         metrics_csv=metrics_csv,
+        published=lines(results, benchmark.published),
     )
     console.print(score_table(results))
+    if table := published_table(results, benchmark.published):
+        console.print(table)
     console.print(f"report: {run_dir / 'report.html'}", soft_wrap=True)
 
 

@@ -259,6 +259,7 @@ def benchmark(root: Path, **changes: Any) -> MmebBenchmark:
         "split": "test",
         "table": table,
         "subsets": None,
+        "published": [],
         "on_bad_row": "fail",
     }
     return MmebBenchmark(**(values | changes))

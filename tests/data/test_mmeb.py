@@ -516,6 +516,7 @@ def test_benchmark_reads_its_table_in_order_and_misses_nothing(root: Path) -> No
             split="test",
             table=table | more,
             subsets=None,
+            published=[],
             on_bad_row="skip",
         ).subsets()
 

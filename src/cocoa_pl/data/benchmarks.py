@@ -28,6 +28,7 @@ class MmebBenchmark:
         split: which files of a subset to read, `<split>-*.parquet`.
         table: subset -> its group, and whether its training data is in the training set.
         subsets: the ones to score, all of the table if None; means over a choice are not reported.
+        published: rows of papers to stand beside (`evaluation.published`); empty for none.
 
     Raises:
         UserError: for an unknown subset or reader.
@@ -42,6 +43,7 @@ class MmebBenchmark:
         split: str,
         table: Mapping[str, SubsetInfo],
         subsets: Sequence[str] | None,
+        published: Sequence[Mapping[str, object]],
         on_bad_row: OnBadRow,
     ) -> None:
         if subsets is not None and not subsets:
@@ -62,6 +64,7 @@ class MmebBenchmark:
         self.split = split
         self.table = {s: info for s, info in table.items() if subsets is None or s in subsets}
         self.is_partial = len(self.table) < len(table)
+        self.published = published
         self.on_bad_row = on_bad_row
 
     def subsets(self) -> list[EvalSubset]:

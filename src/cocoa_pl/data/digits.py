@@ -125,6 +125,7 @@ class DigitsBenchmark:
     """
 
     is_partial = False
+    published: tuple[()] = ()
 
     def __init__(
         self,

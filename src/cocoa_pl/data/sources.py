@@ -1,9 +1,9 @@
 """The user's folders and files in, pairs and evaluation subsets out: what a config names.
 
 Every data source has `train_pairs`, `validation_pairs`, `validation_subsets`, `training_texts` and
-`caption_subsets`; every benchmark has `name`, `subsets` and `is_partial`. Others are in `digits`
-(the embedded data set), `stream`, `cocoa_json`, `composite` (a source for each stage) and
-`benchmarks` (published evaluation data).
+`caption_subsets`; every benchmark has `name`, `subsets`, `is_partial` and `published`. Others are
+in `digits` (the embedded data set), `stream`, `cocoa_json`, `composite` (a source for each stage)
+and `benchmarks` (published evaluation data).
 """
 
 from collections.abc import Mapping, Sequence
@@ -205,6 +205,7 @@ class HeldOutBenchmark:
     """
 
     is_partial = False
+    published: tuple[()] = ()
 
     def __init__(self, *, name: str, data: HeldOut) -> None:
         self.name = name

@@ -18,6 +18,7 @@ from rich.table import Table
 from cocoa_pl.data.images import open_image
 from cocoa_pl.evaluation.curves import read_panels
 from cocoa_pl.evaluation.intervals import Interval
+from cocoa_pl.evaluation.published import Line, columns
 from cocoa_pl.evaluation.results import GalleryRow, Results, SubsetScore, mean_score, score_interval
 from cocoa_pl.items import ImageSource, Item
 
@@ -55,12 +56,14 @@ def write_report(
     date: str,
     facts: Mapping[str, object],
     metrics_csv: Path | None,
+    published: Sequence[Line] = (),
 ) -> None:
     """Write the whole report to `path`.
 
     Args:
         facts: what a reader should know of the run, e.g. `{"attention": "causal", "seed": 1}`.
         metrics_csv: the run's logged numbers, drawn as loss curves; None leaves that section out.
+        published: results of others to stand beside, and the run's own; none leaves it out.
     """
     environment = Environment(
         loader=PackageLoader("cocoa_pl", "evaluation"),
@@ -83,6 +86,8 @@ def write_report(
         facts=facts,
         results=results,
         splits=split_scores(results),
+        published=published,
+        published_columns=columns(results),
         groups=group_scores(results),
         gallery={
             subset.name: [row for row in results.gallery if row.subset == subset.name]
