@@ -4,15 +4,14 @@ segments of a packed row, against a dense mask over padded rows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import yaml
 from torch import Tensor
 
-from benchmarks.benchmark import SECONDS, Benchmark, Curve, Task
+from benchmarks.benchmark import SECONDS, Benchmark, Task, curve
 from benchmarks.comparing import assert_close
 from benchmarks.counting import Count, Counts, torch_counts
 from benchmarks.machine import ROOT
@@ -157,9 +156,7 @@ CPU = Size(8, 300, 40, 0.6, 4, 2, 64, 2, torch.float32, "sdpa")
 CUDA = Size(24, 300, 40, 0.6, 12, 2, 128, 4, torch.bfloat16, "auto")
 
 
-def _by_length(size: Size, contexts: Sequence[int]) -> list[tuple[float, Size]]:
-    return [(n, replace(size, context=n)) for n in contexts]
-
+SIZES = {"test": TEST, "cpu": CPU, "cuda": CUDA}
 
 BENCHMARK = Benchmark(
     id="B2",
@@ -171,17 +168,15 @@ BENCHMARK = Benchmark(
     target=1.5,
     note="Log-normal lengths, medians 300 (CONTEXT) and 40 (TARGET). The mask, or the plan, is "
     "made in every run. Forward and backward.",
-    sizes={"test": TEST, "cpu": CPU, "cuda": CUDA},
+    sizes=SIZES,
     build=BridgedAttention,
     curves=(
-        Curve(
-            x="median context, tokens",
-            quantity=SECONDS,
-            points={
-                "test": _by_length(TEST, (10, 20)),
-                "cpu": _by_length(CPU, (40, 75, 150, 300)),
-                "cuda": _by_length(CUDA, (150, 300, 600, 1200)),
-            },
+        curve(
+            "median context, tokens",
+            SECONDS,
+            "context",
+            {"test": (10, 20), "cpu": (40, 75, 150, 300), "cuda": (150, 300, 600, 1200)},
+            SIZES,
         ),
     ),
 )

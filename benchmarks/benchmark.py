@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
@@ -69,6 +69,22 @@ class Curve:
     x: str
     quantity: str
     points: Mapping[str, Sequence[tuple[float, Any]]]
+
+
+def curve(
+    x: str, quantity: str, field: str, values: Mapping[str, Sequence[int]], sizes: Mapping[str, Any]
+) -> Curve:
+    """A curve along one field of the sizes, which are otherwise as they are named.
+
+    Args:
+        field: of a size.
+        values: by size name, of the field.
+    """
+    points = {
+        name: [(n, replace(size, **{field: n})) for n in values[name]]
+        for name, size in sizes.items()
+    }
+    return Curve(x, quantity, points)
 
 
 @dataclass(frozen=True)

@@ -8,20 +8,19 @@ step elsewhere; the peer's image processor runs in its step anyway.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from benchmarks.attention_bridge import policy
-from benchmarks.benchmark import SECONDS, Benchmark, Curve, Task
+from benchmarks.benchmark import SECONDS, Benchmark, Task, curve
 from benchmarks.counting import Count, Counts, torch_counts
 from benchmarks.peers.model import VISION_BY_IMAGE
 from benchmarks.peers.steps import contrast_step, in_chunks
 from benchmarks.samples import draw, rows_of
 from benchmarks.step_sizes import CONTRAST, EVEN_TEXTS, WHOLE_BATCH, Size
-from benchmarks.training import Ours, Peer, assert_same_step, calls, cleared
+from benchmarks.training import Ours, Peer, assert_same_step, calls, cleared, weights
 from cocoa_pl.batch import Rows
 from cocoa_pl.data.datamodule import collate
 from cocoa_pl.stages.contrastive import ContrastiveModule
@@ -98,15 +97,13 @@ class Contrast(Task):
                 calls(self.theirs.model, self.peer), calls(self.module.backbone, self.ours)
             ),
             "head_rows": Count(2 * slots, 0),
-            **torch_counts(self.peer, self.ours, device=self.device, parameters=self._weights()),
+            **torch_counts(
+                self.peer,
+                self.ours,
+                device=self.device,
+                parameters=weights(self.module, self.theirs.model),
+            ),
         }
-
-    def _weights(self) -> list[Tensor]:
-        return [*self.module.parameters(), *self.theirs.model.parameters()]
-
-
-def _by_batch(size: Size, batches: Sequence[int]) -> list[tuple[float, Size]]:
-    return [(n, replace(size, batch=n)) for n in batches]
 
 
 BENCHMARK = Benchmark(
@@ -125,14 +122,12 @@ BENCHMARK = Benchmark(
     sizes=CONTRAST,
     build=Contrast,
     curves=(
-        Curve(
-            x="pairs in the batch",
-            quantity=SECONDS,
-            points={
-                "test": _by_batch(CONTRAST["test"], (2, 4)),
-                "cpu": _by_batch(CONTRAST["cpu"], (2, 4, 8)),
-                "cuda": _by_batch(CONTRAST["cuda"], (32, 64, 128)),
-            },
+        curve(
+            "pairs in the batch",
+            SECONDS,
+            "batch",
+            {"test": (2, 4), "cpu": (2, 4, 8), "cuda": (32, 64, 128)},
+            CONTRAST,
         ),
     ),
 )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout, linear
 
-from benchmarks.benchmark import SECONDS, Benchmark, Curve, Task
+from benchmarks.benchmark import SECONDS, Benchmark, Task, curve
 from benchmarks.comparing import assert_close
 from benchmarks.counting import Count, Counts, torch_counts
 from benchmarks.peers.dora import DoraLinear
@@ -142,6 +142,8 @@ TEST = Size(64, 64, 48, 4, torch.float32, False)
 CPU = Size(1536, 1536, 320, 4, torch.float32, False)  # a query projection of Qwen2-VL-2B
 CUDA = Size(1536, 8960, 4096, 16, torch.bfloat16, False)  # its gate projection
 
+SIZES = {"test": TEST, "cpu": CPU, "cuda": CUDA}
+
 BENCHMARK = Benchmark(
     id="B5",
     name="dora",
@@ -152,17 +154,15 @@ BENCHMARK = Benchmark(
     note="All passes of one step over one layer, forward and backward, rank 8, dropout 0.1. Equal "
     "at dropout 0, where equality is asserted; with dropout, peft also drops inputs of a second "
     "product with W (adapter.dropout_on_base).",
-    sizes={"test": TEST, "cpu": CPU, "cuda": CUDA},
+    sizes=SIZES,
     build=Dora,
     curves=(
-        Curve(
-            x="tokens in a pass",
-            quantity=SECONDS,
-            points={
-                "test": [(n, replace(TEST, tokens=n)) for n in (12, 24)],
-                "cpu": [(n, replace(CPU, tokens=n)) for n in (40, 80, 160, 320)],
-                "cuda": [(n, replace(CUDA, tokens=n)) for n in (512, 1024, 2048, 4096)],
-            },
+        curve(
+            "tokens in a pass",
+            SECONDS,
+            "tokens",
+            {"test": (12, 24), "cpu": (40, 80, 160, 320), "cuda": (512, 1024, 2048, 4096)},
+            SIZES,
         ),
     ),
 )

@@ -4,13 +4,11 @@ rows padded to their longest.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
 from benchmarks.attention_bridge import policy
-from benchmarks.benchmark import Benchmark, Curve, Task
+from benchmarks.benchmark import Benchmark, Task, curve
 from benchmarks.comparing import assert_close
 from benchmarks.counting import Count, Counts, torch_counts
 from benchmarks.peers.inputs import Inputs
@@ -18,7 +16,7 @@ from benchmarks.peers.model import VISION_BY_IMAGE
 from benchmarks.peers.steps import CHUNK
 from benchmarks.samples import draw, rows_of
 from benchmarks.step_sizes import ITEMS, SKEWED_TEXTS, Size
-from benchmarks.training import Ours, Peer, calls
+from benchmarks.training import Ours, Peer, calls, weights
 from cocoa_pl.batch import cut_by_cost
 
 
@@ -62,12 +60,16 @@ class Encode(Task):
         assert_close([self.ours()], [self.peer()], dtype=self.size.model.dtype)
 
     def counts(self) -> Counts:
-        weights = [*self.own.backbone.parameters(), *self.theirs.model.parameters()]
         return {
             "model_calls": Count(
                 calls(self.theirs.model, self.peer), calls(self.own.backbone, self.ours)
             ),
-            **torch_counts(self.peer, self.ours, device=self.device, parameters=weights),
+            **torch_counts(
+                self.peer,
+                self.ours,
+                device=self.device,
+                parameters=weights(self.own.backbone, self.theirs.model),
+            ),
         }
 
 
@@ -115,14 +117,12 @@ PACKING = Benchmark(
     sizes=SKEWED_TEXTS,
     build=Packing,
     curves=(
-        Curve(
-            x="texts in the batch",
-            quantity="flops",
-            points={
-                "test": [(n, replace(SKEWED_TEXTS["test"], batch=n)) for n in (6, 12)],
-                "cpu": [(n, replace(SKEWED_TEXTS["cpu"], batch=n)) for n in (8, 16, 32)],
-                "cuda": [(n, replace(SKEWED_TEXTS["cuda"], batch=n)) for n in (128, 512, 1024)],
-            },
+        curve(
+            "texts in the batch",
+            "flops",
+            "batch",
+            {"test": (6, 12), "cpu": (8, 16, 32), "cuda": (128, 512, 1024)},
+            SKEWED_TEXTS,
         ),
     ),
 )

@@ -5,7 +5,6 @@ the device, against the stock image processor for each sample.
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from benchmarks.benchmark import SECONDS, Benchmark, Curve, Task
+from benchmarks.benchmark import SECONDS, Benchmark, Task, curve
 from benchmarks.counting import Count, Counts
 from benchmarks.models import MERGE, PATCH, SMALL, image_processor
 from benchmarks.ours import wrapped
@@ -172,10 +171,6 @@ def _sizes(**changes: Any) -> dict[str, Size]:
     return {name: replace(size, **changes) for name, size in AFTER_RESIZE.items()}
 
 
-def _by_side(size: Size, sides: Sequence[int]) -> list[tuple[float, Size]]:
-    return [(side, replace(size, side=side)) for side in sides]
-
-
 BENCHMARK = Benchmark(
     id="B6",
     name="images",
@@ -188,14 +183,12 @@ BENCHMARK = Benchmark(
     sizes=AFTER_RESIZE,
     build=Images,
     curves=(
-        Curve(
-            x="pixels of a side",
-            quantity=SECONDS,
-            points={
-                "test": _by_side(AFTER_RESIZE["test"], (56, 84)),
-                "cpu": _by_side(AFTER_RESIZE["cpu"], (224, 336, 448, 672)),
-                "cuda": _by_side(AFTER_RESIZE["cuda"], (224, 336, 448, 672)),
-            },
+        curve(
+            "pixels of a side",
+            SECONDS,
+            "side",
+            {"test": (56, 84), "cpu": (224, 336, 448, 672), "cuda": (224, 336, 448, 672)},
+            AFTER_RESIZE,
         ),
     ),
 )

@@ -4,13 +4,13 @@ logits of the masked positions only, against logits of all positions.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 
-from benchmarks.benchmark import SECONDS, Benchmark, Curve, Task
+from benchmarks.benchmark import SECONDS, Benchmark, Task, curve
 from benchmarks.comparing import assert_close
 from benchmarks.counting import Count, Counts, torch_counts
 from cocoa_pl.objectives import masked_next_token
@@ -85,6 +85,8 @@ TEST = Size(tokens=320, width=32, vocabulary=1024, masked=13 / 320, dtype=torch.
 CPU = Size(tokens=320, width=256, vocabulary=151_936, masked=13 / 320, dtype=torch.float32)
 CUDA = Size(tokens=8192, width=1536, vocabulary=151_936, masked=13 / 320, dtype=torch.bfloat16)
 
+SIZES = {"test": TEST, "cpu": CPU, "cuda": CUDA}
+
 BENCHMARK = Benchmark(
     id="B1",
     name="masked_head",
@@ -95,17 +97,15 @@ BENCHMARK = Benchmark(
     target=12,
     note="4 % of tokens are masked: 20 % of the text beside 256 visual tokens. Forward and "
     "backward to the hidden states.",
-    sizes={"test": TEST, "cpu": CPU, "cuda": CUDA},
+    sizes=SIZES,
     build=MaskedHead,
     curves=(
-        Curve(
-            x="tokens",
-            quantity=SECONDS,
-            points={
-                "test": [(n, replace(TEST, tokens=n)) for n in (50, 100)],
-                "cpu": [(n, replace(CPU, tokens=n)) for n in (40, 80, 160, 320)],
-                "cuda": [(n, replace(CUDA, tokens=n)) for n in (1024, 2048, 4096, 8192)],
-            },
+        curve(
+            "tokens",
+            SECONDS,
+            "tokens",
+            {"test": (50, 100), "cpu": (40, 80, 160, 320), "cuda": (1024, 2048, 4096, 8192)},
+            SIZES,
         ),
     ),
 )

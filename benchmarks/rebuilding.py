@@ -17,7 +17,7 @@ from benchmarks.peers.model import DENSE_VISION
 from benchmarks.peers.steps import reconstruct_step, warmup_step
 from benchmarks.samples import corrupted_rows, draw
 from benchmarks.step_sizes import BRIDGE, CAPTIONS, Size
-from benchmarks.training import Ours, Peer, assert_same_step, cleared
+from benchmarks.training import Ours, Peer, assert_same_step, cleared, weights
 from cocoa_pl.corruption import Corrupted, Corruption, noise_of, with_noise
 from cocoa_pl.data.datamodule import collate
 from cocoa_pl.models.heads import token_pixels
@@ -96,11 +96,15 @@ class Rebuild(Task):
     def counts(self) -> Counts:
         real = sum(len(row.input_ids) for row in self.peer_rows)
         slots = len(self.peer_rows) * max(len(row.input_ids) for row in self.peer_rows)
-        weights = [*self.module.parameters(), *self.theirs.model.parameters()]
         return {
             "token_slots_per_real_token": Count(slots / real, 1.0),
             "head_rows": Count(slots, self.hidden_tokens),
-            **torch_counts(self.peer, self.ours, device=self.device, parameters=weights),
+            **torch_counts(
+                self.peer,
+                self.ours,
+                device=self.device,
+                parameters=weights(self.module, self.theirs.model),
+            ),
         }
 
 

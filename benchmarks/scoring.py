@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from benchmarks.benchmark import SECONDS, Benchmark, Curve, Task
+from benchmarks.benchmark import SECONDS, Benchmark, Task, curve
 from benchmarks.counting import Count, Counts
 from benchmarks.peers.scoring import Key, hits_row_by_row
 from benchmarks.timing import Run
@@ -119,6 +119,8 @@ PEER = (
     "one product, argmax"
 )
 
+SIZES = {"test": TEST, "cpu": CPU, "cuda": CUDA}
+
 BENCHMARK = Benchmark(
     id="B8",
     name="scoring",
@@ -127,20 +129,24 @@ BENCHMARK = Benchmark(
     noun="queries",
     target=13,
     note="1,000 candidates of a pool of 4,000, embeddings of 1,536. On the processor.",
-    sizes={"test": TEST, "cpu": CPU, "cuda": CUDA},
+    sizes=SIZES,
     build=Scoring,
     curves=(
-        Curve(
-            x="candidates in the pool",
-            quantity=SECONDS,
-            points={
-                "test": [(n, replace(TEST, pool=n)) for n in (25, 50)],
-                "cpu": [(n, replace(CPU, pool=n)) for n in (1000, 2000, 4000, 8000)],
-                "cuda": [(n, replace(CUDA, pool=n)) for n in (1000, 2000, 4000, 8000)],
-            },
+        curve(
+            "candidates in the pool",
+            SECONDS,
+            "pool",
+            {"test": (25, 50), "cpu": (1000, 2000, 4000, 8000), "cuda": (1000, 2000, 4000, 8000)},
+            SIZES,
         ),
     ),
 )
+
+SHARED_SIZES = {
+    "test": replace(TEST, pool=20, shared=True),
+    "cpu": replace(CPU, rows=128, pool=1000, shared=True),
+    "cuda": replace(CUDA, pool=1000, shared=True),
+}
 
 SHARED = replace(
     BENCHMARK,
@@ -148,25 +154,14 @@ SHARED = replace(
     title="Scoring, all rows with the same candidates",
     target=100,
     note="1,000 candidates for all rows, as in classification. On the processor.",
-    sizes={
-        "test": replace(TEST, pool=20, shared=True),
-        "cpu": replace(CPU, rows=128, pool=1000, shared=True),
-        "cuda": replace(CUDA, pool=1000, shared=True),
-    },
+    sizes=SHARED_SIZES,
     curves=(
-        Curve(
-            x="queries",
-            quantity=SECONDS,
-            points={
-                "test": [(n, replace(TEST, rows=n, pool=20, shared=True)) for n in (30, 60)],
-                "cpu": [
-                    (n, replace(CPU, rows=n, pool=1000, shared=True)) for n in (16, 32, 64, 128)
-                ],
-                "cuda": [
-                    (n, replace(CUDA, rows=n, pool=1000, shared=True))
-                    for n in (125, 250, 500, 1000)
-                ],
-            },
+        curve(
+            "queries",
+            SECONDS,
+            "rows",
+            {"test": (30, 60), "cpu": (16, 32, 64, 128), "cuda": (125, 250, 500, 1000)},
+            SHARED_SIZES,
         ),
     ),
 )

@@ -4,14 +4,13 @@ blocks, against the whole table on every rank.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
-from benchmarks.benchmark import Benchmark, Curve, Task
+from benchmarks.benchmark import Benchmark, Task, curve
 from benchmarks.comparing import assert_close
 from benchmarks.counting import Count, Counts, torch_counts
 from cocoa_pl.objectives import info_nce_by_blocks
@@ -109,9 +108,7 @@ CPU = Size(batch=4096, ranks=8, width=256, block=128)
 CUDA = Size(batch=32_768, ranks=8, width=1536, block=1024)
 
 
-def _by_batch(size: Size, batches: Sequence[int]) -> list[tuple[float, Size]]:
-    return [(n, replace(size, batch=n)) for n in batches]
-
+SIZES = {"test": TEST, "cpu": CPU, "cuda": CUDA}
 
 BENCHMARK = Benchmark(
     id="B9",
@@ -121,17 +118,19 @@ BENCHMARK = Benchmark(
     noun="queries",
     target=None,
     note="The table is not what limits a batch of 1,024; it is at 65,536. Forward and backward.",
-    sizes={"test": TEST, "cpu": CPU, "cuda": CUDA},
+    sizes=SIZES,
     build=Similarities,
     curves=(
-        Curve(
-            x="global batch",
-            quantity="peak_bytes",
-            points={
-                "test": _by_batch(TEST, (32, 64, 128)),
-                "cpu": _by_batch(CPU, (512, 1024, 2048, 4096)),
-                "cuda": _by_batch(CUDA, (4096, 8192, 16_384, 32_768)),
+        curve(
+            "global batch",
+            "peak_bytes",
+            "batch",
+            {
+                "test": (32, 64, 128),
+                "cpu": (512, 1024, 2048, 4096),
+                "cuda": (4096, 8192, 16_384, 32_768),
             },
+            SIZES,
         ),
     ),
 )

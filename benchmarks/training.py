@@ -151,6 +151,11 @@ def cleared(*modules: nn.Module | None) -> None:
             module.zero_grad(set_to_none=True)
 
 
+def weights(*modules: nn.Module) -> list[Tensor]:
+    """All parameters; what a graph keeps of them costs nothing."""
+    return [parameter for module in modules for parameter in module.parameters()]
+
+
 def gradients(module: nn.Module) -> dict[str, Tensor]:
     """By the peer's names: of adapters, or of the stock model's own parameters."""
     found: dict[str, Tensor] = {}
@@ -184,10 +189,9 @@ def assert_same_step(task: Any, module: Any, model: Any) -> None:
 
 
 def calls(module: Any, run: Any) -> int:
-    """How often the language model runs, at most once for a chunk and pass."""
+    """How often the language model of a backbone, or of a peer, runs."""
     seen: list[int] = []
-    target = module.stock.model.language_model if hasattr(module, "stock") else module
-    handle = target.register_forward_pre_hook(lambda *_: seen.append(1))
+    handle = module.stock.model.language_model.register_forward_pre_hook(lambda *_: seen.append(1))
     run()
     handle.remove()
     return len(seen)

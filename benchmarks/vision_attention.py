@@ -4,14 +4,13 @@ out: image by image, against one product over all images under a dense mask.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from benchmarks.attention_bridge import FORWARD_AND_BACKWARD, computed_scores, exact
-from benchmarks.benchmark import SECONDS, Benchmark, Curve, Task
+from benchmarks.benchmark import SECONDS, Benchmark, Task, curve
 from benchmarks.comparing import assert_close
 from benchmarks.counting import Count, Counts, torch_counts
 from benchmarks.peers.attention import vision_attention
@@ -83,11 +82,9 @@ CPU = Size(8, 16, 4, 80, torch.float32, "sdpa", True)  # heads of Qwen2-VL's wid
 CUDA = Size(8, 32, 16, 80, torch.bfloat16, "auto", True)  # Qwen2-VL's tower, 448 pixels
 
 
-def _by_images(size: Size, counts: Sequence[int]) -> list[tuple[float, Size]]:
-    return [(n, replace(size, images=n)) for n in counts]
-
-
 NOTE = "One block, images of one size. Forward and backward; the mask, or the plan, is made anew."
+
+SIZES = {"test": TEST, "cpu": CPU, "cuda": CUDA}
 
 BENCHMARK = Benchmark(
     id="B3",
@@ -98,17 +95,15 @@ BENCHMARK = Benchmark(
     noun="images",
     target=4,
     note=NOTE,
-    sizes={"test": TEST, "cpu": CPU, "cuda": CUDA},
+    sizes=SIZES,
     build=VisionAttention,
     curves=(
-        Curve(
-            x="images in the batch",
-            quantity=SECONDS,
-            points={
-                "test": _by_images(TEST, (1, 2)),
-                "cpu": _by_images(CPU, (1, 2, 4, 8)),
-                "cuda": _by_images(CUDA, (1, 2, 4, 8)),
-            },
+        curve(
+            "images in the batch",
+            SECONDS,
+            "images",
+            {"test": (1, 2), "cpu": (1, 2, 4, 8), "cuda": (1, 2, 4, 8)},
+            SIZES,
         ),
     ),
 )

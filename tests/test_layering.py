@@ -30,7 +30,7 @@ LAYERS = (
     },
     {"models", "data"},
     {
-        *("stages", "evaluation", "checkpoint", "embedder", "export", "fingerprint"),
+        *("stages", "evaluation", "checkpoint", "embedder", "export", "exported", "fingerprint"),
         *("callbacks", "loggers", "doctor", "search"),
     },
     {"cli", "commands", "planning", "sweep", "entry", "assemble", "command_line"},

@@ -229,6 +229,7 @@ def score(
         is_partial=benchmark.is_partial,
     )
     results.write_json(run_dir / "results.json")
+    beside = lines(results, benchmark.published)
     write_report(
         run_dir / "report.html",
         results,
@@ -236,11 +237,11 @@ def score(
         date=datetime.date.today().isoformat(),
         facts=facts,
         metrics_csv=metrics_csv,
-        published=lines(results, benchmark.published),
+        published=beside,
     )
     console.print(score_table(results))
-    if table := published_table(results, benchmark.published):
-        console.print(table)
+    if beside:
+        console.print(published_table(results, beside))
     console.print(f"report: {run_dir / 'report.html'}", soft_wrap=True)
 
 

@@ -129,22 +129,20 @@ class Batch:
 
     def take(self, samples: Tensor) -> Batch:
         """Chosen samples in a chosen order: (N) int64 -> a batch of N; copies."""
-        lengths, patches = self.lengths, self.patches_per_sample
-        tokens = ranges((lengths.cumsum(0) - lengths)[samples], lengths[samples])
-        rows = ranges((patches.cumsum(0) - patches)[samples], patches[samples])
-        counts = self.images_per_sample
-        images = ranges((counts.cumsum(0) - counts)[samples], counts[samples])
+        tokens = rows_of(samples, self.lengths)
+        patches = rows_of(samples, self.patches_per_sample)
+        images = rows_of(samples, self.images_per_sample)
         return Batch(
             input_ids=self.input_ids[tokens],
             position_ids=self.position_ids[:, tokens],
             text_mask=self.text_mask[tokens],
             image_mask=self.image_mask[tokens],
-            patches=self.patches[rows],
+            patches=self.patches[patches],
             keys=self.keys[samples],
             seeds=self.seeds[samples],
             segment_lengths=self.segment_lengths[samples],
             grids=self.grids[images],
-            images_per_sample=counts[samples],
+            images_per_sample=self.images_per_sample[samples],
             row_ids=tuple(self.row_ids[sample] for sample in samples.tolist()),
         )
 
@@ -223,6 +221,11 @@ def ranges(starts: Tensor, lengths: Tensor) -> Tensor:
     ends = lengths.cumsum(0)
     within = torch.arange(int(lengths.sum())) - torch.repeat_interleave(ends - lengths, lengths)
     return torch.repeat_interleave(starts, lengths) + within
+
+
+def rows_of(pieces: Tensor, sizes: Tensor) -> Tensor:
+    """Rows of chosen pieces, of all that lie end to end with these sizes."""
+    return ranges((sizes.cumsum(0) - sizes)[pieces], sizes[pieces])
 
 
 def _span(sizes: Tensor, start: int, stop: int) -> slice:

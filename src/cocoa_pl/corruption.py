@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from cocoa_pl.batch import SEGMENTS, Batch, join, ranges
+from cocoa_pl.batch import SEGMENTS, Batch, join, rows_of
 from cocoa_pl.randomness import normal, uniform
 
 _TEXT_STREAM, _PATCH_STREAM, _NOISE_STREAM = 1, 2, 3
@@ -30,8 +30,7 @@ class Corrupted:
 
     def take(self, samples: Tensor) -> Corrupted:
         """Chosen samples in a chosen order."""
-        lengths = self.batch.lengths
-        tokens = ranges((lengths.cumsum(0) - lengths)[samples], lengths[samples])
+        tokens = rows_of(samples, self.batch.lengths)
         return Corrupted(
             self.batch.take(samples),
             self.labels[tokens],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -22,22 +21,13 @@ from cocoa_pl.data.item_batches import item_batches, name_of
 from cocoa_pl.data.progress import Progress, bar
 from cocoa_pl.data.tokenize import Processor
 from cocoa_pl.errors import UserError
+from cocoa_pl.exported import export_folder, read_description
 from cocoa_pl.fingerprint import check_fingerprint, digest_of, digest_of_text, take_fingerprint
 from cocoa_pl.items import Item
 from cocoa_pl.models.backbone import Backbone
 from cocoa_pl.models.layout import Layout
-from cocoa_pl.models.loading import ADAPTER_CONFIG, find_folder, load
-
-FORMAT = 1  # of cocoa.json
-NEEDED = (
-    "policy",
-    "eos_token_id",
-    "max_length",
-    "min_pixels",
-    "max_pixels",
-    "dtype",
-    "fingerprint",
-)
+from cocoa_pl.models.loading import load
+from cocoa_pl.objectives import matryoshka
 
 THREADS = 4  # that read and encode ahead of the model
 
@@ -65,8 +55,8 @@ class Embedder:
             UserError: if there is no such model, or if it does not give the vectors it was exported
                 with.
         """
-        folder = _export_folder(path)
-        described = _read_description(folder / "cocoa.json")
+        folder = export_folder(path)
+        described = read_description(folder)
         dtype = described["dtype"]
         loaded = load(folder, kernel="sdpa", dtype=dtype, gradient_checkpointing=False)
         processor = Processor(
@@ -142,17 +132,16 @@ class Embedder:
         Raises:
             UserError: naming the item that cannot be embedded, or a `truncate_dim` that is none.
         """
-        _must_be_a_list(items)
         dim = self.dim if truncate_dim is None else truncate_dim
         if not 1 <= dim <= self.dim:
             raise UserError(f"truncate_dim is 1 to {self.dim}, not {truncate_dim}")
-        vectors = np.empty((len(items), dim), np.float32)
         stream = self.stream(
             items, instruction=instruction, batch_tokens=batch_tokens, threads=threads
         )
+        vectors = np.empty((len(items), dim), np.float32)
         with closing(stream), bar(len(items), shown=progress) as advance:
             for numbers, some in stream:
-                vectors[numbers] = shortened(some, dim)
+                vectors[numbers] = some if dim == self.dim else _leading(some, dim)
                 advance(len(numbers))
         return vectors
 
@@ -235,12 +224,10 @@ def _must_be_a_list(items: object) -> None:
         raise UserError("encode takes a list of items; put a single one into a list")
 
 
-def shortened(vectors: NDArray[np.float32], dim: int) -> NDArray[np.float32]:
-    """(N, D) -> (N, dim): leading components, of unit length again."""
-    if dim == vectors.shape[1]:
-        return vectors
-    found = vectors[:, :dim]
-    return found / np.linalg.norm(found, axis=1, keepdims=True)
+def _leading(vectors: NDArray[np.float32], dim: int) -> NDArray[np.float32]:
+    (found,) = matryoshka(torch.from_numpy(vectors), [dim])
+    short: NDArray[np.float32] = found.numpy()
+    return short
 
 
 def _fetched(numbers: NDArray[np.intp], fetch: Fetch, progress: Progress) -> Part:
@@ -271,31 +258,3 @@ def chosen_device(device: str) -> str:
     if device != "auto":
         return device
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _export_folder(path: str) -> Path:
-    """The exported folder that a run folder holds, or that the path is itself."""
-    inner = Path(path) / "model"
-    folder = find_folder(str(inner if (inner / "cocoa.json").is_file() else path))
-    if (folder / ADAPTER_CONFIG).is_file():
-        raise UserError(
-            f"{folder} is an adapter, which says nothing of attention and pooling; make a model of "
-            f"it first: train.py init_from={folder} stage=... exports one"
-        )
-    if not (folder / "cocoa.json").is_file():
-        raise UserError(f"{folder} holds no cocoa.json: it was not exported by cocoa_pl")
-    return folder
-
-
-def _read_description(path: Path) -> dict[str, Any]:
-    try:
-        described = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(described, dict) or "format" not in described:
-        raise UserError(f"{path} does not describe a model exported by cocoa_pl")
-    if described["format"] != FORMAT:
-        raise UserError(f"{path}: format {described['format']} is not {FORMAT}; update cocoa_pl")
-    if missing := [name for name in NEEDED if name not in described]:
-        raise UserError(f"{path} lacks {', '.join(missing)}; export the model again")
-    return described

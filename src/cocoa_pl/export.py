@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from cocoa_pl.attention import TEXT_ATTENTION, VISION_ATTENTION
-from cocoa_pl.embedder import FORMAT, Embedder
+from cocoa_pl.embedder import Embedder
+from cocoa_pl.exported import DESCRIPTION, FORMAT
 from cocoa_pl.fingerprint import take_fingerprint
 from cocoa_pl.models.adapters import merged
 
@@ -58,7 +59,7 @@ def export(embedder: Embedder, folder: Path, *, lineage: Sequence[dict[str, Any]
             "lineage": list(lineage),
             "fingerprint": take_fingerprint(whole.encode).tolist(),
         }
-        (fresh / "cocoa.json").write_text(json.dumps(described, indent=1))
+        (fresh / DESCRIPTION).write_text(json.dumps(described, indent=1))
         if folder.exists():
             shutil.rmtree(folder)
         fresh.rename(folder)
@@ -68,7 +69,7 @@ def export(embedder: Embedder, folder: Path, *, lineage: Sequence[dict[str, Any]
 
 def lineage_of(path: str) -> list[dict[str, Any]]:
     """The stages behind an exported folder; empty for a model that this project did not export."""
-    described = Path(path) / "cocoa.json"
+    described = Path(path) / DESCRIPTION
     if not described.is_file():
         return []
     lineage: list[dict[str, Any]] = json.loads(described.read_text())["lineage"]

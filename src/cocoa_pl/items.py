@@ -50,7 +50,7 @@ class Item:
         digest = hashlib.blake2b(self.text.encode(), digest_size=8)
         for image in self.images:
             digest.update(b"\0" + _source_bytes(image))
-        return int.from_bytes(digest.digest(), "little") >> 1
+        return as_key(digest.digest())
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +66,11 @@ class Pair:
     negatives: tuple[Item, ...]
     subset: str
     row_id: str
+
+
+def as_key(digest: bytes) -> int:
+    """8 bytes of a hash as 63 bits, which fit into an int64 without a sign."""
+    return int.from_bytes(digest, "little") >> 1
 
 
 def images_first(text: str, count: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,6 @@ def test_a_wrong_folder_is_told_before_a_model_is_loaded() -> None:
 
 
 def test_a_port_that_is_taken_is_said(run: Run, folder: Path) -> None:
-    socket = pytest.importorskip("socket")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -178,6 +179,6 @@ def test_without_faiss_the_extra_is_named(
     index: ImageIndex, embedder: Embedder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(index_module, "APPROXIMATE_FROM", 2)
-    monkeypatch.setitem(__import__("sys").modules, "faiss", None)
+    monkeypatch.setitem(sys.modules, "faiss", None)
     with pytest.raises(UserError, match=r"cocoa_pl\[search\].*--exact"):
         again(index.folder, embedder).update()

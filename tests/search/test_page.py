@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import shutil
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,8 +25,8 @@ flask = pytest.importorskip("flask")
 
 
 @pytest.fixture
-def page(index: ImageIndex, embedder: Embedder) -> Page:
-    return Page(index, embedder, instruction=None, top=5, hosts=LOCAL)
+def page(index: ImageIndex) -> Page:
+    return Page(index, instruction=None, top=5, hosts=LOCAL)
 
 
 @pytest.fixture
@@ -61,7 +62,7 @@ def test_it_shows_what_the_index_finds(
 
 
 def test_an_instruction_reaches_the_model(index: ImageIndex, embedder: Embedder) -> None:
-    told = Page(index, embedder, instruction="Find it:", top=8, hosts=LOCAL)
+    told = Page(index, instruction="Find it:", top=8, hosts=LOCAL)
     html = search(told.app().test_client(), text="two boats").text
     vector = embedder.encode(["two boats"], instruction="Find it:")[0]
     assert numbers(html) == [found.number for found in index.search(vector, 8)]
@@ -89,7 +90,7 @@ def test_names_and_texts_are_shown_and_never_obeyed(client: Any) -> None:
     name = '"><script>alert(2)</script>.png'
     buffer = io.BytesIO()
     Image.new("RGB", (56, 56)).save(buffer, "PNG")
-    html = "".join(search(client, text=text, image=buffer.getvalue(), name=name).text for _ in "1")
+    html = search(client, text=text, image=buffer.getvalue(), name=name).text
     assert "<script" not in html
     assert "onerror=alert" not in html.replace("&lt;img src=x onerror=alert(1)&gt;", "")
     assert "&lt;script&gt;alert(1)" in html
@@ -148,13 +149,13 @@ def test_a_file_that_is_gone_is_a_missing_picture(client: Any, index: ImageIndex
     assert client.get("/original/0").status_code == 404
 
 
-def test_other_sites_names_are_refused(client: Any, index: ImageIndex, embedder: Embedder) -> None:
+def test_other_sites_names_are_refused(client: Any, index: ImageIndex) -> None:
     for host in ("evil.example", "127.0.0.1.evil.example:8000"):
         assert client.get("/", headers={"Host": host}).status_code == 403
         assert client.get("/original/0", headers={"Host": host}).status_code == 403
     for host in ("127.0.0.1:8000", "localhost:8000", "localhost"):
         assert client.get("/", headers={"Host": host}).status_code == 200
-    anywhere = Page(index, embedder, instruction=None, top=5, hosts=()).app().test_client()
+    anywhere = Page(index, instruction=None, top=5, hosts=()).app().test_client()
     assert anywhere.get("/", headers={"Host": "my.server:80"}).status_code == 200
 
 
@@ -175,12 +176,10 @@ def test_a_name_is_made_printable() -> None:
     assert printable(raw) == "a?\ufffd[31m.png"
 
 
-def test_the_extra_is_named(
-    index: ImageIndex, embedder: Embedder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "flask", None)
+def test_the_extra_is_named(index: ImageIndex, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "flask", None)
     with pytest.raises(UserError, match=r"cocoa_pl\[search\]"):
-        Page(index, embedder, instruction=None, top=5, hosts=LOCAL)
+        Page(index, instruction=None, top=5, hosts=LOCAL)
 
 
 # --- In a browser ------------------------------------------------------------------------------

@@ -1,9 +1,8 @@
 """Segment lengths in, the index arithmetic of one variable-length attention call out.
 
 A policy splits every sample into at most three query segments; each has one list of keys.
-EOS-bridged attention is
-therefore three segments per sample, computed by a stock kernel: no dense mask, no padding, no
-repeated heads.
+EOS-bridged attention is therefore three segments per sample, computed by a stock kernel: no dense
+mask, no padding, no repeated heads.
 
     sample:  A A E B B            queries (A)   (E)       (B)
                                   keys    A A E A A E B B E B B

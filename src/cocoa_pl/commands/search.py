@@ -14,9 +14,10 @@ from rich.table import Table
 
 from cocoa_pl.embedder import Embedder
 from cocoa_pl.errors import UserError
-from cocoa_pl.search.folder import image_files
+from cocoa_pl.search.extras import extra
+from cocoa_pl.search.folder import existing
 from cocoa_pl.search.index import Found, ImageIndex
-from cocoa_pl.search.page import LOCAL, Page, extra, printable
+from cocoa_pl.search.page import LOCAL, Page, printable
 
 SHOWN = 5  # files that are left out and named
 
@@ -30,10 +31,10 @@ def run(arguments: Sequence[str], console: Console) -> int:
     parsed = _parser().parse_args(arguments)
     if parsed.top < 1:
         raise UserError(f"--top is at least 1, not {parsed.top}")
-    image_files(Path(parsed.folder))  # a wrong folder is told before a model is loaded
+    folder = existing(Path(parsed.folder))  # a wrong one is told before a model is loaded
     embedder = Embedder.load(parsed.model, device=parsed.device)
     index = ImageIndex(
-        Path(parsed.folder),
+        folder,
         embedder,
         kept_in=Path(parsed.index) if parsed.index else None,
         threads=parsed.threads,
@@ -47,7 +48,7 @@ def run(arguments: Sequence[str], console: Console) -> int:
     if len(update.unreadable) > SHOWN:
         told.print(f"... and {len(update.unreadable) - SHOWN} more left out")
     if parsed.serve:
-        _serve(index, embedder, parsed, console)
+        _serve(index, parsed, console)
     elif parsed.text or parsed.image:
         query = {"text": parsed.text, "image": parsed.image}
         vector = embedder.encode([query], instruction=parsed.instruction)[0]
@@ -92,15 +93,12 @@ def _show(index: ImageIndex, found: Sequence[Found], console: Console, *, as_jso
     console.print(table)
 
 
-def _serve(
-    index: ImageIndex, embedder: Embedder, parsed: argparse.Namespace, console: Console
-) -> None:
-    waitress = extra("waitress")
+def _serve(index: ImageIndex, parsed: argparse.Namespace, console: Console) -> None:
+    waitress = extra("waitress", wanted_by="the page")
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # a page's thumbnails are a queue
     local = parsed.host in LOCAL
     page = Page(
         index,
-        embedder,
         instruction=parsed.instruction,
         top=parsed.top,
         hosts=LOCAL if local else (),

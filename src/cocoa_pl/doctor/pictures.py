@@ -17,7 +17,7 @@ from cocoa_pl.data.images import open_image
 from cocoa_pl.doctor.complaints import kind_of
 from cocoa_pl.doctor.parallel import ordered_map
 from cocoa_pl.errors import UserError
-from cocoa_pl.items import ImageSource, Item
+from cocoa_pl.items import ImageSource, Item, as_key
 
 CHUNK = 64  # images: a second or less of work
 TINY_SIDE = 8  # pixels; below it there is nothing to see
@@ -77,7 +77,7 @@ class Gallery:
         digest = hashlib.blake2b(item.text.encode(), digest_size=8)
         for image in item.images:
             digest.update(b"\0" + int(self.digests[self.number(image)]).to_bytes(8, "little"))
-        return int.from_bytes(digest.digest(), "little") >> 1
+        return as_key(digest.digest())
 
 
 def file_name(image: ImageSource) -> str:

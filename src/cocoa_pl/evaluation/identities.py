@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cocoa_pl.evaluation.vectors import Ints
-from cocoa_pl.items import Item
+from cocoa_pl.items import Item, as_key
 
 
 @dataclass(frozen=True)
@@ -57,4 +57,4 @@ def file_stamp(item: Item) -> int:
             digest.update(b"missing ")
             continue
         digest.update(f"{state.st_size} {state.st_mtime_ns} ".encode())
-    return int.from_bytes(digest.digest(), "little") >> 1
+    return as_key(digest.digest())

@@ -58,11 +58,8 @@ def lines(results: Results, published: Sequence[Mapping[str, object]]) -> list[L
     return [*found, Line(OWN, tuple(means[name] for name in wanted), is_own=True)]
 
 
-def published_table(results: Results, published: Sequence[Mapping[str, object]]) -> Table | None:
-    """For a terminal, in percent; None where there is nothing to stand beside."""
-    rows = lines(results, published)
-    if not rows:
-        return None
+def published_table(results: Results, rows: Sequence[Line]) -> Table:
+    """`lines` for a terminal, in percent."""
     table = Table(title="Beside published results, in %", title_justify="left")
     table.add_column("model")
     for name in columns(results):

@@ -13,7 +13,7 @@ import numpy as np
 from cocoa_pl.data.images import open_image
 from cocoa_pl.errors import UserError
 from cocoa_pl.evaluation.identities import Identities, file_stamp
-from cocoa_pl.items import IMAGE_SLOT, Item
+from cocoa_pl.items import IMAGE_SLOT, Item, as_key
 
 SUFFIXES = frozenset(
     (".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
@@ -28,10 +28,7 @@ def image_files(folder: Path) -> list[Path]:
     Raises:
         UserError: if there is no such folder.
     """
-    if not folder.is_dir():
-        raise UserError(f"{folder} is no folder")
-    root = folder.resolve()
-    found = []
+    root, found = existing(folder), []
     for here, folders, files in os.walk(root):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in files:
@@ -40,6 +37,17 @@ def image_files(folder: Path) -> list[Path]:
             if is_image and is_inside(path, root):
                 found.append(path.relative_to(root))
     return sorted(found)
+
+
+def existing(folder: Path) -> Path:
+    """The folder itself, whatever links lead there.
+
+    Raises:
+        UserError: if there is no such folder.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder")
+    return folder.resolve()
 
 
 def is_inside(path: Path, root: Path) -> bool:
@@ -78,4 +86,4 @@ def unreadable(items: Sequence[Item], *, threads: int) -> dict[int, str]:
 
 def _key(file: Path) -> int:
     name = os.fsencode(file.as_posix())  # a name need not be text
-    return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little") >> 1
+    return as_key(hashlib.blake2b(name, digest_size=8).digest())

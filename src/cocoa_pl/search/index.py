@@ -19,7 +19,7 @@ from cocoa_pl.errors import UserError
 from cocoa_pl.evaluation.filling import fill
 from cocoa_pl.evaluation.store import VectorStore
 from cocoa_pl.fingerprint import digest_of_text
-from cocoa_pl.search.folder import identities_of, image_files, items_of, unreadable
+from cocoa_pl.search.folder import existing, identities_of, image_files, items_of, unreadable
 from cocoa_pl.search.neighbours import APPROXIMATE_FROM, CellIndex, digest_of, nearest
 
 KEPT_IN = ".cocoa"
@@ -69,12 +69,10 @@ class ImageIndex:
     def __init__(
         self, folder: Path, embedder: Embedder, *, kept_in: Path | None, threads: int, exact: bool
     ) -> None:
-        self.folder = folder.resolve()
+        self.folder = existing(folder)
         self.embedder = embedder
         self.threads = threads
         self.exact = exact
-        if not folder.is_dir():
-            raise UserError(f"{folder} is no folder")
         identity = embedder.identity()
         exact_part = {name: value for name, value in identity.items() if name != "fingerprint"}
         model = digest_of_text(json.dumps(exact_part, sort_keys=True))[:16]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import logging
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cocoa_pl.errors import UserError
 from cocoa_pl.evaluation.vectors import Vectors, blocks, read
+from cocoa_pl.search.extras import extra
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +51,11 @@ class CellIndex:
     """
 
     def __init__(self, vectors: Vectors, *, file: Path, digest: str) -> None:
-        self.faiss = _faiss()
+        self.faiss = extra(
+            "faiss",
+            wanted_by="an index of so many vectors",
+            otherwise=", or search exactly with --exact",
+        )
         self.file = file.with_name(f"{file.stem}-{digest}{file.suffix}")
         self.index = self._kept() or self._built(vectors)
         self.index.nprobe = min(_LOOKED_AT, self.index.nlist)
@@ -88,13 +91,3 @@ class CellIndex:
 def digest_of(numbers: NDArray[np.int64]) -> str:
     """Of identities in their order."""
     return hashlib.blake2b(numbers.tobytes(), digest_size=8).hexdigest()
-
-
-def _faiss() -> Any:
-    try:
-        return importlib.import_module("faiss")
-    except ImportError as error:
-        raise UserError(
-            "an index of so many vectors needs faiss: pip install 'cocoa_pl[search]', "
-            "or search exactly with --exact"
-        ) from error

@@ -6,7 +6,6 @@ outside of the folder is not served.
 
 from __future__ import annotations
 
-import importlib
 import io
 import mimetypes
 from collections.abc import Sequence
@@ -14,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from cocoa_pl.data.images import open_image
-from cocoa_pl.embedder import Embedder
 from cocoa_pl.errors import UserError
+from cocoa_pl.search.extras import extra
 from cocoa_pl.search.folder import is_inside
 from cocoa_pl.search.index import Found, ImageIndex
 
@@ -45,15 +44,13 @@ class Page:
     def __init__(
         self,
         index: ImageIndex,
-        embedder: Embedder,
         *,
         instruction: str | None,
         top: int,
         hosts: Sequence[str],
     ) -> None:
-        self.flask = extra("flask")
+        self.flask = extra("flask", wanted_by="the page")
         self.index = index
-        self.embedder = embedder
         self.instruction = instruction
         self.top = top
         self.hosts = hosts
@@ -84,7 +81,7 @@ class Page:
             return self._html(wrong="Type a text or choose an image."), 400
         query = {"text": text, "image": upload.read() if named else None}
         try:
-            vector = self.embedder.encode([query], instruction=self.instruction, threads=0)[0]
+            vector = self.index.embedder.encode([query], instruction=self.instruction, threads=0)[0]
         except UserError as error:
             return self._html(text, wrong=f"That cannot be searched: {error}"), 400
         asked = [f"“{text}”" if text else "", f"the image {upload.filename}" if named else ""]
@@ -142,18 +139,6 @@ def printable(path: Path) -> str:
     """A name as text, whatever bytes it is made of, and no control of anybody's terminal."""
     name = str(path).encode("utf-8", "replace").decode()
     return "".join(c if c.isprintable() else "\ufffd" for c in name)
-
-
-def extra(name: str) -> Any:
-    """A package that the extra `search` brings.
-
-    Raises:
-        UserError: without it.
-    """
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise UserError(f"the page needs {name}: pip install 'cocoa_pl[search]'") from error
 
 
 def _with_headers(response: Any) -> Any:

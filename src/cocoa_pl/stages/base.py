@@ -58,8 +58,8 @@ class StageModule(L.LightningModule, ABC, Generic[AnyChunk]):
     """A backbone with a stage's objective.
 
     Optimization is manual: a step holds as many micro-batches as the token budget asks for, and
-        losses are divided by
-    counts over the whole global batch, which no automatic accumulation can do.
+    losses are divided by counts over the whole global batch, which no automatic accumulation can
+    do.
 
     Args:
         token_budget: tokens of a micro-batch (or gradient-cache chunk).

@@ -69,8 +69,9 @@ class ContrastiveModule(StageModule[Chunk]):
         mask_false_negatives: candidates of identical content (or of an identical query) are no
             negatives.
         matryoshka_dims: also train these leading dimensions; empty for the full vector only.
-        similarity_block: queries whose similarities are in memory together; more of them are
-            computed again in the backward pass. It changes no value.
+        similarity_block: side of a tile, the queries and candidates whose similarities are in
+            memory together; more of them are computed again in the backward pass. It changes no
+            value.
         keep_gib: GiB of graphs of gradient-cache chunks that may be in memory together, so that
             these chunks are not embedded twice; one chunk's graph always is. It changes no value.
     """
