@@ -385,3 +385,27 @@ def test_two_processes_started_by_the_trainer_end_as_one_run(
     for said in ("parameters train", "4/4 contrast done", "report: run/report.html"):
         assert ended.out.count(said) == 1, said
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_weights_that_the_trainer_left_are_what_is_exported(
+    finished: tuple[Path, Ended], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`cocoa export RUN` compares with the checkpoint of the last stage, not with a copy of it."""
+    from cocoa_pl.cli import run as cocoa
+
+    folder = finished[0]
+    monkeypatch.chdir(folder.parent)
+    opened: list[str] = []
+    monkeypatch.setattr(
+        "cocoa_pl.commands.export.open_embedder",
+        lambda path, **options: opened.append(path) or open_embedder(path, **options),
+    )
+    out = tmp_path / "exported"
+    assert cocoa(["export", "run", "--to", "hf", "--out", str(out)]) == 0
+    assert opened == ["run/checkpoints/last.ckpt"]
+    first, second = (
+        open_embedder(str(path), device="cpu").encode(["a seven"])
+        for path in (folder / "model", out)
+    )
+    assert abs(first - second).max() < 1e-6
+    assert [stage["stage"] for stage in json.loads((out / "cocoa.json").read_text())["lineage"]]

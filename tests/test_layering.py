@@ -31,7 +31,7 @@ LAYERS = (
     {"models", "data"},
     {
         *("stages", "evaluation", "checkpoint", "embedder", "export", "exported", "fingerprint"),
-        *("callbacks", "loggers", "doctor", "search"),
+        *("callbacks", "loggers", "doctor", "search", "extras"),
     },
     {"cli", "commands", "planning", "sweep", "entry", "assemble", "command_line"},
 )

@@ -23,7 +23,7 @@ from cocoa_pl.evaluation.benchmark import check_subsets, score_subsets
 from cocoa_pl.evaluation.embedded import IN_MEMORY, VectorSettings, embedded
 from cocoa_pl.evaluation.published import lines, published_table
 from cocoa_pl.evaluation.report import score_table, write_report
-from cocoa_pl.export import export, lineage_of
+from cocoa_pl.export.folder import export, lineage_of
 from cocoa_pl.models.adapter_folders import base_path, is_adapter, load_adapter
 from cocoa_pl.models.adapters import trainable_line
 from cocoa_pl.models.backbone import Backbone

@@ -49,6 +49,11 @@ Keys and values are those of train.py; the doctor's own begin with doctor.
 
 Exit status: 0 healthy, 1 if something would stop training, 2 for a mistake in the command.""",
     ),
+    "export": Command(
+        module="cocoa_pl.commands.export",
+        summary="a trained model for Hugging Face or sentence-transformers, checked",
+        about=None,
+    ),
     "search": Command(
         module="cocoa_pl.commands.search",
         summary="search a folder of images by a text, an image, or both",

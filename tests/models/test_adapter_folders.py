@@ -133,14 +133,18 @@ def test_adapter_merged_into_a_bfloat16_base_gives_nearly_the_same_vectors(
     load_tiny: Callable[..., Loaded], tiny_folder: Path, batch: Batch, tmp_path: Path
 ) -> None:
     backbone = load_tiny().backbone
+    before = embed(backbone, batch)
     save_adapter(backbone, tmp_path, base=tiny_folder, layout=older, use_dora=True)
     expected = embed(backbone, batch)
     loaded = load_adapter(
         tmp_path, base=tiny_folder, kernel="sdpa", dtype="bfloat16", gradient_checkpointing=True
     )
     assert {parameter.dtype for parameter in loaded.backbone.parameters()} == {torch.bfloat16}
-    # 8 bits of mantissa, rounded in each of two layers.
-    torch.testing.assert_close(embed(loaded.backbone, batch), expected, rtol=0, atol=2**-5)
+    # How far 8 bits of mantissa go astray in two layers depends on the processor's kernels; what
+    # the adapter does is far more.
+    astray = 1 - (embed(loaded.backbone, batch) * expected).sum(1)
+    moved = 1 - (before * expected).sum(1)
+    assert astray.max() < min(0.01, moved.min() / 10), (astray, moved)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

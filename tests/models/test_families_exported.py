@@ -11,7 +11,7 @@ from transformers import AutoModelForImageTextToText
 from cocoa_pl.attention import Policy
 from cocoa_pl.data.tokenize import Processor
 from cocoa_pl.embedder import Embedder
-from cocoa_pl.export import export
+from cocoa_pl.export.folder import export
 from cocoa_pl.items import Item
 from cocoa_pl.models.adapters import LowRank
 from cocoa_pl.models.loading import FAMILIES, Loaded

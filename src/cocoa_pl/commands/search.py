@@ -14,7 +14,7 @@ from rich.table import Table
 
 from cocoa_pl.embedder import Embedder
 from cocoa_pl.errors import UserError
-from cocoa_pl.search.extras import extra
+from cocoa_pl.extras import extra
 from cocoa_pl.search.folder import existing
 from cocoa_pl.search.index import Found, ImageIndex
 from cocoa_pl.search.page import LOCAL, Page, printable
@@ -94,7 +94,7 @@ def _show(index: ImageIndex, found: Sequence[Found], console: Console, *, as_jso
 
 
 def _serve(index: ImageIndex, parsed: argparse.Namespace, console: Console) -> None:
-    waitress = extra("waitress", wanted_by="the page")
+    waitress = extra("waitress", of="search", wanted_by="the page")
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # a page's thumbnails are a queue
     local = parsed.host in LOCAL
     page = Page(

@@ -76,4 +76,5 @@ def _source(image: object) -> ImageSource:
 def _instructed(item: Item, instruction: str) -> Item:
     words = item.text.lstrip(f"{IMAGE_SLOT}\n ")
     slots = item.text[: len(item.text) - len(words)].count(IMAGE_SLOT)
-    return Item(images_first(f"{instruction} {words}".rstrip(), slots), item.images)
+    between = "" if instruction[-1:].isspace() else " "
+    return Item(images_first(f"{instruction}{between}{words}".rstrip(), slots), item.images)

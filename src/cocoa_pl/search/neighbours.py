@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cocoa_pl.evaluation.vectors import Vectors, blocks, read
-from cocoa_pl.search.extras import extra
+from cocoa_pl.extras import extra
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +53,7 @@ class CellIndex:
     def __init__(self, vectors: Vectors, *, file: Path, digest: str) -> None:
         self.faiss = extra(
             "faiss",
+            of="search",
             wanted_by="an index of so many vectors",
             otherwise=", or search exactly with --exact",
         )

@@ -14,7 +14,7 @@ from typing import Any
 
 from cocoa_pl.data.images import open_image
 from cocoa_pl.errors import UserError
-from cocoa_pl.search.extras import extra
+from cocoa_pl.extras import extra
 from cocoa_pl.search.folder import is_inside
 from cocoa_pl.search.index import Found, ImageIndex
 
@@ -49,7 +49,7 @@ class Page:
         top: int,
         hosts: Sequence[str],
     ) -> None:
-        self.flask = extra("flask", wanted_by="the page")
+        self.flask = extra("flask", of="search", wanted_by="the page")
         self.index = index
         self.instruction = instruction
         self.top = top

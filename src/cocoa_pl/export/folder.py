@@ -6,6 +6,7 @@ fingerprint: vectors of fixed inputs, which loading must reproduce.
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import shutil
@@ -14,11 +15,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tokenizers.processors import TemplateProcessing
+from transformers.utils import PROCESSOR_NAME
+
 from cocoa_pl.attention import TEXT_ATTENTION, VISION_ATTENTION
+from cocoa_pl.data.tokenize import Processor
 from cocoa_pl.embedder import Embedder
+from cocoa_pl.export.chat_template import chat_template
+from cocoa_pl.export.images_only import processor_class
 from cocoa_pl.exported import DESCRIPTION, FORMAT
 from cocoa_pl.fingerprint import take_fingerprint
 from cocoa_pl.models.adapters import merged
+
+CHAT_TEMPLATE = "chat_template.jinja"
 
 log = logging.getLogger(__name__)
 
@@ -36,14 +45,14 @@ def export(embedder: Embedder, folder: Path, *, lineage: Sequence[dict[str, Any]
         The embedder as exported: what is scored is what is handed over.
     """
     plain = merged(embedder.backbone)
-    plain.stock.to(plain.compute_dtype)
+    for parameter in plain.stock.parameters():  # not buffers: rotary frequencies stay in float32
+        parameter.data = parameter.data.to(plain.compute_dtype)
     whole = Embedder(plain, embedder.processor, embedder.policy)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         fresh = Path(scratch) / "model"
         _save_weights(plain.stock, fresh, causal=embedder.policy.causal)
-        embedder.processor.tokenizer.save_pretrained(fresh)
-        embedder.processor.image_processor.save_pretrained(fresh)
+        save_inputs(embedder.processor, plain.stock.config.model_type, fresh)
         processor = embedder.processor
         described = {
             "format": FORMAT,
@@ -65,6 +74,31 @@ def export(embedder: Embedder, folder: Path, *, lineage: Sequence[dict[str, Any]
         fresh.rename(folder)
     log.info("exported %s", folder)
     return whole
+
+
+def save_inputs(processor: Processor, model_type: str, folder: Path) -> None:
+    """All that plain transformers needs to make a model's input as this project does: the bounds of
+    images and texts that the model was trained with, a tokenizer that appends EOS, also to texts
+    that it cuts, and a template that puts images first.
+    """
+    tokenizer = copy.deepcopy(processor.tokenizer)
+    tokenizer.model_max_length = processor.max_length
+    tokenizer.padding_side = tokenizer.truncation_side = "right"
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"$A {tokenizer.eos_token}",
+        pair=f"$A $B {tokenizer.eos_token}",
+        special_tokens=[(tokenizer.eos_token, tokenizer.eos_token_id)],
+    )
+    tokenizer.save_pretrained(folder)
+    image_processor = copy.deepcopy(processor.image_processor)
+    image_processor.size = {
+        "shortest_edge": processor.min_pixels,
+        "longest_edge": processor.max_pixels,
+    }
+    image_processor.save_pretrained(folder)
+    (folder / CHAT_TEMPLATE).write_text(chat_template(list(tokenizer.added_tokens_encoder)))
+    of_family = {"processor_class": processor_class(model_type)}
+    (folder / PROCESSOR_NAME).write_text(json.dumps(of_family, indent=1))
 
 
 def lineage_of(path: str) -> list[dict[str, Any]]:

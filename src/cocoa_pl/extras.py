@@ -1,4 +1,4 @@
-"""A package's name in, the package out, which the extra `search` brings."""
+"""A package's name in, the package out, or a sentence that says which extra brings it."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from typing import Any
 from cocoa_pl.errors import UserError
 
 
-def extra(name: str, *, wanted_by: str, otherwise: str = "") -> Any:
+def extra(package: str, *, of: str, wanted_by: str, otherwise: str = "") -> Any:
     """Import a package only where it is used.
 
     Args:
+        of: the extra of this project that brings it.
         wanted_by: what needs it.
         otherwise: what else a user may do.
 
@@ -19,8 +20,8 @@ def extra(name: str, *, wanted_by: str, otherwise: str = "") -> Any:
         UserError: without it.
     """
     try:
-        return importlib.import_module(name)
+        return importlib.import_module(package)
     except ImportError as error:
         raise UserError(
-            f"{wanted_by} needs {name}: pip install 'cocoa_pl[search]'{otherwise}"
+            f"{wanted_by} needs {package}: pip install 'cocoa_pl[{of}]'{otherwise}"
         ) from error

@@ -22,7 +22,7 @@ from cocoa_pl.attention import Policy
 from cocoa_pl.data.tokenize import Processor
 from cocoa_pl.embedder import Embedder
 from cocoa_pl.errors import UserError
-from cocoa_pl.export import export, lineage_of
+from cocoa_pl.export.folder import export, lineage_of
 from cocoa_pl.items import IMAGE_SLOT, Item
 from cocoa_pl.models.adapters import LowRank
 from cocoa_pl.models.loading import Loaded
@@ -79,7 +79,7 @@ def by_plain_transformers(folder: Path, item: Item) -> NDArray[np.float32]:
         visual = int(inputs["image_grid_thw"].prod()) // image_processor.merge_size**2
         pad = "<|image_pad|>" * visual
         text = text.replace(IMAGE_SLOT, f"<|vision_start|>{pad}<|vision_end|>")
-    ids = tokenizer(text + tokenizer.eos_token, return_tensors="pt").input_ids
+    ids = tokenizer(text, return_tensors="pt").input_ids  # EOS is appended
     inputs["mm_token_type_ids"] = (ids == model.config.image_token_id).int()
     with torch.no_grad():
         output = model.model(input_ids=ids, attention_mask=torch.ones_like(ids), **inputs)
@@ -164,6 +164,22 @@ def test_adapters_are_merged_into_the_weights(
     np.testing.assert_allclose(merged, adapted, atol=1e-4)
     assert not any("lora" in name for name in load_file(tmp_path / "model" / "model.safetensors"))
     np.testing.assert_array_equal(embedder.encode(items), adapted)  # still adapters
+
+
+def test_rotary_frequencies_are_not_rounded_with_the_weights(
+    load_tiny: LoadTiny, processor: Processor, tmp_path: Path
+) -> None:
+    """In bfloat16 they would turn the states of late positions by whole radians."""
+    trained = Embedder(load_tiny(dtype="bfloat16").backbone, processor, POLICIES["causal"])
+    whole = export(trained, tmp_path / "model", lineage=[])
+    buffers = {
+        name: buffer
+        for name, buffer in whole.backbone.stock.named_buffers()
+        if name.endswith("inv_freq")
+    }
+    assert buffers
+    assert {buffer.dtype for buffer in buffers.values()} == {torch.float32}
+    assert {p.dtype for p in whole.backbone.stock.parameters()} == {torch.bfloat16}
 
 
 def test_a_run_folder_stands_for_its_model(exported: dict[str, Path], items: list[Item]) -> None:

@@ -1,0 +1,152 @@
+"""`cocoa export` as it is typed: a folder that others open, or one sentence and nothing."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from cocoa_pl.attention import Policy
+from cocoa_pl.commands import export as command
+from cocoa_pl.data.tokenize import Processor
+from cocoa_pl.embedder import Embedder
+from cocoa_pl.errors import UserError
+from cocoa_pl.evaluation.results import Results, SubsetScore
+from cocoa_pl.export.folder import export
+from cocoa_pl.export.images_only import images_only
+from cocoa_pl.export.parity import Compared
+from cocoa_pl.models.loading import Loaded
+
+ALL = ("context", "eos", "target")
+STAGE = {"stage": "contrast", "steps": 7, "batch_size": 4, "lr": 1e-4, "policy": "all", "seed": 3}
+SCORES = Results(
+    "digits", "run", (SubsetScore("scene", "Retrieval", True, 0.5, 0.25, 40, 40, 0.1),), ()
+)
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    before = logging.getLogger().handlers[:]
+    yield
+    logging.getLogger().handlers[:] = before
+
+
+@pytest.fixture
+def run_folder(load_tiny: Callable[..., Loaded], processor: Processor, tmp_path: Path) -> Path:
+    """A run that kept its model and its scores, but no checkpoint."""
+    embedder = Embedder(load_tiny().backbone, processor, Policy("all", ALL, ALL, ALL, False))
+    run = tmp_path / "run"
+    export(embedder, run / "model", lineage=[STAGE])
+    SCORES.write_json(run / "results.json")
+    return run
+
+
+@pytest.fixture
+def console() -> Console:
+    return Console(width=120, record=True, quiet=False)
+
+
+def test_a_run_becomes_a_folder_of_sentence_transformers(
+    run_folder: Path, console: Console
+) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    assert command.run([str(run_folder), "--to", "sentence-transformers"], console) == 0
+    folder = run_folder / "sentence-transformers"
+    said = console.export_text()
+    for way in ("training", "Embedder", "transformers", "sentence-transformers"):
+        assert way in said
+    assert str(folder) in said
+    with images_only():
+        model = SentenceTransformer(str(folder), device="cpu")
+    texts = ["a red dog", "two boats"]
+    expected = Embedder.load(str(run_folder), device="cpu").encode(texts)
+    np.testing.assert_allclose(model.encode(texts), expected, atol=1e-5)
+    np.testing.assert_allclose(
+        Embedder.load(str(folder), device="cpu").encode(texts), expected, atol=1e-6
+    )
+
+
+def test_the_card_tells_recipe_scores_and_parity(run_folder: Path, console: Console) -> None:
+    out = run_folder.parent / "out" / "named"
+    arguments = [str(run_folder), "--to", "hf", "--out", str(out), "--name", "me/named"]
+    assert command.run(arguments, console) == 0
+    card = (out / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: transformers\n")
+    assert "# me/named" in card
+    assert "| contrast | 7 | 4 | 0.0001 | all | 3 |" in card
+    assert "| overall | 50.0 | 35.0 to 65.0 |" in card
+    assert "| Retrieval | 50.0 | 35.0 to 65.0 |" in card
+    for way in ("training", "Embedder", "transformers"):
+        assert re.search(rf"^\| {way} \| \d\.\de[-+]\d\d \|", card, re.MULTILINE)
+    assert "SentenceTransformer" not in card
+    assert "Not verified" in card
+    settings = json.loads((out / "vllm.json").read_text())
+    assert settings["hf_overrides"] == {"is_causal": False}
+    assert settings["pooler_config"] == {"pooling_type": "LAST", "normalize": True}
+    assert not (out / "modules.json").exists()
+
+
+def test_code_of_the_card_runs(run_folder: Path, console: Console) -> None:
+    """The transformers example, word for word, gives the Embedder's vector."""
+    assert command.run([str(run_folder), "--to", "hf"], console) == 0
+    card = (run_folder / "hf" / "README.md").read_text()
+    code = next(c for c in card.split("```python\n") if "AutoModel" in c).split("```")[0]
+    names: dict[str, Any] = {}
+    with images_only():
+        exec(code.replace('from_pretrained("hf"', f'from_pretrained("{run_folder / "hf"}"'), names)
+    expected = Embedder.load(str(run_folder), device="cpu").encode(["a text"])
+    np.testing.assert_allclose(names["vectors"].numpy(), expected, atol=1e-5)
+
+
+def test_vectors_that_differ_leave_nothing_behind(
+    run_folder: Path, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "compare", lambda *_, **__: (Compared("transformers", 0.01),))
+    before = sorted(run_folder.iterdir())
+    with pytest.raises(UserError, match="transformers does not give the trained model's vectors"):
+        command.run([str(run_folder), "--to", "hf"], console)
+    assert sorted(run_folder.iterdir()) == before
+    assert "1.0e-02" in console.export_text()
+
+
+def test_an_older_export_is_replaced_and_nothing_else_is(
+    run_folder: Path, console: Console
+) -> None:
+    out = run_folder / "hf"
+    for _ in range(2):
+        assert command.run([str(run_folder), "--to", "hf"], console) == 0
+    assert not list(run_folder.glob(".export-*"))
+    (out / "cocoa.json").unlink()
+    with pytest.raises(UserError, match="exists and is no exported model"):
+        command.run([str(run_folder), "--to", "hf"], console)
+    assert (out / "README.md").exists()
+    model = str(run_folder / "model")
+    with pytest.raises(UserError, match="replaced by itself"):
+        command.run([model, "--to", "hf", "--out", model], console)
+
+
+def test_a_hub_id_needs_a_place(console: Console) -> None:
+    with pytest.raises(UserError, match="--out"):
+        command.run(["somebody/some-model", "--to", "hf"], console)
+
+
+def test_without_sentence_transformers_the_report_says_so(
+    run_folder: Path, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cocoa_pl.export import parity
+
+    monkeypatch.setattr(parity, "_installed", lambda _: False)
+    assert command.run([str(run_folder), "--to", "sentence-transformers"], console) == 0
+    assert "not computed" in console.export_text()
+    assert (
+        "| sentence-transformers | not computed |"
+        in (run_folder / "sentence-transformers" / "README.md").read_text()
+    )

@@ -1,0 +1,236 @@
+"""Other tools read the trained model's vectors out of an exported folder, or it is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from transformers import AutoProcessor
+
+from cocoa_pl.attention import Policy
+from cocoa_pl.data.tokenize import Processor
+from cocoa_pl.embedder import Embedder
+from cocoa_pl.errors import UserError
+from cocoa_pl.export.chat_template import IMAGE
+from cocoa_pl.export.folder import export
+from cocoa_pl.export.images_only import has_torchvision, images_only
+from cocoa_pl.export.parity import Compared, by_transformers, check, compare, samples
+from cocoa_pl.export.sentence_transformers import write_sentence_transformers
+from cocoa_pl.models.loading import FAMILIES, Loaded
+
+ALL = ("context", "eos", "target")
+POLICIES = {
+    "bidirectional": Policy("bidirectional", ALL, ALL, ALL, causal=False),
+    "causal": Policy("causal", ALL, ALL, ALL, causal=True),
+}
+LoadTiny = Callable[..., Loaded]
+
+
+@pytest.fixture(scope="module")
+def embedder(load_tiny: LoadTiny, processor: Processor) -> Embedder:
+    return Embedder(load_tiny().backbone, processor, POLICIES["bidirectional"])
+
+
+@pytest.fixture(scope="module")
+def folder(embedder: Embedder, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With the files of sentence-transformers."""
+    place = tmp_path_factory.mktemp("exported") / "model"
+    export(embedder, place, lineage=[])
+    write_sentence_transformers(place, dim=embedder.dim)
+    return place
+
+
+@pytest.fixture
+def changed(folder: Path, tmp_path: Path) -> Path:
+    """A copy to be tampered with."""
+    return Path(shutil.copytree(folder, tmp_path / "model"))
+
+
+@pytest.fixture(scope="module")
+def sentences(folder: Path) -> Any:
+    from sentence_transformers import SentenceTransformer
+
+    with images_only():
+        return SentenceTransformer(str(folder), device="cpu")
+
+
+def rewrite(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def differences(found: tuple[Compared, ...]) -> dict[str, float | None]:
+    return {one.way: one.difference for one in found}
+
+
+@pytest.mark.parametrize(
+    ("family", "policy"),
+    [*((family, "bidirectional") for family in FAMILIES), ("qwen2_vl", "causal")],
+    indirect=["family"],
+    scope="session",
+)
+def test_every_tool_reads_the_trained_vectors(
+    policy: str, load_tiny: LoadTiny, processor: Processor, tmp_path: Path
+) -> None:
+    trained = Embedder(load_tiny().backbone, processor, POLICIES[policy])
+    export(trained, tmp_path / "model", lineage=[])
+    write_sentence_transformers(tmp_path / "model", dim=trained.dim)
+    found = differences(compare(trained, tmp_path / "model", with_sentence_transformers=True))
+    assert set(found) == {"Embedder", "transformers", "sentence-transformers"}
+    assert all(difference is not None and difference < 1e-5 for difference in found.values())
+
+
+def causal_again(folder: Path) -> None:
+    text = json.loads((folder / "config.json").read_text())["text_config"]
+    rewrite(folder / "config.json", text_config={**text, "is_causal": True})
+
+
+def smaller_images(folder: Path) -> None:
+    size = {"shortest_edge": 784, "longest_edge": 1568}
+    rewrite(folder / "preprocessor_config.json", size=size)
+
+
+def no_end_token(folder: Path) -> None:
+    rewrite(folder / "tokenizer.json", post_processor=None)
+
+
+def text_before_image(folder: Path) -> None:
+    template = "{{ part['text'] if part['type'] == 'text' else 'IMAGE' }}".replace("IMAGE", IMAGE)
+    every = "{% for part in messages[0]['content'] %}" + template + "{% endfor %}"
+    (folder / "chat_template.jinja").write_text(every)
+
+
+@pytest.mark.parametrize("way", ["transformers", "sentence-transformers"])
+@pytest.mark.parametrize("spoil", [causal_again, smaller_images, no_end_token, text_before_image])
+def test_what_would_be_read_wrongly_is_found(
+    spoil: Callable[[Path], None], way: str, embedder: Embedder, changed: Path
+) -> None:
+    spoil(changed)
+    found = compare(embedder, changed, with_sentence_transformers=True)
+    difference = differences(found)[way]
+    assert difference is not None
+    assert difference > 1e-3
+    with pytest.raises(UserError, match=r"does not give the trained model's vectors"):
+        check(found)
+
+
+def test_nan_is_refused() -> None:
+    with pytest.raises(UserError, match="transformers does not give"):
+        check([Compared("transformers", float("nan"))])
+    check([Compared("sentence-transformers", None, "not installed"), Compared("Embedder", 0.0)])
+
+
+def test_samples_are_of_every_kind(processor: Processor) -> None:
+    found = samples(processor.max_length)
+    kinds = {tuple(sample) for sample in found}
+    assert kinds == {("text",), ("image",), ("text", "image"), ("image", "text")}
+    lengths = [processor.count_text_tokens(sample.get("text", "")) for sample in found]
+    assert max(lengths) > processor.max_length
+
+
+# --- What sentence-transformers is known to get wrong ---
+
+
+def assert_same(sentences: Any, embedder: Embedder, items: list[Any], **options: Any) -> None:
+    expected = embedder.encode(items, instruction=options.get("prompt"))
+    found: NDArray[np.float32] = sentences.encode(items, **options)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def picture(make_image: Callable[..., Image.Image]) -> Image.Image:
+    return make_image((70, 60), seed=5)
+
+
+def test_images_come_first_in_any_order_of_keys(
+    sentences: Any, embedder: Embedder, picture: Image.Image
+) -> None:
+    ordered = [{"image": picture, "text": "a cat"}, {"text": "a cat", "image": picture}]
+    assert_same(sentences, embedder, ordered)
+    first, second = sentences.encode(ordered)
+    np.testing.assert_allclose(first, second, atol=1e-6)
+
+
+def test_a_prompt_stands_between_image_and_text(
+    sentences: Any, embedder: Embedder, picture: Image.Image
+) -> None:
+    items = ["a dog", picture, {"text": "a cat", "image": picture}]
+    for prompt in ("Find a picture:", "Find a picture: ", "Find\n"):
+        assert_same(sentences, embedder, items, prompt=prompt)
+
+
+def test_the_end_token_survives_cutting_beside_an_image(
+    sentences: Any, embedder: Embedder, picture: Image.Image
+) -> None:
+    long = "a cat and a dog " * embedder.processor.max_length
+    assert_same(sentences, embedder, [{"image": picture, "text": long}, long])
+    ids = sentences.preprocess([{"image": picture, "text": long}])["input_ids"][0]
+    assert len(ids) == embedder.processor.max_length
+    assert ids[-1] == embedder.processor.eos_id
+
+
+def test_a_vector_does_not_depend_on_its_batch(sentences: Any, picture: Image.Image) -> None:
+    items = ["a dog", {"text": "a cat " * 9, "image": picture}, picture]
+    alone = np.concatenate([sentences.encode([item]) for item in items])
+    np.testing.assert_allclose(sentences.encode(items, batch_size=3), alone, atol=1e-5)
+
+
+def test_a_special_token_in_a_text_is_not_obeyed(
+    sentences: Any, embedder: Embedder, picture: Image.Image
+) -> None:
+    for token in ("<|image_pad|>", "<|im_end|>", "<|vision_start|>"):
+        ids = sentences.preprocess([{"text": f"a {token} b", "image": picture}])["input_ids"][0]
+        plain = sentences.preprocess([{"text": "a b", "image": picture}])["input_ids"][0]
+        special = embedder.processor.tokenizer.convert_tokens_to_ids(token)
+        assert (ids == special).sum() == (plain == special).sum()
+
+
+def test_several_images_of_a_message(
+    sentences: Any, embedder: Embedder, make_image: Callable[..., Image.Image]
+) -> None:
+    images = [make_image((56, 28), seed=1), make_image((30, 90), seed=2)]
+    content = [{"type": "image", "image": images[0]}, {"type": "text", "text": "two"}]
+    content.append({"type": "image", "image": images[1]})
+    found = sentences.encode([[{"role": "user", "content": content}]])
+    expected = embedder.encode([{"text": "two", "image": images}])
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+
+
+def test_what_no_tower_sees_is_refused(folder: Path) -> None:
+    with images_only():
+        processor = AutoProcessor.from_pretrained(folder)
+    video = [{"role": "user", "content": [{"type": "video", "video": "film.mp4"}]}]
+    with pytest.raises(Exception, match="texts and images can be embedded, not video"):
+        processor.apply_chat_template(video, tokenize=False)
+
+
+@pytest.mark.skipif(has_torchvision(), reason="nothing is changed where torchvision is installed")
+def test_without_torchvision_upstream_refuses_and_images_only_does_not(folder: Path) -> None:
+    with pytest.raises(ImportError):
+        AutoProcessor.from_pretrained(folder)
+    with images_only():
+        AutoProcessor.from_pretrained(folder)
+    with pytest.raises(ImportError):
+        AutoProcessor.from_pretrained(folder)
+
+
+def test_weights_in_bfloat16_are_compared_without_its_rounding(
+    load_tiny: LoadTiny, processor: Processor, tmp_path: Path
+) -> None:
+    trained = Embedder(load_tiny(dtype="bfloat16").backbone, processor, POLICIES["bidirectional"])
+    whole = export(trained, tmp_path / "model", lineage=[])
+    found = compare(whole, tmp_path / "model", with_sentence_transformers=False)
+    assert all(difference < 1e-5 for difference in differences(found).values() if difference)
+    assert torch.bfloat16 == Embedder.load(str(tmp_path / "model")).backbone.compute_dtype
+
+
+def test_the_example_of_the_card_is_what_is_compared(folder: Path, embedder: Embedder) -> None:
+    cases = samples(embedder.processor.max_length)[:2]
+    np.testing.assert_allclose(by_transformers(folder, cases), embedder.encode(cases), atol=1e-5)
