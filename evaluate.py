@@ -28,6 +28,7 @@ from cocoa_pl.entry import (
 )
 from cocoa_pl.errors import UserError
 from cocoa_pl.evaluation.embedded import VectorSettings
+from cocoa_pl.for_mteb.benchmark import MtebBenchmark
 
 
 @hydra.main(config_path="conf", config_name="evaluate", version_base="1.3")
@@ -43,11 +44,24 @@ def main(cfg: DictConfig) -> None:
                 raise UserError(
                     "several processes share vectors through a folder; give it as store=FOLDER"
                 )
+            benchmark = build(cfg.benchmark)
             embedder = open_embedder(cfg.ckpt, device=cfg.device)
+            if isinstance(benchmark, MtebBenchmark):
+                if world_size() > 1 or cfg.store is not None:
+                    raise UserError("benchmark=mteb runs in one process and has no store")
+                benchmark.score(
+                    embedder,
+                    run_dir,
+                    console,
+                    checkpoint_name=cfg.ckpt,
+                    batch_tokens=cfg.batch_tokens,
+                    threads=cfg.threads,
+                )
+                return
             metrics = Path(cfg.ckpt) / "metrics.csv"
             score(
                 embedder,
-                build(cfg.benchmark),
+                benchmark,
                 run_dir,
                 console,
                 checkpoint_name=cfg.ckpt,

@@ -180,7 +180,7 @@ def set_up_logging(run_dir: Path) -> Console:
     logging.basicConfig(level=level, handlers=[screen, file], force=True)
     for harmless in HARMLESS:
         warnings.filterwarnings("ignore", message=harmless)
-    for chatty in ("lightning.pytorch", "lightning.fabric", "httpx", "huggingface_hub"):
+    for chatty in ("lightning.pytorch", "lightning.fabric", "httpx", "huggingface_hub", "mteb"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     # Its one line is that it ends the job because one of the processes has died.
     logging.getLogger("lightning.fabric.strategies.launchers.subprocess_script").setLevel(

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from transformers.utils import logging as transformers_logging
 
 from cocoa_pl import fingerprint
 from cocoa_pl.assemble import open_embedder
@@ -37,7 +38,8 @@ def run(arguments: Sequence[str], console: Console) -> int:
             differ between tools.
     """
     parsed = _parser().parse_args(arguments)
-    logging.basicConfig(level=logging.WARNING)
+    logging.basicConfig(level=logging.ERROR)  # a sample is cut on purpose
+    transformers_logging.set_verbosity_error()
     out = _place(parsed.run, parsed.out, parsed.to)
     source, lineage = _source(parsed.run)
     embedder = open_embedder(source, device="cpu")

@@ -1,0 +1,1 @@
+"""A model in, scores of mteb's tasks out; needs the extra `mteb`."""

@@ -1,0 +1,165 @@
+"""Names of mteb's tasks in, their scores out: what `benchmark=mteb` builds."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from cocoa_pl.embedder import Embedder
+from cocoa_pl.errors import UserError
+from cocoa_pl.extras import extra
+
+_OF_MMEB = "mmeb"
+
+
+class MtebBenchmark:
+    """Tasks of mteb, by its own code and rules.
+
+    Args:
+        tasks: names that mteb knows, or `package.module.Class` of a task of one's own.
+        suite: one of mteb's benchmarks instead, such as `MIEB(lite)`; null for none.
+        model_name: `organization/model`, as results are filed.
+        instructions: as in `CocoaEncoder`.
+        training_datasets: as in `CocoaEncoder`; `mmeb` is `MMEB_TRAIN`.
+        license: as in `CocoaEncoder`.
+        results: folder where mteb keeps results, also of other models; what is in it is not
+            computed again. null for one in the run's folder.
+        batch_size: items that mteb's loaders decode together.
+
+    Raises:
+        UserError: without tasks, or with both tasks and a suite.
+    """
+
+    def __init__(
+        self,
+        *,
+        tasks: Sequence[str],
+        suite: str | None,
+        model_name: str,
+        instructions: Mapping[str, str],
+        training_datasets: Sequence[str] | str | None,
+        license: str | None,
+        results: str | None,
+        batch_size: int,
+    ) -> None:
+        if bool(tasks) == (suite is not None):
+            raise UserError("give either benchmark.tasks=[NAME,...] or benchmark.suite=NAME")
+        self.tasks = list(tasks)
+        self.suite = suite
+        self.model_name = model_name
+        self.instructions = dict(instructions)
+        self.training_datasets = training_datasets
+        self.license = license
+        self.results = results
+        self.batch_size = batch_size
+
+    def score(
+        self,
+        embedder: Embedder,
+        run_dir: Path,
+        console: Console,
+        *,
+        checkpoint_name: str,
+        batch_tokens: int,
+        threads: int,
+    ) -> dict[str, Any]:
+        """Run the tasks, write results.json and mteb's own files, show a table.
+
+        Returns:
+            The content of results.json.
+
+        Raises:
+            UserError: without mteb, or for a task that it does not know.
+        """
+        mteb = extra("mteb", of="mteb", wanted_by="benchmark=mteb")
+        encoder = importlib.import_module("cocoa_pl.for_mteb.encoder")
+        known = encoder.MMEB_TRAIN if self.training_datasets == _OF_MMEB else self.training_datasets
+        model = encoder.CocoaEncoder(
+            embedder,
+            name=self.model_name,
+            instructions=self.instructions,
+            training_datasets=known,
+            license=self.license,
+            batch_tokens=batch_tokens,
+            threads=threads,
+        )
+        tasks = self._tasks(mteb)
+        metrics = {task.metadata.name: task.metadata.main_score for task in tasks}
+        found = mteb.evaluate(
+            model,
+            tasks,
+            encode_kwargs={"batch_size": self.batch_size, "show_progress_bar": False},
+            cache=mteb.ResultCache(self.results or run_dir / "mteb"),
+            show_progress_bar=False,
+        )
+        content = {
+            "benchmark": self.suite or "mteb",
+            "checkpoint": checkpoint_name,
+            "model": self.model_name,
+            "revision": model.mteb_model_meta.revision,
+            "mteb_version": mteb.__version__,
+            "tasks": {
+                result.task_name: _task(result, metrics[result.task_name])
+                for result in found.task_results
+            },
+        }
+        text = json.dumps(content, indent=2, allow_nan=False)
+        (run_dir / "results.json").write_text(text + "\n", encoding="utf-8")
+        console.print(_table(content["tasks"]))
+        console.print(f"results: {run_dir / 'results.json'}", soft_wrap=True)
+        return content
+
+    def _tasks(self, mteb: Any) -> list[Any]:
+        try:
+            if self.suite is not None:
+                return list(mteb.get_benchmark(self.suite).tasks)
+            return [_own(name) if "." in name else mteb.get_task(name) for name in self.tasks]
+        except KeyError as error:
+            raise UserError(str(error.args[0]).splitlines()[0]) from error
+
+
+def _own(name: str) -> Any:
+    """A task by the place of its class."""
+    module, _, task = name.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), task)()
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"there is no task {name}: {error}") from error
+
+
+def _task(result: Any, metric: str) -> dict[str, Any]:
+    """The main score, its name, and all that mteb computed, by split and subset."""
+    scores = [one for split in result.scores.values() for one in split]
+    main_score = float(result.get_score())
+    if not math.isfinite(main_score):
+        raise UserError(f"{result.task_name}: the score is {main_score}, which means nothing")
+    return {
+        "main_score": main_score,
+        "metric": metric,
+        "languages": sorted({language for one in scores for language in one["languages"]}),
+        "scores": {
+            split: {
+                one["hf_subset"]: {
+                    key: value
+                    for key, value in one.items()
+                    if isinstance(value, int | float) and math.isfinite(value)
+                }
+                for one in subsets
+            }
+            for split, subsets in result.scores.items()
+        },
+    }
+
+
+def _table(tasks: Mapping[str, Mapping[str, Any]]) -> Table:
+    table = Table("task", "metric", "score", box=None, header_style="bold")
+    for name, task in tasks.items():
+        table.add_row(name, task["metric"], f"{100 * task['main_score']:.1f}")
+    return table

@@ -1,0 +1,219 @@
+"""mteb's batches in, the model's vectors out, with an instruction for each task.
+
+mteb: https://github.com/embeddings-benchmark/mteb. Images are never left out: a batch that holds
+anything this model cannot embed is refused.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from mteb.models.abs_encoder import AbsEncoder
+from mteb.models.model_meta import ModelMeta, ScoringFunction
+from mteb.types import OutputDType, PromptType
+from numpy.typing import NDArray
+from PIL.Image import Image
+
+from cocoa_pl.data.inputs import as_item
+from cocoa_pl.embedder import Embedder
+from cocoa_pl.errors import UserError
+
+# Tasks of mteb over data that MMEB-train holds; a model trained on it is not zero-shot there.
+MMEB_TRAIN = frozenset(
+    {
+        *("HatefulMemesI2TRetrieval", "HatefulMemesT2IRetrieval", "SUN397", "SUN397ZeroShot"),
+        *("VOC2007", "OKVQAIT2TRetrieval", "CIRRIT2IRetrieval", "NIGHTSI2IRetrieval"),
+        *("WebQAT2ITRetrieval", "WebQAT2TRetrieval", "VisualNewsI2TRetrieval"),
+        *("VisualNewsT2IRetrieval", "MSCOCOI2TRetrieval", "MSCOCOT2IRetrieval"),
+    }
+)
+
+AT_ONCE = 4096  # items whose images are in memory together
+_PARTS = ("text", "image")
+_SENSES = ("audio", "video")
+
+
+class CocoaEncoder(AbsEncoder):
+    """A model as mteb wants one; `mteb.evaluate(CocoaEncoder(...), tasks)` scores it.
+
+    Args:
+        name: `organization/model`, as results are filed.
+        instructions: what items are embedded for, by a task's name, a task's type, `query`, or one
+            of these with `-query` or `-document` behind it. Without one, queries have the prompt
+            that the task brings, or that of its kind, and documents and labels have none.
+        training_datasets: names that mteb knows; `MMEB_TRAIN` for a model trained on it. None says
+            that it is not known.
+        license: of the weights, as mteb writes it.
+        batch_tokens, threads: as in `Embedder.encode`.
+    """
+
+    def __init__(
+        self,
+        embedder: Embedder,
+        *,
+        name: str,
+        instructions: Mapping[str, str] | None = None,
+        training_datasets: Collection[str] | None = None,
+        license: str | None = None,
+        batch_tokens: int = 8192,
+        threads: int = 4,
+    ) -> None:
+        self.embedder = embedder
+        self.instructions = dict(instructions or {})
+        self.batch_tokens = batch_tokens
+        self.threads = threads
+        self.mteb_model_meta = model_meta(
+            embedder, name=name, training_datasets=training_datasets, license=license
+        )
+
+    def encode(
+        self,
+        inputs: Iterable[Mapping[str, Any]],
+        *,
+        task_metadata: Any,
+        hf_split: str,
+        hf_subset: str,
+        prompt_type: PromptType | None = None,
+        **kwargs: Any,
+    ) -> NDArray[np.float32]:
+        """Embed what a loader of mteb yields.
+
+        Args:
+            inputs: batches; columns `text` (strings) and `image` (PIL images, or lists of them).
+            kwargs: mteb's `show_progress_bar`; its `batch_size` is the loader's, not the model's.
+
+        Returns:
+            (N, D) float32, rows of unit length, in the loader's order.
+
+        Raises:
+            UserError: for an item without text and image, or one that holds anything else to embed.
+        """
+        name = task_metadata.name
+        values = _values(inputs, task=name)
+        parts = []
+        while some := list(islice(values, AT_ONCE)):
+            items = [
+                as_item(
+                    value,
+                    self.instruction(task_metadata, prompt_type, has_image="image" in value),
+                )
+                for value in some
+            ]
+            parts.append(
+                self.embedder.encode(
+                    items,
+                    batch_tokens=self.batch_tokens,
+                    threads=self.threads,
+                    progress=bool(kwargs.get("show_progress_bar", False)),
+                )
+            )
+        if not parts:
+            raise UserError(f"{name} ({hf_subset}, {hf_split}) holds no items")
+        return np.concatenate(parts)
+
+    def instruction(
+        self, task_metadata: Any, prompt_type: PromptType | None, *, has_image: bool
+    ) -> str | None:
+        """What an item is embedded for; None for nothing.
+
+        Args:
+            has_image: it is, or holds, an image. mteb does not say which items are labels: in a
+                task with images they are those without.
+        """
+        is_label = prompt_type is None and "image" in task_metadata.modalities and not has_image
+        side = "document" if prompt_type == PromptType.document or is_label else "query"
+        names = [task_metadata.name, task_metadata.type]
+        keys = [key for name in names for key in (f"{name}-{side}", name)]
+        if side == "document":
+            keys = [key for key in keys if key.endswith("-document")]
+        for key in [*keys, side]:
+            if key in self.instructions:
+                return self.instructions[key] or None
+        prompt = task_metadata.prompt
+        if isinstance(prompt, Mapping):
+            return prompt.get(side) or None
+        if side == "document":
+            return None
+        return prompt or self.get_task_instruction(task_metadata, prompt_type) or None
+
+
+def model_meta(
+    embedder: Embedder,
+    *,
+    name: str,
+    training_datasets: Collection[str] | None,
+    license: str | None,
+) -> ModelMeta:
+    """All that mteb's leaderboard asks of a model; the revision is a digest of what vectors depend
+    on, so that results of other weights are never taken for these.
+
+    Raises:
+        UserError: for a name that is not `organization/model`.
+    """
+    if name.count("/") != 1:
+        raise UserError(f"mteb files models as organization/model, not {name}")
+    stock, identity = embedder.backbone.stock, embedder.identity()
+    embedding = stock.get_input_embeddings().weight.numel()
+    half = embedder.backbone.compute_dtype == torch.bfloat16
+    return ModelMeta(
+        loader=load_encoder,  # type: ignore[arg-type]
+        name=name,
+        revision=identity["weights"],
+        release_date=datetime.date.today().isoformat(),
+        languages=["eng-Latn"],
+        n_parameters=sum(p.numel() for p in stock.parameters()),
+        n_embedding_parameters=embedding,
+        memory_usage_mb=sum(p.numel() * p.element_size() for p in stock.parameters()) / 2**20,
+        max_tokens=embedder.processor.max_length,
+        embed_dim=embedder.dim,
+        license=license,
+        open_weights=None,
+        public_training_code=None,
+        public_training_data=None,
+        framework=["PyTorch", "Transformers"],
+        similarity_fn_name=ScoringFunction.COSINE,
+        use_instructions=True,
+        training_datasets=None if training_datasets is None else set(training_datasets),
+        modalities=["image", "text"],
+        model_type=["dense"],
+        output_dtypes=OutputDType.BF16 if half else None,
+    )
+
+
+def load_encoder(
+    model_name: str, revision: str | None = None, device: str | None = None, **kwargs: Any
+) -> CocoaEncoder:
+    """mteb's loader: a folder or a hub id in, the encoder out."""
+    embedder = Embedder.load(model_name, device=device or "auto")
+    name = model_name if model_name.count("/") == 1 else f"local/{Path(model_name).name}"
+    return CocoaEncoder(embedder, name=name, **kwargs)
+
+
+def _values(batches: Iterable[Mapping[str, Any]], *, task: str) -> Iterator[dict[str, Any]]:
+    """What `as_item` takes, one by one; labels and other facts about items are left out."""
+    for batch in batches:
+        columns = {key: batch[key] for key in _PARTS if key in batch}
+        for key, values in batch.items():
+            if key in _SENSES or (key not in _PARTS and any(map(_is_image, values))):
+                raise UserError(f"{task}: items hold {key}, not only a text and an image")
+        if not columns:
+            raise UserError(f"{task}: items hold neither texts nor images")
+        for row in zip(*columns.values(), strict=True):
+            value = {key: part for key, part in zip(columns, row, strict=True) if part is not None}
+            if isinstance(value.get("image"), list) and not value["image"]:
+                del value["image"]
+            if not value:
+                raise UserError(f"{task}: an item holds neither a text nor an image")
+            if value == {"text": ""}:
+                value = {"text": " "}  # corpora hold documents without a word
+            yield value
+
+
+def _is_image(value: object) -> bool:
+    return isinstance(value, Image) or (isinstance(value, list) and any(map(_is_image, value)))

@@ -1,0 +1,152 @@
+"""Real tasks through `mteb.evaluate`: scores are those that the vectors give by hand."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mteb
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from cocoa_pl.attention import Policy
+from cocoa_pl.data.tokenize import Processor
+from cocoa_pl.embedder import Embedder
+from cocoa_pl.errors import UserError
+from cocoa_pl.for_mteb import digits
+from cocoa_pl.for_mteb.benchmark import MtebBenchmark
+from cocoa_pl.models.loading import Loaded
+
+ALL = ("context", "eos", "target")
+TASKS = [f"cocoa_pl.for_mteb.digits.{name}" for name in ("DigitScenes", "DigitCount")]
+
+
+@pytest.fixture(scope="module")
+def embedder(load_tiny: Callable[..., Loaded], processor: Processor) -> Embedder:
+    return Embedder(load_tiny().backbone, processor, Policy("all", ALL, ALL, ALL, False))
+
+
+def benchmark(**changes: Any) -> MtebBenchmark:
+    settings: dict[str, Any] = {
+        "tasks": TASKS,
+        "suite": None,
+        "model_name": "me/tiny",
+        "instructions": {},
+        "training_datasets": "mmeb",
+        "license": None,
+        "results": None,
+        "batch_size": 16,
+    }
+    return MtebBenchmark(**{**settings, **changes})
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    before, digits.CACHE_DIR = digits.CACHE_DIR, str(tmp_path_factory.mktemp("digits"))
+    yield digits.CACHE_DIR
+    digits.CACHE_DIR = before
+
+
+@pytest.fixture(scope="module")
+def scored(
+    embedder: Embedder, cache: str, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, Any], Path, str]:
+    folder = tmp_path_factory.mktemp("run")
+    console = Console(width=100, record=True, quiet=False)
+    content = benchmark().score(
+        embedder, folder, console, checkpoint_name="run", batch_tokens=4096, threads=0
+    )
+    return content, folder, console.export_text()
+
+
+def test_retrieval_is_scored_on_pictures(
+    scored: tuple[dict[str, Any], Path, str], embedder: Embedder
+) -> None:
+    task = digits.DigitScenes()
+    task.load_data()
+    data: Any = task.dataset["default"]["test"]
+    queries = embedder.encode(data["queries"]["text"], instruction="Find the image of")
+    pictures: list[Image.Image] = list(data["corpus"]["image"])
+    documents = embedder.encode(pictures, instruction="Represent the image")
+    similarities = queries @ documents.T
+    right = [int(next(iter(found))[1:]) for found in data["relevant_docs"].values()]
+    ranks = (similarities > similarities[np.arange(len(right)), right][:, None]).sum(axis=1)
+    at_10 = np.where(ranks < 10, 1 / np.log2(ranks + 2), 0).mean()
+    found = scored[0]["tasks"]["DigitScenes"]
+    assert found["metric"] == "ndcg_at_10"
+    assert found["main_score"] == pytest.approx(at_10, abs=2e-3)
+    hits = found["scores"]["test"]["default"]["hit_rate_at_1"]
+    assert hits == pytest.approx((ranks == 0).mean(), abs=4e-3)
+
+
+def test_zero_shot_labels_have_no_instruction(
+    scored: tuple[dict[str, Any], Path, str], embedder: Embedder
+) -> None:
+    task = digits.DigitCount()
+    task.load_data()
+    rows: Any = task.dataset["test"]
+    pictures = embedder.encode(list(rows["image"]), instruction="How many digits are there?")
+    labels = embedder.encode(digits.LABELS)
+    accuracy = ((pictures @ labels.T).argmax(axis=1) == np.array(rows["label"])).mean()
+    found = scored[0]["tasks"]["DigitCount"]
+    assert found["main_score"] == pytest.approx(accuracy, abs=4e-3)
+    assert found["scores"]["test"]["default"]["accuracy"] == found["main_score"]
+
+
+def test_files_and_table_say_the_same(scored: tuple[dict[str, Any], Path, str]) -> None:
+    content, folder, said = scored
+    assert json.loads((folder / "results.json").read_text()) == content
+    for name, task in content["tasks"].items():
+        assert f"{100 * task['main_score']:.1f}" in next(
+            line for line in said.splitlines() if name in line
+        )
+    files = {path.name for path in (folder / "mteb").rglob("*.json")}
+    assert {"DigitScenes.json", "DigitCount.json", "model_meta.json"} <= files
+
+
+def test_results_of_the_same_weights_are_not_computed_again(
+    embedder: Embedder, cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = benchmark(tasks=TASKS[1:], results=str(tmp_path / "kept"))
+    options: dict[str, Any] = {"checkpoint_name": "run", "batch_tokens": 4096, "threads": 0}
+    first = own.score(embedder, tmp_path, Console(quiet=True), **options)
+    seen: list[int] = []
+    encode = Embedder.encode
+
+    def counted(self: Embedder, items: Any, **kwargs: Any) -> Any:
+        seen.append(len(items))
+        return encode(self, items, **kwargs)
+
+    monkeypatch.setattr(Embedder, "encode", counted)
+    again = own.score(embedder, tmp_path, Console(quiet=True), **options)
+    assert again == first
+    assert seen == [3]  # the fingerprint alone
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"tasks": []}, "either benchmark.tasks"),
+        ({"suite": "MIEB(lite)"}, "either benchmark.tasks"),
+    ],
+)
+def test_a_benchmark_needs_tasks_or_a_suite(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        benchmark(**changes)
+
+
+@pytest.mark.parametrize("name", ["NoSuchTask", "cocoa_pl.nowhere.Task", "cocoa_pl.items.Task"])
+def test_an_unknown_task_is_named(name: str, embedder: Embedder, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=name.rpartition(".")[2]):
+        benchmark(tasks=[name]).score(
+            embedder, tmp_path, Console(), checkpoint_name="r", batch_tokens=4096, threads=0
+        )
+
+
+def test_a_suite_is_that_of_mteb(monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks = benchmark(tasks=[], suite="MIEB(lite)")._tasks(mteb)
+    assert len(tasks) == len(mteb.get_benchmark("MIEB(lite)").tasks) > 40

@@ -1,0 +1,197 @@
+"""mteb's loaders through the encoder: every item, every image, and the right instruction."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from mteb.models.model_meta import ModelMeta, ScoringFunction
+from mteb.models.models_protocols import EncoderProtocol
+from mteb.types import PromptType
+from PIL import Image
+
+from cocoa_pl.attention import Policy
+from cocoa_pl.data.tokenize import Processor
+from cocoa_pl.embedder import Embedder
+from cocoa_pl.errors import UserError
+from cocoa_pl.for_mteb.encoder import MMEB_TRAIN, CocoaEncoder
+from cocoa_pl.items import IMAGE_SLOT
+from cocoa_pl.models.loading import Loaded
+
+ALL = ("context", "eos", "target")
+QUERY, DOCUMENT = PromptType.query, PromptType.document
+WHERE = {"hf_split": "test", "hf_subset": "default"}
+
+
+@pytest.fixture(scope="module")
+def embedder(load_tiny: Callable[..., Loaded], processor: Processor) -> Embedder:
+    return Embedder(load_tiny().backbone, processor, Policy("all", ALL, ALL, ALL, False))
+
+
+@pytest.fixture
+def encoder(embedder: Embedder) -> CocoaEncoder:
+    return CocoaEncoder(embedder, name="me/tiny", training_datasets=MMEB_TRAIN)
+
+
+def task(**changes: Any) -> Any:
+    described = {
+        "name": "OKVQAIT2TRetrieval",  # one that mteb knows
+        "type": "Any2AnyRetrieval",
+        "modalities": ["image", "text"],
+        "prompt": {"query": "find it"},
+    }
+    return SimpleNamespace(**{**described, **changes})
+
+
+@pytest.fixture(scope="module")
+def pictures(make_image: Callable[..., Image.Image]) -> list[Image.Image]:
+    return [make_image((28, 28), seed=1), make_image((56, 28), seed=2)]
+
+
+def test_items_are_those_of_the_embedder_in_the_loaders_order(
+    encoder: CocoaEncoder, embedder: Embedder, pictures: list[Image.Image]
+) -> None:
+    batches = [
+        {
+            "id": ["a", "b"],
+            "label": [1, 2],
+            "text": ["a dog", "a cat"],
+            "image": [pictures[0], None],
+        },
+        {"id": ["c", "d"], "text": ["", None], "image": [pictures[1], [pictures[0], pictures[1]]]},
+    ]
+    found = encoder.encode(batches, task_metadata=task(), prompt_type=QUERY, **WHERE)
+    expected = embedder.encode(
+        [
+            {"text": "find it a dog", "image": pictures[0]},
+            "find it a cat",
+            {"text": f"{IMAGE_SLOT}\nfind it", "image": pictures[1]},
+            {"text": f"{IMAGE_SLOT}{IMAGE_SLOT}\nfind it", "image": pictures},
+        ]
+    )
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-5)
+
+
+def test_an_image_is_never_left_out(encoder: CocoaEncoder, pictures: list[Image.Image]) -> None:
+    """The trap of mteb's own wrapper: the text alone gives another vector."""
+    both = [{"text": ["a dog"], "image": [pictures[0]]}]
+    options = {"task_metadata": task(), "prompt_type": DOCUMENT, **WHERE}
+    with_image = encoder.encode(both, **options)
+    alone = encoder.encode([{"text": ["a dog"]}], **options)
+    other = encoder.encode([{"text": ["a dog"], "image": [pictures[1]]}], **options)
+    assert np.abs(with_image - alone).max() > 1e-2
+    assert np.abs(with_image - other).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("instructions", "prompt", "side", "has_image", "expected"),
+    [
+        ({}, {"query": "find it"}, QUERY, True, "find it"),
+        ({}, {"query": "find it"}, DOCUMENT, True, None),
+        ({}, {"query": "find it", "document": "show it"}, DOCUMENT, True, "show it"),
+        ({}, "find it", QUERY, False, "find it"),
+        ({}, "find it", DOCUMENT, False, None),
+        ({"query": "own"}, "find it", QUERY, True, "own"),
+        ({"query": "own"}, "find it", DOCUMENT, True, None),
+        ({"Any2AnyRetrieval": "type"}, "find it", QUERY, True, "type"),
+        ({"Any2AnyRetrieval": "type"}, "find it", DOCUMENT, True, None),
+        ({"Any2AnyRetrieval-document": "type"}, "find it", DOCUMENT, True, "type"),
+        ({"OKVQAIT2TRetrieval": "name", "Any2AnyRetrieval": "type"}, "", QUERY, True, "name"),
+        ({"OKVQAIT2TRetrieval-query": "side", "OKVQAIT2TRetrieval": "x"}, "", QUERY, True, "side"),
+        ({"OKVQAIT2TRetrieval": ""}, "find it", QUERY, True, None),  # on purpose none
+        ({}, "count them", None, True, "count them"),
+        ({}, "count them", None, False, None),  # a label
+        ({}, None, QUERY, True, "Retrieve text based on user query."),  # mteb's, for its kind
+    ],
+)  # fmt: skip
+def test_instructions(
+    instructions: dict[str, str],
+    prompt: Any,
+    side: PromptType | None,
+    has_image: bool,
+    expected: str | None,
+    embedder: Embedder,
+) -> None:
+    encoder = CocoaEncoder(embedder, name="me/tiny", instructions=instructions)
+    assert encoder.instruction(task(prompt=prompt), side, has_image=has_image) == expected
+
+
+def test_texts_of_a_task_without_images_are_no_labels(encoder: CocoaEncoder) -> None:
+    metadata = task(modalities=["text"], prompt="classify")
+    assert encoder.instruction(metadata, None, has_image=False) == "classify"
+
+
+@pytest.mark.parametrize(
+    ("batch", "said"),
+    [
+        ({"text": ["a"], "audio": [b""]}, "hold audio, not only"),
+        ({"text": ["a"], "second": [Image.new("RGB", (28, 28))]}, "hold second, not only"),
+        ({"text": ["a"], "second": [[Image.new("RGB", (28, 28))]]}, "hold second, not only"),
+        ({"id": ["a"]}, "hold neither texts nor images"),
+        ({"text": [None], "image": [None]}, "neither a text nor an image"),
+        ({"text": [None], "image": [[]]}, "neither a text nor an image"),
+    ],
+)
+def test_what_cannot_be_embedded_is_refused(
+    batch: dict[str, Any], said: str, encoder: CocoaEncoder
+) -> None:
+    with pytest.raises(UserError, match=f"OKVQA.*{said}"):
+        encoder.encode([batch], task_metadata=task(), **WHERE)
+
+
+def test_nothing_at_all_is_refused(encoder: CocoaEncoder) -> None:
+    with pytest.raises(UserError, match="holds no items"):
+        encoder.encode([], task_metadata=task(), **WHERE)
+
+
+def test_a_document_without_words_is_embedded(encoder: CocoaEncoder) -> None:
+    found = encoder.encode(
+        [{"text": ["", "a"]}], task_metadata=task(), prompt_type=DOCUMENT, **WHERE
+    )
+    assert np.isfinite(found).all()
+
+
+def test_meta_says_all_that_mteb_asks(encoder: CocoaEncoder, embedder: Embedder) -> None:
+    meta = encoder.mteb_model_meta
+    assert isinstance(meta, ModelMeta)
+    assert isinstance(encoder, EncoderProtocol)
+    assert meta.name == "me/tiny"
+    assert meta.revision == embedder.identity()["weights"]
+    stock = embedder.backbone.stock
+    assert meta.n_parameters == sum(p.numel() for p in stock.parameters())
+    assert meta.n_embedding_parameters == 324 * 32
+    assert meta.memory_usage_mb == pytest.approx(4 * meta.n_parameters / 2**20)
+    assert meta.max_tokens == 128
+    assert meta.embed_dim == 32
+    assert meta.similarity_fn_name == ScoringFunction.COSINE
+    assert meta.modalities == ["image", "text"]
+    assert meta.use_instructions
+    assert meta.training_datasets == set(MMEB_TRAIN)
+    assert meta.languages == ["eng-Latn"]
+
+
+def test_other_weights_have_another_revision(
+    encoder: CocoaEncoder, load_tiny: Callable[..., Loaded], processor: Processor
+) -> None:
+    backbone = load_tiny().backbone
+    backbone.stock.get_input_embeddings().weight.data[0, 0] += 1e-3
+    policy = encoder.embedder.policy
+    other = CocoaEncoder(Embedder(backbone, processor, policy), name="me/tiny")
+    assert other.mteb_model_meta.revision != encoder.mteb_model_meta.revision
+
+
+def test_names_are_checked(embedder: Embedder) -> None:
+    with pytest.raises(UserError, match="organization/model"):
+        CocoaEncoder(embedder, name="tiny")
+
+
+def test_names_of_training_data_are_mtebs() -> None:
+    import mteb
+
+    for name in MMEB_TRAIN:
+        assert mteb.get_task(name).metadata.name == name
