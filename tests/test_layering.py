@@ -31,7 +31,7 @@ LAYERS = (
     {"models", "data"},
     {
         *("stages", "evaluation", "checkpoint", "embedder", "export", "exported", "fingerprint"),
-        *("callbacks", "loggers", "doctor", "search", "extras", "for_mteb"),
+        *("callbacks", "loggers", "doctor", "search", "extras", "for_mteb", "mining"),
     },
     {"cli", "commands", "planning", "sweep", "entry", "assemble", "command_line"},
 )

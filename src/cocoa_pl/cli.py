@@ -54,6 +54,11 @@ Exit status: 0 healthy, 1 if something would stop training, 2 for a mistake in t
         summary="a trained model for Hugging Face or sentence-transformers, checked",
         about=None,
     ),
+    "mine": Command(
+        module="cocoa_pl.commands.mine",
+        summary="training data with hard negatives that a model finds",
+        about=None,
+    ),
     "search": Command(
         module="cocoa_pl.commands.search",
         summary="search a folder of images by a text, an image, or both",

@@ -1,0 +1,101 @@
+"""Training pairs in, each with hard negatives out of its own subset out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cocoa_pl.errors import UserError
+from cocoa_pl.items import Item, Pair
+from cocoa_pl.mining.choice import choose, distinct
+
+Encode = Callable[[Sequence[Item]], NDArray[np.float32]]
+
+
+@dataclass(frozen=True)
+class Mined:
+    """A subset with its negatives, and what a reader should know of them.
+
+    Attributes:
+        pairs: as they were, with the mined negatives in place of their own.
+        positive: mean similarity of query and positive.
+        hardest: mean similarity of query and hardest negative; NaN without any.
+        spared: candidates that were left out as possibly right, a row.
+    """
+
+    subset: str
+    pairs: list[Pair]
+    positive: float
+    hardest: float
+    spared: float
+
+    @property
+    def negatives(self) -> float:
+        """Of a row, in the mean."""
+        return float(np.mean([len(pair.negatives) for pair in self.pairs]))
+
+
+def mine(
+    pairs: Sequence[Pair], encode: Encode, *, number: int, max_of_positive: float, keep: bool
+) -> Iterator[Mined]:
+    """Subset by subset, in the order of first appearance.
+
+    Args:
+        encode: gives unit vectors.
+        number: negatives of a row, at most.
+        max_of_positive: as in `choose`.
+        keep: a row's own negatives stay, before the mined ones.
+
+    Raises:
+        UserError: for a number below 1, or a share that is not in (0, 1].
+    """
+    if number < 1:
+        raise UserError(f"negatives is at least 1, not {number}")
+    if not 0 < max_of_positive <= 1:
+        raise UserError(f"max_of_positive is a share, above 0 and at most 1, not {max_of_positive}")
+    rows: dict[str, list[Pair]] = {}
+    for pair in pairs:
+        rows.setdefault(pair.subset, []).append(pair)
+    for subset, some in rows.items():
+        yield _mine_subset(
+            subset, some, encode, number=number, max_of_positive=max_of_positive, keep=keep
+        )
+
+
+def _mine_subset(
+    subset: str,
+    pairs: list[Pair],
+    encode: Encode,
+    *,
+    number: int,
+    max_of_positive: float,
+    keep: bool,
+) -> Mined:
+    first_query, query = distinct([pair.query.key for pair in pairs])
+    first_positive, positive = distinct([pair.positive.key for pair in pairs])
+    chosen = choose(
+        encode([pairs[row].query for row in first_query]),
+        encode([pairs[row].positive for row in first_positive]),
+        query=query,
+        positive=positive,
+        number=number,
+        max_of_positive=max_of_positive,
+    )
+    mined = []
+    for pair, places in zip(pairs, chosen.candidates, strict=True):
+        own = pair.negatives if keep else ()
+        known = {item.key for item in own}
+        found = (pairs[first_positive[place]].positive for place in places)
+        new = tuple(item for item in found if item.key not in known)
+        mined.append(replace(pair, negatives=(*own, *new)))
+    some = chosen.hardest[np.isfinite(chosen.hardest)]
+    return Mined(
+        subset,
+        mined,
+        positive=float(chosen.positive.mean()),
+        hardest=float(some.mean()) if len(some) else float("nan"),
+        spared=float(chosen.spared.mean()),
+    )

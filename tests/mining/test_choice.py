@@ -1,0 +1,105 @@
+"""Which candidates become negatives: by hand, and against a loop over single rows."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from cocoa_pl.mining import choice
+from cocoa_pl.mining.choice import choose, distinct
+
+
+def unit(*degrees: float) -> NDArray[np.float32]:
+    angles = np.deg2rad(degrees)
+    return np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+
+
+def places(*values: int) -> NDArray[np.intp]:
+    return np.array(values, np.intp)
+
+
+def test_the_nearest_wrong_answers_are_chosen_and_near_answers_spared() -> None:
+    # The positive is 30 degrees away: cos 0.866, of which 95 % are 0.823, or 34.6 degrees.
+    candidates = unit(30, 5, 32, 40, 60, 90)
+    found = choose(
+        unit(0), candidates, query=places(0), positive=places(0), number=2, max_of_positive=0.95
+    )
+    assert found.candidates[0].tolist() == [3, 4]
+    assert found.spared.tolist() == [2]  # 5 and 32 degrees
+    assert found.positive[0] == pytest.approx(np.cos(np.deg2rad(30)))
+    assert found.hardest[0] == pytest.approx(np.cos(np.deg2rad(40)))
+
+
+def test_answers_of_the_same_query_are_no_negatives() -> None:
+    candidates = unit(10, 50, 70)
+    found = choose(
+        unit(0),
+        candidates,
+        query=places(0, 0),
+        positive=places(0, 1),
+        number=3,
+        max_of_positive=0.95,
+    )
+    assert [row.tolist() for row in found.candidates] == [[2], [2]]
+    assert found.spared.tolist() == [0, 0]
+
+
+def test_a_positive_that_is_far_away_spares_all_that_is_nearer() -> None:
+    found = choose(
+        unit(0), unit(120, 100, 130, 170), query=places(0), positive=places(0),
+        number=3, max_of_positive=0.5,
+    )  # fmt: skip
+    assert found.candidates[0].tolist() == [2, 3]
+    assert found.spared.tolist() == [1]
+
+
+def test_a_row_without_candidates_has_no_negative() -> None:
+    found = choose(
+        unit(0), unit(10), query=places(0), positive=places(0), number=3, max_of_positive=0.95
+    )
+    assert found.candidates[0].tolist() == []
+    assert np.isnan(found.hardest[0])
+
+
+def by_rows(
+    queries: NDArray[np.float32],
+    candidates: NDArray[np.float32],
+    query: NDArray[np.intp],
+    positive: NDArray[np.intp],
+    number: int,
+    share: float,
+) -> list[list[int]]:
+    """The slow twin."""
+    chosen = []
+    for row in range(len(query)):
+        answers = {positive[other] for other in range(len(query)) if query[other] == query[row]}
+        own = float(queries[query[row]] @ candidates[positive[row]])
+        limit = min(own, own * share)
+        scored = [
+            (-float(queries[query[row]] @ candidates[place]), place)
+            for place in range(len(candidates))
+            if place not in answers and float(queries[query[row]] @ candidates[place]) <= limit
+        ]
+        chosen.append([place for _, place in sorted(scored)[:number]])
+    return chosen
+
+
+@pytest.mark.parametrize("block", [1, 100, 1 << 25])
+def test_blocks_give_what_single_rows_give(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "BLOCK_VALUES", block)
+    random = np.random.default_rng(0)
+    # Few values, exact in float32, so that there are ties.
+    queries, candidates = (random.integers(-2, 3, (n, 4)).astype(np.float32) for n in (20, 30))
+    query, positive = random.integers(0, 20, 60), random.integers(0, 30, 60)
+    found = choose(
+        queries, candidates, query=query, positive=positive, number=4, max_of_positive=0.9
+    )
+    expected = by_rows(queries, candidates, query, positive, 4, 0.9)
+    assert [row.tolist() for row in found.candidates] == expected
+
+
+def test_distinct_keys_in_order_of_appearance() -> None:
+    first, place = distinct([7, 3, 7, 9, 3])
+    assert first.tolist() == [0, 1, 3]
+    assert place.tolist() == [0, 1, 0, 2, 1]

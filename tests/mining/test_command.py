@@ -1,0 +1,174 @@
+"""`cocoa mine` as it is typed: what it writes is read back, and trained on."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+from rich.console import Console
+
+from cocoa_pl.attention import Policy
+from cocoa_pl.commands import mine as command
+from cocoa_pl.data.digits import DigitsData
+from cocoa_pl.data.mmeb import read_train
+from cocoa_pl.data.tokenize import Processor
+from cocoa_pl.embedder import Embedder
+from cocoa_pl.errors import UserError
+from cocoa_pl.export.folder import export
+from cocoa_pl.items import IMAGE_SLOT, Item, Pair
+from cocoa_pl.mining.folder import image_root, write_subset
+from cocoa_pl.mining.mine import mine
+from cocoa_pl.models.loading import Loaded
+
+ALL = ("context", "eos", "target")
+
+
+def read_back(folder: Path, subsets: list[str], root: Path) -> list[Pair]:
+    return list(
+        read_train(
+            folder,
+            subsets=subsets,
+            split="train",
+            image_root=root,
+            on_bad_row="fail",
+            max_rows=None,
+        )
+    )
+
+
+def by_length(items: list[Item]) -> NDArray[np.float32]:
+    """An embedder whose vectors turn with the length of the text."""
+    angles = np.array([len(item.text) for item in items]) / 20
+    return np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+
+
+def pair(query: str, positive: str, *, subset: str = "a", negatives: tuple[str, ...] = ()) -> Pair:
+    own = tuple(Item(text) for text in negatives)
+    return Pair(Item(query), Item(positive), own, subset, f"{subset} {query}")
+
+
+def texts(items: tuple[Item, ...]) -> list[str]:
+    return [item.text for item in items]
+
+
+def test_negatives_are_of_the_same_subset_and_replace_the_rows_own() -> None:
+    pairs = [
+        pair("q", "x" * 2, negatives=("own",)),
+        pair("qq", "x" * 12),
+        pair("qqq", "x" * 3, subset="b"),
+        pair("qqqq", "x" * 20, subset="b"),
+    ]
+    found = list(mine(pairs, by_length, number=3, max_of_positive=0.99, keep=False))
+    assert [mined.subset for mined in found] == ["a", "b"]
+    assert texts(found[0].pairs[0].negatives) == ["x" * 12]
+    assert texts(found[1].pairs[0].negatives) == ["x" * 20]
+    kept = next(mine(pairs, by_length, number=3, max_of_positive=0.99, keep=True))
+    assert texts(kept.pairs[0].negatives) == ["own", "x" * 12]
+
+
+@pytest.mark.parametrize(
+    ("number", "share", "said"), [(0, 0.9, "at least 1"), (1, 0.0, "share"), (1, 1.5, "share")]
+)
+def test_what_makes_no_sense_is_refused(number: int, share: float, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        list(mine([pair("q", "p")], by_length, number=number, max_of_positive=share, keep=False))
+
+
+def test_rows_come_back_as_they_were(
+    make_image: Callable[..., Image.Image], tmp_path: Path
+) -> None:
+    """Paths, bytes, opened images, odd characters; each negative with its own picture."""
+    file = tmp_path / "pictures" / "it's a [file].png"
+    file.parent.mkdir()
+    make_image((28, 28), seed=1).save(file)
+    buffer = io.BytesIO()
+    make_image((56, 28), seed=2).save(buffer, "jpeg")
+    with_image = f"{IMAGE_SLOT}\nquote ' \" and \\ 好"
+    pairs = [
+        Pair(Item(with_image, (file,)), Item("p1"), (Item(with_image, (file,)),), "s", "row 1"),
+        Pair(Item("q2"), Item(with_image, (buffer.getvalue(),)), (), "s", "row 2"),
+        Pair(
+            Item("q3"),
+            Item(with_image, (make_image((28, 56), seed=3),)),
+            (Item("plain"), Item(with_image, (buffer.getvalue(),))),
+            "s",
+            "row 3",
+        ),
+    ]
+    out = tmp_path / "out"
+    root = image_root(pairs, folder=out)
+    write_subset(out, "s", pairs, root=root)
+    back = read_back(out, ["s"], root)
+    for before, after in zip(pairs, back, strict=True):
+        for old, new in zip(
+            (before.query, before.positive, *before.negatives),
+            (after.query, after.positive, *after.negatives),
+            strict=True,
+        ):
+            assert new.text == old.text
+            assert len(new.images) == len(old.images)
+            for kept, source in zip(new.images, old.images, strict=True):
+                assert isinstance(kept, Path)
+                opened = source if isinstance(source, Image.Image) else Image.open(
+                    io.BytesIO(source) if isinstance(source, bytes) else source
+                )  # fmt: skip
+                np.testing.assert_array_equal(Image.open(kept), opened)
+    assert len(list((out / "images").iterdir())) == 2  # the JPEG once
+
+
+def test_several_images_on_a_side_are_refused(tmp_path: Path) -> None:
+    image = Image.new("RGB", (28, 28))
+    row = Pair(Item(IMAGE_SLOT * 2, (image, image)), Item("p"), (), "s", "row 9")
+    with pytest.raises(UserError, match=r"row 9.*one image"):
+        write_subset(tmp_path, "s", [row], root=tmp_path)
+
+
+@pytest.fixture
+def model(load_tiny: Callable[..., Loaded], processor: Processor, tmp_path: Path) -> Path:
+    embedder = Embedder(load_tiny().backbone, processor, Policy("all", ALL, ALL, ALL, False))
+    export(embedder, tmp_path / "model", lineage=[])
+    return tmp_path / "model"
+
+
+def test_digits_are_mined_and_read_back(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    console = Console(width=140, record=True, quiet=False)
+    small = ["data.scenes=60", "data.task_rows=20", "data.validation_rows=25", "cache_dir=cache"]
+    arguments = [str(model), "out=mined", "negatives=2", *small]
+    assert command.run(arguments, console) == 0
+    data = DigitsData(
+        cache_dir="cache",
+        seed=0,
+        scenes=60,
+        task_rows=20,
+        validation_rows=25,
+        caption_subsets=None,
+        on_bad_row="fail",
+    )
+    expected = list(data.train_pairs())
+    said = console.export_text()
+    (usage,) = [line for line in said.splitlines() if line.startswith("train on it")]
+    root = Path(next(w for w in usage.split() if w.startswith("data.image_root=")).split("=")[1])
+    subsets = list(dict.fromkeys(pair.subset for pair in expected))
+    assert f"'data.subsets=[{','.join(subsets)}]'" in usage
+    found = read_back(Path("mined"), subsets, root)
+    assert [(p.query.text, p.positive.text) for p in found] == [
+        (p.query.text, p.positive.text) for p in expected
+    ]
+    assert max(len(pair.negatives) for pair in found) == 2
+    # Each negative is some other row's positive, and never the row's own.
+    positives = {pair.positive.key for pair in found}
+    for row in found:
+        keys = {item.key for item in row.negatives}
+        assert keys <= positives - {row.positive.key}
+    for subset in subsets:
+        assert subset in said
+    with pytest.raises(UserError, match="not empty"):
+        command.run(arguments, console)
