@@ -13,11 +13,13 @@ from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from cocoa_pl.assemble import open_embedder, score
+from cocoa_pl.attention import Policy
 from cocoa_pl.command_line import check_command_line
 from cocoa_pl.distributed import world_size
+from cocoa_pl.embedder import Embedder
 from cocoa_pl.entry import (
     build,
     check_run_folder,
@@ -28,6 +30,8 @@ from cocoa_pl.entry import (
 )
 from cocoa_pl.errors import UserError
 from cocoa_pl.evaluation.embedded import VectorSettings
+from cocoa_pl.evaluation.origin import Origin
+from cocoa_pl.export.folder import lineage_of
 from cocoa_pl.for_mteb.benchmark import MtebBenchmark
 
 
@@ -58,15 +62,13 @@ def main(cfg: DictConfig) -> None:
                     threads=cfg.threads,
                 )
                 return
-            metrics = Path(cfg.ckpt) / "metrics.csv"
             score(
                 embedder,
                 benchmark,
                 run_dir,
                 console,
                 checkpoint_name=cfg.ckpt,
-                facts={"attention": embedder.policy.name, "vectors": _kept_as(cfg)},
-                metrics_csv=metrics if metrics.is_file() else None,
+                origin=_origin(cfg, embedder),
                 vectors=VectorSettings(
                     batch_tokens=cfg.batch_tokens,
                     threads=cfg.threads,
@@ -78,6 +80,28 @@ def main(cfg: DictConfig) -> None:
     remedy = f"the same command goes on with what is in store={cfg.store}"
     if status := guarded(run, remedy=remedy):
         sys.exit(status)
+
+
+def _origin(cfg: DictConfig, embedder: Embedder) -> Origin:
+    """What is known of the model: a run folder tells most."""
+    run = Path(cfg.ckpt)
+    metrics, config = run / "metrics.csv", run / "config.yaml"
+    folder = run / "model" if (run / "model").is_dir() else run
+    return Origin(
+        facts={"attention": embedder.policy.name, "vectors": _kept_as(cfg)},
+        lineage=lineage_of(str(folder)),
+        policies=_policies(config) or {"evaluation": embedder.policy},
+        config=config.read_text(encoding="utf-8") if config.is_file() else None,
+        metrics_csv=metrics if metrics.is_file() else None,
+    )
+
+
+def _policies(config: Path) -> dict[str, Policy]:
+    """Of a run's stages."""
+    if not config.is_file():
+        return {}
+    stages = OmegaConf.load(config).stage
+    return {name: build(stages[name].policy) for name in stages.order}
 
 
 def _kept_as(cfg: DictConfig) -> str:

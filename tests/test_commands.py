@@ -19,6 +19,7 @@ from rich.console import Console
 from cocoa_pl.assemble import open_embedder, score
 from cocoa_pl.command_line import CONFIGS
 from cocoa_pl.data.digits import DigitsBenchmark
+from cocoa_pl.evaluation.origin import Origin
 
 ROOT = CONFIGS.parent
 STAGES = ("pretrain", "warmup", "reconstruct", "contrast")
@@ -202,8 +203,7 @@ def test_parts_of_a_run_score_as_the_run(
         tmp_path,
         Console(quiet=True),
         checkpoint_name=part,
-        facts={},
-        metrics_csv=None,
+        origin=Origin(),
     )
     assert scores(tmp_path) == scores(finished[0])
 

@@ -21,6 +21,7 @@ from cocoa_pl.entry import build, save_config
 from cocoa_pl.errors import UserError
 from cocoa_pl.evaluation.benchmark import check_subsets, score_subsets
 from cocoa_pl.evaluation.embedded import IN_MEMORY, VectorSettings, embedded
+from cocoa_pl.evaluation.origin import Origin
 from cocoa_pl.evaluation.published import lines, published_table
 from cocoa_pl.evaluation.report import score_table, write_report
 from cocoa_pl.export.folder import export, lineage_of
@@ -91,8 +92,13 @@ def train(cfg: DictConfig, run_dir: Path, console: Console) -> None:
             run_dir,
             console,
             checkpoint_name=str(run_dir),
-            facts=_facts(cfg, stages),
-            metrics_csv=run_dir / "metrics.csv",
+            origin=Origin(
+                facts=_facts(cfg, stages),
+                lineage=lineage_of(str(run_dir / "model")),
+                policies={stage.name: stage.policy for stage in stages},
+                config=(run_dir / "config.yaml").read_text(encoding="utf-8"),
+                metrics_csv=run_dir / "metrics.csv",
+            ),
         )
 
 
@@ -205,8 +211,7 @@ def score(
     console: Console,
     *,
     checkpoint_name: str,
-    facts: dict[str, Any],
-    metrics_csv: Path | None,
+    origin: Origin,
     vectors: VectorSettings = IN_MEMORY,
 ) -> None:
     """Evaluate, write results.json and report.html, and show the table.
@@ -235,8 +240,7 @@ def score(
         results,
         title=f"cocoa_pl on {benchmark.name}",
         date=datetime.date.today().isoformat(),
-        facts=facts,
-        metrics_csv=metrics_csv,
+        origin=origin,
         published=beside,
     )
     console.print(score_table(results))

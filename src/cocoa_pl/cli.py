@@ -59,6 +59,11 @@ Exit status: 0 healthy, 1 if something would stop training, 2 for a mistake in t
         summary="training data with hard negatives that a model finds",
         about=None,
     ),
+    "report": Command(
+        module="cocoa_pl.commands.report",
+        summary="scored runs side by side on one page",
+        about=None,
+    ),
     "search": Command(
         module="cocoa_pl.commands.search",
         summary="search a folder of images by a text, an image, or both",

@@ -11,6 +11,7 @@ from cocoa_pl.evaluation.benchmark import evaluate
 from cocoa_pl.evaluation.results import Results
 from cocoa_pl.items import Item
 
+HISTOGRAMS = ("positive", "hardest_negative")
 Make = Callable[..., EvalSubset]
 
 # Angles in degrees. Row 0 hits, row 1 misses, row 2 ties, row 3 has fewer candidates and hits.
@@ -64,6 +65,8 @@ def test_results_json_has_the_public_schema(results: Results, tmp_path: Path) ->
         "groups": {"retrieval": pytest.approx(0.625), "vqa": 1.0},
     }
     assert list(subsets) == ["scene_i2t", "scene_vqa", "inverted_i2t"]
+    counted = {name: subsets["scene_i2t"].pop(f"{name}_similarities") for name in HISTOGRAMS}
+    assert all(len(bins) == 40 and sum(bins) == 4 for bins in counted.values())
     assert subsets["scene_i2t"] == {
         "group": "retrieval",
         "in_distribution": True,

@@ -11,6 +11,7 @@ import yaml
 from rich.console import Console
 
 from cocoa_pl.errors import UserError
+from cocoa_pl.evaluation.origin import Origin
 from cocoa_pl.evaluation.published import OWN, lines, published_table
 from cocoa_pl.evaluation.report import write_report
 from cocoa_pl.evaluation.results import Results, SubsetScore
@@ -89,7 +90,7 @@ def test_terminal_and_report_show_the_same(tmp_path: Path) -> None:
     shown = console.file.getvalue()
     assert "CoCoA Qwen2-VL 2B" in shown
     page = tmp_path / "report.html"
-    given: dict[str, Any] = {"title": "t", "date": "d", "facts": {}, "metrics_csv": None}
+    given: dict[str, Any] = {"title": "t", "date": "d", "origin": Origin()}
     write_report(page, results(), **given, published=lines(results(), rows()))
     html = page.read_text()
     for text in (OWN, "70.0", "66.0", "60.7", "MoCa Qwen2.5-VL 7B"):

@@ -9,15 +9,34 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from cocoa_pl.attention import Policy
 from cocoa_pl.data.mmeb import EvalSubset
 from cocoa_pl.errors import UserError
 from cocoa_pl.evaluation.benchmark import evaluate
 from cocoa_pl.evaluation.curves import read_panels
+from cocoa_pl.evaluation.origin import Origin
 from cocoa_pl.evaluation.report import picture, score_table, write_report
 from cocoa_pl.evaluation.results import Results
 from cocoa_pl.items import IMAGE_SLOT, Item
 
 EVIL = '<script>alert("x")</script><img src=x onerror=alert(1)> 5'
+ALL = ("context", "eos", "target")
+POLICIES = {
+    "warmup": Policy("bidirectional", ALL, ALL, ALL, causal=False),
+    "contrast": Policy("bidirectional", ALL, ALL, ALL, causal=False),
+    "reconstruct": Policy("bridge", ("context", "eos"), ALL, ("eos", "target"), causal=False),
+}
+LINEAGE = [
+    {
+        "stage": "contrast",
+        "steps": 7,
+        "batch_size": 4,
+        "lr": 1e-4,
+        "policy": "bidirectional",
+        "seed": 3,
+        "validation": {"loss": 0.25},
+    }
+]
 METRICS = """stage,step,name,value
 warmup,0,train/loss_mntp,2.5
 warmup,1,train/loss_mntp,nan
@@ -48,8 +67,13 @@ def page(results: Results, tmp_path: Path) -> str:
         results,
         title="Tiny & small",
         date="2026-01-02",
-        facts={"attention": "bidirectional", "note": "<b>bold</b>"},
-        metrics_csv=tmp_path / "metrics.csv",
+        origin=Origin(
+            facts={"attention": "bidirectional", "note": "<b>bold</b>"},
+            lineage=LINEAGE,
+            policies=POLICIES,
+            config="seed: 1\nname: <i>x</i>\n",
+            metrics_csv=tmp_path / "metrics.csv",
+        ),
     )
     return (tmp_path / "report.html").read_text(encoding="utf-8")
 
@@ -80,7 +104,7 @@ def test_report_is_one_file_that_loads_and_runs_nothing(page: str) -> None:
         assert tag not in ("script", "link", "iframe", "object", "embed", "base")
         assert not any(name.startswith("on") for name in attributes)
         for name in ("src", "href", "srcset", "data"):
-            assert (attributes.get(name) or "data:").startswith("data:")
+            assert (attributes.get(name) or "data:").startswith(("data:", "#"))
     assert "default-src 'none'" in page
 
 
@@ -95,15 +119,15 @@ def test_all_text_is_escaped(page: str) -> None:
 def test_hit_and_miss_are_told_in_words(page: str) -> None:
     assert "✓ Hit" in page
     assert "✗ Miss: the positive is number 2 of 2" in page
-    assert page.count('class="positive') == len(re.findall("· right", page)) == 4
+    assert page.count('<li class="positive') == len(re.findall("· right", page)) == 4
 
 
 def test_every_image_has_a_text_and_a_size(page: str) -> None:
     images = [attributes for tag, attributes in Tags(page).tags if tag == "img"]
     assert images
-    for image in images:
-        assert image["alt"]
-        assert (image["width"], image["height"]) == ("168", "84")
+    assert all(image["alt"] for image in images)
+    sizes = {(image["width"], image["height"]) for image in images}
+    assert sizes == {("168", "84"), ("56", "28")}  # the gallery's, and the map's
 
 
 def test_report_without_metrics_or_gallery_leaves_them_out(
@@ -111,9 +135,9 @@ def test_report_without_metrics_or_gallery_leaves_them_out(
 ) -> None:
     bare = Results(results.benchmark, results.checkpoint, results.subsets, gallery=())
     path = tmp_path / "r.html"
-    write_report(path, bare, title="t", date="d", facts={}, metrics_csv=None)
-    assert "<svg" not in path.read_text()
-    assert 'id="gallery"' not in path.read_text()
+    write_report(path, bare, title="t", date="d", origin=Origin())
+    for absent in ('id="gallery"', 'id="map"', 'id="training"', 'id="origin"', "<details", "<img"):
+        assert absent not in path.read_text()
 
 
 def test_small_pictures_keep_their_pixels_and_large_ones_shrink() -> None:
@@ -126,7 +150,7 @@ def test_small_pictures_keep_their_pixels_and_large_ones_shrink() -> None:
 
 def test_panels_gather_losses_by_stage_and_skip_what_is_not_finite(tmp_path: Path) -> None:
     (tmp_path / "metrics.csv").write_text(METRICS)
-    mntp, contrast = read_panels(tmp_path / "metrics.csv")
+    mntp, contrast = read_panels({"": tmp_path / "metrics.csv"})
     assert (mntp.stage, mntp.name, mntp.left_out) == ("warmup", "loss_mntp", 1)
     assert [(curve.label, curve.last) for curve in mntp.curves] == [("train", 1.5), ("val", 1.75)]
     assert (mntp.low, mntp.high, mntp.last_step) == (0.0, 2.5, 2)
@@ -137,7 +161,7 @@ def test_panels_gather_losses_by_stage_and_skip_what_is_not_finite(tmp_path: Pat
 def test_long_curves_are_thinned_to_means(tmp_path: Path) -> None:
     lines = [f"s,{step},train/loss,{step % 2}" for step in range(1000)]
     (tmp_path / "m.csv").write_text("stage,step,name,value\n" + "\n".join(lines))
-    (panel,) = read_panels(tmp_path / "m.csv")
+    (panel,) = read_panels({"": tmp_path / "m.csv"})
     assert len(panel.curves[0].points.split()) == 200
     assert (panel.first_step, panel.last_step) == (0, 999)
 
@@ -145,7 +169,7 @@ def test_long_curves_are_thinned_to_means(tmp_path: Path) -> None:
 def test_metrics_with_other_columns_are_refused(tmp_path: Path) -> None:
     (tmp_path / "m.csv").write_text("step,loss\n1,2\n")
     with pytest.raises(UserError, match="expected the columns stage,step,name,value"):
-        read_panels(tmp_path / "m.csv")
+        read_panels({"": tmp_path / "m.csv"})
 
 
 def test_terminal_table_has_every_subset_group_and_mean(results: Results) -> None:

@@ -24,14 +24,16 @@ def by_definition(
     queries: np.ndarray, candidates: np.ndarray, query_index: np.ndarray, rows: Sequence[np.ndarray]
 ) -> Hits:
     """Both rules as their definitions read, one row and one candidate at a time."""
-    official, strict = [], []
+    official, strict, positive, hardest = [], [], [], []
     for query, row in zip(query_index, rows, strict=True):
         scores = [float((queries[query].astype(float) * candidates[c]).sum()) for c in row]
         official.append(int(np.argmax(scores)) == 0)
         others = [score for score, c in zip(scores, row, strict=True) if c != row[0]]
         leads = all(scores[0] > score + TIE for score in others)
         strict.append(leads and bool(np.isfinite(scores[0])))
-    return Hits(np.array(official), np.array(strict))
+        positive.append(scores[0])
+        hardest.append(np.max([-np.inf, *others]))
+    return Hits(np.array(official), np.array(strict), np.array(positive), np.array(hardest))
 
 
 def every_score(
@@ -45,7 +47,7 @@ def every_score(
         return int(scores.argmax()) == 0, bool(leads)
 
     every = queries.astype(np.float32) @ candidates.astype(np.float32).T
-    official, strict = [], []
+    official, strict, positive, hardest = [], [], [], []
     for query, row in zip(query_index, rows, strict=True):
         scores = every[query, row]
         lead = scores[0] - np.where(row == row[0], -np.inf, scores).max()
@@ -54,12 +56,16 @@ def every_score(
         hit = rules(scores, row)
         official.append(hit[0])
         strict.append(hit[1])
-    return Hits(np.array(official), np.array(strict))
+        positive.append(scores[0])
+        hardest.append(np.where(row == row[0], -np.inf, scores).max())
+    return Hits(np.array(official), np.array(strict), np.array(positive), np.array(hardest))
 
 
 def assert_same(found: Hits, expected: Hits) -> None:
     np.testing.assert_array_equal(found.official, expected.official)
     np.testing.assert_array_equal(found.strict, expected.strict)
+    np.testing.assert_allclose(found.positive, expected.positive, atol=1e-5)
+    np.testing.assert_allclose(found.hardest, expected.hardest, atol=1e-5)
 
 
 class Corpus:

@@ -15,6 +15,8 @@ from cocoa_pl.errors import UserError
 from cocoa_pl.evaluation.metrics import Hits, chance_level, check_embeddings, row_scores
 from cocoa_pl.evaluation.results import GalleryRow, RankedCandidate, Results, SubsetScore
 from cocoa_pl.evaluation.scoring import BLOCK, score_rows
+from cocoa_pl.evaluation.similarities import counted
+from cocoa_pl.evaluation.space import MAPPED_ROWS, Mapped, flattened, sample
 from cocoa_pl.evaluation.vectors import Floats, Vectors
 from cocoa_pl.items import Item
 
@@ -77,6 +79,7 @@ def score_subsets(
     """
     scores: list[SubsetScore] = []
     gallery: list[GalleryRow] = []
+    mapped: list[Mapped] = []
     for number, subset in enumerate(subsets):
         logger.debug("%s %d/%d: %s", benchmark, number + 1, len(subsets), subset.name)
         queries, candidates = vectors_of(number)
@@ -98,11 +101,15 @@ def score_subsets(
                 num_queries=len(subset.query_index),
                 num_candidates=len(subset.candidates),
                 chance=chance_level(subset.candidate_index),
+                similarities=counted(hits),
             )
         )
+        mapped += sample(subset, queries, candidates, rows=MAPPED_ROWS // len(subsets))
         for row in _sample_rows(hits, count=gallery_rows):
             gallery.append(_gallery_row(subset, row, hits, queries=queries, candidates=candidates))
-    return Results(benchmark, checkpoint, tuple(scores), tuple(gallery), is_partial)
+    return Results(
+        benchmark, checkpoint, tuple(scores), tuple(gallery), is_partial, space=flattened(mapped)
+    )
 
 
 def check_subsets(subsets: Sequence["EvalSubset"], *, asked: Sequence[str] | None = None) -> None:

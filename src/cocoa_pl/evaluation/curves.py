@@ -6,7 +6,7 @@ metrics.csv is long: a row `stage,step,name,value` per logged number, with names
 
 import csv
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,27 +41,39 @@ class Panel:
     left_out: int  # values that are NaN or inf
 
 
-def read_panels(metrics_csv: Path, *, word: str = "loss") -> list[Panel]:
-    """One panel per stage and metric whose name contains `word`, in the file's order.
+def read_panels(files: Mapping[str, Path], *, word: str = "loss") -> list[Panel]:
+    """One panel per stage and metric whose name contains `word`, in the files' order.
+
+    Args:
+        files: metrics.csv of each run, by what its curves are called; `""` for a run alone.
 
     Raises:
-        UserError: if the file lacks a column, or a step or value is not a number.
+        UserError: if a file lacks a column, or a step or value is not a number.
     """
     series: dict[tuple[str, str], dict[str, list[Point]]] = {}
-    with metrics_csv.open(newline="", encoding="utf-8") as file:
+    for run, path in files.items():
+        for (stage, metric), splits in _read(path, word).items():
+            of_panel = series.setdefault((stage, metric), {})
+            of_panel |= {f"{run} {split}".strip(): points for split, points in splits.items()}
+    return [_panel(stage, metric, splits) for (stage, metric), splits in series.items()]
+
+
+def _read(path: Path, word: str) -> dict[tuple[str, str], dict[str, list[Point]]]:
+    series: dict[tuple[str, str], dict[str, list[Point]]] = {}
+    with path.open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             try:
                 stage, name = row["stage"], row["name"]
                 point = (float(row["step"]), float(row["value"]))
             except (KeyError, TypeError, ValueError) as error:
                 raise UserError(
-                    f"{metrics_csv} line with {row}: expected the columns stage,step,name,value "
-                    "with numbers for step and value"
+                    f"{path} line with {row}: expected the columns stage,step,name,value with "
+                    "numbers for step and value"
                 ) from error
             split, _, metric = name.rpartition("/")
             if word in metric:
                 series.setdefault((stage, metric), {}).setdefault(split, []).append(point)
-    return [_panel(stage, metric, splits) for (stage, metric), splits in series.items()]
+    return series
 
 
 def _panel(stage: str, name: str, splits: dict[str, list[Point]]) -> Panel:

@@ -28,10 +28,17 @@ _BLOCK = 1 << 22
 
 @dataclass(frozen=True)
 class Hits:
-    """Which rows found their positive; both arrays are bool [Q]."""
+    """Which rows found their positive, bool [Q], and by how much.
+
+    Attributes:
+        positive: [Q] cosine of query and positive.
+        hardest: [Q] the best cosine among the other candidates; -inf if there are none.
+    """
 
     official: Bools
     strict: Bools
+    positive: Floats
+    hardest: Floats
 
     @property
     def precision_at_1(self) -> float:

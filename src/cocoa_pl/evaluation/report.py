@@ -6,23 +6,27 @@ text from datasets is escaped by the template engine, and the page's own policy 
 
 import base64
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 from rich.markup import escape
 from rich.table import Table
 
 from cocoa_pl.data.images import open_image
-from cocoa_pl.evaluation.curves import read_panels
+from cocoa_pl.evaluation.curves import HEIGHT, WIDTH, read_panels
 from cocoa_pl.evaluation.intervals import Interval
+from cocoa_pl.evaluation.origin import Origin
 from cocoa_pl.evaluation.published import Line, columns
 from cocoa_pl.evaluation.results import GalleryRow, Results, SubsetScore, mean_score, score_interval
+from cocoa_pl.evaluation.similarities import EDGES, Similarities
 from cocoa_pl.items import ImageSource, Item
 
-QUERY_BOX, CANDIDATE_BOX = 168, 112  # CSS pixels
+QUERY_BOX, CANDIDATE_BOX, MAP_BOX = 168, 112, 96  # CSS pixels
 TEXT_LIMIT = 320  # characters of an item shown in the gallery
 
 
@@ -48,23 +52,73 @@ class Picture:
     pixelated: bool
 
 
+class Bar(NamedTuple):
+    """In the units of the drawing, `WIDTH` x `HEIGHT`."""
+
+    left: float
+    width: float
+    height: float
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Similarities of positives and of hardest negatives, as bars between two cosines."""
+
+    positive: list[Bar]
+    hardest: list[Bar]
+    low: float
+    high: float
+
+
 def write_report(
     path: Path,
     results: Results,
     *,
     title: str,
     date: str,
-    facts: Mapping[str, object],
-    metrics_csv: Path | None,
+    origin: Origin,
     published: Sequence[Line] = (),
 ) -> None:
     """Write the whole report to `path`.
 
     Args:
-        facts: what a reader should know of the run, e.g. `{"attention": "causal", "seed": 1}`.
-        metrics_csv: the run's logged numbers, drawn as loss curves; None leaves that section out.
         published: results of others to stand beside, and the run's own; none leaves it out.
     """
+    page = (
+        templates()
+        .get_template("report.html.j2")
+        .render(
+            title=title,
+            date=date,
+            origin=origin,
+            results=results,
+            numbers={subset.name: number for number, subset in enumerate(results.subsets)},
+            histograms={
+                subset.name: histogram(subset.similarities)
+                for subset in results.subsets
+                if subset.similarities is not None
+            },
+            splits=split_scores(results),
+            published=published,
+            published_columns=columns(results),
+            groups=group_scores(results),
+            gallery={
+                subset.name: [row for row in results.gallery if row.subset == subset.name]
+                for subset in results.subsets
+            },
+            verdict=verdict,
+            pictures=pictures,
+            query_box=QUERY_BOX,
+            candidate_box=CANDIDATE_BOX,
+            map_box=MAP_BOX,
+            panels=read_panels({"": origin.metrics_csv}) if origin.metrics_csv else [],
+        )
+    )
+    path.write_text(page, encoding="utf-8")
+
+
+def templates() -> Environment:
+    """What pages are made with; all text is escaped."""
     environment = Environment(
         loader=PackageLoader("cocoa_pl", "evaluation"),
         autoescape=True,
@@ -80,26 +134,25 @@ def write_report(
         "shorten": _shorten,
         "heading": _heading,
     }
-    page = environment.get_template("report.html.j2").render(
-        title=title,
-        date=date,
-        facts=facts,
-        results=results,
-        splits=split_scores(results),
-        published=published,
-        published_columns=columns(results),
-        groups=group_scores(results),
-        gallery={
-            subset.name: [row for row in results.gallery if row.subset == subset.name]
-            for subset in results.subsets
-        },
-        verdict=verdict,
-        pictures=pictures,
-        query_box=QUERY_BOX,
-        candidate_box=CANDIDATE_BOX,
-        panels=read_panels(metrics_csv) if metrics_csv else [],
-    )
-    path.write_text(page, encoding="utf-8")
+    return environment
+
+
+def histogram(similarities: Similarities) -> Histogram:
+    """Bars over the bins between the first and the last that hold a row, on one scale."""
+    both = np.array([similarities.positive, similarities.hardest])
+    filled = np.flatnonzero(both.any(axis=0))
+    first, last = (int(filled[0]), int(filled[-1])) if len(filled) else (0, len(both[0]) - 1)
+    both = both[:, first : last + 1]
+    width = WIDTH / both.shape[1]
+    bars = [
+        [
+            Bar(round(place * width, 2), round(width, 2), round(HEIGHT * float(share), 2))
+            for place, share in enumerate(counts / max(1, both.max()))
+            if share
+        ]
+        for counts in both
+    ]
+    return Histogram(bars[0], bars[1], low=EDGES[first], high=EDGES[last + 1])
 
 
 def score_table(results: Results) -> Table:

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from cocoa_pl.evaluation.intervals import CONFIDENCE, Interval, interval, resampled
+from cocoa_pl.evaluation.similarities import Similarities
+from cocoa_pl.evaluation.space import Space
 from cocoa_pl.items import Item
 
 
@@ -22,6 +24,7 @@ class SubsetScore:
     num_queries: int
     num_candidates: int
     chance: float
+    similarities: Similarities | None = None
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class Results:
     """Scores of a benchmark; every mean is over subsets, unweighted, as MMEB reports it.
 
     `is_partial` says that only a choice of its subsets was scored: then there are no means, which
-    would compare with nothing.
+    would compare with nothing. `space` is a map of some queries and positives.
     """
 
     benchmark: str
@@ -59,6 +62,7 @@ class Results:
     subsets: tuple[SubsetScore, ...]
     gallery: tuple[GalleryRow, ...]
     is_partial: bool = False
+    space: Space | None = None
 
     @property
     def overall(self) -> float | None:
@@ -108,6 +112,7 @@ class Results:
                     "num_queries": subset.num_queries,
                     "num_candidates": subset.num_candidates,
                     "chance": subset.chance,
+                    **(subset.similarities.to_json() if subset.similarities else {}),
                 }
                 for subset in self.subsets
             },

@@ -51,15 +51,17 @@ def score_rows(
     """
     official = np.zeros(len(query_index), dtype=bool)
     strict = np.zeros(len(query_index), dtype=bool)
+    positive, hardest = np.empty((2, len(query_index)), np.float32)
     with np.errstate(invalid="ignore", over="ignore"):  # NaN is judged by the rules
         for rows, first, other in _leads(queries, candidates, query_index, candidate_index, block):
             official[rows], strict[rows] = rule_hits(first, other)
+            positive[rows], hardest[rows] = first, other
             # A product rounds equal candidates differently: settle close rows one by one.
             for row in rows[np.abs(first - other) < _ROUNDING]:
                 official[row], strict[row] = row_hit(
                     queries[query_index[[row]]][0], candidates, candidate_index[row], block=block
                 )
-    return Hits(official, strict)
+    return Hits(official, strict, positive, hardest)
 
 
 def _leads(

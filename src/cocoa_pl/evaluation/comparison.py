@@ -1,0 +1,241 @@
+"""Folders of scored runs in, one page that sets them side by side out.
+
+Whether two scores differ is told by an interval of their difference: runs answer the same queries,
+but which of them each answered is not kept, so the interval takes them as independent and is wider
+than it could be.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any
+
+import yaml
+
+from cocoa_pl.errors import UserError
+from cocoa_pl.evaluation.curves import Panel, read_panels
+from cocoa_pl.evaluation.intervals import CONFIDENCE, Interval
+from cocoa_pl.evaluation.report import templates
+
+MEANS = ("overall", "in_distribution", "out_of_distribution")
+MAX_RUNS = 6  # that curves can be told apart
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A run with its results.json, and its config.yaml where there is one."""
+
+    name: str
+    folder: Path
+    results: Mapping[str, Any]
+    config: Mapping[str, str]
+
+    def score(self, row: str, kind: str) -> float | None:
+        """Of a mean, a group or a subset; None where the run has none."""
+        if kind == "mean":
+            found = self.results[row]
+        elif kind == "group":
+            found = self.results["groups"].get(row)
+        else:
+            found = self.results["subsets"].get(row, {}).get("precision_at_1")
+        return None if found is None else float(found)
+
+    def subsets(self, row: str, kind: str) -> list[tuple[float, int]]:
+        """Scores and queries of the subsets that a row is the mean of."""
+        return [
+            (subset["precision_at_1"], subset["num_queries"])
+            for name, subset in self.results["subsets"].items()
+            if (kind == "subset" and name == row)
+            or (kind == "group" and subset["group"] == row)
+            or row == "overall"
+            or (row == "in_distribution" and subset["in_distribution"])
+            or (row == "out_of_distribution" and not subset["in_distribution"])
+        ]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A run's score, and how far it is from the first run's.
+
+    Attributes:
+        is_best: of all runs.
+        difference: interval of the difference; None for the first run.
+    """
+
+    score: float | None
+    is_best: bool
+    difference: Interval | None
+
+    @property
+    def differs(self) -> str:
+        """`above`, `below`, or empty where the interval holds zero."""
+        low, high = self.difference or (0.0, 0.0)
+        return "above" if low > 0 else "below" if high < 0 else ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A mean, a group or a subset (`kind`) over all runs; `group` is that of a subset."""
+
+    name: str
+    kind: str
+    group: str
+    cells: tuple[Cell, ...]
+
+
+def read_runs(folders: Sequence[Path]) -> list[Scored]:
+    """Open runs of one benchmark.
+
+    Raises:
+        UserError: for fewer than two, more than `MAX_RUNS`, the same twice, one that was not
+            scored, or runs of different benchmarks.
+    """
+    if not 2 <= len(folders) <= MAX_RUNS:
+        raise UserError(f"2 to {MAX_RUNS} runs are compared, not {len(folders)}")
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise UserError("a run is named twice")
+    runs = [_read(folder, name) for folder, name in zip(folders, _names(folders), strict=True)]
+    benchmarks = {run.results["benchmark"] for run in runs}
+    if len(benchmarks) > 1:
+        raise UserError(f"runs of different benchmarks do not compare: {', '.join(benchmarks)}")
+    return runs
+
+
+def compared(runs: Sequence[Scored]) -> list[Row]:
+    """Means, groups with their subsets; what no run has is left out."""
+    groups: dict[str, dict[str, None]] = {}
+    for run in runs:
+        for name, subset in run.results["subsets"].items():
+            groups.setdefault(subset["group"], {})[name] = None
+    named = [(name, "mean", "") for name in MEANS]
+    for group, subsets in groups.items():
+        named += [(group, "group", group), *((name, "subset", group) for name in subsets)]
+    rows = [_row(runs, *one) for one in named]
+    return [row for row in rows if any(cell.score is not None for cell in row.cells)]
+
+
+def changed(runs: Sequence[Scored]) -> dict[str, list[str]]:
+    """Configuration keys whose values are not the same in all runs; of a block of keys that a run
+    lacks altogether, the block's name, with `given` for the runs that have it.
+    """
+    blocks = [
+        {".".join(parts[:depth]) for parts in _parts(run) for depth in range(1, len(parts) + 1)}
+        for run in runs
+    ]
+    found: dict[str, list[str]] = {}
+    for parts in dict.fromkeys(parts for run in runs for parts in _parts(run)):
+        prefixes = [".".join(parts[:depth]) for depth in range(1, len(parts) + 1)]
+        key = prefixes[-1]
+        shown = next((p for p in prefixes if any(p not in known for known in blocks)), key)
+        values = [run.config.get(key, "") for run in runs]
+        if shown != key:
+            found[shown] = ["given" if shown in known else "" for known in blocks]
+        elif len(set(values)) > 1:
+            found[key] = values
+    return found
+
+
+def _parts(run: Scored) -> list[tuple[str, ...]]:
+    return [tuple(key.split(".")) for key in run.config]
+
+
+def write_comparison(path: Path, runs: Sequence[Scored], *, date: str) -> None:
+    """Write the page."""
+    metrics = {run.name: run.folder / "metrics.csv" for run in runs}
+    reports = {
+        run.name: os.path.relpath(run.folder / "report.html", path.parent)
+        for run in runs
+        if (run.folder / "report.html").is_file()
+    }
+    page = (
+        templates()
+        .get_template("comparison.html.j2")
+        .render(
+            runs=runs,
+            benchmark=runs[0].results["benchmark"],
+            date=date,
+            rows=compared(runs),
+            changed=changed(runs),
+            reports=reports,
+            panels=_panels({name: file for name, file in metrics.items() if file.is_file()}),
+            confidence=CONFIDENCE,
+        )
+    )
+    path.write_text(page, encoding="utf-8")
+
+
+def difference(first: Sequence[tuple[float, int]], other: Sequence[tuple[float, int]]) -> Interval:
+    """Interval of `other`'s mean minus `first`'s, by the normal approximation.
+
+    Args:
+        first, other: scores and numbers of queries of the subsets of a mean.
+    """
+    mean = sum(score for score, _ in other) / len(other)
+    mean -= sum(score for score, _ in first) / len(first)
+    variance = sum(
+        sum(score * (1 - score) / count for score, count in part) / len(part) ** 2
+        for part in (first, other)
+    )
+    reach = NormalDist().inv_cdf(0.5 + CONFIDENCE / 2) * math.sqrt(variance)
+    return mean - reach, mean + reach
+
+
+def _row(runs: Sequence[Scored], name: str, kind: str, group: str) -> Row:
+    scores = [run.score(name, kind) for run in runs]
+    best = max((score for score in scores if score is not None), default=None)
+    cells = []
+    for run, score in zip(runs, scores, strict=True):
+        interval = None
+        if run is not runs[0] and score is not None and scores[0] is not None:
+            interval = difference(runs[0].subsets(name, kind), run.subsets(name, kind))
+        cells.append(Cell(score, is_best=score is not None and score == best, difference=interval))
+    return Row(name, kind, group, tuple(cells))
+
+
+def _panels(metrics: Mapping[str, Path]) -> list[Panel]:
+    """Training losses alone: with validation there would be twice the curves."""
+    kept = []
+    for panel in read_panels(metrics):
+        curves = tuple(curve for curve in panel.curves if curve.label.endswith(" train"))
+        if curves:
+            kept.append(replace(panel, curves=curves))
+    return kept
+
+
+def _read(folder: Path, name: str) -> Scored:
+    path = folder / "results.json"
+    if not path.is_file():
+        raise UserError(
+            f"{folder} holds no results.json: score it first, evaluate.py ckpt={folder}"
+        )
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+        results["subsets"], results["groups"], results["overall"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is no result of MMEB's kind ({error!r})") from error
+    config = folder / "config.yaml"
+    text = config.read_text(encoding="utf-8") if config.is_file() else "{}"
+    return Scored(name, folder, results, dict(_flat(yaml.safe_load(text) or {})))
+
+
+def _flat(node: Any, prefix: str = "") -> list[tuple[str, str]]:
+    if not isinstance(node, dict):
+        return [(prefix, json.dumps(node) if isinstance(node, list) else str(node))]
+    joined = f"{prefix}." if prefix else ""
+    return [pair for key, value in node.items() for pair in _flat(value, f"{joined}{key}")]
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """The last parts of the paths, as many as tell them apart."""
+    resolved = [folder.resolve() for folder in folders]
+    for depth in range(1, 20):
+        names = ["/".join(folder.parts[-depth:]) for folder in resolved]
+        if len(set(names)) == len(names):
+            return names
+    return [str(folder) for folder in resolved]

@@ -1,0 +1,302 @@
+"""Reports in headless Chromium: their numbers, filters, keys, and how they fit on a screen."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from cocoa_pl.attention import Policy
+from cocoa_pl.commands import report as command
+from cocoa_pl.data.mmeb import EvalSubset
+from cocoa_pl.errors import UserError
+from cocoa_pl.evaluation.benchmark import evaluate
+from cocoa_pl.evaluation.comparison import difference
+from cocoa_pl.evaluation.origin import Origin
+from cocoa_pl.evaluation.report import write_report
+from cocoa_pl.evaluation.results import Results, SubsetScore
+from cocoa_pl.items import IMAGE_SLOT, Item
+
+ALL = ("context", "eos", "target")
+NAMES = ("scene_i2t", "a subset whose name is long", "vqa")
+
+
+@pytest.fixture(scope="module")
+def chromium(browser: Any) -> Iterator[Any]:
+    """Of the width of a desk's screen, unless a test asks for another."""
+    resize(browser, 1280)
+    yield browser
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def resize(browser: Any, width: int) -> None:
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+
+
+@pytest.fixture
+def results(
+    make_subset: Callable[..., EvalSubset],
+    compass: Callable[..., np.ndarray],
+    make_image: Callable[..., Image.Image],
+) -> Results:
+    subsets = []
+    for place, name in enumerate(NAMES):
+        rows = [
+            (f"q {10 * n + place}", [f"p {10 * n + place + 2 * n}", f"w {10 * n + 12}", "x 170"])
+            for n in range(8)
+        ]
+        subset = make_subset(name, rows, group="vqa" if name == "vqa" else "retrieval")
+        with_image = f"{IMAGE_SLOT}\nwhat? {30 + place}"
+        subset.queries[3] = Item(with_image, (make_image((56, 28), seed=1),))
+        subsets.append(subset)
+    return evaluate(compass, subsets, benchmark="digits", checkpoint="runs/1")
+
+
+@pytest.fixture
+def opened(results: Results, chromium: Any, tmp_path: Path) -> Any:
+    metrics = tmp_path / "metrics.csv"
+    metrics.write_text("stage,step,name,value\ns,0,train/loss,2\ns,9,train/loss,1\n")
+    origin = Origin(
+        facts={"seed": 1},
+        policies={"contrast": Policy("all", ALL, ALL, ALL, causal=False)},
+        config="seed: 1\n" + "long: " + "x" * 300,
+        metrics_csv=metrics,
+        lineage=[
+            {"stage": "s", "steps": 9, "batch_size": 4, "lr": 1e-3, "policy": "all", "seed": 1}
+        ],
+    )
+    path = tmp_path / "report.html"
+    write_report(path, results, title="Report", date="today", origin=origin)
+    chromium.get_log("browser")
+    chromium.get(path.as_uri())
+    return chromium
+
+
+def texts(browser: Any, selector: str) -> list[str]:
+    return [element.text for element in browser.find_elements("css selector", selector)]
+
+
+def visible(browser: Any, selector: str) -> int:
+    return sum(e.is_displayed() for e in browser.find_elements("css selector", selector))
+
+
+def choose(browser: Any, label: str) -> None:
+    for choice in browser.find_elements("css selector", ".choice"):
+        if choice.text == label:
+            choice.click()
+            return
+    raise AssertionError(label)
+
+
+def test_tables_hold_the_numbers_of_results_json(opened: Any, results: Results) -> None:
+    written = json.loads(json.dumps(results.to_json()))
+    rows = texts(opened, "#subsets + table tbody tr")
+    for name, subset in written["subsets"].items():
+        (row,) = [row for row in rows if row.startswith(name)]
+        low, high = written["intervals"]["subsets"][name]
+        for number in (subset["precision_at_1"], subset["precision_at_1_strict"]):
+            assert f"{100 * number:.1f}" in row
+        assert f"{100 * low:.1f} to {100 * high:.1f}" in row
+    assert opened.get_log("browser") == []
+
+
+def test_a_subset_can_be_chosen(opened: Any) -> None:
+    assert visible(opened, "figure[data-subset]") == 3
+    everything = visible(opened, ".point")
+    choose(opened, "vqa")
+    assert texts(opened, "figure[data-subset] figcaption b") == ["", "", "vqa"]
+    assert visible(opened, "figure[data-subset]") == 1
+    assert visible(opened, "details[data-subset]") == 1
+    assert 3 * visible(opened, ".point") == everything == 48
+    choose(opened, "all")
+    assert visible(opened, "figure[data-subset]") == 3
+
+
+def test_hits_or_misses_can_be_chosen(opened: Any) -> None:
+    opened.execute_script("document.querySelectorAll('details').forEach(d => d.open = true)")
+    hits, misses = visible(opened, ".verdict.hit"), visible(opened, ".verdict.miss")
+    assert hits
+    assert misses
+    choose(opened, "hits")
+    assert (visible(opened, ".verdict.hit"), visible(opened, ".verdict.miss")) == (hits, 0)
+    choose(opened, "misses")
+    assert (visible(opened, ".verdict.hit"), visible(opened, ".verdict.miss")) == (0, misses)
+
+
+def test_pointing_at_a_point_shows_its_picture(opened: Any) -> None:
+    from selenium.webdriver.common.action_chains import ActionChains
+
+    assert visible(opened, ".about") == 0
+    choose(opened, NAMES[0])
+    label = f"query of {NAMES[0]} row 3"
+    point = opened.find_element("css selector", f'.point input[aria-label="{label}"]')
+    ActionChains(opened).move_to_element(point).perform()
+    assert visible(opened, ".about") == 1
+    about = point.find_element("xpath", "following-sibling::*")
+    assert about.find_element("css selector", "img").is_displayed()
+    assert "what? 30" in about.text
+    assert f"query · {NAMES[0]} row 3" in about.text
+
+
+def test_keys_lead_everywhere(opened: Any) -> None:
+    """Tab reaches every kind of control; arrows go through choices and points of the map."""
+    from selenium.webdriver.common.keys import Keys
+
+    body = opened.find_element("css selector", "body")
+    reached = []
+    for _ in range(30):
+        opened.switch_to.active_element.send_keys(Keys.TAB) if reached else body.send_keys(Keys.TAB)
+        active = opened.switch_to.active_element
+        reached.append(active.get_attribute("name") or active.tag_name)
+        if active.get_attribute("name") == "subset":
+            active.send_keys(Keys.ARROW_RIGHT)
+            assert visible(opened, "figure[data-subset]") == 1
+            opened.switch_to.active_element.send_keys(Keys.ARROW_LEFT)
+        if active.get_attribute("name") == "point":
+            before = active.get_attribute("aria-label")
+            active.send_keys(Keys.ARROW_RIGHT)
+            after = opened.switch_to.active_element.get_attribute("aria-label")
+            assert after != before
+            assert visible(opened, ".about") == 1
+    assert {"a", "subset", "point", "verdict", "summary"} <= set(reached)
+
+
+@pytest.mark.parametrize("width", [1280, 400])
+def test_the_page_fits(width: int, opened: Any) -> None:
+    resize(opened, width)
+    opened.execute_script("document.querySelectorAll('details').forEach(d => d.open = true)")
+    assert opened.execute_script("return document.documentElement.scrollWidth") <= width
+    resize(opened, 1280)
+
+
+# --- Several runs ---
+
+
+def scored(folder: Path, shares: list[float], *, rate: str, benchmark: str = "digits") -> Path:
+    subsets = tuple(
+        SubsetScore(
+            name, "vqa" if name == "vqa" else "retrieval", name != "vqa", share, share, 400, 9, 0.1
+        )
+        for name, share in zip(NAMES, shares, strict=True)
+    )
+    folder.mkdir()
+    Results(benchmark, folder.name, subsets, ()).write_json(folder / "results.json")
+    stage = "stage:\n  first: {steps: 1, lr: 2}\n" if rate == "0.1" else ""
+    (folder / "config.yaml").write_text(
+        f"seed: 0\nschedule:\n  lr: {rate}\n{stage}names: [a, '<b>']\n"
+    )
+    (folder / "metrics.csv").write_text(
+        "stage,step,name,value\ns,0,train/loss,2\ns,9,train/loss,1\ns,9,val/loss,1\n"
+    )
+    (folder / "report.html").write_text("its own")
+    return folder
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> list[str]:
+    first = scored(tmp_path / "first", [0.5, 0.5, 0.9], rate="0.1")
+    other = scored(tmp_path / "other <b>", [0.7, 0.52, 0.5], rate="0.2")
+    return [str(first), str(other)]
+
+
+@pytest.fixture
+def side_by_side(runs: list[str], chromium: Any, tmp_path: Path) -> Any:
+    out = tmp_path / "pages" / "comparison.html"
+    assert command.run([*runs, "--out", str(out)], Console(quiet=True)) == 0
+    chromium.get_log("browser")
+    chromium.get(out.as_uri())
+    return chromium
+
+
+def test_scores_and_differences_stand_side_by_side(side_by_side: Any) -> None:
+    rows = {row.split("\n")[0].split(" 5")[0]: row for row in texts(side_by_side, "tbody tr")}
+    (row,) = [row for row in texts(side_by_side, "#score-table tr") if row.startswith("scene_i2t")]
+    low, high = difference([(0.5, 400)], [(0.7, 400)])
+    assert f"+20.0 ({100 * low:+.1f} to {100 * high:+.1f})" in row
+    assert "50.0" in row
+    assert "70.0" in row
+    assert rows
+    colours = {
+        tuple(e.text.split()[:1]): e.get_attribute("class")
+        for e in side_by_side.find_elements("css selector", "#score-table tr.subset small")
+    }
+    assert colours == {("+20.0",): "above", ("+2.0",): "", ("-40.0",): "below"}
+    assert side_by_side.get_log("browser") == []
+
+
+def test_rows_that_do_not_differ_can_be_hidden(side_by_side: Any) -> None:
+    assert visible(side_by_side, "#score-table tr.subset") == 3
+    choose(side_by_side, "rows that differ")
+    assert visible(side_by_side, "#score-table tr.subset") == 2
+    choose(side_by_side, "means and groups")
+    assert visible(side_by_side, "#score-table tr.subset") == 0
+    assert visible(side_by_side, "#score-table tr.group") == 2
+
+
+def test_what_was_configured_otherwise_is_told(side_by_side: Any) -> None:
+    assert texts(side_by_side, ".changed tbody tr") == [
+        "schedule.lr 0.1 0.2",
+        "stage given –",
+    ]
+    links = side_by_side.find_elements("css selector", ".headline a")
+    assert [link.text for link in links] == ["first", "other <b>"]
+    links[1].click()
+    assert side_by_side.find_element("css selector", "body").text == "its own"
+
+
+@pytest.mark.parametrize("width", [1280, 400])
+def test_the_comparison_fits(width: int, side_by_side: Any) -> None:
+    resize(side_by_side, width)
+    assert side_by_side.execute_script("return document.documentElement.scrollWidth") <= width
+    resize(side_by_side, 1280)
+
+
+def test_curves_of_all_runs_are_in_one_panel(side_by_side: Any) -> None:
+    assert len(side_by_side.find_elements("css selector", "polyline")) == 2
+    (legend,) = texts(side_by_side, ".legend")
+    assert "first train 1" in legend
+    assert "other <b> train 1" in legend
+
+
+def test_the_terminal_tells_means(runs: list[str], tmp_path: Path) -> None:
+    console = Console(width=100, record=True, quiet=False)
+    command.run([*runs, "--out", str(tmp_path / "c.html")], console)
+    said = console.export_text()
+    assert "63.3" in said  # the first run's mean
+    assert "57.3-" in said
+    assert "61.0+" in said  # retrieval
+
+
+def test_an_interval_of_a_difference_covers_it_as_often_as_it_says() -> None:
+    random = np.random.default_rng(0)
+    truth, count = (0.6, 0.7), 200
+    covered = 0
+    for _ in range(2000):
+        first, other = (random.binomial(count, p) / count for p in truth)
+        low, high = difference([(first, count)], [(other, count)])
+        covered += low <= 0.1 <= high
+    assert 0.93 < covered / 2000 < 0.97
+
+
+def test_runs_that_do_not_compare_are_refused(runs: list[str], tmp_path: Path) -> None:
+    other = str(scored(tmp_path / "third", [0.5, 0.5, 0.5], rate="1", benchmark="mmeb_v1"))
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    for arguments, said in (
+        (runs[:1], "2 to 6 runs"),
+        ([runs[0], runs[0]], "named twice"),
+        ([runs[0], other], "different benchmarks"),
+        ([runs[0], str(empty)], "holds no results.json"),
+    ):
+        with pytest.raises(UserError, match=said):
+            command.run(arguments, Console(quiet=True))
+    (empty / "results.json").write_text('{"tasks": {}}')
+    with pytest.raises(UserError, match="no result of MMEB's kind"):
+        command.run([runs[0], str(empty)], Console(quiet=True))
