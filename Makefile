@@ -19,7 +19,7 @@ endif
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow test-gpu bench lint types format clean
+.PHONY: help venv demo test test-slow test-gpu bench docs lint types format clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -44,6 +44,9 @@ bench: $(STAMP) ## Measure speed side by side with re-created peers (5 minutes; 
 	$(PY) -m benchmarks all --device $(BENCH_DEVICE) --json benchmarks/results/$(BENCH_DEVICE).json
 	$(PY) -m benchmarks page benchmarks/results/*.json
 
+docs: $(STAMP) ## Build the documentation site in site/
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build
+
 lint: $(STAMP) ## Check style, formatting and spelling
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -57,7 +60,7 @@ format: $(STAMP) ## Rewrite the code as lint wants it
 	$(PY) -m ruff format .
 
 clean: ## Remove the environment, builds and tool caches (runs and data stay)
-	rm -rf $(VENV) build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) build dist site src/*.egg-info .mypy_cache .ruff_cache .pytest_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMP): pyproject.toml constraints.txt

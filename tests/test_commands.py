@@ -20,9 +20,9 @@ from cocoa_pl.assemble import open_embedder, score
 from cocoa_pl.command_line import CONFIGS
 from cocoa_pl.data.digits import DigitsBenchmark
 from cocoa_pl.evaluation.origin import Origin
+from tests.small import SMALL_BENCHMARK, SMALL_DIGITS, SMALL_TRAINING, STAGES
 
 ROOT = CONFIGS.parent
-STAGES = ("pretrain", "warmup", "reconstruct", "contrast")
 
 
 class Ended(NamedTuple):
@@ -44,24 +44,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def small(cache: Path) -> list[str]:
     """Overrides that leave of everything as little as works."""
-    return [
-        f"cache_dir={cache}",
-        "data.scenes=60",
-        "data.task_rows=20",
-        "data.validation_rows=25",
-        "benchmark.scenes=60",
-        "benchmark.task_rows=12",
-        *(f"schedule.{stage}.{key}" for stage in STAGES for key in ("steps=2", "batch_size=8")),
-        "model.source.text.hidden_size=32",
-        "model.source.text.intermediate_size=48",
-        "model.source.text.num_hidden_layers=1",
-        "model.source.text.rope_parameters.mrope_section=[1,1,2]",
-        "model.source.vision.depth=1",
-        "model.source.vision.embed_dim=32",
-        "logger=none",
-        "trainer=cpu",
-        "num_workers=0",
-    ]
+    return [f"cache_dir={cache}", *SMALL_DIGITS, *SMALL_BENCHMARK, *SMALL_TRAINING]
 
 
 def command(script: str, *arguments: str, cwd: Path) -> Ended:

@@ -244,7 +244,7 @@ def whole(task: Task) -> Found:
     return stage_steps(task, slice(None))
 
 
-@pytest.fixture(scope="module", params=GATHERED)
+@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
 def gatherings(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> list[Found]:

@@ -23,6 +23,8 @@ def commands() -> list[list[str]]:
     text = "\n".join(page.read_text() for page in PAGES).replace("\\\n", " ")
     found = re.findall(r"(?:python |per-node 8 |29500 +)((?:train|evaluate)\.py [^\n`]*)", text)
     words = [shlex.split(re.split("  #", command)[0]) for command in found]
+    # Hydra's own options are taken where commands are run: tests/docs/test_commands.py.
+    words = [command for command in words if not {"--config-dir", "--cfg"} & {*command}]
     return [[word for word in command if "..." not in word] for command in words]
 
 

@@ -241,7 +241,13 @@ def record_of(benchmark: Benchmark) -> dict[str, Any]:
     )
 
 
-@EVERY
+@pytest.mark.parametrize(
+    "benchmark",
+    [
+        pytest.param(one, id=one.name, marks=[pytest.mark.slow] * one.name.endswith("_step"))
+        for one in BENCHMARKS
+    ],
+)
 def test_a_record_has_the_public_keys(benchmark: Benchmark) -> None:
     record = json.loads(json.dumps(record_of(benchmark), allow_nan=False))
     assert record["name"] == benchmark.name

@@ -243,7 +243,7 @@ def test_rows_that_do_not_differ_can_be_hidden(side_by_side: Any) -> None:
 def test_what_was_configured_otherwise_is_told(side_by_side: Any) -> None:
     assert texts(side_by_side, ".changed tbody tr") == [
         "schedule.lr 0.1 0.2",
-        "stage given –",
+        "stage given –",  # noqa: RUF001
     ]
     links = side_by_side.find_elements("css selector", ".headline a")
     assert [link.text for link in links] == ["first", "other <b>"]

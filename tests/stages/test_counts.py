@@ -169,12 +169,12 @@ def test_memory_of_contrast_grows_with_the_embeddings_alone(
     make: Make, rows: Callable[..., Rows]
 ) -> None:
     """Chunks and similarities stay the same size: what grows is vectors and keys."""
-    few, many = (peak(make("contrast"), rows("contrast", n)) for n in (24, 96))
+    few, many = (peak(make("contrast"), rows("contrast", n)) for n in (16, 64))
     width = make("contrast").backbone.hidden_size
     # Unit vectors of both sides and their gradients, in the order of chunks and of rows, and the
     # bookkeeping of each sample.
     a_row = 2 * (8 * width * 4 + 200)
-    assert many - few < (96 - 24) * a_row
+    assert many - few < (64 - 16) * a_row
     assert many < 1.2 * few
 
 
@@ -182,7 +182,7 @@ def test_memory_of_rebuilding_does_not_grow_with_the_batch(
     make: Make, rows: Callable[..., Rows]
 ) -> None:
     for stage in ("warmup", "reconstruct"):
-        peaks = [peak(make(stage), rows(stage, n)) for n in (16, 64)]
+        peaks = [peak(make(stage), rows(stage, n)) for n in (8, 32)]
         assert peaks[1] < 1.05 * peaks[0]
 
 

@@ -95,7 +95,16 @@ SAVINGS: dict[str, list[str]] = {
 }
 
 
-@pytest.mark.parametrize("overrides", SAVINGS.values(), ids=SAVINGS)
+SLOW = ("small chunks", "recomputed blocks")  # the first are in kept graphs, too
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        pytest.param(overrides, id=name, marks=[pytest.mark.slow] * (name in SLOW))
+        for name, overrides in SAVINGS.items()
+    ],
+)
 def test_a_saving_changes_no_number(overrides: list[str], run: Run, plain: Curve) -> None:
     assert_same(run(*overrides), plain, relative=1e-4)
 
@@ -118,6 +127,7 @@ def test_reading_few_states_is_reading_all_and_choosing(
 DORA = [*PLAIN, "adapter=dora", "adapter.dropout=0"]
 
 
+@pytest.mark.slow
 def test_dora_with_less_work_gives_the_same_curve(run: Run) -> None:
     theirs = run(*DORA, "adapter.lean_dora=false")
     assert_same(run(*DORA), theirs, relative=1e-4)

@@ -120,10 +120,10 @@ def test_all_four_stages_run_one_after_the_other(whole: Whole) -> None:
     ("stop_at", "num_workers"),
     [
         (2, 0),  # in the middle of pretrain, where a validation is due
-        (STEPS, 1),  # with its last step
+        pytest.param(STEPS, 1, marks=pytest.mark.slow),  # with its last step
         (STEPS + 3, 1),  # in the middle of warmup, where none is due
         (2 * STEPS + 1, 0),  # after one step of reconstruct
-        (4 * STEPS, 0),  # with the very last step
+        pytest.param(4 * STEPS, 0, marks=pytest.mark.slow),  # with the very last step
     ],
 )
 def test_a_stopped_run_goes_on_bit_by_bit(

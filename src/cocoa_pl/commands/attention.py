@@ -48,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
         "to columns. Either give segment lengths, or an example: a text for CONTEXT (with an "
         "image) and one for TARGET, cut into tokens by a model's processor.",
     )
-    parser.add_argument("policy", help="a file of conf/attention, e.g. eos_bridge")
+    parser.add_argument("policy", help="a file of conf/attention, e.g. eos_bridge, or a path")
     parser.add_argument(
         "--lengths", default="2,1,2", help="CONTEXT,EOS,TARGET of one sample, e.g. 2,1,2"
     )
@@ -61,14 +61,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def load_policy(name: str) -> Policy:
-    """A policy of conf/attention by its file name.
+    """A policy of conf/attention by its file name, or of any file by its path.
 
     Raises:
         UserError: if there is none.
     """
-    path = CONFIGS / "attention" / f"{name}.yaml"
+    path = Path(name) if name.endswith(".yaml") else CONFIGS / "attention" / f"{name}.yaml"
     if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in path.parent.glob("*.yaml")))
+        known = ", ".join(sorted(p.stem for p in (CONFIGS / "attention").glob("*.yaml")))
         raise UserError(f"there is no attention policy {name}; there are {known}")
     policy: Policy = build(OmegaConf.load(path))
     return policy

@@ -1,0 +1,117 @@
+"""Hooks of mkdocs: pictures for the pages, drawn by the code that they are about, and links to
+files of the repository that are no pages.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+import textwrap
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from matplotlib import pyplot as plt
+from mkdocs.structure.files import File, Files
+from PIL import Image
+
+from cocoa_pl.assemble import make_processor, open_model
+from cocoa_pl.attention import Policy, dense_mask
+from cocoa_pl.attention.picture import draw_grid
+from cocoa_pl.batch import pack
+from cocoa_pl.command_line import compose_overrides
+from cocoa_pl.corruption import Corrupted, Corruption, noise_of, with_noise
+from cocoa_pl.data.scenes import caption, compose, draw
+from cocoa_pl.data.tokenize import Processor
+from cocoa_pl.entry import register_resolvers
+from cocoa_pl.items import IMAGE_SLOT, Item
+from cocoa_pl.stages.pictures import unpatchify
+
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLE = (5, 1, 4)  # CONTEXT, EOS, TARGET in the pictures of attention
+LAYOUTS = ((7, 2, 0, 4), (3, 8, 8, 1), (9, 0, 5, 6))
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """Add the pictures to what is built."""
+    with tempfile.TemporaryDirectory() as scratch:
+        for path in pictures(Path(scratch)):
+            uri = f"img/drawn/{path.name}"
+            files.append(File.generated(config, uri, content=path.read_bytes()))
+    return files
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Links out of docs/ lead nowhere on a site: their text is the path in the repository."""
+    return re.sub(r"\[([^\]]*)\]\((?:\.\./)+([^)#]+)\)", r"`\2`", markdown)
+
+
+def pictures(folder: Path) -> Iterable[Path]:
+    """Draw all of them."""
+    for path in sorted((ROOT / "conf" / "attention").glob("*.yaml")):
+        values = yaml.safe_load(path.read_text())
+        del values["_target_"]
+        policy = Policy(**values)
+        mask = dense_mask(policy, torch.tensor([EXAMPLE]))
+        letters = [letter for letter, n in zip("AEB", EXAMPLE, strict=True) for _ in range(n)]
+        drawn = folder / f"{path.stem}.png"
+        draw_grid(drawn, mask, letters, segment_lengths=EXAMPLE, title=policy.name)
+        yield drawn
+    yield draw_corruption(folder / "corruption.png", folder)
+
+
+def draw_corruption(path: Path, folder: Path) -> Path:
+    """Digit scenes as warm-up shows them: hidden words as blanks, hidden patches as noise."""
+    random = np.random.default_rng(0)
+    scenes = [compose(layout, split="train", rng=random) for layout in LAYOUTS]
+    captions = [caption(scene.layout) for scene in scenes]
+    register_resolvers()
+    cfg = compose_overrides("train", [f"cache_dir={folder}"])
+    loaded = open_model(cfg, lambda: captions)
+    processor = make_processor(cfg, loaded, max_pixels=cfg.model.max_pixels)
+    images = [Image.fromarray(draw(scene)).convert("RGB") for scene in scenes]
+    items = [Item(f"{IMAGE_SLOT}{text}", (i,)) for text, i in zip(captions, images, strict=True)]
+    batch = pack(
+        [
+            processor.encode(item, None, key=number, seed=number, row_id=item.text)
+            for number, item in enumerate(items)
+        ]
+    )
+    hides = cfg.stage.warmup.module
+    seen = Corruption(
+        text_ratio=hides.text_ratio,
+        text_segment=hides.text_segment,
+        patch_ratio=hides.patch_ratio,
+        mask_token_id=processor.mask_id,
+        merge_size=processor.merge_size,
+    )(batch)
+    clean = loaded.backbone.pixels(batch)
+    noisy = with_noise(clean, noise_of(batch, seen.patch_mask, merge_size=processor.merge_size))
+    figure, axes = plt.subplots(2, len(scenes), figsize=(7.5, 5.4), layout="constrained")
+    patches = np.cumsum([0, *batch.patches_per_sample.tolist()])
+    tokens = np.cumsum([0, *batch.lengths.tolist()])
+    for column, grid in enumerate(batch.grids.tolist()):
+        of_image = slice(*patches[column : column + 2])
+        blanks = _blanks(seen, slice(*tokens[column : column + 2]), processor)
+        for row, (pixels, text) in enumerate(((clean, captions[column]), (noisy, blanks))):
+            axes[row, column].imshow(unpatchify(loaded.backbone, pixels[of_image], grid))
+            axes[row, column].set_title("\n".join(textwrap.wrap(text, 30)), fontsize=8)
+            axes[row, column].axis("off")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path
+
+
+def _blanks(seen: Corrupted, tokens: slice, processor: Processor) -> str:
+    """The words of a sample, hidden tokens as blanks."""
+    parts = zip(
+        seen.labels[tokens].tolist(),
+        seen.token_mask[tokens].tolist(),
+        seen.batch.text_mask[tokens].tolist(),
+        strict=True,
+    )
+    decode = processor.tokenizer.decode
+    return "".join(" ▁▁ " if hidden else decode([token]) for token, hidden, text in parts if text)

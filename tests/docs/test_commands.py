@@ -1,0 +1,200 @@
+"""The commands and the Python of the README and of docs/ are run as they stand there, on the
+smallest model that works; those that need published data, weights or several machines are composed
+by tests/test_readme.py.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import re
+import runpy
+import shlex
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cocoa_pl import cli
+from cocoa_pl.attention import Policy
+from cocoa_pl.data.tokenize import Processor
+from cocoa_pl.embedder import Embedder
+from cocoa_pl.for_mteb import digits
+from cocoa_pl.models.loading import FAMILIES, Loaded
+from tests.small import SMALL_BENCHMARK, SMALL_DIGITS, SMALL_TRAINING
+
+ROOT = Path(__file__).resolve().parents[2]
+NAMES = ("tutorial", "use", "mining", "stages", "extend", "data", "doctor", "plan", "speed")
+PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in NAMES)]
+COMMAND = r"(?:PYTHONPATH=\S+ )?(?:python (?:train|evaluate)\.py|cocoa \w+)\b[^\n`]*"
+PYTHON = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
+
+# What a command needs that is not here, by a part of it.
+NEEDS = {
+    "published weights": r"model=qwen|model\.source|experiment=paper",
+    "published data": r"data=(mmeb|moca|cocoa_json|paper)|benchmark=(mmeb|moca)|benchmark\.root",
+    "hours": r"experiment=ablation|stage=recipe",
+    "a GPU": r"kernel=|dtype=bfloat16|--device cuda",
+    "several processes": r"torchrun|trainer=(ddp|fsdp)|\bsbatch|store=",
+    "values of the reader's own": r"\.\.\.|\bRUN\b|\bFOLDER\b|KEY=VALUE",
+    "a browser (tests/search)": r"--serve",
+}
+
+
+def missing(command: str) -> str:
+    if command.startswith("cocoa plan"):  # reads no weights and no rows
+        return ""
+    return next((need for need, part in NEEDS.items() if re.search(part, command)), "")
+
+
+def commands() -> list[str]:
+    """In the order of the pages; a backslash continues a line."""
+    found = []
+    for page in PAGES:
+        text = page.read_text().replace("\\\n", " ")
+        found += re.findall(rf"^(?:    )?({COMMAND})$", text, re.MULTILINE)
+    cut = (re.split(r"\s{2,}#", command)[0].strip() for command in found)
+    return list(dict.fromkeys(" ".join(command.split()) for command in cut))
+
+
+HERE = [command for command in commands() if not missing(command)]
+
+
+def test_most_commands_are_run() -> None:
+    assert len(HERE) >= 25
+    assert {command.split()[1] for command in HERE if command.startswith("cocoa")} == set(
+        cli.COMMANDS
+    )
+
+
+@pytest.fixture(scope="module")
+def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what the pages speak of: the examples, pictures, rows of one's own."""
+    folder = tmp_path_factory.mktemp("reader")
+    (folder / "docs").symlink_to(ROOT / "docs")
+    dogs = [f"images/dogs/{number}.jpg" for number in range(40)]
+    for number, path in enumerate(("scene.png", "pictures/a.png", "pictures/b.png", *dogs)):
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(number).integers(0, 256, (56, 56, 3))
+        Image.fromarray(pixels.astype(np.uint8)).save(folder / path)
+    row = re.search(r'^{"query_image": "dogs/7.jpg".*}$', PAGES[0].read_text(), re.MULTILINE)
+    assert row
+    rows = [row[0].replace("7", str(n)).replace("sofa", f"sofa {n}") for n in range(40)]
+    (folder / "my.jsonl").write_text("\n".join(rows))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def as_before(sandbox: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Commands are run in the sandbox, and set up logging for themselves."""
+    monkeypatch.chdir(sandbox)
+    monkeypatch.setattr(digits, "CACHE_DIR", str(sandbox / ".cache"))
+    root = logging.getLogger()
+    before = (root.level, list(root.handlers))
+    yield
+    root.setLevel(before[0])
+    root.handlers[:] = before[1]
+
+
+def smaller(words: list[str]) -> list[str]:
+    """The overrides that make it small, as far as the command has what they change."""
+    if any(word.startswith("resume=") for word in words):
+        return []  # a resumed run keeps its config
+    has_digits = not any(w.startswith("data=") and w != "data=digits" for w in words)
+    if words[1] == "train.py":
+        return [*SMALL_TRAINING, *SMALL_BENCHMARK * has_digits, *SMALL_DIGITS * has_digits]
+    if words[1] == "evaluate.py":
+        return [] if any(w.startswith("benchmark=") for w in words) else SMALL_BENCHMARK
+    if words[:2] == ["cocoa", "mine"]:
+        return SMALL_DIGITS
+    if words[:2] == ["cocoa", "doctor"]:
+        return ["workers=0", *SMALL_TRAINING, *(SMALL_DIGITS + SMALL_BENCHMARK) * has_digits]
+    return []
+
+
+def marked(command: str) -> Any:
+    """Sweeps are many runs."""
+    return pytest.param(command, id=command, marks=[pytest.mark.slow] * (" -m " in command))
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("command", map(marked, HERE))
+def test_a_command_runs(command: str, sandbox: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = shlex.split(command)
+    if not (sandbox / "runs" / "A").exists():
+        run(shlex.split("python train.py hydra.run.dir=runs/A"), monkeypatch)
+    if words[0].startswith("PYTHONPATH="):
+        monkeypatch.syspath_prepend(words.pop(0).partition("=")[2])
+    run(words, monkeypatch)
+
+
+def run(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    words = [*words, *smaller(words)]
+    if words[0] == "cocoa":
+        assert cli.run(words[1:]) == 0
+        return
+    monkeypatch.setattr(sys, "argv", [str(ROOT / words[1]), *words[2:]])
+    status = 0
+    try:
+        runpy.run_path(str(ROOT / words[1]), run_name="__main__")
+    except SystemExit as ended:
+        status = int(ended.code or 0)
+    assert status == 0
+
+
+def blocks() -> list[tuple[str, str]]:
+    found = []
+    for page in PAGES:
+        for code in re.findall(
+            r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE
+        ):
+            if "--8<--" not in code:
+                found.append((page.stem, textwrap.dedent(code)))
+    return found
+
+
+@pytest.mark.parametrize("block", blocks(), ids=lambda block: block[0])
+def test_python_runs(
+    block: tuple[str, str], sandbox: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not (sandbox / "runs" / "A").exists():
+        run(shlex.split("python train.py hydra.run.dir=runs/A"), monkeypatch)
+    if not (sandbox / "exported" / "st").exists():
+        run(
+            shlex.split("cocoa export runs/A --to sentence-transformers --out exported/st"),
+            monkeypatch,
+        )
+    exec(block[1].replace("runs/<time>", "runs/A"), {})
+
+
+def test_the_new_backbone_gives_the_stock_models_vectors(
+    load_tiny: Callable[..., Loaded],
+    processor: Processor,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """docs/examples/my_backbone.py on a folder of its family."""
+    monkeypatch.syspath_prepend(str(ROOT / "docs" / "examples"))
+    new = importlib.import_module("my_backbone")
+    stock = load_tiny()
+    values = {**stock.backbone.stock.config.to_dict(), "model_type": "new_vl"}
+    model = new.NewVLForConditionalGeneration(new.NewVLConfig.from_dict(values))
+    model.load_state_dict(stock.backbone.stock.state_dict())
+    model.save_pretrained(tmp_path)
+    stock.tokenizer.save_pretrained(tmp_path)
+    stock.image_processor.save_pretrained(tmp_path)
+    everyone = ("context", "eos", "target")
+    policy = Policy("all", everyone, everyone, everyone, causal=False)
+    items = ["a dog", {"image": Image.radial_gradient("L").convert("RGB"), "text": "a cat"}]
+    try:
+        found = load_tiny(folder=new.NewVLSource(path=str(tmp_path)).folder(list))
+        assert type(found.backbone) is new.NewVLBackbone
+        vectors = [Embedder(m.backbone, processor, policy).encode(items) for m in (stock, found)]
+    finally:
+        del FAMILIES["new_vl"]
+    np.testing.assert_allclose(*vectors, atol=1e-6)

@@ -1,0 +1,78 @@
+"""The site is built without network, holds what it promises, and opens from the disk."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built strictly: a broken link or a docstring that cannot be read is an error."""
+    folder = tmp_path_factory.mktemp("site")
+    built = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--quiet", "--site-dir", str(folder)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert built.returncode == 0, built.stderr
+    return folder
+
+
+def test_every_policy_is_drawn(site: Path) -> None:
+    for path in (ROOT / "conf" / "attention").glob("*.yaml"):
+        name = f"img/drawn/{path.stem}.png"
+        assert (site / name).read_bytes().startswith(b"\x89PNG")
+        assert name in (site / "stages.html").read_text()
+    assert (site / "img/drawn/corruption.png").stat().st_size > 20_000
+
+
+def test_the_reference_holds_docstrings_and_signatures(site: Path) -> None:
+    page = (site / "reference" / "embedding.html").read_text()
+    for text in (
+        "Embed items.",
+        "truncate_dim",
+        "(N, D) float32, rows of unit length",
+        "UserError",
+    ):
+        assert text in page
+    attention = (site / "reference" / "attention.html").read_text()
+    assert "A policy is a 3 x 3 table of data" in attention
+
+
+def test_examples_are_shown_in_full(site: Path) -> None:
+    page = re.sub(r"<[^>]+>", "", (site / "extend.html").read_text())
+    assert "class Colours:" in page
+    assert "class NewVLBackbone(QwenVLBackbone):" in page
+    assert "name: lookback" in page
+
+
+def test_nothing_is_loaded_from_elsewhere(site: Path) -> None:
+    for path in site.rglob("*.html"):
+        page = path.read_text()
+        for tag in re.findall(r"<(?:script|link|img|iframe)\b[^>]*>", page):
+            target = re.search(r'(?:src|href)="([^"]*)"', tag)
+            assert target is None or not target[1].startswith(("http", "//")), f"{path}: {tag}"
+
+
+def test_every_page_opens_without_an_error(site: Path, browser: Any) -> None:
+    nav = yaml.load((ROOT / "mkdocs.yml").read_text(), Loader=yaml.BaseLoader)["nav"]
+    pages = re.findall(r"[\w/]+\.md", str(nav))
+    assert len(pages) > 20
+    browser.get_log("browser")
+    for page in pages:
+        browser.get((site / page).with_suffix(".html").as_uri())
+        assert browser.find_element("css selector", "h1").text
+        broken = "return [...document.images].filter(i => !i.naturalWidth).map(i => i.src)"
+        assert browser.execute_script(broken) == [], page
+    assert [line for line in browser.get_log("browser") if line["level"] == "SEVERE"] == []

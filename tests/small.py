@@ -1,0 +1,17 @@
+"""Overrides that leave of everything as little as works, for commands that tests run whole."""
+
+STAGES = ("pretrain", "warmup", "reconstruct", "contrast")
+SMALL_DIGITS = ["data.scenes=60", "data.task_rows=20", "data.validation_rows=25"]
+SMALL_BENCHMARK = ["benchmark.scenes=60", "benchmark.task_rows=12"]
+SMALL_TRAINING = [
+    *(f"schedule.{stage}.{key}" for stage in STAGES for key in ("steps=2", "batch_size=8")),
+    "model.source.text.hidden_size=32",
+    "model.source.text.intermediate_size=48",
+    "model.source.text.num_hidden_layers=1",
+    "model.source.text.rope_parameters.mrope_section=[1,1,2]",
+    "model.source.vision.depth=1",
+    "model.source.vision.embed_dim=32",
+    "logger=none",
+    "trainer=cpu",
+    "num_workers=0",
+]
