@@ -60,8 +60,24 @@ TINY_VISION: dict[str, dict[str, Any]] = {
 }
 
 
+# What takes a minute or more begins first, so that no process waits for it at the end.
+LONG = (
+    "tests/test_parallel_runs.py",
+    "tests/docs/test_commands.py",
+    "tests/docs/test_site.py",
+    "tests/test_distributed.py",
+    "tests/stages/test_recipe.py",
+    "tests/stages/test_curves.py",
+    "tests/test_commands.py",
+    "tests/benchmarks/test_benchmarks.py",
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Without CUDA, `-m gpu` skips with a reason instead of failing one by one."""
+    """Long modules first. Without CUDA, `-m gpu` skips with a reason instead of failing one by
+    one.
+    """
+    items.sort(key=lambda item: not item.nodeid.startswith(LONG))
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device")

@@ -45,6 +45,10 @@ def run_folder(load_tiny: Callable[..., Loaded], processor: Processor, tmp_path:
     run = tmp_path / "run"
     export(embedder, run / "model", lineage=[STAGE])
     SCORES.write_json(run / "results.json")
+    data = (
+        "data:\n  _target_: Mine\n  root: /home/somebody\n  stages: {warmup: {path: /x, rows: 3}}\n"
+    )
+    (run / "config.yaml").write_text(data)
     return run
 
 
@@ -86,6 +90,8 @@ def test_the_card_tells_recipe_scores_and_parity(run_folder: Path, console: Cons
     assert "| Retrieval | 50.0 | 35.0 to 65.0 |" in card
     for way in ("training", "Embedder", "transformers"):
         assert re.search(rf"^\| {way} \| \d\.\de[-+]\d\d \|", card, re.MULTILINE)
+    assert "_target_: Mine\nstages:\n  warmup:\n    rows: 3\n```" in card
+    assert "/home/somebody" not in card
     assert "SentenceTransformer" not in card
     assert "Not verified" in card
     settings = json.loads((out / "vllm.json").read_text())
@@ -101,7 +107,7 @@ def test_code_of_the_card_runs(run_folder: Path, console: Console) -> None:
     code = next(c for c in card.split("```python\n") if "AutoModel" in c).split("```")[0]
     names: dict[str, Any] = {}
     with images_only():
-        exec(code.replace('from_pretrained("hf"', f'from_pretrained("{run_folder / "hf"}"'), names)
+        exec(code.replace('from_pretrained("run"', f'from_pretrained("{run_folder / "hf"}"'), names)
     expected = Embedder.load(str(run_folder), device="cpu").encode(["a text"])
     np.testing.assert_allclose(names["vectors"].numpy(), expected, atol=1e-5)
 

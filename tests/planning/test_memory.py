@@ -72,7 +72,7 @@ def check_peak(make_small: MakeSmall, dtype: torch.dtype, stage: str, **choices:
 
 
 @pytest.mark.parametrize("checkpointing", KEPT_OR_NOT, ids=["kept", "recomputed"])
-@pytest.mark.parametrize("adapter", ["none", "lora", "dora"])
+@pytest.mark.parametrize("adapter", ["none", pytest.param("lora", marks=pytest.mark.slow), "dora"])
 @pytest.mark.parametrize(
     ("stage", "dtype"),
     [("warmup", BFLOAT16), ("contrast", FLOAT32)],

@@ -167,7 +167,9 @@ def test_a_run_can_be_stopped_and_resumed_twice(
     assert equal(weights(backbone), whole.weights)
 
 
-@pytest.mark.parametrize("step", [4, STEPS + 1, STEPS + 4])
+@pytest.mark.parametrize(
+    "step", [4, *(pytest.param(STEPS + n, marks=pytest.mark.slow) for n in (1, 4))]
+)
 def test_a_crashed_run_goes_on_from_its_last_regular_checkpoint(
     step: int,
     whole: Whole,

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
@@ -62,10 +63,11 @@ def run(arguments: Sequence[str], console: Console) -> int:
         check(compared)
         write_card(
             fresh,
-            name=parsed.name or out.name,
+            name=parsed.name or Path(parsed.run).resolve().name,
             library=LIBRARIES[parsed.to],
             compared=compared,
             num_cases=len(cases),
+            data=_data(parsed.run),
             results=_results(parsed.run),
         )
         write_vllm(fresh, causal=exported.policy.causal)
@@ -109,6 +111,14 @@ def _source(run: str) -> tuple[str, list[dict[str, Any]]]:
     checkpoint = Path(run) / CHECKPOINT
     lineage: list[dict[str, Any]] = read_description(folder)["lineage"]
     return str(checkpoint if checkpoint.is_file() else folder), lineage
+
+
+def _data(run: str) -> dict[str, Any] | None:
+    path = Path(run) / "config.yaml"
+    if not path.is_file():
+        return None
+    data: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))["data"]
+    return data
 
 
 def _results(run: str) -> dict[str, Any] | None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from cocoa_pl.export.parity import Compared
@@ -20,6 +21,7 @@ def write_card(
     library: str,
     compared: Sequence[Compared],
     num_cases: int,
+    data: Mapping[str, Any] | None,
     results: Mapping[str, Any] | None,
 ) -> None:
     """Write README.md as the Hugging Face hub shows it.
@@ -28,13 +30,16 @@ def write_card(
         name: of the model, and the path in its examples.
         library: `transformers` or `sentence-transformers`.
         num_cases: inputs that `compared` was measured on.
+        data: the run's config of its data; None where it is not known.
         results: content of a results.json; None for a model without scores.
     """
     described = read_description(folder)
     config = json.loads((folder / "config.json").read_text())
     tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
     # A card is Markdown: nothing is escaped for HTML.
-    pages = Environment(loader=PackageLoader("cocoa_pl", "export"), undefined=StrictUndefined)
+    pages = Environment(
+        loader=PackageLoader("cocoa_pl", "export"), undefined=StrictUndefined, trim_blocks=True
+    )
     card = pages.get_template("card.md.j2").render(
         name=name,
         path=name,
@@ -47,6 +52,7 @@ def write_card(
         eos=tokenizer["eos_token"],
         compared=compared,
         cases=num_cases,
+        data=None if data is None else _public(data),
         scores=None if results is None else _scores(results),
         **{key: described[key] for key in ("dtype", "max_length", "min_pixels", "max_pixels")},
     )
@@ -62,6 +68,20 @@ def write_vllm(folder: Path, *, causal: bool) -> None:
         "hf_overrides": {"is_causal": causal},
     }
     (folder / "vllm.json").write_text(json.dumps(settings, indent=1))
+
+
+def _public(data: Mapping[str, Any]) -> str:
+    """As YAML, without the folders of somebody's machine."""
+
+    def kept(node: Any) -> Any:
+        if not isinstance(node, Mapping):
+            return node
+        return {key: kept(value) for key, value in node.items() if key not in _FOLDERS}
+
+    return yaml.safe_dump(kept(data), sort_keys=False, allow_unicode=True).rstrip()
+
+
+_FOLDERS = ("cache_dir", "root", "image_root", "path", "validation_path")
 
 
 def _scores(results: Mapping[str, Any]) -> dict[str, Any]:
