@@ -1,6 +1,6 @@
 """The commands and the Python of the README and of docs/ are run as they stand there, on the
-smallest model that works; those that need published data, weights or several machines are composed
-by tests/test_readme.py.
+smallest model that works; small folders and models stand in for published ones. What needs several
+machines, a GPU, hours or the hub is composed by tests/test_readme.py.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ from cocoa_pl.attention import Policy
 from cocoa_pl.data.tokenize import Processor
 from cocoa_pl.embedder import Embedder
 from cocoa_pl.for_mteb import digits
-from cocoa_pl.models.loading import FAMILIES, Loaded
-from tests.small import SMALL_BENCHMARK, SMALL_DIGITS, SMALL_TRAINING
+from cocoa_pl.models.loading import FAMILIES, Loaded, load
+from tests.docs.published import write_models, write_published
+from tests.small import SMALL_BENCHMARK, SMALL_DIGITS, SMALL_TRAINING, STAGES
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("tutorial", "use", "mining", "stages", "extend", "data", "doctor", "plan", "speed")
@@ -36,12 +37,11 @@ PYTHON = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 # What a command needs that is not here, by a part of it.
 NEEDS = {
-    "published weights": r"model=qwen|model\.source|experiment=paper",
-    "published data": r"data=(mmeb|moca|cocoa_json|paper)|benchmark=(mmeb|moca)|benchmark\.root",
-    "hours": r"experiment=ablation|stage=recipe",
-    "a GPU": r"kernel=|dtype=bfloat16|--device cuda",
+    "hours": r"experiment=ablation",
+    "the hub": r"data=mmeb_(stream|hub)",
+    "a GPU": r"kernel=|--device cuda",
     "several processes": r"torchrun|trainer=(ddp|fsdp)|\bsbatch|store=",
-    "values of the reader's own": r"\.\.\.|\bRUN\b|\bFOLDER\b|KEY=VALUE",
+    "values of the reader's own": r"\.\.\.|=RUN\b|\bcocoa \w+ RUN\b|\bFOLDER\b|KEY=VALUE",
     "a browser (tests/search)": r"--serve",
 }
 
@@ -86,7 +86,14 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert row
     rows = [row[0].replace("7", str(n)).replace("sofa", f"sofa {n}") for n in range(40)]
     (folder / "my.jsonl").write_text("\n".join(rows))
+    write_published(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def stand_ins(sandbox: Path) -> dict[str, Path]:
+    texts = [f"picture {n} of A, find it, which is a dog asleep on sofa {n}?" for n in range(30)]
+    return write_models(sandbox / "models", texts=texts)
 
 
 @pytest.fixture(autouse=True)
@@ -95,16 +102,38 @@ def as_before(sandbox: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.chdir(sandbox)
     monkeypatch.setattr(digits, "CACHE_DIR", str(sandbox / ".cache"))
     root = logging.getLogger()
-    before = (root.level, list(root.handlers))
+    before, families = (root.level, list(root.handlers)), dict(FAMILIES)
     yield
+    FAMILIES.clear()
+    FAMILIES.update(families)
     root.setLevel(before[0])
     root.handlers[:] = before[1]
 
 
-def smaller(words: list[str]) -> list[str]:
+REAL = re.compile(r"^(?:model=(qwen\w+)|experiment=paper_(qwen\w+?_\db|qwen2vl))")
+# The paper's steps and batches, and a stand-in's one process.
+SMALL_REAL = [
+    *(
+        f"schedule.{stage}.{key}"
+        for stage in STAGES
+        for key in ("steps=2", "epochs=null", "batch_size=8", "max_rows_per_subset=8")
+    ),
+    *("trainer=cpu", "logger=none", "num_workers=0", "model.dtype=float32"),
+]
+
+
+def smaller(words: list[str], stand_ins: dict[str, Path]) -> list[str]:
     """The overrides that make it small, as far as the command has what they change."""
-    if any(word.startswith("resume=") for word in words):
-        return []  # a resumed run keeps its config
+    if any(word.startswith("resume=") for word in words) or words[:2] == ["cocoa", "plan"]:
+        return []  # a resumed run keeps its config; a plan reads nothing
+    real = next((m[1] or m[2] for word in words if (m := REAL.match(word))), None)
+    if real is not None:
+        doctor = ["workers=0"] if words[0] == "cocoa" else []
+        own = any(word.startswith("model.source._target_") for word in words)
+        path = [] if own else [f"model.source.path={stand_ins[_config_of(real)]}"]
+        on_digits = SMALL_DIGITS + SMALL_BENCHMARK if own else []
+        held_out = [] if own or "data=paper" in words else ["data.validation_fraction=0.3"]
+        return [*path, *SMALL_REAL, *doctor, *on_digits, *held_out]
     has_digits = not any(w.startswith("data=") and w != "data=digits" for w in words)
     if words[1] == "train.py":
         return [*SMALL_TRAINING, *SMALL_BENCHMARK * has_digits, *SMALL_DIGITS * has_digits]
@@ -117,6 +146,11 @@ def smaller(words: list[str]) -> list[str]:
     return []
 
 
+def _config_of(experiment: str) -> str:
+    """`qwen2vl_2b` of an experiment is `model=qwen2vl`."""
+    return experiment.removesuffix("_2b")
+
+
 def marked(command: str) -> Any:
     """Sweeps are many runs."""
     return pytest.param(command, id=command, marks=[pytest.mark.slow] * (" -m " in command))
@@ -124,17 +158,34 @@ def marked(command: str) -> Any:
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("command", map(marked, HERE))
-def test_a_command_runs(command: str, sandbox: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_command_runs(
+    command: str, sandbox: Path, stand_ins: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     words = shlex.split(command)
     if not (sandbox / "runs" / "A").exists():
-        run(shlex.split("python train.py hydra.run.dir=runs/A"), monkeypatch)
+        run(shlex.split("python train.py hydra.run.dir=runs/A"), monkeypatch, stand_ins)
     if words[0].startswith("PYTHONPATH="):
         monkeypatch.syspath_prepend(words.pop(0).partition("=")[2])
-    run(words, monkeypatch)
+    if "model.source.path=NEW_MODEL" in words:
+        write_new_model(sandbox / "NEW_MODEL", stand_ins["qwen2vl"])
+    run(words, monkeypatch, stand_ins)
 
 
-def run(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    words = [*words, *smaller(words)]
+def write_new_model(folder: Path, stock: Path) -> None:
+    """The stand-in as a model of the new family."""
+    new = importlib.import_module("my_backbone")
+    loaded = load(stock, kernel="sdpa", dtype="float32", gradient_checkpointing=False)
+    values = {**loaded.backbone.stock.config.to_dict(), "model_type": "new_vl"}
+    model = new.NewVLForConditionalGeneration(new.NewVLConfig.from_dict(values))
+    model.load_state_dict(loaded.backbone.stock.state_dict())
+    model.save_pretrained(folder)
+    loaded.tokenizer.save_pretrained(folder)
+    loaded.image_processor.save_pretrained(folder)
+
+
+def run(words: list[str], monkeypatch: pytest.MonkeyPatch, stand_ins: dict[str, Path]) -> None:
+    # The command line's last word on a key counts: a stand-in's folder goes behind the page's.
+    words = [*words, *smaller(words, stand_ins)]
     if words[0] == "cocoa":
         assert cli.run(words[1:]) == 0
         return
@@ -160,10 +211,13 @@ def blocks() -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize("block", blocks(), ids=lambda block: block[0])
 def test_python_runs(
-    block: tuple[str, str], sandbox: Path, monkeypatch: pytest.MonkeyPatch
+    block: tuple[str, str],
+    sandbox: Path,
+    stand_ins: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if not (sandbox / "runs" / "A").exists():
-        run(shlex.split("python train.py hydra.run.dir=runs/A"), monkeypatch)
+        run(shlex.split("python train.py hydra.run.dir=runs/A"), monkeypatch, stand_ins)
     if not (sandbox / "exported" / "st").exists():
         run(
             shlex.split("cocoa export runs/A --to sentence-transformers --out exported/st"),
@@ -173,28 +227,29 @@ def test_python_runs(
 
 
 def test_the_new_backbone_gives_the_stock_models_vectors(
+    stand_ins: dict[str, Path],
     load_tiny: Callable[..., Loaded],
-    processor: Processor,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """docs/examples/my_backbone.py on a folder of its family."""
     monkeypatch.syspath_prepend(str(ROOT / "docs" / "examples"))
     new = importlib.import_module("my_backbone")
-    stock = load_tiny()
-    values = {**stock.backbone.stock.config.to_dict(), "model_type": "new_vl"}
-    model = new.NewVLForConditionalGeneration(new.NewVLConfig.from_dict(values))
-    model.load_state_dict(stock.backbone.stock.state_dict())
-    model.save_pretrained(tmp_path)
-    stock.tokenizer.save_pretrained(tmp_path)
-    stock.image_processor.save_pretrained(tmp_path)
+    monkeypatch.setitem(FAMILIES, "new_vl", new.NewVLBackbone)
+    write_new_model(tmp_path, stand_ins["qwen2vl"])
+    found = load_tiny(folder=new.NewVLSource(path=str(tmp_path)).folder(list))
+    assert type(found.backbone) is new.NewVLBackbone
+    stock = load_tiny(folder=stand_ins["qwen2vl"])
+    processor = Processor(
+        stock.tokenizer,
+        stock.image_processor,
+        max_length=64,
+        min_pixels=784,
+        max_pixels=4704,
+        num_token_rows=stock.backbone.num_token_rows,
+    )
     everyone = ("context", "eos", "target")
     policy = Policy("all", everyone, everyone, everyone, causal=False)
     items = ["a dog", {"image": Image.radial_gradient("L").convert("RGB"), "text": "a cat"}]
-    try:
-        found = load_tiny(folder=new.NewVLSource(path=str(tmp_path)).folder(list))
-        assert type(found.backbone) is new.NewVLBackbone
-        vectors = [Embedder(m.backbone, processor, policy).encode(items) for m in (stock, found)]
-    finally:
-        del FAMILIES["new_vl"]
+    vectors = [Embedder(m.backbone, processor, policy).encode(items) for m in (stock, found)]
     np.testing.assert_allclose(*vectors, atol=1e-6)

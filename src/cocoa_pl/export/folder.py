@@ -97,8 +97,8 @@ def save_inputs(processor: Processor, model_type: str, folder: Path) -> None:
     }
     image_processor.save_pretrained(folder)
     (folder / CHAT_TEMPLATE).write_text(chat_template(list(tokenizer.added_tokens_encoder)))
-    of_family = {"processor_class": processor_class(model_type)}
-    (folder / PROCESSOR_NAME).write_text(json.dumps(of_family, indent=1))
+    if name := processor_class(model_type):
+        (folder / PROCESSOR_NAME).write_text(json.dumps({"processor_class": name}, indent=1))
 
 
 def lineage_of(path: str) -> list[dict[str, Any]]:

@@ -15,10 +15,10 @@ from transformers.models.auto import processing_auto
 from cocoa_pl.models.loading import FAMILIES
 
 
-def processor_class(model_type: str) -> str:
-    """The name of a family's stock processor in transformers."""
+def processor_class(model_type: str) -> str | None:
+    """The name of a family's stock processor; None for a family that transformers does not know."""
     names: Any = processing_auto
-    found: str = names.PROCESSOR_MAPPING_NAMES[model_type]
+    found: str | None = dict(names.PROCESSOR_MAPPING_NAMES).get(model_type)
     return found
 
 
@@ -38,9 +38,9 @@ def images_only() -> Iterator[None]:
         return
     stock = {}
     for model_type in FAMILIES:
-        module = importlib.import_module(f"transformers.models.{model_type}")
-        name = processor_class(model_type)
-        stock[module, name] = getattr(module, name)
+        if name := processor_class(model_type):
+            module = importlib.import_module(f"transformers.models.{model_type}")
+            stock[module, name] = getattr(module, name)
     for (module, name), processor in stock.items():
         setattr(module, name, _without_videos(processor))
     try:

@@ -1,0 +1,120 @@
+"""Small folders in the layouts of published data, and small models in place of published weights,
+so that commands which name them can be run.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from cocoa_pl.command_line import compose_overrides
+from cocoa_pl.data.instructed import READERS
+from cocoa_pl.entry import build, register_resolvers
+
+ROWS, IMAGES = 20, 24
+PLACEHOLDER = "<|image_1|>"
+
+
+def write_published(folder: Path) -> None:
+    """All that the pages name: MMEB-train, MMEB-eval, MMEB-V2, MoCa-CL-Pairs, CoCoA's JSON."""
+    register_resolvers()
+    mmeb = compose_overrides("train", ["data=mmeb", "data.root=x"]).data.subsets
+    _images(folder / "MMEB-train" / "images")
+    for subset in mmeb:
+        _table(folder / "MMEB-train" / subset / "original-0.parquet", _pairs(subset, "images"))
+    moca = compose_overrides("train", ["data=moca_cl", "data.root=x"]).data.subsets
+    _images(folder / "IMAGES" / "images")
+    for subset in moca:
+        _table(folder / "MoCa-CL-Pairs" / subset / "train-0.parquet", _pairs(subset, "images"))
+    for name, root, pictures in (
+        ("mmeb_v1", "MMEB-eval", "MMEB-eval/eval_images/x"),
+        ("mmeb_v2", "MMEB_Test_Instruct", "MMEB-V2/image-tasks/x"),
+    ):
+        _images(folder / pictures)
+        given = ["benchmark.root=x", "benchmark.image_root=x"]
+        table = compose_overrides("evaluate", [f"benchmark={name}", "ckpt=x", *given]).benchmark
+        for subset, about in table.table.items():
+            slots = "" if "reader" in about else PLACEHOLDER
+            sees = READERS[about.reader].query_image if "reader" in about else True
+            rows = _tasks(subset, slots=slots, sees=sees)
+            _table(folder / root / subset / "test-0.parquet", rows)
+    for name, keys in (
+        ("CAPTIONS", ("image_path", "caption")),
+        ("QUERIES", ("qry_image_path", "pos_text")),
+    ):
+        rows: list[dict[str, str]] = [
+            {keys[0]: f"images/{n}.png", keys[1]: f"picture {n} of {name}"} for n in range(ROWS)
+        ]
+        if name == "QUERIES":
+            rows = [{"qry": f"{PLACEHOLDER}\nsay it", **row} for row in rows]
+        _images(folder / name / "images")
+        (folder / name / "part.json").write_text(json.dumps(rows))
+
+
+def write_models(folder: Path, *, texts: list[str]) -> dict[str, Path]:
+    """A small model for each family that a config of real weights names, by that config."""
+    register_resolvers()
+    found = {}
+    for twin, names in (
+        ("tiny", ("qwen2vl", "qwen2vl_7b")),
+        ("tiny_qwen25vl", ("qwen25vl_3b", "qwen25vl_7b")),
+    ):
+        small = ["model.source.text.num_hidden_layers=1", "model.source.vision.depth=1"]
+        cfg = compose_overrides("train", [f"model={twin}", f"cache_dir={folder}", *small])
+        path = build(cfg.model.source).folder(lambda: texts)
+        found |= dict.fromkeys(names, path)
+    return found
+
+
+def _images(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(IMAGES):
+        pixels = np.random.default_rng(number).integers(0, 256, (56, 56, 3))
+        Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{number}.png")
+
+
+def _table(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows), path)
+
+
+def _pairs(subset: str, images: str) -> list[dict[str, str]]:
+    return [
+        {
+            "qry": f"{PLACEHOLDER}\nFind it in {subset}\n",
+            "qry_image_path": f"{images}/{number}.png",
+            "pos_text": f"picture {number} of {subset}",
+            "pos_image_path": "",
+            "neg_text": f"['picture {number + 1} of {subset}', 'no picture']",
+            "neg_image_path": "['', '']",
+        }
+        for number in range(ROWS)
+    ]
+
+
+def _tasks(subset: str, *, slots: str, sees: bool) -> list[dict[str, Any]]:
+    """V1 has placeholders (`slots`) in the texts; V2 in instructions of their own, in those of
+    queries only where they see an image.
+    """
+    draw, slot = random.Random(subset), f"{slots}\n".lstrip()
+    rows = []
+    for number in range(6):
+        targets = draw.sample(range(IMAGES), 4)
+        rows.append(
+            {
+                "qry_inst": f"{PLACEHOLDER} Find it:" if sees else "Find it:",
+                "qry_text": f"{slot}which is {number}?",
+                "qry_img_path": f"x/{number}.png",
+                "tgt_inst": f"{PLACEHOLDER} Represent it.",
+                "tgt_text": [f"{slot}picture {n}" for n in targets],
+                "tgt_img_path": [f"x/{n}.png" for n in targets],
+            }
+        )
+    return rows
