@@ -9,21 +9,19 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 from rich.markup import escape
 from rich.table import Table
 
 from cocoa_pl.data.images import open_image
-from cocoa_pl.evaluation.curves import HEIGHT, WIDTH, read_panels
+from cocoa_pl.evaluation.curves import read_panels
 from cocoa_pl.evaluation.intervals import Interval
 from cocoa_pl.evaluation.origin import Origin
 from cocoa_pl.evaluation.published import Line, columns
 from cocoa_pl.evaluation.results import GalleryRow, Results, SubsetScore, mean_score, score_interval
-from cocoa_pl.evaluation.similarities import EDGES, Similarities
+from cocoa_pl.evaluation.similarities import histogram
 from cocoa_pl.items import ImageSource, Item
 
 QUERY_BOX, CANDIDATE_BOX, MAP_BOX = 168, 112, 96  # CSS pixels
@@ -50,24 +48,6 @@ class Picture:
     width: int
     height: int
     pixelated: bool
-
-
-class Bar(NamedTuple):
-    """In the units of the drawing, `WIDTH` x `HEIGHT`."""
-
-    left: float
-    width: float
-    height: float
-
-
-@dataclass(frozen=True)
-class Histogram:
-    """Similarities of positives and of hardest negatives, as bars between two cosines."""
-
-    positive: list[Bar]
-    hardest: list[Bar]
-    low: float
-    high: float
 
 
 def write_report(
@@ -135,24 +115,6 @@ def templates() -> Environment:
         "heading": _heading,
     }
     return environment
-
-
-def histogram(similarities: Similarities) -> Histogram:
-    """Bars over the bins between the first and the last that hold a row, on one scale."""
-    both = np.array([similarities.positive, similarities.hardest])
-    filled = np.flatnonzero(both.any(axis=0))
-    first, last = (int(filled[0]), int(filled[-1])) if len(filled) else (0, len(both[0]) - 1)
-    both = both[:, first : last + 1]
-    width = WIDTH / both.shape[1]
-    bars = [
-        [
-            Bar(round(place * width, 2), round(width, 2), round(HEIGHT * float(share), 2))
-            for place, share in enumerate(counts / max(1, both.max()))
-            if share
-        ]
-        for counts in both
-    ]
-    return Histogram(bars[0], bars[1], low=EDGES[first], high=EDGES[last + 1])
 
 
 def score_table(results: Results) -> Table:
