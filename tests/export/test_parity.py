@@ -121,6 +121,18 @@ def test_what_would_be_read_wrongly_is_found(
         check(found)
 
 
+def test_attention_that_no_other_tool_knows_is_refused(
+    load_tiny: LoadTiny, processor: Processor, tmp_path: Path
+) -> None:
+    lookback = Policy("lookback", ("context",), ALL, ALL, causal=False)
+    trained = Embedder(load_tiny().backbone, processor, lookback)
+    export(trained, tmp_path / "model", lineage=[])
+    found = compare(trained, tmp_path / "model", with_sentence_transformers=False)
+    assert differences(found)["Embedder"] == pytest.approx(0, abs=1e-6)
+    with pytest.raises(UserError, match=r"^transformers does not give"):
+        check(found)
+
+
 def test_nan_is_refused() -> None:
     with pytest.raises(UserError, match="transformers does not give"):
         check([Compared("transformers", float("nan"))])
