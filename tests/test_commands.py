@@ -284,6 +284,7 @@ def test_a_mistake_is_one_sentence_and_status_two(name: str, small: list[str], r
     assert "Traceback" not in ended.err + ended.out
 
 
+@pytest.mark.slow
 def test_a_mistake_in_a_shell_ends_the_same_way(tmp_path: Path) -> None:
     ended = command("train.py", "model=tinny", cwd=tmp_path)
     assert ended.status == 2

@@ -275,6 +275,7 @@ def test_one_name_writes_one_object(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "similarities" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_an_id_with_several_benchmarks_writes_a_list(tmp_path: Path) -> None:
     file = tmp_path / "several.json"
     run(["B3", "--json", str(file), *QUICK])

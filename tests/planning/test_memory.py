@@ -72,7 +72,9 @@ def check_peak(make_small: MakeSmall, dtype: torch.dtype, stage: str, **choices:
 
 
 @pytest.mark.parametrize("checkpointing", KEPT_OR_NOT, ids=["kept", "recomputed"])
-@pytest.mark.parametrize("adapter", ["none", pytest.param("lora", marks=pytest.mark.slow), "dora"])
+@pytest.mark.parametrize(
+    "adapter", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("none", "lora")), "dora"]
+)
 @pytest.mark.parametrize(
     ("stage", "dtype"),
     [("warmup", BFLOAT16), ("contrast", FLOAT32)],
