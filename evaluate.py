@@ -13,13 +13,11 @@ from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from cocoa_pl.assemble import open_embedder, score
-from cocoa_pl.attention import Policy
+from cocoa_pl.assemble import open_embedder, origin_of_run, score
 from cocoa_pl.command_line import check_command_line
 from cocoa_pl.distributed import world_size
-from cocoa_pl.embedder import Embedder
 from cocoa_pl.entry import (
     build,
     check_run_folder,
@@ -30,8 +28,6 @@ from cocoa_pl.entry import (
 )
 from cocoa_pl.errors import UserError
 from cocoa_pl.evaluation.embedded import VectorSettings
-from cocoa_pl.evaluation.origin import Origin
-from cocoa_pl.export.folder import lineage_of
 from cocoa_pl.for_mteb.benchmark import MtebBenchmark
 
 
@@ -44,15 +40,16 @@ def main(cfg: DictConfig) -> None:
         check_run_folder(job.overrides.hydra, way="hydra.run.dir=runs/NAME")
         console = set_up_logging(run_dir)
         with launched_processes():
-            if world_size() > 1 and cfg.store is None:
+            benchmark = build(cfg.benchmark)
+            several = world_size() > 1
+            if isinstance(benchmark, MtebBenchmark) and (several or cfg.store is not None):
+                raise UserError("benchmark=mteb runs in one process and has no store")
+            if several and cfg.store is None:
                 raise UserError(
                     "several processes share vectors through a folder; give it as store=FOLDER"
                 )
-            benchmark = build(cfg.benchmark)
             embedder = open_embedder(cfg.ckpt, device=cfg.device)
             if isinstance(benchmark, MtebBenchmark):
-                if world_size() > 1 or cfg.store is not None:
-                    raise UserError("benchmark=mteb runs in one process and has no store")
                 benchmark.score(
                     embedder,
                     run_dir,
@@ -68,7 +65,11 @@ def main(cfg: DictConfig) -> None:
                 run_dir,
                 console,
                 checkpoint_name=cfg.ckpt,
-                origin=_origin(cfg, embedder),
+                origin=origin_of_run(
+                    Path(cfg.ckpt),
+                    facts={"attention": embedder.policy.name, "vectors": _kept_as(cfg)},
+                    policy=embedder.policy,
+                ),
                 vectors=VectorSettings(
                     batch_tokens=cfg.batch_tokens,
                     threads=cfg.threads,
@@ -80,28 +81,6 @@ def main(cfg: DictConfig) -> None:
     remedy = f"the same command goes on with what is in store={cfg.store}"
     if status := guarded(run, remedy=remedy):
         sys.exit(status)
-
-
-def _origin(cfg: DictConfig, embedder: Embedder) -> Origin:
-    """What is known of the model: a run folder tells most."""
-    run = Path(cfg.ckpt)
-    metrics, config = run / "metrics.csv", run / "config.yaml"
-    folder = run / "model" if (run / "model").is_dir() else run
-    return Origin(
-        facts={"attention": embedder.policy.name, "vectors": _kept_as(cfg)},
-        lineage=lineage_of(str(folder)),
-        policies=_policies(config) or {"evaluation": embedder.policy},
-        config=config.read_text(encoding="utf-8") if config.is_file() else None,
-        metrics_csv=metrics if metrics.is_file() else None,
-    )
-
-
-def _policies(config: Path) -> dict[str, Policy]:
-    """Of a run's stages."""
-    if not config.is_file():
-        return {}
-    stages = OmegaConf.load(config).stage
-    return {name: build(stages[name].policy) for name in stages.order}
 
 
 def _kept_as(cfg: DictConfig) -> str:

@@ -19,7 +19,7 @@ from mkdocs.structure.files import File, Files
 from PIL import Image
 
 from cocoa_pl.assemble import make_processor, open_model
-from cocoa_pl.attention import Policy, dense_mask
+from cocoa_pl.attention import Policy, dense_mask, segment_letters
 from cocoa_pl.attention.picture import draw_grid
 from cocoa_pl.batch import pack
 from cocoa_pl.command_line import compose_overrides
@@ -56,7 +56,7 @@ def pictures(folder: Path) -> Iterable[Path]:
         del values["_target_"]
         policy = Policy(**values)
         mask = dense_mask(policy, torch.tensor([EXAMPLE]))
-        letters = [letter for letter, n in zip("AEB", EXAMPLE, strict=True) for _ in range(n)]
+        letters = segment_letters(EXAMPLE)
         drawn = folder / f"{path.stem}.png"
         draw_grid(drawn, mask, letters, segment_lengths=EXAMPLE, title=policy.name)
         yield drawn

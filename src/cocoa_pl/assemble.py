@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from cocoa_pl import checkpoint
+from cocoa_pl.attention import Policy
 from cocoa_pl.data.sources import HeldOutBenchmark
 from cocoa_pl.data.tokenize import Processor
 from cocoa_pl.distributed import rank
@@ -92,13 +93,7 @@ def train(cfg: DictConfig, run_dir: Path, console: Console) -> None:
             run_dir,
             console,
             checkpoint_name=str(run_dir),
-            origin=Origin(
-                facts=_facts(cfg, stages),
-                lineage=lineage_of(str(run_dir / "model")),
-                policies={stage.name: stage.policy for stage in stages},
-                config=(run_dir / "config.yaml").read_text(encoding="utf-8"),
-                metrics_csv=run_dir / "metrics.csv",
-            ),
+            origin=origin_of_run(run_dir, facts=_facts(cfg, stages), policy=embedder.policy),
         )
 
 
@@ -247,6 +242,27 @@ def score(
     if beside:
         console.print(published_table(results, beside))
     console.print(f"report: {run_dir / 'report.html'}", soft_wrap=True)
+
+
+def origin_of_run(run: Path, *, facts: dict[str, Any], policy: Policy) -> Origin:
+    """What is known of a model by the folder it lies in: of a run, stages, config and losses.
+
+    Args:
+        policy: attention while it is scored, for a folder that does not tell of stages.
+    """
+    metrics, config = run / "metrics.csv", run / "config.yaml"
+    text = config.read_text(encoding="utf-8") if config.is_file() else None
+    policies = {"evaluation": policy}
+    if text is not None:
+        stages = OmegaConf.create(text).stage
+        policies = {name: build(stages[name].policy) for name in stages.order}
+    return Origin(
+        facts=facts,
+        lineage=lineage_of(str(run / "model" if (run / "model").is_dir() else run)),
+        policies=policies,
+        config=text,
+        metrics_csv=metrics if metrics.is_file() else None,
+    )
 
 
 def _facts(cfg: DictConfig, stages: Sequence[Stage]) -> dict[str, Any]:

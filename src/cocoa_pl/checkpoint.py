@@ -23,6 +23,7 @@ from cocoa_pl.errors import UserError
 from cocoa_pl.models.adapters import untouched_adapters
 from cocoa_pl.sharding import META, FullySharded, read_meta, read_tensors, trained_state
 
+LAST = Path("checkpoints") / "last.ckpt"  # in a run folder
 BACKBONE = "backbone."
 
 

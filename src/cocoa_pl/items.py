@@ -6,6 +6,7 @@ pixels.
 """
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,3 +84,13 @@ def _source_bytes(image: ImageSource) -> bytes:
     if isinstance(image, Path):
         return str(image).encode()
     return image if isinstance(image, bytes) else image.tobytes()
+
+
+def numbered(items: Sequence[Item]) -> tuple[list[Item], list[int]]:
+    """Distinct items in order of occurrence, and the position of each given item among them."""
+    known: dict[int, int] = {}
+    distinct: list[Item] = []
+    for item in items:
+        if known.setdefault(item.key, len(distinct)) == len(distinct):
+            distinct.append(item)
+    return distinct, [known[item.key] for item in items]

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from cocoa_pl.items import Item, numbered
 from cocoa_pl.mining import choice
-from cocoa_pl.mining.choice import choose, distinct
+from cocoa_pl.mining.choice import choose
 
 
 def unit(*degrees: float) -> NDArray[np.float32]:
@@ -99,7 +100,8 @@ def test_blocks_give_what_single_rows_give(block: int, monkeypatch: pytest.Monke
     assert [row.tolist() for row in found.candidates] == expected
 
 
-def test_distinct_keys_in_order_of_appearance() -> None:
-    first, place = distinct([7, 3, 7, 9, 3])
-    assert first.tolist() == [0, 1, 3]
-    assert place.tolist() == [0, 1, 0, 2, 1]
+def test_distinct_items_in_order_of_appearance() -> None:
+    items = [Item(text) for text in "abacb"]
+    first, place = numbered(items)
+    assert first == [items[0], items[1], items[3]]
+    assert place == [0, 1, 0, 2, 1]

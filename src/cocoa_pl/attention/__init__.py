@@ -2,7 +2,7 @@
 
 from cocoa_pl.attention.kernels import TEXT_ATTENTION, VISION_ATTENTION, attend
 from cocoa_pl.attention.plan import Plan, make_plan, self_plan
-from cocoa_pl.attention.policy import Policy, dense_mask, grid_text
+from cocoa_pl.attention.policy import Policy, dense_mask, grid_text, segment_letters
 
 __all__ = [
     "TEXT_ATTENTION",
@@ -13,5 +13,6 @@ __all__ = [
     "dense_mask",
     "grid_text",
     "make_plan",
+    "segment_letters",
     "self_plan",
 ]

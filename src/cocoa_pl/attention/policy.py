@@ -85,6 +85,11 @@ def dense_mask(policy: Policy, segment_lengths: Tensor) -> Tensor:
     return allowed.tril() if policy.causal else allowed
 
 
+def segment_letters(segment_lengths: Sequence[int]) -> str:
+    """What stands over the grid of one sample: A for CONTEXT, E for EOS, B for TARGET."""
+    return "".join(letter * length for letter, length in zip("AEB", segment_lengths, strict=True))
+
+
 def grid_text(mask: Tensor, labels: Sequence[str]) -> str:
     """A mask as the 0/1 grid of the paper's figure, with a header of one-letter labels."""
     rows = [" ".join(labels)]

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from torch import Tensor
 
-from cocoa_pl.attention import Policy, dense_mask, grid_text
+from cocoa_pl.attention import Policy, dense_mask, grid_text, segment_letters
 from cocoa_pl.attention.picture import draw_grid
 from cocoa_pl.command_line import CONFIGS
 from cocoa_pl.data.inputs import as_item
@@ -31,7 +31,7 @@ def run(arguments: Sequence[str], console: Console) -> int:
     is_example = parsed.text or parsed.image or parsed.target
     lengths, tokens = _example(parsed) if is_example else (_lengths(parsed.lengths), None)
     counts = lengths[0].tolist()
-    letters = [letter for letter, n in zip("AEB", counts, strict=True) for _ in range(n)]
+    letters = segment_letters(counts)
     mask = dense_mask(policy, lengths)
     console.print(f"{policy.name}: rows attend to columns (A context, E eos, B target)")
     console.print(grid_text(mask, letters), highlight=False, soft_wrap=True)

@@ -20,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from cocoa_pl import fingerprint
 from cocoa_pl.assemble import open_embedder
+from cocoa_pl.checkpoint import LAST
 from cocoa_pl.errors import UserError
 from cocoa_pl.export.card import write_card, write_vllm
 from cocoa_pl.export.folder import export
@@ -28,7 +29,6 @@ from cocoa_pl.export.sentence_transformers import write_sentence_transformers
 from cocoa_pl.exported import DESCRIPTION, export_folder, read_description
 
 LIBRARIES = {"hf": "transformers", "sentence-transformers": "sentence-transformers"}
-CHECKPOINT = Path("checkpoints") / "last.ckpt"
 
 
 def run(arguments: Sequence[str], console: Console) -> int:
@@ -108,7 +108,7 @@ def _source(run: str) -> tuple[str, list[dict[str, Any]]]:
     if run.endswith(".ckpt"):
         return run, []
     folder = export_folder(run)
-    checkpoint = Path(run) / CHECKPOINT
+    checkpoint = Path(run) / LAST
     lineage: list[dict[str, Any]] = read_description(folder)["lineage"]
     return str(checkpoint if checkpoint.is_file() else folder), lineage
 

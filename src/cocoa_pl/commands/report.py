@@ -24,8 +24,9 @@ def run(arguments: Sequence[str], console: Console) -> int:
     runs = read_runs([Path(folder) for folder in parsed.runs])
     out = Path(parsed.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_comparison(out, runs, date=datetime.date.today().isoformat())
-    console.print(_table(runs, compared(runs)))
+    rows = compared(runs)
+    write_comparison(out, runs, rows, date=datetime.date.today().isoformat())
+    console.print(_table(runs, rows))
     console.print(f"report: {out}", soft_wrap=True)
     return 0
 

@@ -10,7 +10,7 @@ import numpy as np
 from cocoa_pl.data.mmeb import EvalSubset
 from cocoa_pl.data.pair_table import select, subset_codes
 from cocoa_pl.errors import UserError
-from cocoa_pl.items import Item, Pair
+from cocoa_pl.items import Item, Pair, numbered
 
 
 def hold_out(
@@ -66,8 +66,8 @@ def as_subsets(pairs: Sequence[Pair], *, max_rows: int) -> list[EvalSubset]:
 
 
 def _as_subset(name: str, rows: Sequence[Pair]) -> EvalSubset:
-    queries, query_index = _numbered([row.query for row in rows])
-    candidates, positive_index = _numbered([row.positive for row in rows])
+    queries, query_index = numbered([row.query for row in rows])
+    candidates, positive_index = numbered([row.positive for row in rows])
     answers: dict[int, list[int]] = defaultdict(list)
     for query, positive in zip(query_index, positive_index, strict=True):
         answers[query].append(positive)
@@ -85,16 +85,6 @@ def _as_subset(name: str, rows: Sequence[Pair]) -> EvalSubset:
         ],
         row_ids=[row.row_id for row in rows],
     )
-
-
-def _numbered(items: Sequence[Item]) -> tuple[list[Item], list[int]]:
-    """Distinct items in order of occurrence, and the position of each given item among them."""
-    known: dict[int, int] = {}
-    distinct: list[Item] = []
-    for item in items:
-        if known.setdefault(item.key, len(distinct)) == len(distinct):
-            distinct.append(item)
-    return distinct, [known[item.key] for item in items]
 
 
 def _mixed(key: int, *, seed: int) -> bytes:

@@ -102,7 +102,7 @@ def resolve_image(relative: str, *, root: Path, where: str) -> Path:
         )
     path = os.path.join(root, relative)
     try:
-        real = _real_path(path)
+        real = real_path(path)
     except ValueError as error:  # a null byte or an unpaired surrogate
         raise UserError(f"{where}: image path {relative!r} is not a path ({error})") from error
     if not real.startswith(_real_folder(str(root)).rstrip(os.sep) + os.sep):
@@ -115,7 +115,8 @@ def resolve_image(relative: str, *, root: Path, where: str) -> Path:
     return Path(path)
 
 
-def _real_path(path: str) -> str:
+def real_path(path: str) -> str:
+    """The path without links."""
     # Millions of rows share a few folders: only the last component is looked up for every row.
     folder, name = os.path.split(path)
     real = os.path.join(_real_folder(folder), name)

@@ -17,7 +17,7 @@ from cocoa_pl.evaluation.results import GalleryRow, RankedCandidate, Results, Su
 from cocoa_pl.evaluation.scoring import BLOCK, score_rows
 from cocoa_pl.evaluation.similarities import counted
 from cocoa_pl.evaluation.space import MAPPED_ROWS, Mapped, flattened, sample
-from cocoa_pl.evaluation.vectors import Floats, Vectors
+from cocoa_pl.evaluation.vectors import Floats, Vectors, spread
 from cocoa_pl.items import Item
 
 if TYPE_CHECKING:
@@ -180,8 +180,7 @@ def _sample_rows(hits: Hits, *, count: int) -> list[int]:
     rows: list[int] = []
     for wanted in (False, True):
         found = np.flatnonzero(hits.strict == wanted)
-        places = np.linspace(0, len(found) - 1, num=min(count, len(found))).round().astype(int)
-        rows.extend(int(row) for row in found[places])
+        rows.extend(int(row) for row in found[spread(len(found), count=count)])
     return sorted(rows)
 
 

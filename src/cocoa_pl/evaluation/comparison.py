@@ -22,8 +22,8 @@ from cocoa_pl.errors import UserError
 from cocoa_pl.evaluation.curves import Panel, read_panels
 from cocoa_pl.evaluation.intervals import CONFIDENCE, Interval
 from cocoa_pl.evaluation.report import templates
+from cocoa_pl.evaluation.results import MEANS
 
-MEANS = ("overall", "in_distribution", "out_of_distribution")
 MAX_RUNS = 6  # that curves can be told apart
 
 
@@ -51,12 +51,15 @@ class Scored:
         return [
             (subset["precision_at_1"], subset["num_queries"])
             for name, subset in self.results["subsets"].items()
-            if (kind == "subset" and name == row)
-            or (kind == "group" and subset["group"] == row)
-            or row == "overall"
-            or (row == "in_distribution" and subset["in_distribution"])
-            or (row == "out_of_distribution" and not subset["in_distribution"])
+            if (row, kind) in _rows_of(name, subset)
         ]
+
+
+def _rows_of(name: str, subset: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Name and kind of every row that a subset is counted in."""
+    split = "in_distribution" if subset["in_distribution"] else "out_of_distribution"
+    means = [("overall", "mean"), (split, "mean")]
+    return [(name, "subset"), (subset["group"], "group"), *means]
 
 
 @dataclass(frozen=True)
@@ -81,11 +84,10 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """A mean, a group or a subset (`kind`) over all runs; `group` is that of a subset."""
+    """A mean, a group or a subset (`kind`) over all runs."""
 
     name: str
     kind: str
-    group: str
     cells: tuple[Cell, ...]
 
 
@@ -113,9 +115,9 @@ def compared(runs: Sequence[Scored]) -> list[Row]:
     for run in runs:
         for name, subset in run.results["subsets"].items():
             groups.setdefault(subset["group"], {})[name] = None
-    named = [(name, "mean", "") for name in MEANS]
+    named = [(name, "mean") for name in MEANS]
     for group, subsets in groups.items():
-        named += [(group, "group", group), *((name, "subset", group) for name in subsets)]
+        named += [(group, "group"), *((name, "subset") for name in subsets)]
     rows = [_row(runs, *one) for one in named]
     return [row for row in rows if any(cell.score is not None for cell in row.cells)]
 
@@ -145,8 +147,8 @@ def _parts(run: Scored) -> list[tuple[str, ...]]:
     return [tuple(key.split(".")) for key in run.config]
 
 
-def write_comparison(path: Path, runs: Sequence[Scored], *, date: str) -> None:
-    """Write the page."""
+def write_comparison(path: Path, runs: Sequence[Scored], rows: Sequence[Row], *, date: str) -> None:
+    """Write the page; `rows` are those of `compared`."""
     metrics = {run.name: run.folder / "metrics.csv" for run in runs}
     reports = {
         run.name: os.path.relpath(run.folder / "report.html", path.parent)
@@ -160,7 +162,7 @@ def write_comparison(path: Path, runs: Sequence[Scored], *, date: str) -> None:
             runs=runs,
             benchmark=runs[0].results["benchmark"],
             date=date,
-            rows=compared(runs),
+            rows=rows,
             changed=changed(runs),
             reports=reports,
             panels=_panels({name: file for name, file in metrics.items() if file.is_file()}),
@@ -186,7 +188,7 @@ def difference(first: Sequence[tuple[float, int]], other: Sequence[tuple[float, 
     return mean - reach, mean + reach
 
 
-def _row(runs: Sequence[Scored], name: str, kind: str, group: str) -> Row:
+def _row(runs: Sequence[Scored], name: str, kind: str) -> Row:
     scores = [run.score(name, kind) for run in runs]
     best = max((score for score in scores if score is not None), default=None)
     cells = []
@@ -195,7 +197,7 @@ def _row(runs: Sequence[Scored], name: str, kind: str, group: str) -> Row:
         if run is not runs[0] and score is not None and scores[0] is not None:
             interval = difference(runs[0].subsets(name, kind), run.subsets(name, kind))
         cells.append(Cell(score, is_best=score is not None and score == best, difference=interval))
-    return Row(name, kind, group, tuple(cells))
+    return Row(name, kind, tuple(cells))
 
 
 def _panels(metrics: Mapping[str, Path]) -> list[Panel]:

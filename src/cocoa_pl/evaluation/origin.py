@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 
-from cocoa_pl.attention import Policy, dense_mask
+from cocoa_pl.attention import Policy, dense_mask, segment_letters
 
 GRID_LENGTHS = (4, 1, 3)  # CONTEXT, EOS, TARGET of the sample that grids show
-LETTERS = "AEB"
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ class Origin:
 def grid_rows(policy: Policy) -> tuple[str, ...]:
     """The policy's mask of one short sample, a string for each row."""
     mask = dense_mask(policy, torch.tensor([GRID_LENGTHS]))
-    columns = "".join(letter * length for letter, length in zip(LETTERS, GRID_LENGTHS, strict=True))
+    columns = segment_letters(GRID_LENGTHS)
     return tuple(
         "".join(letter if seen else " " for letter, seen in zip(columns, row, strict=True))
         for row in mask.tolist()

@@ -11,6 +11,8 @@ from cocoa_pl.evaluation.similarities import Similarities
 from cocoa_pl.evaluation.space import Space
 from cocoa_pl.items import Item
 
+MEANS = ("overall", "in_distribution", "out_of_distribution")  # as results.json names them
+
 
 @dataclass(frozen=True)
 class SubsetScore:

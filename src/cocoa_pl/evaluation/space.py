@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from cocoa_pl.evaluation.vectors import Floats, Vectors, read
+from cocoa_pl.evaluation.vectors import Floats, Vectors, read, spread
 from cocoa_pl.items import Item
 
 if TYPE_CHECKING:
@@ -53,22 +53,14 @@ class Space:
 
 def sample(subset: EvalSubset, queries: Vectors, candidates: Vectors, *, rows: int) -> list[Mapped]:
     """Some rows, at least one, spread evenly over the subset."""
-    count = min(max(rows, 1), len(subset.query_index))
-    chosen = np.linspace(0, len(subset.query_index) - 1, num=count).round().astype(int)
-    found = []
-    for row in chosen:
-        query, positive = int(subset.query_index[row]), int(subset.candidate_index[row][0])
-        both = (read(queries, np.array([query])), read(candidates, np.array([positive])))
-        found.append(
-            Mapped(
-                subset.name,
-                subset.row_ids[row],
-                subset.queries[query],
-                subset.candidates[positive],
-                np.concatenate(both),
-            )
-        )
-    return found
+    rows_shown = spread(len(subset.query_index), count=max(rows, 1))
+    query = subset.query_index[rows_shown]
+    positive = np.array([subset.candidate_index[row][0] for row in rows_shown])
+    vectors = np.stack([read(queries, query), read(candidates, positive)], axis=1)  # (rows, 2, D)
+    return [
+        Mapped(subset.name, subset.row_ids[row], subset.queries[q], subset.candidates[p], both)
+        for row, q, p, both in zip(rows_shown, query, positive, vectors, strict=True)
+    ]
 
 
 def flattened(mapped: Sequence[Mapped]) -> Space | None:

@@ -56,3 +56,8 @@ def blocks(count: int, size: int) -> Iterator[slice]:
     size = max(1, size)
     for start in range(0, count, size):
         yield slice(start, min(start + size, count))
+
+
+def spread(length: int, *, count: int) -> Ints:
+    """Up to `count` places of so many, spread evenly from the first to the last."""
+    return np.linspace(0, length - 1, num=min(count, length)).round().astype(int)

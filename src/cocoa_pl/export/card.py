@@ -10,6 +10,8 @@ from typing import Any
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from cocoa_pl.evaluation.report import between, percent
+from cocoa_pl.evaluation.results import MEANS
 from cocoa_pl.export.parity import Compared
 from cocoa_pl.exported import read_description
 
@@ -87,17 +89,17 @@ _FOLDERS = ("cache_dir", "root", "image_root", "path", "validation_path")
 def _scores(results: Mapping[str, Any]) -> dict[str, Any]:
     """What the card's table shows: means where there are any, every subset otherwise."""
     intervals = results["intervals"]
-    means = {name: results[name] for name in ("overall", "in_distribution", "out_of_distribution")}
+    means = {name: results[name] for name in MEANS}
     values = {**means, **results["groups"]}
-    between = {**{name: intervals[name] for name in means}, **intervals["groups"]}
+    intervals_of = {**{name: intervals[name] for name in means}, **intervals["groups"]}
     if results["overall"] is None:
         values = {name: one["precision_at_1"] for name, one in results["subsets"].items()}
-        between = intervals["subsets"]
+        intervals_of = intervals["subsets"]
     rows = [
         {
             "name": name.replace("_", " "),
-            "score": f"{100 * value:.1f}",
-            "interval": " to ".join(f"{100 * bound:.1f}" for bound in between[name]),
+            "score": percent(value),
+            "interval": between(intervals_of[name]),
         }
         for name, value in values.items()
         if value is not None

@@ -6,7 +6,6 @@ that is nearly as near as the positive is more likely another right answer than 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -92,11 +91,3 @@ def _nearest(similarities: NDArray[np.float32], number: int) -> NDArray[np.intp]
     candidates = np.flatnonzero(similarities >= np.partition(similarities, -number)[-number])
     order = np.argsort(-similarities[candidates], kind="stable")
     return candidates[order[:number]]
-
-
-def distinct(keys: Sequence[int]) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-    """First places of distinct keys in order, and for each key the place of its own among them."""
-    places: dict[int, int] = {}
-    of_row = [places.setdefault(key, len(places)) for key in keys]
-    first = np.unique(of_row, return_index=True)[1]
-    return first.astype(np.intp), np.array(of_row, np.intp)

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from cocoa_pl.data.images import real_path
 from cocoa_pl.data.rows import PLACEHOLDER
 from cocoa_pl.errors import UserError
 from cocoa_pl.items import IMAGE_SLOT, ImageSource, Item, Pair
@@ -27,22 +28,14 @@ FILE = f"{SPLIT}-00000-of-00001.parquet"
 
 def image_root(pairs: Sequence[Pair], *, folder: Path) -> Path:
     """The deepest folder that holds all image files of the pairs; the mined folder, without any."""
-    parents = {
-        str(source.resolve().parent)
+    here = real_path(str(folder))
+    folders = {
+        os.path.dirname(real_path(str(source))) if isinstance(source, Path) else here
         for pair in pairs
         for item in (pair.query, pair.positive, *pair.negatives)
         for source in item.images
-        if isinstance(source, Path)
     }
-    embedded = any(
-        not isinstance(source, Path)
-        for pair in pairs
-        for item in (pair.query, pair.positive)
-        for source in item.images
-    )
-    if embedded or not parents:
-        parents.add(str(folder.resolve()))
-    return Path(os.path.commonpath(parents))
+    return Path(os.path.commonpath(folders or {here}))
 
 
 def write_subset(folder: Path, subset: str, pairs: Sequence[Pair], *, root: Path) -> Path:
@@ -89,7 +82,7 @@ def _path(item: Item, folder: Path, root: Path) -> str:
         return ""
     source = item.images[0]
     file = source if isinstance(source, Path) else _as_file(source, folder / "images")
-    return str(file.resolve().relative_to(root))
+    return str(Path(real_path(str(file))).relative_to(root))
 
 
 def _as_file(source: ImageSource, images: Path) -> Path:

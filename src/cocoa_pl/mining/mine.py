@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cocoa_pl.errors import UserError
-from cocoa_pl.items import Item, Pair
-from cocoa_pl.mining.choice import choose, distinct
+from cocoa_pl.items import Item, Pair, numbered
+from cocoa_pl.mining.choice import choose
 
 Encode = Callable[[Sequence[Item]], NDArray[np.float32]]
 
@@ -74,13 +74,13 @@ def _mine_subset(
     max_of_positive: float,
     keep: bool,
 ) -> Mined:
-    first_query, query = distinct([pair.query.key for pair in pairs])
-    first_positive, positive = distinct([pair.positive.key for pair in pairs])
+    queries, query = numbered([pair.query for pair in pairs])
+    positives, positive = numbered([pair.positive for pair in pairs])
     chosen = choose(
-        encode([pairs[row].query for row in first_query]),
-        encode([pairs[row].positive for row in first_positive]),
-        query=query,
-        positive=positive,
+        encode(queries),
+        encode(positives),
+        query=np.array(query, np.intp),
+        positive=np.array(positive, np.intp),
         number=number,
         max_of_positive=max_of_positive,
     )
@@ -88,7 +88,7 @@ def _mine_subset(
     for pair, places in zip(pairs, chosen.candidates, strict=True):
         own = pair.negatives if keep else ()
         known = {item.key for item in own}
-        found = (pairs[first_positive[place]].positive for place in places)
+        found = (positives[place] for place in places)
         new = tuple(item for item in found if item.key not in known)
         mined.append(replace(pair, negatives=(*own, *new)))
     some = chosen.hardest[np.isfinite(chosen.hardest)]

@@ -60,7 +60,7 @@ class RunSettings:
 
     @property
     def last(self) -> Path:
-        return self.run_dir / "checkpoints" / "last.ckpt"
+        return self.run_dir / checkpoint.LAST
 
 
 class Interrupted(Exception):
