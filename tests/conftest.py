@@ -4,6 +4,7 @@ tiny model with samples for it: Qwen2-VL, or any family in the modules that run 
 
 from __future__ import annotations
 
+import importlib
 import os
 
 # Before torch is imported, and for the processes that tests start. Tests compute on small tensors,
@@ -268,6 +269,17 @@ def browser() -> Iterator[Any]:
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     service = selenium.ChromeService(executable_path=driver)
-    chromium = selenium.Chrome(options=options, service=service)
+    wait = importlib.import_module("selenium.webdriver.support.wait").WebDriverWait
+
+    class Chromium(selenium.Chrome):  # type: ignore[misc, name-defined]
+        """`get` returns when the page is whole: the driver's own may return while it is read."""
+
+        def get(self, url: str) -> None:
+            self.execute_script("window.left = true")
+            super().get(url)
+            loaded = "return !window.left && document.readyState === 'complete'"
+            wait(self, 60).until(lambda _: self.execute_script(loaded))
+
+    chromium = Chromium(options=options, service=service)
     yield chromium
     chromium.quit()
