@@ -175,7 +175,8 @@ def work(index: int, folder: Path) -> None:
     with one_of(WORLD, index, folder):
         with (folder / "task.pkl").open("rb") as file:
             task: Task = pickle.load(file)
-        torch.save(primitives() | stage_steps(task, SHARES[index]), folder / f"{index}.pt")
+        found = primitives() | stage_steps(task, SHARES[index]) | gatherings_of(index, WORLD)
+        torch.save(found, folder / f"{index}.pt")
 
 
 # Rows of every rank: different numbers, the same, and none on one of them.
@@ -185,25 +186,30 @@ GATHERED = {
 }
 
 
-def gather(index: int, world: int, folder: Path) -> None:
+def gatherings_of(index: int, world: int) -> Found:
     """Gathers rows that say whose they are; the loss weighs every row differently on every rank."""
+    kinds = GATHERED[world]
+    counts = RowCounts({kind: sizes[index] for kind, sizes in kinds.items()}, CPU)
+    found: Found = {}
+    for kind in kinds:
+        rows = (10.0 * index + torch.arange(float(counts[kind][index]))).requires_grad_()
+        gathered = gather_rows(rows, counts[kind])
+        weight = (index + 1) * torch.arange(1.0, len(gathered) + 1)
+        (gathered * weight).sum().backward()
+        found[kind] = {
+            "counts": counts[kind],
+            "offset": gather_offset(counts[kind]),
+            "rows": gathered.detach(),
+            "numbers": gather_rows(rows.detach().long(), counts[kind]),
+            "gradient": rows.grad,
+        }
+    return found
+
+
+def gather(index: int, world: int, folder: Path) -> None:
+    """One of three processes."""
     with one_of(world, index, folder):
-        kinds = GATHERED[world]
-        counts = RowCounts({kind: sizes[index] for kind, sizes in kinds.items()}, CPU)
-        found: Found = {}
-        for kind in kinds:
-            rows = (10.0 * index + torch.arange(float(counts[kind][index]))).requires_grad_()
-            gathered = gather_rows(rows, counts[kind])
-            weight = (index + 1) * torch.arange(1.0, len(gathered) + 1)
-            (gathered * weight).sum().backward()
-            found[kind] = {
-                "counts": counts[kind],
-                "offset": gather_offset(counts[kind]),
-                "rows": gathered.detach(),
-                "numbers": gather_rows(rows.detach().long(), counts[kind]),
-                "gradient": rows.grad,
-            }
-        torch.save(found, folder / f"{index}.pt")
+        torch.save(gatherings_of(index, world), folder / f"{index}.pt")
 
 
 @pytest.fixture(scope="module")
@@ -244,12 +250,15 @@ def whole(task: Task) -> Found:
     return stage_steps(task, slice(None))
 
 
-@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=[WORLD, pytest.param(3, marks=pytest.mark.slow)])
 def gatherings(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> list[Found]:
     """What each of two or three processes gathered."""
-    world, folder = request.param, tmp_path_factory.mktemp("gatherings")
+    if (world := request.param) == WORLD:
+        found: list[Found] = request.getfixturevalue("ranks")
+        return found
+    folder = tmp_path_factory.mktemp("gatherings")
     spawn(gather, args=(world, folder), nprocs=world)
     return [torch.load(folder / f"{index}.pt", weights_only=False) for index in range(world)]
 

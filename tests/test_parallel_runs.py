@@ -177,7 +177,8 @@ def more_runs(runs: Path, make_job: Callable[..., Job]) -> Path:
     """What is left out of `runs` for its time."""
     for tuning in MORE:
         run(make_job("cpu", tuning, 1))
-    jobs = [make_job("ddp", "dora", 2), *(make_job("fsdp", tuning, 2) for tuning in MORE)]
+    jobs = [make_job("ddp", "dora", 2), make_job("fsdp", "full", 2)]
+    jobs += [*(make_job("fsdp", tuning, 2) for tuning in MORE)]
     jobs.append(make_job("fsdp", "dora", 2, name="again-dora", stopped=True))
     jobs.append(make_job("fsdp", "dora", 2, name="again-dora", resume=True))
     spawn(work, args=(2, str(runs / "meeting2more"), jobs), nprocs=2)
@@ -196,8 +197,8 @@ def runs_of_four(runs: Path, make_job: Callable[..., Job]) -> Path:
     return runs
 
 
-OF_TWO = ["ddp-full-2", "fsdp-full-2", "fsdp-dora-2", "again-full"]
-MORE_OF_TWO = ["ddp-dora-2", *(f"fsdp-{tuning}-2" for tuning in MORE), "again-dora"]
+OF_TWO = ["ddp-full-2", "fsdp-dora-2", "again-full"]
+MORE_OF_TWO = ["ddp-dora-2", "fsdp-full-2", *(f"fsdp-{tuning}-2" for tuning in MORE), "again-dora"]
 OF_FOUR = [
     *(f"{strategy}-{tuning}-4" for strategy in STRATEGIES for tuning in TUNINGS),
     *(f"moved-{tuning}" for tuning in TUNINGS),
@@ -246,7 +247,8 @@ def test_the_runs_have_moved_the_weights(tuning: str, runs: Path, tiny_folder: P
 
 
 def test_a_folder_of_shards_holds_the_weights_that_a_file_holds(runs: Path) -> None:
-    paths = [runs / f"{s}-full-2" / "checkpoints" / "last.ckpt" for s in STRATEGIES]
+    names = ("ddp-full-2", "again-full")
+    paths = [runs / name / "checkpoints" / "last.ckpt" for name in names]
     file, shards = (read_weights(path, read(path)) for path in paths)
     assert paths[1].is_dir()
     assert_same(shards, file)

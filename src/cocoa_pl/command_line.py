@@ -18,7 +18,7 @@ from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from cocoa_pl.errors import UserError
@@ -44,16 +44,20 @@ def compose_overrides(config_name: str, overrides: Sequence[str]) -> DictConfig:
     Raises:
         UserError: as `check_overrides`, and for several values of a key, which only a sweep takes.
     """
-    check_overrides(config_name, overrides)
+    config = check_overrides(config_name, overrides)
     for override in OverridesParser.create().parse_overrides(list(overrides)):
         if override.is_sweep_override():
             raise UserError(f"{override.input_line}: one value at a time; there are no sweeps here")
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return compose(config_name, overrides=list(overrides))
+    with open_dict(config):
+        del config["hydra"]
+    return config
 
 
-def check_overrides(config_name: str, overrides: Sequence[str]) -> None:
+def check_overrides(config_name: str, overrides: Sequence[str]) -> DictConfig:
     """Compose these overrides once, to say in one sentence what is wrong with them.
+
+    Returns:
+        The config, Hydra's own part included, of the first value of each key.
 
     Raises:
         UserError: for an unknown key, group or option, or a value of the wrong kind.
@@ -70,13 +74,14 @@ def check_overrides(config_name: str, overrides: Sequence[str]) -> None:
         groups = [o for o in single if (CONFIGS / o.lstrip("+").partition("=")[0]).is_dir()]
         chosen = _compose_groups(config_name, tuple(groups))
         try:
-            compose(config_name, overrides=single, return_hydra_config=True)
+            config = compose(config_name, overrides=single, return_hydra_config=True)
         except (HydraException, OmegaConfBaseException, ValueError) as error:
             raise UserError(_explain(error, _keys(chosen))) from error
     for override, text in zip(
         OverridesParser.create().parse_overrides(single), single, strict=True
     ):
         _check_kind(chosen, override, text)
+    return config
 
 
 def _values(override: Any, text: str) -> list[str]:

@@ -39,6 +39,8 @@ from cocoa_pl.attention import dense_mask
 CPU = torch.device("cpu")
 EVERY = pytest.mark.parametrize("benchmark", BENCHMARKS, ids=lambda b: b.name)
 
+WITH_A_MODEL = ("_step", "gradient_cache", "packing", "encode")
+
 # By benchmark: counts, and how many times as much the peer has at test size at least.
 GATES: dict[str, dict[str, float]] = {
     "masked_head": {"head_rows": 20, "flops": 20, "peak_saved_bytes": 20},
@@ -244,7 +246,7 @@ def record_of(benchmark: Benchmark) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "benchmark",
     [
-        pytest.param(one, id=one.name, marks=[pytest.mark.slow] * one.name.endswith("_step"))
+        pytest.param(one, id=one.name, marks=[pytest.mark.slow] * one.name.endswith(WITH_A_MODEL))
         for one in BENCHMARKS
     ],
 )

@@ -26,43 +26,9 @@ from cocoa_pl.data.tokenize import Processor
 from cocoa_pl.embedder import Embedder
 from cocoa_pl.for_mteb import digits
 from cocoa_pl.models.loading import FAMILIES, Loaded, load
+from tests.docs.pages import HERE, PAGES, PYTHON, ROOT
 from tests.docs.published import write_models, write_published
 from tests.small import SMALL_BENCHMARK, SMALL_DIGITS, SMALL_TRAINING, STAGES
-
-ROOT = Path(__file__).resolve().parents[2]
-NAMES = ("tutorial", "use", "mining", "stages", "extend", "data", "doctor", "plan", "speed")
-PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in NAMES)]
-COMMAND = r"(?:PYTHONPATH=\S+ )?(?:python (?:train|evaluate)\.py|cocoa \w+)\b[^\n`]*"
-PYTHON = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
-
-# What a command needs that is not here, by a part of it.
-NEEDS = {
-    "hours": r"experiment=ablation",
-    "the hub": r"data=mmeb_(stream|hub)",
-    "a GPU": r"kernel=|--device cuda",
-    "several processes": r"torchrun|trainer=(ddp|fsdp)|\bsbatch|store=",
-    "values of the reader's own": r"\.\.\.|=RUN\b|\bcocoa \w+ RUN\b|\bFOLDER\b|KEY=VALUE",
-    "a browser (tests/search)": r"--serve",
-}
-
-
-def missing(command: str) -> str:
-    if command.startswith("cocoa plan"):  # reads no weights and no rows
-        return ""
-    return next((need for need, part in NEEDS.items() if re.search(part, command)), "")
-
-
-def commands() -> list[str]:
-    """In the order of the pages; a backslash continues a line."""
-    found = []
-    for page in PAGES:
-        text = page.read_text().replace("\\\n", " ")
-        found += re.findall(rf"^(?:    )?({COMMAND})$", text, re.MULTILINE)
-    cut = (re.split(r"\s{2,}#", command)[0].strip() for command in found)
-    return list(dict.fromkeys(" ".join(command.split()) for command in cut))
-
-
-HERE = [command for command in commands() if not missing(command)]
 
 
 def test_most_commands_are_run() -> None:
@@ -199,14 +165,12 @@ def run(words: list[str], monkeypatch: pytest.MonkeyPatch, stand_ins: dict[str, 
 
 
 def blocks() -> list[tuple[str, str]]:
-    found = []
-    for page in PAGES:
-        for code in re.findall(
-            r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE
-        ):
-            if "--8<--" not in code:
-                found.append((page.stem, textwrap.dedent(code)))
-    return found
+    return [
+        (page.stem, textwrap.dedent(code))
+        for page in PAGES
+        for code in PYTHON.findall(page.read_text())
+        if "--8<--" not in code
+    ]
 
 
 @pytest.mark.parametrize("block", blocks(), ids=lambda block: block[0])
@@ -222,6 +186,7 @@ def test_python_runs(
         run(
             shlex.split("cocoa export runs/A --to sentence-transformers --out exported/st"),
             monkeypatch,
+            stand_ins,
         )
     exec(block[1].replace("runs/<time>", "runs/A"), {})
 

@@ -120,7 +120,7 @@ def rows(processor: Processor, make_item: Callable[..., Item]) -> dict[str, Rows
     return {"contrast": collate(pairs), "others": collate(texts)}
 
 
-@pytest.mark.parametrize("adapter", ADAPTERS)
+@pytest.mark.parametrize("adapter", [pytest.param("full", marks=pytest.mark.slow), "dora"])
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_training_step_is_queued_without_a_wait(
     stage: str, adapter: str, make: Callable[..., StageModule[Any]], rows: dict[str, Rows]

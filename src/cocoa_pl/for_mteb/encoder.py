@@ -7,6 +7,7 @@ anything this model cannot embed is refused.
 from __future__ import annotations
 
 import datetime
+import json
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
@@ -23,6 +24,7 @@ from PIL.Image import Image
 from cocoa_pl.data.inputs import as_item
 from cocoa_pl.embedder import Embedder
 from cocoa_pl.errors import UserError
+from cocoa_pl.fingerprint import digest_of_text
 
 # Tasks of mteb over data that MMEB-train holds; a model trained on it is not zero-shot there.
 MMEB_TRAIN = frozenset(
@@ -69,7 +71,11 @@ class CocoaEncoder(AbsEncoder):
         self.batch_tokens = batch_tokens
         self.threads = threads
         self.mteb_model_meta = model_meta(
-            embedder, name=name, training_datasets=training_datasets, license=license
+            embedder,
+            name=name,
+            instructions=self.instructions,
+            training_datasets=training_datasets,
+            license=license,
         )
 
     def encode(
@@ -147,11 +153,13 @@ def model_meta(
     embedder: Embedder,
     *,
     name: str,
+    instructions: Mapping[str, str],
     training_datasets: Collection[str] | None,
     license: str | None,
 ) -> ModelMeta:
-    """All that mteb's leaderboard asks of a model; the revision is a digest of what vectors depend
-    on, so that results of other weights are never taken for these.
+    """All that mteb's leaderboard asks of a model; the revision is a digest of all that vectors
+    depend on, so that results of other weights, attention, pixels or instructions are never taken
+    for these.
 
     Raises:
         UserError: for a name that is not `organization/model`.
@@ -159,12 +167,13 @@ def model_meta(
     if name.count("/") != 1:
         raise UserError(f"mteb files models as organization/model, not {name}")
     stock, identity = embedder.backbone.stock, embedder.identity()
+    del identity["fingerprint"]  # rounding moves it; it follows from the rest
     embedding = stock.get_input_embeddings().weight.numel()
     half = embedder.backbone.compute_dtype == torch.bfloat16
     return ModelMeta(
         loader=load_encoder,  # type: ignore[arg-type]
         name=name,
-        revision=identity["weights"],
+        revision=digest_of_text(json.dumps([identity, dict(instructions)], sort_keys=True)),
         release_date=datetime.date.today().isoformat(),
         languages=["eng-Latn"],
         n_parameters=sum(p.numel() for p in stock.parameters()),
