@@ -4,6 +4,7 @@ tiny model with samples for it: Qwen2-VL, or any family in the modules that run 
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 
@@ -85,6 +86,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+def pytest_collection_finish() -> None:
+    """Millions of objects of imported modules stay: the garbage collector need not visit them."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

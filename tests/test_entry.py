@@ -6,6 +6,7 @@ import inspect
 import re
 import sys
 from collections.abc import Iterator
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ GROUPS = (
     *("adapter", "arm", "benchmark", "data", "experiment"),
     *("logger", "model", "schedule", "stage", "trainer"),
 )
+PLACES = {"attention": "policy", "mixing": "mixing"}  # in a stage
 # What the code fills in where a config is marked `_partial_`.
 PIECES = {"backbone", "shared"}
 
@@ -52,12 +54,17 @@ def options(group: str) -> list[str]:
     return sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
 
 
-def choices() -> list[str]:
-    """Every file of every group, as it is chosen on a command line."""
-    simple = [f"{group}={option}" for group in GROUPS for option in options(group)]
-    policies = [f"attention@stage.contrast.policy={option}" for option in options("attention")]
-    mixings = [f"mixing@stage.contrast.mixing={option}" for option in options("mixing")]
-    return [*simple, *policies, *mixings]
+def choices() -> list[list[str]]:
+    """Every file of every group, as it is chosen on a command line. Those that decide which other
+    keys there are stand alone, the rest several at once.
+    """
+    alone, together = ("arm", "experiment", "stage"), []
+    for group in (*GROUPS, *PLACES):
+        key = group if group in GROUPS else f"{group}@stage.contrast.{PLACES[group]}"
+        together.append([f"{key}={option}" for option in options(group) if group not in alone])
+    single = [[f"{group}={option}"] for group in alone for option in options(group)]
+    rounds = zip_longest(*together)
+    return [*single, *([choice for choice in chosen if choice] for chosen in rounds)]
 
 
 def targets(node: Any, where: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
@@ -72,8 +79,7 @@ def targets(node: Any, where: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
 def test_every_group_of_configs_is_covered() -> None:
     assert {path.name for path in CONFIGS.iterdir() if path.is_dir()} == {
         *GROUPS,
-        "attention",
-        "mixing",
+        *PLACES,
         "stages",  # parts of `stage`
         "cluster",  # see below
         "hardware",  # of `cocoa plan`
@@ -94,10 +100,10 @@ def test_a_cluster_runs_one_process_for_each_gpu_of_the_trainers_nodes() -> None
     assert (launcher.nodes, launcher.tasks_per_node, launcher.gpus_per_node) == (3, 4, 4)
 
 
-@pytest.mark.parametrize("choice", choices())
-def test_every_config_composes_and_names_what_constructors_take(choice: str) -> None:
+@pytest.mark.parametrize("chosen", choices(), ids=" ".join)
+def test_every_config_composes_and_names_what_constructors_take(chosen: list[str]) -> None:
     """Required means required: keys are the constructor's parameters, no more and no fewer."""
-    plain = OmegaConf.to_container(composed(choice), resolve=False)
+    plain = OmegaConf.to_container(composed(*chosen), resolve=False)
     found = list(targets(plain))
     assert found
     for where, node in found:
