@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.functional import normalize
-from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoModelForImageTextToText, AutoTokenizer, Qwen2VLImageProcessorPil
 
 from cocoa_pl.attention import Policy
 from cocoa_pl.data.tokenize import Processor
@@ -74,7 +74,7 @@ def by_plain_transformers(folder: Path, item: Item) -> NDArray[np.float32]:
     inputs: dict[str, Any] = {}
     text = item.text
     if item.images:
-        image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+        image_processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
         inputs = dict(image_processor(images=list(item.images), return_tensors="pt"))
         visual = int(inputs["image_grid_thw"].prod()) // image_processor.merge_size**2
         pad = "<|image_pad|>" * visual
