@@ -35,7 +35,10 @@ GROUPS = (
     *("adapter", "arm", "benchmark", "data", "experiment"),
     *("logger", "model", "schedule", "stage", "trainer"),
 )
-PLACES = {"attention": "policy", "mixing": "mixing"}  # in a stage
+PLACED = {
+    "attention": "attention@stage.contrast.policy",
+    "mixing": "mixing@stage.contrast.mixing",
+}
 # What the code fills in where a config is marked `_partial_`.
 PIECES = {"backbone", "shared"}
 
@@ -55,16 +58,14 @@ def options(group: str) -> list[str]:
 
 
 def choices() -> list[list[str]]:
-    """Every file of every group, as it is chosen on a command line. Those that decide which other
-    keys there are stand alone, the rest several at once.
+    """Every file of every group, as it is chosen on a command line. Groups that decide which other
+    keys there are stand alone, of the rest each gives one to a command line.
     """
-    alone, together = ("arm", "experiment", "stage"), []
-    for group in (*GROUPS, *PLACES):
-        key = group if group in GROUPS else f"{group}@stage.contrast.{PLACES[group]}"
-        together.append([f"{key}={option}" for option in options(group) if group not in alone])
+    alone = ("arm", "experiment", "stage")
     single = [[f"{group}={option}"] for group in alone for option in options(group)]
-    rounds = zip_longest(*together)
-    return [*single, *([choice for choice in chosen if choice] for chosen in rounds)]
+    keys = {group: group for group in GROUPS if group not in alone} | PLACED
+    rest = [[f"{key}={option}" for option in options(group)] for group, key in keys.items()]
+    return [*single, *([one for one in chosen if one] for chosen in zip_longest(*rest))]
 
 
 def targets(node: Any, where: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
@@ -79,7 +80,7 @@ def targets(node: Any, where: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
 def test_every_group_of_configs_is_covered() -> None:
     assert {path.name for path in CONFIGS.iterdir() if path.is_dir()} == {
         *GROUPS,
-        *PLACES,
+        *PLACED,
         "stages",  # parts of `stage`
         "cluster",  # see below
         "hardware",  # of `cocoa plan`
