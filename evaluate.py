@@ -49,16 +49,6 @@ def main(cfg: DictConfig) -> None:
                     "several processes share vectors through a folder; give it as store=FOLDER"
                 )
             embedder = open_embedder(cfg.ckpt, device=cfg.device)
-            if isinstance(benchmark, MtebBenchmark):
-                benchmark.score(
-                    embedder,
-                    run_dir,
-                    console,
-                    checkpoint_name=cfg.ckpt,
-                    batch_tokens=cfg.batch_tokens,
-                    threads=cfg.threads,
-                )
-                return
             score(
                 embedder,
                 benchmark,

@@ -26,6 +26,7 @@ from cocoa_pl.evaluation.origin import Origin
 from cocoa_pl.evaluation.published import lines, published_table
 from cocoa_pl.evaluation.report import score_table, write_report
 from cocoa_pl.export.folder import export, lineage_of
+from cocoa_pl.for_mteb.benchmark import MtebBenchmark
 from cocoa_pl.models.adapter_folders import base_path, is_adapter, load_adapter
 from cocoa_pl.models.adapters import trainable_line
 from cocoa_pl.models.backbone import Backbone
@@ -212,10 +213,21 @@ def score(
     """Evaluate, write results.json and report.html, and show the table.
 
     Of several processes, which share `vectors.store`, each embeds its part and the first scores.
+    mteb scores by its own code, and has no page.
 
     Raises:
         UserError: if several processes have no store to share.
     """
+    if isinstance(benchmark, MtebBenchmark):
+        benchmark.score(
+            embedder,
+            run_dir,
+            console,
+            checkpoint_name=checkpoint_name,
+            batch_tokens=vectors.batch_tokens,
+            threads=vectors.threads,
+        )
+        return
     subsets = benchmark.subsets()
     check_subsets(subsets)
     vectors_of = embedded(embedder, subsets, vectors)

@@ -101,10 +101,11 @@ def smaller(words: list[str], stand_ins: dict[str, Path]) -> list[str]:
         held_out = [] if own or "data=paper" in words else ["data.validation_fraction=0.3"]
         return [*path, *SMALL_REAL, *doctor, *on_digits, *held_out]
     has_digits = not any(w.startswith("data=") and w != "data=digits" for w in words)
+    scores_digits = has_digits and not any(w.startswith("benchmark=") for w in words)
     if words[1] == "train.py":
-        return [*SMALL_TRAINING, *SMALL_BENCHMARK * has_digits, *SMALL_DIGITS * has_digits]
+        return [*SMALL_TRAINING, *SMALL_BENCHMARK * scores_digits, *SMALL_DIGITS * has_digits]
     if words[1] == "evaluate.py":
-        return [] if any(w.startswith("benchmark=") for w in words) else SMALL_BENCHMARK
+        return SMALL_BENCHMARK * scores_digits
     if words[:2] == ["cocoa", "mine"]:
         return SMALL_DIGITS
     if words[:2] == ["cocoa", "doctor"]:

@@ -49,6 +49,15 @@ def test_digits_are_healthy(check_up: Callable[..., Checkup]) -> None:
     assert measured == [["pretrain", "warmup"], ["reconstruct"], ["contrast"]]
 
 
+def test_rows_of_mteb_are_said_to_be_unchecked(
+    healthy: Path, check_up: Callable[..., Checkup]
+) -> None:
+    tasks = "benchmark.tasks=[cocoa_pl.for_mteb.digits.DigitCount]"
+    found = check_up(*mmeb(healthy), "evaluate=true", "benchmark=mteb", tasks)
+    assert found.report["rows"].keys() == {"train", "validation"}
+    assert "rows of the benchmark" in found.report["not_checked"][-1]
+
+
 def test_without_the_model_lengths_are_not_checked_and_the_rest_is(
     healthy: Path, check_up: Callable[..., Checkup]
 ) -> None:

@@ -132,21 +132,20 @@ def test_results_of_the_same_weights_are_not_computed_again(
     [
         ({"tasks": []}, "either benchmark.tasks"),
         ({"suite": "MIEB(lite)"}, "either benchmark.tasks"),
+        ({"model_name": "cocoa"}, "organization/model, not cocoa"),
     ],
 )
-def test_a_benchmark_needs_tasks_or_a_suite(changes: dict[str, Any], said: str) -> None:
+def test_mistakes_are_told_before_a_model_is_there(changes: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said):
         benchmark(**changes)
 
 
 @pytest.mark.parametrize("name", ["NoSuchTask", "cocoa_pl.nowhere.Task", "cocoa_pl.items.Task"])
-def test_an_unknown_task_is_named(name: str, embedder: Embedder, tmp_path: Path) -> None:
+def test_an_unknown_task_is_named(name: str) -> None:
     with pytest.raises(UserError, match=name.rpartition(".")[2]):
-        benchmark(tasks=[name]).score(
-            embedder, tmp_path, Console(), checkpoint_name="r", batch_tokens=4096, threads=0
-        )
+        benchmark(tasks=[name])
 
 
-def test_a_suite_is_that_of_mteb(monkeypatch: pytest.MonkeyPatch) -> None:
-    tasks = benchmark(tasks=[], suite="MIEB(lite)")._tasks(mteb)
+def test_a_suite_is_that_of_mteb() -> None:
+    tasks = benchmark(tasks=[], suite="MIEB(lite)").tasks
     assert len(tasks) == len(mteb.get_benchmark("MIEB(lite)").tasks) > 40

@@ -24,6 +24,7 @@ from cocoa_pl.doctor.reading import Pieces, Reading, read
 from cocoa_pl.doctor.report import show, write_json
 from cocoa_pl.entry import build, register_resolvers
 from cocoa_pl.errors import UserError
+from cocoa_pl.for_mteb.benchmark import MtebBenchmark
 from cocoa_pl.models.adapter_folders import base_path, is_adapter
 from cocoa_pl.models.loading import find_folder, load_inputs
 from cocoa_pl.stages.stage import Stage
@@ -47,7 +48,9 @@ def run(overrides: Sequence[str], console: Console) -> int:
     findings = Findings()
     with console.status("reading rows"):
         stages = build_stages(cfg)
-        reading = _read(cfg, stages, findings)
+        data = build(cfg.data)
+        benchmark = build(cfg.benchmark) if cfg.evaluate else None
+        reading = _read(cfg, stages, data, benchmark, findings)
         processors, reason = _processors(cfg, reading)
     settings = Settings(
         stages=stages,
@@ -59,6 +62,8 @@ def run(overrides: Sequence[str], console: Console) -> int:
     with _progress(console) as progress:
         examination = examine(reading, settings, findings, watch=_watch(progress, console))
     not_checked = [reason] if reason else []
+    if isinstance(benchmark, MtebBenchmark):
+        not_checked.append("rows of the benchmark: mteb alone reads those of its tasks")
     show(console, examination, not_checked=not_checked)
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "doctor.json", examination, not_checked=not_checked)
@@ -78,11 +83,11 @@ def _tell_readers_to_go_on(cfg: DictConfig) -> None:
             cfg[group].on_bad_row = "skip"
 
 
-def _read(cfg: DictConfig, stages: Sequence[Stage], findings: Findings) -> Reading:
-    data = build(cfg.data)
-    benchmark = build(cfg.benchmark) if cfg.evaluate else None
-    if isinstance(benchmark, HeldOutBenchmark):
-        benchmark = None  # the validation rows, which are read anyway
+def _read(
+    cfg: DictConfig, stages: Sequence[Stage], data: Any, benchmark: Any, findings: Findings
+) -> Reading:
+    if isinstance(benchmark, HeldOutBenchmark | MtebBenchmark):
+        benchmark = None  # the validation rows, which are read anyway, or rows that mteb reads
     pieces = Pieces(
         data=lambda: _one_by_one(cfg.data), benchmark=lambda: _one_by_one(cfg.benchmark)
     )

@@ -34,7 +34,8 @@ class MtebBenchmark:
         batch_size: items that mteb's loaders decode together.
 
     Raises:
-        UserError: without tasks, or with both tasks and a suite.
+        UserError: without tasks, with both tasks and a suite, without mteb, or for a task that it
+            does not know, or a model's name that it cannot file.
     """
 
     def __init__(
@@ -51,7 +52,10 @@ class MtebBenchmark:
     ) -> None:
         if bool(tasks) == (suite is not None):
             raise UserError("give either benchmark.tasks=[NAME,...] or benchmark.suite=NAME")
-        self.tasks = list(tasks)
+        self.mteb = extra("mteb", of="mteb", wanted_by="benchmark=mteb")
+        self.encoder = importlib.import_module("cocoa_pl.for_mteb.encoder")
+        self.encoder.check_name(model_name)
+        self.tasks = _tasks(self.mteb, tasks, suite)
         self.suite = suite
         self.model_name = model_name
         self.instructions = dict(instructions)
@@ -76,12 +80,12 @@ class MtebBenchmark:
             The content of results.json.
 
         Raises:
-            UserError: without mteb, or for a task that it does not know.
+            UserError: for a score that is not a number.
         """
-        mteb = extra("mteb", of="mteb", wanted_by="benchmark=mteb")
-        encoder = importlib.import_module("cocoa_pl.for_mteb.encoder")
-        known = encoder.MMEB_TRAIN if self.training_datasets == _OF_MMEB else self.training_datasets
-        model = encoder.CocoaEncoder(
+        known: Any = self.training_datasets
+        if known == _OF_MMEB:
+            known = self.encoder.MMEB_TRAIN
+        model = self.encoder.CocoaEncoder(
             embedder,
             name=self.model_name,
             instructions=self.instructions,
@@ -90,13 +94,12 @@ class MtebBenchmark:
             batch_tokens=batch_tokens,
             threads=threads,
         )
-        tasks = self._tasks(mteb)
-        metrics = {task.metadata.name: task.metadata.main_score for task in tasks}
-        found = mteb.evaluate(
+        metrics = {task.metadata.name: task.metadata.main_score for task in self.tasks}
+        found = self.mteb.evaluate(
             model,
-            tasks,
+            self.tasks,
             encode_kwargs={"batch_size": self.batch_size, "show_progress_bar": False},
-            cache=mteb.ResultCache(self.results or run_dir / "mteb"),
+            cache=self.mteb.ResultCache(self.results or run_dir / "mteb"),
             show_progress_bar=False,
         )
         content = {
@@ -104,7 +107,7 @@ class MtebBenchmark:
             "checkpoint": checkpoint_name,
             "model": self.model_name,
             "revision": model.mteb_model_meta.revision,
-            "mteb_version": mteb.__version__,
+            "mteb_version": self.mteb.__version__,
             "tasks": {
                 result.task_name: _task(result, metrics[result.task_name])
                 for result in found.task_results
@@ -116,13 +119,14 @@ class MtebBenchmark:
         console.print(f"results: {run_dir / 'results.json'}", soft_wrap=True)
         return content
 
-    def _tasks(self, mteb: Any) -> list[Any]:
-        try:
-            if self.suite is not None:
-                return list(mteb.get_benchmark(self.suite).tasks)
-            return [_own(name) if "." in name else mteb.get_task(name) for name in self.tasks]
-        except KeyError as error:
-            raise UserError(str(error.args[0]).splitlines()[0]) from error
+
+def _tasks(mteb: Any, names: Sequence[str], suite: str | None) -> list[Any]:
+    try:
+        if suite is not None:
+            return list(mteb.get_benchmark(suite).tasks)
+        return [_own(name) if "." in name else mteb.get_task(name) for name in names]
+    except KeyError as error:
+        raise UserError(str(error.args[0]).splitlines()[0].removeprefix("KeyError: ")) from error
 
 
 def _own(name: str) -> Any:

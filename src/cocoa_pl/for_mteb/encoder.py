@@ -162,10 +162,9 @@ def model_meta(
     for these.
 
     Raises:
-        UserError: for a name that is not `organization/model`.
+        UserError: as `check_name`.
     """
-    if name.count("/") != 1:
-        raise UserError(f"mteb files models as organization/model, not {name}")
+    check_name(name)
     stock, identity = embedder.backbone.stock, embedder.identity()
     del identity["fingerprint"]  # rounding moves it; it follows from the rest
     embedding = stock.get_input_embeddings().weight.numel()
@@ -193,6 +192,12 @@ def model_meta(
         model_type=["dense"],
         output_dtypes=OutputDType.BF16 if half else None,
     )
+
+
+def check_name(name: str) -> None:
+    """Raises UserError for a name that is not `organization/model`."""
+    if name.count("/") != 1:
+        raise UserError(f"mteb files models as organization/model, not {name}")
 
 
 def load_encoder(
