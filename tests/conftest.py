@@ -5,7 +5,6 @@ tiny model with samples for it: Qwen2-VL, or any family in the modules that run 
 from __future__ import annotations
 
 import gc
-import importlib
 import os
 
 # Before torch is imported, and for the processes that tests start. Tests compute on small tensors,
@@ -276,7 +275,7 @@ def browser() -> Iterator[Any]:
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     service = selenium.ChromeService(executable_path=driver)
-    wait = importlib.import_module("selenium.webdriver.support.wait").WebDriverWait
+    wait = pytest.importorskip("selenium.webdriver.support.wait").WebDriverWait
 
     class Chromium(selenium.Chrome):  # type: ignore[misc, name-defined]
         """`get` returns when the page is whole: the driver's own may return while it is read."""

@@ -160,14 +160,25 @@ def make_job(compose_run: Callable[..., Path], folder: Path) -> Callable[..., Jo
     return make
 
 
+def jobs_of_two(names: list[str], make_job: Callable[..., Job]) -> list[Job]:
+    """In order; a run that is called again-TUNING is stopped, and goes on."""
+    jobs = []
+    for name in names:
+        strategy, tuning = name.split("-")[:2]
+        if strategy == "again":
+            jobs.append(make_job("fsdp", tuning, 2, name=name, stopped=True))
+            jobs.append(make_job("fsdp", tuning, 2, name=name, resume=True))
+        else:
+            jobs.append(make_job(strategy, tuning, 2))
+    return jobs
+
+
 @pytest.fixture(scope="module")
 def runs(make_job: Callable[..., Job], folder: Path) -> Path:
     """Runs of one and of two processes; one of two is stopped and goes on."""
     for tuning in TUNINGS:
         run(make_job("cpu", tuning, 1))
-    jobs = [make_job(*name.split("-")[:2], 2) for name in OF_TWO if not name.startswith("again")]
-    jobs.append(make_job("fsdp", "full", 2, name="again-full", stopped=True))
-    jobs.append(make_job("fsdp", "full", 2, name="again-full", resume=True))
+    jobs = jobs_of_two(OF_TWO, make_job)
     spawn(work, args=(2, str(folder / "meeting2"), jobs), nprocs=2)
     return folder
 
@@ -177,10 +188,7 @@ def more_runs(runs: Path, make_job: Callable[..., Job]) -> Path:
     """What is left out of `runs` for its time."""
     for tuning in MORE:
         run(make_job("cpu", tuning, 1))
-    jobs = [make_job("ddp", "dora", 2), make_job("fsdp", "full", 2)]
-    jobs += [*(make_job("fsdp", tuning, 2) for tuning in MORE)]
-    jobs.append(make_job("fsdp", "dora", 2, name="again-dora", stopped=True))
-    jobs.append(make_job("fsdp", "dora", 2, name="again-dora", resume=True))
+    jobs = jobs_of_two(MORE_OF_TWO, make_job)
     spawn(work, args=(2, str(runs / "meeting2more"), jobs), nprocs=2)
     return runs
 

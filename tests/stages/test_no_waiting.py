@@ -120,7 +120,9 @@ def rows(processor: Processor, make_item: Callable[..., Item]) -> dict[str, Rows
     return {"contrast": collate(pairs), "others": collate(texts)}
 
 
-@pytest.mark.parametrize("adapter", [pytest.param("full", marks=pytest.mark.slow), "dora"])
+@pytest.mark.parametrize(
+    "adapter", [pytest.param(one, marks=[pytest.mark.slow] * (one == "full")) for one in ADAPTERS]
+)
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_training_step_is_queued_without_a_wait(
     stage: str, adapter: str, make: Callable[..., StageModule[Any]], rows: dict[str, Rows]

@@ -59,7 +59,8 @@ class MtebBenchmark:
         self.suite = suite
         self.model_name = model_name
         self.instructions = dict(instructions)
-        self.training_datasets = training_datasets
+        is_mmeb = training_datasets == _OF_MMEB
+        self.training_datasets = self.encoder.MMEB_TRAIN if is_mmeb else training_datasets
         self.license = license
         self.results = results
         self.batch_size = batch_size
@@ -82,14 +83,11 @@ class MtebBenchmark:
         Raises:
             UserError: for a score that is not a number.
         """
-        known: Any = self.training_datasets
-        if known == _OF_MMEB:
-            known = self.encoder.MMEB_TRAIN
         model = self.encoder.CocoaEncoder(
             embedder,
             name=self.model_name,
             instructions=self.instructions,
-            training_datasets=known,
+            training_datasets=self.training_datasets,
             license=self.license,
             batch_tokens=batch_tokens,
             threads=threads,
