@@ -1,11 +1,12 @@
-"""Commands of the README and of docs/ are configurations that exist; most are run, too, by
-tests/docs/test_commands.py.
+"""Commands of the pages, of the configs' headers and of help texts are configurations that exist;
+most are run, too, by tests/docs/test_commands.py.
 """
 
 from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -17,37 +18,59 @@ from cocoa_pl.entry import register_resolvers
 from tests.docs.pages import HERE
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PLACES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "train.py", ROOT / "evaluate.py"]
+PLACES += sorted(
+    path
+    for folder, kind in (("docs", "md"), ("conf", "yaml"), ("docs/examples", "yaml"), ("src", "py"))
+    for path in (ROOT / folder).rglob(f"*.{kind}")
+)
+
+
+SCRIPT = r"(?:python |per-node[ =]\d |29500 +)(train|evaluate)\.py"
+COMMAND = re.compile(rf"(?:{SCRIPT}|\bcocoa (doctor|plan|mine)) ([^\n`]*=[^\n`]*)")
 
 
 def commands() -> list[list[str]]:
-    text = "\n".join(page.read_text() for page in PAGES).replace("\\\n", " ")
-    found = re.findall(r"(?:python |per-node 8 |29500 +)((?:train|evaluate)\.py [^\n`]*)", text)
-    words = [shlex.split(re.split("  #", command)[0]) for command in found]
-    # Hydra's own options are taken where commands are run: tests/docs/test_commands.py.
-    words = [command for command in words if not {"--config-dir", "--cfg"} & {*command}]
-    return [[word for word in command if "..." not in word] for command in words]
+    """A script or sub-command with its overrides, of pages, headers of configs and help texts."""
+    text = "\n".join(place.read_text() for place in PLACES)
+    found = COMMAND.findall(re.sub(r"\\\n[# ]*", "", text))
+    split = [
+        (script or tool, *shlex.split(re.split(r'  +[#(]|"', o)[0])) for script, tool, o in found
+    ]
+    return [taken for words in dict.fromkeys(split) if len(taken := overrides(words)) > 1]
+
+
+def overrides(words: Sequence[str]) -> list[str]:
+    """The name and what can be composed; nothing of Hydra's own options, which
+    tests/docs/test_commands.py takes. In a header, what may be left out stands in brackets.
+    """
+    if {"--config-dir", "--cfg"} & {*words}:
+        return []
+    plain = [w[1:-1] if w.startswith("[") and w.endswith("]") else w for w in words]
+    unspoken = ("...", "key=value", "KEY=VALUE")
+    kept = [w for w in plain if "=" in w or w == "-m"]
+    return [words[0], *(w for w in kept if not any(part in w for part in unspoken))]
 
 
 def not_run() -> list[list[str]]:
     """Those that tests/docs/test_commands.py leaves out by default."""
-    run = [shlex.split(command)[1:] for command in HERE if " -m " not in command]
+    words = [shlex.split(command) for command in HERE if " -m " not in command]
+    run = [overrides([w[1].removesuffix(".py"), *w[2:]]) for w in words]
     return [command for command in commands() if command not in run]
 
 
 def test_the_pages_hold_commands() -> None:
-    assert len(commands()) >= 20
+    assert len(commands()) >= 50
     assert not_run()
-    assert any("torchrun" in page.read_text() for page in PAGES)
 
 
 @pytest.mark.parametrize("command", not_run(), ids=" ".join)
 def test_a_command_composes(command: list[str]) -> None:
-    script, *words = command
+    name, *words = command
     register_resolvers()
-    overrides = [word for word in words if not word.startswith("-")]
-    config = check_overrides(script.removesuffix(".py"), overrides)
-    chosen = [o.split(",")[0] if "-m" in words else o for o in overrides]
+    given = [word for word in words if not word.startswith("-")]
+    config = check_overrides(name, given)
+    chosen = [o.split(",")[0] if "-m" in words else o for o in given]
     for override in chosen:
         key, value = override.split("=", 1)
         if key.startswith("hydra.") or "@" in key or (CONFIGS / key.lstrip("+")).is_dir():

@@ -41,11 +41,11 @@ COMMANDS = {
         summary="check a data set and its images before training",
         about="""\
 Check every row and every image that training would read, and report all that is wrong with them.
-Keys and values are those of train.py; the doctor's own begin with doctor.
+Keys and values are those of train.py; the doctor's own are out and workers.
 
   cocoa doctor
   cocoa doctor data=mmeb data.root=MMEB-train model=qwen2vl model.source.path=Qwen2-VL-2B-Instruct
-  cocoa doctor data=pairs data.path=my.jsonl data.image_root=images doctor.workers=8
+  cocoa doctor data=pairs data.path=my.jsonl data.image_root=images workers=8
 
 Exit status: 0 healthy, 1 if something would stop training, 2 for a mistake in the command.""",
     ),
