@@ -113,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="cocoa",
         usage="cocoa COMMAND ...",
-        description="Small tools around training (python train.py).",
+        description="Small tools around training, which is `python train.py` in the repository.",
         epilog="commands:\n"
         + "\n".join(f"  {name:{width}}  {c.summary}" for name, c in COMMANDS.items())
         + "\n\n`cocoa COMMAND --help` says more.",

@@ -23,7 +23,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from cocoa_pl.errors import UserError
 
-CONFIGS = Path(__file__).parents[2] / "conf"
+# A link to the repository's conf/, and a folder of the wheel.
+CONFIGS = (Path(__file__).parent / "conf").resolve()
 
 
 def check_command_line(config_name: str) -> None:

@@ -35,7 +35,7 @@ def export_folder(path: str) -> Path:
     if (folder / ADAPTER_CONFIG).is_file():
         raise UserError(
             f"{folder} is an adapter, which says nothing of attention and pooling; make a model of "
-            f"it first: train.py init_from={folder} stage=... exports one"
+            f"it first: python train.py init_from={folder} stage=... exports one"
         )
     if not (folder / DESCRIPTION).is_file():
         raise UserError(f"{folder} holds no {DESCRIPTION}: it was not exported by cocoa_pl")

@@ -214,7 +214,7 @@ def _read(folder: Path, name: str) -> Scored:
     path = folder / "results.json"
     if not path.is_file():
         raise UserError(
-            f"{folder} holds no results.json: score it first, evaluate.py ckpt={folder}"
+            f"{folder} holds no results.json: score it first, python evaluate.py ckpt={folder}"
         )
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
