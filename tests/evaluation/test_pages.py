@@ -297,6 +297,6 @@ def test_runs_that_do_not_compare_are_refused(runs: list[str], tmp_path: Path) -
     ):
         with pytest.raises(UserError, match=said):
             command.run(arguments, Console(quiet=True))
-    (empty / "results.json").write_text('{"tasks": {}}')
-    with pytest.raises(UserError, match="no result of MMEB's kind"):
+    (empty / "results.json").write_text('{"benchmark": "mteb", "tasks": {}}')
+    with pytest.raises(UserError, match="holds no subsets to compare; mteb compares its tasks"):
         command.run([runs[0], str(empty)], Console(quiet=True))

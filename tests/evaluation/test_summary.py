@@ -2,12 +2,14 @@ import csv
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from rich.console import Console
 
 from cocoa_pl.errors import UserError
+from cocoa_pl.evaluation.results import read_results
 from cocoa_pl.evaluation.runs import collect, find_runs, parse_overrides
 from cocoa_pl.evaluation.summary import Stat, summarise, write_summary
 
@@ -17,6 +19,7 @@ def make_run(folder: Path, overrides: list[str], *, overall: float | None) -> No
     (folder / ".hydra" / "overrides.yaml").write_text(yaml.safe_dump(overrides))
     if overall is None:
         return
+    subset = {"group": "retrieval", "in_distribution": True, "num_queries": 9}
     results = {
         "benchmark": "digits",
         "checkpoint": "x",
@@ -24,7 +27,7 @@ def make_run(folder: Path, overrides: list[str], *, overall: float | None) -> No
         "in_distribution": overall,
         "out_of_distribution": None,
         "groups": {"retrieval": overall},
-        "subsets": {"scene_i2t": {"precision_at_1": overall + 0.1}},
+        "subsets": {"scene_i2t": {**subset, "precision_at_1": overall + 0.1}},
     }
     (folder / "results.json").write_text(json.dumps(results))
 
@@ -77,7 +80,39 @@ def test_a_configuration_without_any_result_keeps_its_line(tmp_path: Path) -> No
     write_summary(tmp_path, collect(find_runs(tmp_path)), subsets=[])
     text = (tmp_path / "summary.md").read_text()
     assert "| 2 | 0 of 1 | missing | missing |" in text
-    assert "results.json in 2 is damaged" in text
+    assert "2/results.json is damaged (Expecting property name" in text
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"groups": None}, "'NoneType' object has no attribute"),
+        ({"overall": "0.5"}, "not supported between"),
+        ({"overall": float("nan")}, "digits has a score that is none"),
+        ({"subsets": {"scene_i2t": {"precision_at_1": 0.5}}}, "it lacks 'group'"),
+        ({"tasks": {"CIRR": {"main_score": 0.5}}}, "it lacks 'metric'"),
+    ],
+)
+def test_a_damaged_results_json_is_told(change: dict[str, Any], told: str, tmp_path: Path) -> None:
+    make_run(tmp_path, [], overall=0.5)
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(UserError, match=r"results\.json is damaged \(.*; score the model again") as e:
+        read_results(path)
+    assert told in str(e.value)
+
+
+def test_a_sweep_over_tasks_of_mteb_is_summarised_by_them(tmp_path: Path) -> None:
+    for number, score in enumerate((0.5, 0.7)):
+        make_run(tmp_path / str(number), [f"seed={number}"], overall=0.5)
+        tasks = {"CIRR": {"metric": "ndcg_at_10", "main_score": score}}
+        (tmp_path / str(number) / "results.json").write_text(
+            json.dumps({"benchmark": "mteb", "checkpoint": "x", "tasks": tasks})
+        )
+    write_summary(tmp_path, collect(find_runs(tmp_path)), subsets=["scene_i2t"])
+    text = (tmp_path / "summary.md").read_text()
+    assert "| configuration | runs | CIRR |" in text
+    assert "| as configured | 2 | 60.0 ± 14.1 |" in text
 
 
 def test_a_sweep_that_failed_as_a_whole_is_summarised_as_missing(tmp_path: Path) -> None:

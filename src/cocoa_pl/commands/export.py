@@ -5,7 +5,6 @@ read the same vectors out of it.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import tempfile
 from collections.abc import Sequence
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
@@ -22,6 +20,8 @@ from cocoa_pl import fingerprint
 from cocoa_pl.assemble import open_embedder
 from cocoa_pl.checkpoint import LAST
 from cocoa_pl.errors import UserError
+from cocoa_pl.evaluation.results import read_results
+from cocoa_pl.evaluation.runs import read_config
 from cocoa_pl.export.card import write_card, write_vllm
 from cocoa_pl.export.folder import export
 from cocoa_pl.export.parity import TOLERANCE, Compared, check, compare, samples
@@ -67,7 +67,7 @@ def run(arguments: Sequence[str], console: Console) -> int:
             library=LIBRARIES[parsed.to],
             compared=compared,
             num_cases=len(cases),
-            data=_data(parsed.run),
+            data=read_config(Path(parsed.run)).get("data"),
             results=_results(parsed.run),
         )
         write_vllm(fresh, causal=exported.policy.causal)
@@ -113,20 +113,9 @@ def _source(run: str) -> tuple[str, list[dict[str, Any]]]:
     return str(checkpoint if checkpoint.is_file() else folder), lineage
 
 
-def _data(run: str) -> dict[str, Any] | None:
-    path = Path(run) / "config.yaml"
-    if not path.is_file():
-        return None
-    data: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))["data"]
-    return data
-
-
 def _results(run: str) -> dict[str, Any] | None:
     path = Path(run) / "results.json"
-    if not path.is_file():
-        return None
-    results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return results
+    return read_results(path) if path.is_file() else None
 
 
 def _table(compared: Sequence[Compared]) -> Table:

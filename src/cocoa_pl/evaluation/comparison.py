@@ -16,13 +16,12 @@ from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
-import yaml
-
 from cocoa_pl.errors import UserError
 from cocoa_pl.evaluation.curves import Panel, read_panels
 from cocoa_pl.evaluation.intervals import CONFIDENCE, Interval
 from cocoa_pl.evaluation.report import templates
-from cocoa_pl.evaluation.results import MEANS
+from cocoa_pl.evaluation.results import MEANS, read_results
+from cocoa_pl.evaluation.runs import read_config
 
 MAX_RUNS = 6  # that curves can be told apart
 
@@ -216,14 +215,10 @@ def _read(folder: Path, name: str) -> Scored:
         raise UserError(
             f"{folder} holds no results.json: score it first, python evaluate.py ckpt={folder}"
         )
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-        results["subsets"], results["groups"], results["overall"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is no result of MMEB's kind ({error!r})") from error
-    config = folder / "config.yaml"
-    text = config.read_text(encoding="utf-8") if config.is_file() else "{}"
-    return Scored(name, folder, results, dict(_flat(yaml.safe_load(text) or {})))
+    results = read_results(path)
+    if not results["subsets"]:
+        raise UserError(f"{path} holds no subsets to compare; mteb compares its tasks by itself")
+    return Scored(name, folder, results, dict(_flat(read_config(folder))))
 
 
 def _flat(node: Any, prefix: str = "") -> list[tuple[str, str]]:

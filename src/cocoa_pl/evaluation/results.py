@@ -1,17 +1,24 @@
-"""Scores and examples of one evaluated benchmark; `Results.to_json` is what results.json holds."""
+"""Scores and examples of one evaluated benchmark; `Results.to_json` is what results.json holds, and
+`read_results` what is read out of it.
+"""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cocoa_pl.errors import UserError
 from cocoa_pl.evaluation.intervals import CONFIDENCE, Interval, interval, resampled
 from cocoa_pl.evaluation.similarities import Similarities
 from cocoa_pl.evaluation.space import Space
 from cocoa_pl.items import Item
 
 MEANS = ("overall", "in_distribution", "out_of_distribution")  # as results.json names them
+# Of what mteb scores: by rules of each task's own, so nothing is precision@1 and nothing is a mean.
+OF_MTEB: dict[str, Any] = {**dict.fromkeys(MEANS), "groups": {}, "subsets": {}}
+_READ = ("precision_at_1", "group", "in_distribution", "num_queries")
 
 
 @dataclass(frozen=True)
@@ -144,6 +151,30 @@ class Results:
     def _split_score(self, *, in_distribution: bool) -> float | None:
         subsets = self.split(in_distribution=in_distribution)
         return mean_score(subsets) if subsets and not self.is_partial else None
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """The content of a results.json; one that mteb scored holds `tasks`.
+
+    Raises:
+        UserError: if it is damaged.
+    """
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if "tasks" in content:  # older ones of mteb hold nothing else
+            content = {**OF_MTEB, **content}
+        benchmark, groups = content["benchmark"], content["groups"]
+        scores = [*(content[name] for name in MEANS), *groups.values()]
+        rows = [[one[key] for key in _READ] for one in content["subsets"].values()]
+        scores += [score for score, *_ in rows]
+        tasks = [(one["metric"], one["main_score"]) for one in content.get("tasks", {}).values()]
+        possible = all(score is None or 0 <= score <= 1 for score in scores)
+        if not possible or not all(math.isfinite(score) for _, score in tasks):
+            raise ValueError(f"{benchmark} has a score that is none")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        what = f"it lacks {error}" if isinstance(error, KeyError) else error
+        raise UserError(f"{path} is damaged ({what}); score the model again") from error
+    return content
 
 
 def mean_score(subsets: Sequence[SubsetScore], *, strict: bool = False) -> float:

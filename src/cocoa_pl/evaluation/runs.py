@@ -1,11 +1,14 @@
 """Run folders in, `Run`s out: what was overridden for each, and its scores or why it has none."""
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
+
+from cocoa_pl.errors import UserError
+from cocoa_pl.evaluation.results import MEANS, read_results
 
 SEED = "seed"
 
@@ -37,6 +40,21 @@ def collect(folders: Iterable[Path]) -> list[Run]:
     return [_read_run(Path(folder)) for folder in folders]
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """The configuration that a run saved; empty for a folder without one.
+
+    Raises:
+        UserError: if it is damaged.
+    """
+    path = folder / "config.yaml"
+    if not path.is_file():
+        return {}
+    try:
+        return dict(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
+    except (yaml.YAMLError, ValueError, TypeError) as error:
+        raise UserError(f"{path} is damaged: {' '.join(str(error).split())}") from error
+
+
 def missing_run(overrides: Iterable[str], *, folder: Path, why: str) -> Run:
     """A run that is known of but left no results; overrides are `key=value`."""
     return Run(folder, parse_overrides(overrides), scores={}, groups=(), missing=why)
@@ -52,21 +70,18 @@ def _read_run(folder: Path) -> Run:
     overrides_file, results_file = folder / ".hydra" / "overrides.yaml", folder / "results.json"
     if not overrides_file.is_file():
         return missing_run((), folder=folder, why=f"no .hydra/overrides.yaml in {folder.name}")
-    overrides = yaml.safe_load(overrides_file.read_text(encoding="utf-8")) or []
-    if not results_file.is_file():
-        return missing_run(overrides, folder=folder, why=f"no results.json in {folder.name}")
     try:
-        results = json.loads(results_file.read_text(encoding="utf-8"))
-        scores = {
-            "overall": results["overall"],
-            "in_distribution": results["in_distribution"],
-            "out_of_distribution": results["out_of_distribution"],
-            **results["groups"],
-            **{name: subset["precision_at_1"] for name, subset in results["subsets"].items()},
-        }
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        return missing_run(
-            overrides, folder=folder, why=f"results.json in {folder.name} is damaged ({error!r})"
-        )
+        overrides = yaml.safe_load(overrides_file.read_text(encoding="utf-8")) or []
+        if not results_file.is_file():
+            return missing_run(overrides, folder=folder, why=f"no results.json in {folder.name}")
+        results = read_results(results_file)
+    except yaml.YAMLError:
+        return missing_run((), folder=folder, why=f"overrides.yaml in {folder.name} is damaged")
+    except UserError as error:
+        return missing_run(overrides, folder=folder, why=str(error))
+    tasks = {name: task["main_score"] for name, task in results.get("tasks", {}).items()}
+    groups = {**results["groups"], **tasks}
+    subsets = {name: subset["precision_at_1"] for name, subset in results["subsets"].items()}
+    scores = {**{name: results[name] for name in MEANS}, **groups, **subsets}
     present = {name: score for name, score in scores.items() if score is not None}
-    return Run(folder, parse_overrides(overrides), present, tuple(results["groups"]), missing="")
+    return Run(folder, parse_overrides(overrides), present, tuple(groups), missing="")

@@ -65,15 +65,18 @@ def summarise(runs: Sequence[Run], *, metrics: Sequence[str]) -> list[Line]:
 def write_summary(folder: Path, runs: Sequence[Run], *, subsets: Sequence[str]) -> Table:
     """Write summary.csv, summary.md and summary.png to `folder`; return the table for a terminal.
 
-    All have the overall score, the groups and `subsets`; the plot leaves the groups out.
+    All have the overall score, the groups and `subsets`, as far as the benchmark has them; the plot
+    leaves the groups out.
     """
     groups = dict.fromkeys(group for run in runs for group in run.groups)
-    metrics = ["overall", *groups, *subsets]
+    known = {name for run in runs for name in run.scores}
+    metrics = [m for m in ("overall", *groups, *subsets) if m in known or not known]
     lines = summarise(runs, metrics=metrics)
     _write_csv(folder / "summary.csv", lines, metrics=metrics)
     (folder / "summary.md").write_text(_markdown(lines, metrics=metrics), encoding="utf-8")
     if any(line.n for line in lines):
-        plot(folder / "summary.png", lines, metrics=["overall", *subsets])
+        plotted = [metric for metric in metrics if metric not in groups] or metrics
+        plot(folder / "summary.png", lines, metrics=plotted)
     return _table(lines, metrics=metrics)
 
 

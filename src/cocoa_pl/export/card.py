@@ -87,21 +87,23 @@ _FOLDERS = ("cache_dir", "root", "image_root", "path", "validation_path")
 
 
 def _scores(results: Mapping[str, Any]) -> dict[str, Any]:
-    """What the card's table shows: means where there are any, every subset otherwise."""
-    intervals = results["intervals"]
+    """What the card's table shows: means where there are any, every subset otherwise; of mteb every
+    task, with the metric that is its score.
+    """
+    intervals = results.get("intervals", {})
     means = {name: results[name] for name in MEANS}
     values = {**means, **results["groups"]}
-    intervals_of = {**{name: intervals[name] for name in means}, **intervals["groups"]}
+    told = {**intervals, **intervals.get("groups", {})}
     if results["overall"] is None:
         values = {name: one["precision_at_1"] for name, one in results["subsets"].items()}
-        intervals_of = intervals["subsets"]
+        told = intervals.get("subsets", {})
     rows = [
-        {
-            "name": name.replace("_", " "),
-            "score": percent(value),
-            "interval": between(intervals_of[name]),
-        }
+        (name.replace("_", " "), percent(value), between(told[name]) if name in told else "")
         for name, value in values.items()
         if value is not None
     ]
-    return {"benchmark": results["benchmark"], "rows": rows}
+    said, third = "Precision@1 in percent with 95 % bootstrap intervals over queries", "interval"
+    if tasks := results.get("tasks"):
+        said, third = "Main scores of mteb's tasks in percent", "metric"
+        rows = [(name, percent(one["main_score"]), one["metric"]) for name, one in tasks.items()]
+    return {"said": f"{said}, on {results['benchmark']}", "third": third, "rows": rows}

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from cocoa_pl.embedder import Embedder
 from cocoa_pl.errors import UserError
+from cocoa_pl.evaluation.results import OF_MTEB
 from cocoa_pl.extras import extra
 
 _OF_MMEB = "mmeb"
@@ -103,6 +104,7 @@ class MtebBenchmark:
         content = {
             "benchmark": self.suite or "mteb",
             "checkpoint": checkpoint_name,
+            **OF_MTEB,
             "model": self.model_name,
             "revision": model.mteb_model_meta.revision,
             "mteb_version": self.mteb.__version__,
