@@ -108,6 +108,17 @@ def test_a_refused_checkpoint_changes_nothing(load_tiny: LoadTiny) -> None:
     assert all(torch.equal(backbone.state_dict()[n], v) for n, v in before.items())
 
 
+def test_adapters_on_another_base_are_refused(load_tiny: LoadTiny) -> None:
+    first, other = adapted(load_tiny), adapted(load_tiny)
+    content = {"cocoa": {"base": checkpoint.base_of(first)}}
+    checkpoint.check_base(content, other, where="last.ckpt")  # adapters may differ
+    frozen = next(p for p in other.parameters() if not p.requires_grad)
+    frozen.data.view(-1)[0] += 1e-3
+    with pytest.raises(UserError, match=r"last\.ckpt was trained on another base"):
+        checkpoint.check_base(content, other, where="last.ckpt")
+    checkpoint.check_base({"cocoa": {}}, other, where="an older one")
+
+
 def test_no_checkpoint_is_said_by_path(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"there is no checkpoint .*none\.ckpt"):
         checkpoint.read(tmp_path / "none.ckpt")

@@ -17,8 +17,10 @@ import pytest
 from rich.console import Console
 
 from cocoa_pl.assemble import open_embedder, score
+from cocoa_pl.cli import run as cocoa
 from cocoa_pl.command_line import CONFIGS
 from cocoa_pl.data.digits import DigitsBenchmark
+from cocoa_pl.errors import UserError
 from cocoa_pl.evaluation.origin import Origin
 from tests.small import SMALL_BENCHMARK, SMALL_DIGITS, SMALL_TRAINING, STAGES
 
@@ -371,25 +373,28 @@ def test_two_processes_started_by_the_trainer_end_as_one_run(
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-def test_weights_that_the_trainer_left_are_what_is_exported(
-    finished: tuple[Path, Ended], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_finished_run_is_exported_without_what_it_began_with(
+    finished: tuple[Path, Ended], tmp_path: Path
 ) -> None:
-    """`cocoa export RUN` compares with the checkpoint of the last stage, not with a copy of it."""
-    from cocoa_pl.cli import run as cocoa
-
-    folder = finished[0]
-    monkeypatch.chdir(folder.parent)
-    opened: list[str] = []
-    monkeypatch.setattr(
-        "cocoa_pl.commands.export.open_embedder",
-        lambda path, **options: opened.append(path) or open_embedder(path, **options),
-    )
-    out = tmp_path / "exported"
-    assert cocoa(["export", "run", "--to", "hf", "--out", str(out)]) == 0
-    assert opened == ["run/checkpoints/last.ckpt"]
-    first, second = (
+    """What was scored is handed over; a checkpoint is opened where it is named."""
+    moved = Path(shutil.copytree(finished[0], tmp_path / "moved"))
+    checkpoint = moved / "checkpoints/last.ckpt"
+    config = moved / "config.yaml"
+    config.write_text(config.read_text().replace("init_from: null", "init_from: no/longer/here"))
+    with pytest.raises(UserError, match=r"no/longer/here .* stands alone: .*/moved/model"):
+        open_embedder(str(checkpoint), device="cpu")
+    checkpoint.unlink()
+    assert cocoa(["export", str(moved), "--to", "hf"]) == 0
+    whole = finished[0] / "checkpoints/last.ckpt"
+    assert cocoa(["export", str(whole), "--to", "hf", "--out", str(tmp_path / "other")]) == 0
+    first, second, third = (
         open_embedder(str(path), device="cpu").encode(["a seven"])
-        for path in (folder / "model", out)
+        for path in (finished[0], moved / "hf", tmp_path / "other")
     )
-    assert abs(first - second).max() < 1e-6
-    assert [stage["stage"] for stage in json.loads((out / "cocoa.json").read_text())["lineage"]]
+    assert (first == second).all()
+    assert abs(first - third).max() < 1e-6
+    lineages = [
+        json.loads((folder / "cocoa.json").read_text())["lineage"]
+        for folder in (finished[0] / "model", moved / "hf")
+    ]
+    assert lineages[0] == lineages[1]

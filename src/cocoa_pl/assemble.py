@@ -25,7 +25,7 @@ from cocoa_pl.evaluation.embedded import IN_MEMORY, VectorSettings, embedded
 from cocoa_pl.evaluation.origin import Origin
 from cocoa_pl.evaluation.published import lines, published_table
 from cocoa_pl.evaluation.report import score_table, write_report
-from cocoa_pl.export.folder import export, lineage_of
+from cocoa_pl.export.folder import export, lineage_of, untouched
 from cocoa_pl.for_mteb.benchmark import MtebBenchmark
 from cocoa_pl.models.adapter_folders import base_path, is_adapter, load_adapter
 from cocoa_pl.models.adapters import trainable_line
@@ -46,6 +46,7 @@ def train(cfg: DictConfig, run_dir: Path, console: Console) -> None:
     """Run the stages of a config, export the model and score it."""
     if cfg.resume is None:  # what a resumed run changes holds for this time
         save_config(cfg, run_dir)
+    untouched(run_dir / "model")  # what a resumed run may not write again is told before hours
     stages = build_stages(cfg)
     data = build(cfg.data)
     benchmark = build(cfg.benchmark) if cfg.evaluate else None  # its mistakes are told before hours
@@ -191,8 +192,15 @@ def open_embedder(path: str, *, device: str) -> Embedder:
         raise UserError(f"{path}: the run's config.yaml is not in {run_dir}")
     cfg = OmegaConf.load(run_dir / "config.yaml")
     assert isinstance(cfg, DictConfig)
-    loaded = open_model(cfg, lambda: build(cfg.data).training_texts())
+    try:
+        loaded = open_model(cfg, lambda: build(cfg.data).training_texts())
+    except UserError as error:
+        raise UserError(
+            f"{path} holds what trained, and opens on what the run started from ({error}); the "
+            f"model that the run exported stands alone: {run_dir / 'model'}"
+        ) from error
     backbone = with_adapter(cfg, loaded)
+    checkpoint.check_base(content, backbone, where=path)
     weights = checkpoint.read_weights(Path(path), content)
     checkpoint.load_backbone(backbone, weights, where=path)
     stage = build_stages(cfg)[content["cocoa"]["stage_index"]]

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 
 from cocoa_pl.errors import UserError
+from cocoa_pl.fingerprint import digest_of
 from cocoa_pl.models.adapters import untouched_adapters
 from cocoa_pl.sharding import META, FullySharded, read_meta, read_tensors, trained_state
 
@@ -68,6 +69,26 @@ def read_weights(path: Path, content: dict[str, Any]) -> dict[str, Tensor]:
     return weights
 
 
+def base_of(backbone: nn.Module) -> str:
+    """A digest of the weights that do not train, which a checkpoint does not hold."""
+    frozen = {name: p for name, p in backbone.named_parameters() if not p.requires_grad}
+    return digest_of(frozen)
+
+
+def check_base(content: dict[str, Any], backbone: nn.Module, *, where: str) -> None:
+    """Adapters on other weights than they were trained on would give other vectors.
+
+    Raises:
+        UserError: if a checkpoint was written on another base; older ones do not tell theirs.
+    """
+    base = base_of(backbone)
+    if content["cocoa"].get("base", base) != base:
+        raise UserError(
+            f"{where} was trained on another base than the one that is there now: the model that "
+            "the run started from was changed since"
+        )
+
+
 def load_backbone(backbone: nn.Module, weights: dict[str, Tensor], *, where: str) -> None:
     """Put a checkpoint's trained weights into a backbone, all of them or none.
 
@@ -102,7 +123,8 @@ class LastCheckpoint(L.Callback):
     Args:
         path: of the file.
         every: steps between two saves.
-        position: where in the run this is: stage, stage_index and the lineage of the stages before.
+        position: where in the run this is: stage, stage_index and the lineage of the stages before;
+            and the digest of the base (`base_of`).
     """
 
     def __init__(self, path: Path, *, every: int, position: dict[str, Any]) -> None:
@@ -206,7 +228,7 @@ def _put_in_place(partial: Path, path: Path) -> None:
     link.unlink(missing_ok=True)
     link.symlink_to(partial.name)
     os.replace(link, path)
-    for folder in path.parent.glob("*.shards"):
+    for folder in path.parent.glob("[0-9]*-[0-9]*.shards"):  # a user's copies have other names
         if folder != partial:
             shutil.rmtree(folder)
 

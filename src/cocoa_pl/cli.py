@@ -98,12 +98,19 @@ def run(arguments: Sequence[str]) -> int:
         rest = _overrides(parsed.command, command.about, rest)
     # Not at the top of the file: `cocoa --help` should not wait for them.
     from cocoa_pl.entry import guarded
+    from cocoa_pl.errors import UserError
 
     statuses: list[int] = []
 
     def body() -> None:
         module = importlib.import_module(command.module)
-        statuses.append(module.run(rest, Console()))
+        try:
+            statuses.append(module.run(rest, Console()))
+        except OSError as error:
+            if error.filename is None:
+                raise
+            # A folder where a file shall be written, a file where a folder, a full disk.
+            raise UserError(f"{error.filename}: {error.strerror}") from error
 
     return guarded(body) or statuses[0]
 

@@ -49,11 +49,12 @@ class Embedder:
 
     @classmethod
     def load(cls, path: str, *, device: str = "auto") -> Embedder:
-        """Open an exported folder, a run folder or a hub id, and check its fingerprint.
+        """Open an exported folder, a run folder or a hub id; its files and vectors must be those
+        that were exported.
 
         Raises:
-            UserError: if there is no such model, or if it does not give the vectors it was exported
-                with.
+            UserError: if there is no such model, a file of it was changed, or it does not give the
+                vectors it was exported with.
         """
         folder = export_folder(path)
         described = read_description(folder)
@@ -67,11 +68,6 @@ class Embedder:
             max_pixels=described["max_pixels"],
             num_token_rows=loaded.backbone.num_token_rows,
         )
-        if processor.eos_id != described["eos_token_id"]:
-            raise UserError(
-                f"{folder}: the tokenizer's end token is {processor.eos_id}, "
-                f"the model was trained on {described['eos_token_id']}"
-            )
         backbone = loaded.backbone.to(chosen_device(device)).eval()
         embedder = cls(backbone, processor, Policy(**described["policy"]))
         expected = np.array(described["fingerprint"], dtype=np.float32)

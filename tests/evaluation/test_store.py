@@ -179,6 +179,20 @@ def test_a_changed_image_file_is_another_vector(tmp_path: Path) -> None:
     assert len({before, touched, longer, file_stamp(item), 0}) == 5
 
 
+def test_files_swapped_for_each_other_are_other_vectors(tmp_path: Path) -> None:
+    """The same sizes and times of modification, as files out of an archive have."""
+    first, second = tmp_path / "1.png", tmp_path / "2.png"
+    for path in (first, second):
+        path.write_bytes(path.stem.encode())
+        os.utime(path, ns=(1, 10**18))
+    items = [Item(IMAGE_SLOT, (path,)) for path in (first, second)]
+    before = Identities.of(items).both
+    first.rename(tmp_path / "3.png")
+    second.rename(first)
+    (tmp_path / "3.png").rename(second)
+    assert not np.isin(Identities.of(items).both, before).any()
+
+
 def test_only_files_have_a_state(tmp_path: Path) -> None:
     assert file_stamp(Item("text")) == 0
     assert file_stamp(Item(IMAGE_SLOT, (b"bytes",))) == 0
@@ -208,12 +222,14 @@ def test_a_damaged_shard_is_named_and_its_items_are_missing(
 
 def test_half_written_files_are_neither_read_nor_kept_for_ever(tmp_path: Path) -> None:
     open_store(tmp_path)
-    living, dead = tmp_path / "a.draft", tmp_path / "b.draft"
-    for draft in (living, dead):
+    living, dead = tmp_path / f"{'a' * 32}.draft", tmp_path / f"{'b' * 32}.draft"
+    somebodys = tmp_path / "chapter.draft"
+    for draft in (living, dead, somebodys):
         draft.write_bytes(b"half")
-    os.utime(dead, (0, time.time() - 7200))
+        os.utime(draft, (0, time.time() - 7200 * (draft != living)))
     assert len(open_store(tmp_path)) == 0
     assert living.exists()
+    assert somebodys.exists()
     assert not dead.exists()
 
 

@@ -1,6 +1,7 @@
 import csv
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -97,9 +98,9 @@ def test_a_damaged_results_json_is_told(change: dict[str, Any], told: str, tmp_p
     make_run(tmp_path, [], overall=0.5)
     path = tmp_path / "results.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
-    with pytest.raises(UserError, match=r"results\.json is damaged \(.*; score the model again") as e:
+    told = rf"results\.json is damaged \(.*{re.escape(told)}.*; score the model again"
+    with pytest.raises(UserError, match=told):
         read_results(path)
-    assert told in str(e.value)
 
 
 def test_a_sweep_over_tasks_of_mteb_is_summarised_by_them(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def run_folder(load_tiny: Callable[..., Loaded], processor: Processor, tmp_path:
     """A run that kept its model and its scores, but no checkpoint."""
     embedder = Embedder(load_tiny().backbone, processor, Policy("all", ALL, ALL, ALL, False))
     run = tmp_path / "run"
-    export(embedder, run / "model", lineage=[STAGE])
+    export(embedder, run / "model", lineage=[STAGE], rounding=5e-5)
     SCORES.write_json(run / "results.json")
     data = (
         "data:\n  _target_: Mine\n  root: /home/somebody\n  stages: {warmup: {path: /x, rows: 3}}\n"
@@ -88,7 +88,8 @@ def test_the_card_tells_recipe_scores_and_parity(run_folder: Path, console: Cons
     assert "| contrast | 7 | 4 | 0.0001 | all | 3 |" in card
     assert "| overall | 50.0 | 35.0 to 65.0 |" in card
     assert "| Retrieval | 50.0 | 35.0 to 65.0 |" in card
-    for way in ("training", "Embedder", "transformers"):
+    assert "| training | 5.0e-05 | when training ended |" in card
+    for way in ("Embedder", "transformers"):
         assert re.search(rf"^\| {way} \| \d\.\de[-+]\d\d \|", card, re.MULTILINE)
     assert "_target_: Mine\nstages:\n  warmup:\n    rows: 3\n```" in card
     assert "/home/somebody" not in card
@@ -123,20 +124,52 @@ def test_vectors_that_differ_leave_nothing_behind(
     assert "1.0e-02" in console.export_text()
 
 
-def test_an_older_export_is_replaced_and_nothing_else_is(
-    run_folder: Path, console: Console
-) -> None:
+def test_exporting_again_keeps_what_somebody_wrote(run_folder: Path, console: Console) -> None:
     out = run_folder / "hf"
-    for _ in range(2):
-        assert command.run([str(run_folder), "--to", "hf"], console) == 0
+    command.run([str(run_folder), "--to", "sentence-transformers", "--out", str(out)], console)
+    (out / "onnx").mkdir()
+    (out / "onnx/model.onnx").write_text("mine")
+    assert command.run([str(run_folder), "--to", "hf"], console) == 0
+    assert (out / "onnx/model.onnx").read_text() == "mine"
+    assert not (out / "modules.json").exists()
+    assert not (out / "1_Pooling").exists()
     assert not list(run_folder.glob(".export-*"))
-    (out / "cocoa.json").unlink()
-    with pytest.raises(UserError, match="exists and is no exported model"):
+    card = out / "README.md"
+    card.write_text("a better card")
+    with pytest.raises(UserError, match=r"README\.md was changed .* and would be overwritten"):
         command.run([str(run_folder), "--to", "hf"], console)
-    assert (out / "README.md").exists()
+    assert card.read_text() == "a better card"
+
+
+def test_what_is_no_export_is_not_replaced(run_folder: Path, console: Console) -> None:
     model = str(run_folder / "model")
+    (run_folder / "model/README.md").write_text("mine")  # `export` writes none there
+    for out, told in (
+        (run_folder / "notes", "exists and is no exported model"),
+        (run_folder / "model", r"README\.md is of no export and would be overwritten"),
+    ):
+        out.mkdir(exist_ok=True)
+        with pytest.raises(UserError, match=told):
+            command.run([str(run_folder), "--to", "hf", "--out", str(out)], console)
     with pytest.raises(UserError, match="replaced by itself"):
         command.run([model, "--to", "hf", "--out", model], console)
+
+
+def test_a_run_that_mteb_scored_is_exported(run_folder: Path, console: Console) -> None:
+    tasks = {"CIRR": {"metric": "ndcg_at_10", "main_score": 0.51}}
+    results = json.dumps({"benchmark": "mteb", "checkpoint": "run", "tasks": tasks})
+    (run_folder / "results.json").write_text(results)
+    assert command.run([str(run_folder), "--to", "hf"], console) == 0
+    card = (run_folder / "hf/README.md").read_text()
+    assert "| | score | metric |\n|---|---|---|\n| CIRR | 51.0 | ndcg_at_10 |" in card
+
+
+@pytest.mark.parametrize("name", ["results.json", "config.yaml"])
+def test_a_damaged_file_of_a_run_is_told(name: str, run_folder: Path, console: Console) -> None:
+    (run_folder / name).write_text("{")
+    with pytest.raises(UserError, match=f"{name} is damaged"):
+        command.run([str(run_folder), "--to", "hf"], console)
+    assert not (run_folder / "hf").exists()
 
 
 def test_a_hub_id_needs_a_place(console: Console) -> None:

@@ -24,6 +24,7 @@ from cocoa_pl.export.folder import export
 from cocoa_pl.export.images_only import has_torchvision, images_only
 from cocoa_pl.export.parity import Compared, by_transformers, check, compare, samples
 from cocoa_pl.export.sentence_transformers import write_sentence_transformers
+from cocoa_pl.exported import described_in, write_description
 from cocoa_pl.models.loading import FAMILIES, Loaded
 
 ALL = ("context", "eos", "target")
@@ -112,6 +113,7 @@ def test_what_would_be_read_wrongly_is_found(
     spoil: Callable[[Path], None], embedder: Embedder, changed: Path
 ) -> None:
     spoil(changed)
+    write_description(changed, described_in(changed))  # as if it had been exported like this
     found = compare(embedder, changed, with_sentence_transformers=True)
     for way in ("transformers", "sentence-transformers"):
         difference = differences(found)[way]

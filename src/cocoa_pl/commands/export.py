@@ -6,27 +6,24 @@ from __future__ import annotations
 
 import argparse
 import logging
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
 from cocoa_pl import fingerprint
 from cocoa_pl.assemble import open_embedder
-from cocoa_pl.checkpoint import LAST
 from cocoa_pl.errors import UserError
 from cocoa_pl.evaluation.results import read_results
 from cocoa_pl.evaluation.runs import read_config
 from cocoa_pl.export.card import write_card, write_vllm
-from cocoa_pl.export.folder import export
+from cocoa_pl.export.folder import export, replacing
 from cocoa_pl.export.parity import TOLERANCE, Compared, check, compare, samples
 from cocoa_pl.export.sentence_transformers import write_sentence_transformers
-from cocoa_pl.exported import DESCRIPTION, export_folder, read_description
+from cocoa_pl.exported import DESCRIPTION, described_in, export_folder, write_description
 
 LIBRARIES = {"hf": "transformers", "sentence-transformers": "sentence-transformers"}
 
@@ -42,23 +39,24 @@ def run(arguments: Sequence[str], console: Console) -> int:
     logging.basicConfig(level=logging.ERROR)  # a sample is cut on purpose
     transformers_logging.set_verbosity_error()
     out = _place(parsed.run, parsed.out, parsed.to)
-    source, lineage = _source(parsed.run)
-    embedder = open_embedder(source, device="cpu")
-    cases = samples(embedder.processor.max_length)
-    trained = embedder.encode(cases)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".export-") as scratch:
-        fresh = Path(scratch) / out.name
-        exported = export(embedder, fresh, lineage=lineage)
-        moved = float(np.abs(exported.encode(cases) - trained).max())
-        dtype = read_description(fresh)["dtype"]
+    data, results = read_config(Path(parsed.run)).get("data"), _results(parsed.run)
+    embedder = open_embedder(parsed.run, device="cpu")
+    came = {} if parsed.run.endswith(".ckpt") else described_in(export_folder(parsed.run))
+    with replacing(out) as fresh:
+        exported = export(
+            embedder, fresh, lineage=came.get("lineage", []), rounding=came.get("rounding")
+        )
+        described = described_in(fresh)
+        dtype = described["dtype"]
         for_st = parsed.to == "sentence-transformers"
         if for_st:
             write_sentence_transformers(fresh, dim=exported.dim)
         compared = compare(exported, fresh, with_sentence_transformers=for_st)
-        rounding = TOLERANCE if dtype == "float32" else fingerprint.TOLERANCE[dtype]
-        note = f"adapters merged, weights rounded to {dtype}" if dtype != "float32" else ""
-        compared = (Compared("training", moved, note, rounding), *compared)
+        note = "when training ended"
+        if dtype != "float32":
+            note = f"{note}; adapters merged, weights rounded to {dtype}"
+        tolerance = TOLERANCE if dtype == "float32" else fingerprint.TOLERANCE[dtype]
+        compared = (Compared("training", described["rounding"], note, tolerance), *compared)
         console.print(_table(compared))
         check(compared)
         write_card(
@@ -66,14 +64,12 @@ def run(arguments: Sequence[str], console: Console) -> int:
             name=parsed.name or Path(parsed.run).resolve().name,
             library=LIBRARIES[parsed.to],
             compared=compared,
-            num_cases=len(cases),
-            data=read_config(Path(parsed.run)).get("data"),
-            results=_results(parsed.run),
+            num_cases=len(samples(exported.processor.max_length)),
+            data=data,
+            results=results,
         )
         write_vllm(fresh, causal=exported.policy.causal)
-        if out.exists():  # an export of before: `_place` refuses anything else
-            out.rename(Path(scratch) / "before")
-        fresh.rename(out)
+        write_description(fresh, described)
     console.print(f"exported {out}", soft_wrap=True)
     return 0
 
@@ -101,16 +97,6 @@ def _place(run: str, out: str | None, to: str) -> Path:
     if place.exists() and Path(run).exists() and place.resolve() == Path(run).resolve():
         raise UserError(f"{run} would be replaced by itself; name another folder with --out")
     return place
-
-
-def _source(run: str) -> tuple[str, list[dict[str, Any]]]:
-    """What is opened, and the stages behind it: of a run, the weights as the trainer left them."""
-    if run.endswith(".ckpt"):
-        return run, []
-    folder = export_folder(run)
-    checkpoint = Path(run) / LAST
-    lineage: list[dict[str, Any]] = read_description(folder)["lineage"]
-    return str(checkpoint if checkpoint.is_file() else folder), lineage
 
 
 def _results(run: str) -> dict[str, Any] | None:

@@ -32,7 +32,7 @@ def run(arguments: Sequence[str], console: Console) -> int:
     register_resolvers()
     cfg = compose_overrides("mine", parsed.overrides)
     out = Path(cfg.out)
-    if out.exists() and any(out.iterdir()):
+    if out.is_file() or (out.exists() and any(out.iterdir())):
         raise UserError(f"out={out} exists and is not empty; name another folder")
     pairs = build(cfg.data).train_pairs()
     if isinstance(pairs, PairStream):

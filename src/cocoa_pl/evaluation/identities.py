@@ -44,7 +44,9 @@ class Identities:
 def file_stamp(item: Item) -> int:
     """A 63-bit hash of the sizes and times of the item's image files; 0 if it has none.
 
-    A file that is not there has a stamp too: embedding it is what tells.
+    The time of change counts beside that of modification, which archives and `cp -p` set back, and
+    which files swapped for each other keep. A file that is not there has a stamp too: embedding it
+    is what tells.
     """
     paths = [image for image in item.images if isinstance(image, Path)]
     if not paths:
@@ -56,5 +58,5 @@ def file_stamp(item: Item) -> int:
         except OSError:
             digest.update(b"missing ")
             continue
-        digest.update(f"{state.st_size} {state.st_mtime_ns} ".encode())
+        digest.update(f"{state.st_size} {state.st_mtime_ns} {state.st_ctime_ns} ".encode())
     return as_key(digest.digest())

@@ -185,8 +185,10 @@ class VectorStore:
             )
 
     def _drop_dead_drafts(self) -> None:
-        """What killed runs left half written; a living one's draft is seconds old."""
-        for draft in self.folder.glob(f"*{DRAFT}"):
+        """What killed runs left half written, by its kind of name: others may keep drafts here,
+        too. A living one's draft is seconds old.
+        """
+        for draft in self.folder.glob(f"{'[0-9a-f]' * 32}{DRAFT}"):
             with suppress(FileNotFoundError):  # it has just become a shard
                 if time.time() - draft.stat().st_mtime > _DEAD_DRAFT_SECONDS:
                     draft.unlink()

@@ -1,7 +1,7 @@
 """A trained model in, a Hugging Face folder out: weights, processor and `cocoa.json`.
 
-`cocoa.json` holds what the vectors depend on beside the weights, where the model comes from, and a
-fingerprint: vectors of fixed inputs, which loading must reproduce.
+`cocoa.json` holds what the vectors depend on beside the weights, where the model comes from,
+digests of all files, and a fingerprint: vectors of fixed inputs, which loading must reproduce.
 """
 
 from __future__ import annotations
@@ -11,19 +11,29 @@ import json
 import logging
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tokenizers.processors import TemplateProcessing
 from transformers.utils import PROCESSOR_NAME
 
 from cocoa_pl.attention import TEXT_ATTENTION, VISION_ATTENTION
 from cocoa_pl.data.tokenize import Processor
 from cocoa_pl.embedder import Embedder
+from cocoa_pl.errors import UserError
 from cocoa_pl.export.chat_template import chat_template
 from cocoa_pl.export.images_only import processor_class
-from cocoa_pl.exported import DESCRIPTION, FORMAT
+from cocoa_pl.exported import (
+    CHANGED,
+    DESCRIPTION,
+    FORMAT,
+    described_in,
+    differences,
+    write_description,
+)
 from cocoa_pl.fingerprint import take_fingerprint
 from cocoa_pl.models.adapters import merged
 
@@ -32,7 +42,13 @@ CHAT_TEMPLATE = "chat_template.jinja"
 log = logging.getLogger(__name__)
 
 
-def export(embedder: Embedder, folder: Path, *, lineage: Sequence[dict[str, Any]]) -> Embedder:
+def export(
+    embedder: Embedder,
+    folder: Path,
+    *,
+    lineage: Sequence[dict[str, Any]],
+    rounding: float | None = None,
+) -> Embedder:
     """Write the folder whole or not at all; adapters are merged into the weights, which are rounded
     to the type that the model computes in.
 
@@ -40,17 +56,24 @@ def export(embedder: Embedder, folder: Path, *, lineage: Sequence[dict[str, Any]
 
     Args:
         lineage: one entry for each stage that made the weights.
+        rounding: of a model that was exported before: how far it was then from the trained one.
+            None measures it, on the inputs of the fingerprint.
 
     Returns:
         The embedder as exported: what is scored is what is handed over.
+
+    Raises:
+        UserError: as `replacing`.
     """
+    trained = take_fingerprint(embedder.encode)
     plain = merged(embedder.backbone)
     for parameter in plain.stock.parameters():  # not buffers: rotary frequencies stay in float32
         parameter.data = parameter.data.to(plain.compute_dtype)
     whole = Embedder(plain, embedder.processor, embedder.policy)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        fresh = Path(scratch) / "model"
+    fingerprint = take_fingerprint(whole.encode)
+    if rounding is None:
+        rounding = float(np.abs(fingerprint - trained).max())
+    with replacing(folder) as fresh:
         _save_weights(plain.stock, fresh, causal=embedder.policy.causal)
         save_inputs(embedder.processor, plain.stock.config.model_type, fresh)
         processor = embedder.processor
@@ -66,14 +89,74 @@ def export(embedder: Embedder, folder: Path, *, lineage: Sequence[dict[str, Any]
             "max_pixels": processor.max_pixels,
             "dtype": str(plain.stock.dtype).removeprefix("torch."),
             "lineage": list(lineage),
-            "fingerprint": take_fingerprint(whole.encode).tolist(),
+            "rounding": rounding,
+            "fingerprint": fingerprint.tolist(),
         }
-        (fresh / DESCRIPTION).write_text(json.dumps(described, indent=1))
-        if folder.exists():
-            shutil.rmtree(folder)
-        fresh.rename(folder)
+        write_description(fresh, described)
     log.info("exported %s", folder)
     return whole
+
+
+@contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """A place to write to, which becomes `folder` at the end, whole or not at all; what is in
+    `folder` by now and no export wrote goes along.
+
+    Raises:
+        UserError: for a file that an export wrote and somebody has changed since, or one of
+            somebody's own that would be overwritten.
+    """
+    written = untouched(folder)
+    folder = folder.resolve()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".export-") as scratch:
+        fresh, before = Path(scratch) / "new", Path(scratch) / "before"
+        yield fresh
+        if not folder.exists():
+            fresh.rename(folder)
+            return
+        _carry_over(folder, fresh, written)
+        with ExitStack() as undo:
+            folder.rename(before)
+            undo.callback(before.rename, folder)
+            fresh.rename(folder)
+            undo.pop_all()
+
+
+def untouched(folder: Path) -> set[str] | None:
+    """Files of a folder that exports wrote and may write again; None where nobody knows.
+
+    Raises:
+        UserError: if one of them was changed since.
+    """
+    described = described_in(folder)
+    if not described:
+        return set()
+    if described["format"] == 1:
+        return None
+    for name, what in differences(folder, described):
+        if what == CHANGED:
+            raise UserError(
+                f"{folder / name} {what} and would be overwritten; move it elsewhere, or export "
+                "into another folder"
+            )
+    return {DESCRIPTION, *described["files"], *described["others"]}
+
+
+def _carry_over(folder: Path, fresh: Path, written: set[str] | None) -> None:
+    """Copy what no export wrote; empty folders too, as git has some."""
+    own = written or set()
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        target = fresh / name
+        if path.is_dir() and not path.is_symlink():
+            if not any(file.startswith(f"{name}/") for file in own):
+                target.mkdir(exist_ok=True)
+        elif name not in own and not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(path, target, follow_symlinks=False)
+        elif name not in own and written is not None:
+            raise UserError(f"{path} is of no export and would be overwritten; move it elsewhere")
 
 
 def save_inputs(processor: Processor, model_type: str, folder: Path) -> None:
@@ -103,10 +186,7 @@ def save_inputs(processor: Processor, model_type: str, folder: Path) -> None:
 
 def lineage_of(path: str) -> list[dict[str, Any]]:
     """The stages behind an exported folder; empty for a model that this project did not export."""
-    described = Path(path) / DESCRIPTION
-    if not described.is_file():
-        return []
-    lineage: list[dict[str, Any]] = json.loads(described.read_text())["lineage"]
+    lineage: list[dict[str, Any]] = described_in(Path(path)).get("lineage", [])
     return lineage
 
 

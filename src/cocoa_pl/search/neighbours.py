@@ -58,6 +58,7 @@ class CellIndex:
             otherwise=", or search exactly with --exact",
         )
         self.file = file.with_name(f"{file.stem}-{digest}{file.suffix}")
+        self.older = f"{file.stem}-*{file.suffix}"
         self.index = self._kept() or self._built(vectors)
         self.index.nprobe = min(_LOOKED_AT, self.index.nlist)
 
@@ -83,7 +84,7 @@ class CellIndex:
         index.train(read(vectors, np.sort(chosen)))
         for part in blocks(count, BLOCK):
             index.add(read(vectors, part))
-        for other in self.file.parent.glob(f"*{self.file.suffix}"):
+        for other in self.file.parent.glob(self.older):
             other.unlink()
         self.faiss.write_index(index, str(self.file))
         return index

@@ -90,6 +90,9 @@ def run_stages(
     settings.last.parent.mkdir(parents=True, exist_ok=True)
     rows = [_rows_of(stage, source_of(data, stage.name)) for stage in stages]
     state = checkpoint.read(settings.last) if resume else None
+    if state is not None:
+        checkpoint.check_base(state, backbone, where=str(settings.last))
+    base = checkpoint.base_of(backbone)
     lineage: list[dict[str, Any]] = []
     for index, stage in enumerate(stages):
         stage_of_state = state["cocoa"]["stage_index"] if state else -1
@@ -106,7 +109,7 @@ def run_stages(
             settings,
             label=f"{index + 1}/{len(stages)} {stage.name}",
             index=index,
-            lineage=lineage,
+            position={"stage_index": index, "lineage": lineage, "base": base},
             start_step=resumed["global_step"] if resumed is not None else 0,
         )
         lineage = [*lineage, entry]
@@ -147,7 +150,7 @@ def _run_stage(
     *,
     label: str,
     index: int,
-    lineage: list[dict[str, Any]],
+    position: dict[str, Any],
     start_step: int,
 ) -> dict[str, Any]:
     steps, seed = stage.count_steps(rows.num_train), mix(settings.seed, index)
@@ -156,7 +159,7 @@ def _run_stage(
     saver = LastCheckpoint(
         settings.last,
         every=settings.checkpoint_every,
-        position={"stage": stage.name, "stage_index": index, "lineage": lineage},
+        position={"stage": stage.name, **position},
     )
     trainer = _make_trainer(stage, settings, saver, label=label, start_step=start_step, steps=steps)
     device = trainer.strategy.root_device
