@@ -108,6 +108,14 @@ def test_a_refused_checkpoint_changes_nothing(load_tiny: LoadTiny) -> None:
     assert all(torch.equal(backbone.state_dict()[n], v) for n, v in before.items())
 
 
+def test_folders_of_shards_that_somebody_kept_stay(tmp_path: Path) -> None:
+    for name in ("0-100.shards", "0-200.shards", "best.shards"):
+        (tmp_path / name).mkdir()
+    checkpoint._put_in_place(tmp_path / "0-200.shards", tmp_path / "last.ckpt")
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == ["0-200.shards", "best.shards", "last.ckpt"]
+
+
 def test_adapters_on_another_base_are_refused(load_tiny: LoadTiny) -> None:
     first, other = adapted(load_tiny), adapted(load_tiny)
     content = {"cocoa": {"base": checkpoint.base_of(first)}}

@@ -50,6 +50,7 @@ def test_every_policy_has_a_picture(policy: str, tmp_path: Path) -> None:
         (["causal", "--lengths", "2,2,1"], "one EOS"),
         (["causal", "--text", "a dog"], "needs --model"),
         (["causal", "--target", "a dog", "--model", "runs/A"], "needs --text or --image"),
+        (["causal", "--png", "/no/folder.png"], "/no/folder.png: No such file or directory"),
     ],
 )
 def test_a_mistake_is_one_sentence(

@@ -315,9 +315,10 @@ def test_processes_started_from_outside_must_be_told_the_run_folder(
 def test_a_resumed_run_keeps_its_config(tmp_path: Path) -> None:
     save_config(composed("seed=5", "stage=contrast", "evaluate=true"), tmp_path)
     given = [f"resume={tmp_path}", "num_workers=3", "logger=none", "evaluate=false"]
+    given.append("init_from=moved")  # where it lies by now; `check_base` tells whether it is that
     resumed = resumed_config(composed(*given), given)
     assert (resumed.seed, list(resumed.stage.order)) == (5, ["contrast"])
-    assert (resumed.num_workers, resumed.evaluate) == (3, False)
+    assert (resumed.num_workers, resumed.evaluate, resumed.init_from) == (3, False, "moved")
     assert resumed.logger.path == "cocoa_pl.loggers.nothing"
     assert resumed.resume == str(tmp_path)
 
@@ -333,6 +334,14 @@ def test_a_resumed_run_cannot_become_another(changed: str, tmp_path: Path) -> No
 def test_there_must_be_a_run_to_resume(tmp_path: Path) -> None:
     given = [f"resume={tmp_path}"]
     with pytest.raises(UserError, match=r"there is no run \(no config\.yaml\) in that folder"):
+        resumed_config(composed(*given), given)
+
+
+@pytest.mark.parametrize("content", ["a: [", "[1]"])
+def test_a_damaged_config_of_a_run_is_told(content: str, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(content)
+    given = [f"resume={tmp_path}"]
+    with pytest.raises(UserError, match=r"config\.yaml is (damaged|no configuration)"):
         resumed_config(composed(*given), given)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.console import Console
 
 from cocoa_pl import checkpoint
@@ -18,7 +18,7 @@ from cocoa_pl.data.sources import HeldOutBenchmark
 from cocoa_pl.data.tokenize import Processor
 from cocoa_pl.distributed import rank
 from cocoa_pl.embedder import Embedder, chosen_device
-from cocoa_pl.entry import build, save_config
+from cocoa_pl.entry import build, load_config, save_config
 from cocoa_pl.errors import UserError
 from cocoa_pl.evaluation.benchmark import check_subsets, score_subsets
 from cocoa_pl.evaluation.embedded import IN_MEMORY, VectorSettings, embedded
@@ -53,6 +53,7 @@ def train(cfg: DictConfig, run_dir: Path, console: Console) -> None:
     if isinstance(benchmark, HeldOutBenchmark) and cfg.benchmark.data == cfg.data:
         benchmark = HeldOutBenchmark(name=benchmark.name, data=data)  # rows are read once
     loaded = open_model(cfg, data.training_texts)
+    began = lineage_of(str(loaded.folder))
     backbone = with_adapter(cfg, loaded)
     log.info("%s", trainable_line(backbone))
     settings = RunSettings(
@@ -85,9 +86,7 @@ def train(cfg: DictConfig, run_dir: Path, console: Console) -> None:
         make_processor(cfg, loaded, max_pixels=cfg.model.eval_max_pixels),
         stages[-1].policy,
     )
-    embedder = export(
-        embedder, run_dir / "model", lineage=[*lineage_of(str(loaded.folder)), *lineage]
-    )
+    embedder = export(embedder, run_dir / "model", lineage=[*began, *lineage])
     if benchmark is not None:
         score(
             embedder,
@@ -190,8 +189,7 @@ def open_embedder(path: str, *, device: str) -> Embedder:
     content = checkpoint.read(Path(path))
     if not (run_dir / "config.yaml").is_file():
         raise UserError(f"{path}: the run's config.yaml is not in {run_dir}")
-    cfg = OmegaConf.load(run_dir / "config.yaml")
-    assert isinstance(cfg, DictConfig)
+    cfg = load_config(run_dir / "config.yaml")
     try:
         loaded = open_model(cfg, lambda: build(cfg.data).training_texts())
     except UserError as error:
@@ -274,7 +272,7 @@ def origin_of_run(run: Path, *, facts: dict[str, Any], policy: Policy) -> Origin
     text = config.read_text(encoding="utf-8") if config.is_file() else None
     policies = {"evaluation": policy}
     if text is not None:
-        stages = OmegaConf.create(text).stage
+        stages = load_config(config).stage
         policies = {name: build(stages[name].policy) for name in stages.order}
     return Origin(
         facts=facts,

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import yaml
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
@@ -39,7 +40,7 @@ from cocoa_pl.stages.recipe import Interrupted
 PATIENCE = datetime.timedelta(days=30)
 MISTAKE, LOST_PEER, INTERRUPTED = 2, 3, 130  # exit statuses
 LAUNCHER_CHECK_SECONDS = 2.0
-RESUMABLE = ("trainer.", "logger", "num_workers", "checkpoint_every", "evaluate")
+RESUMABLE = ("trainer.", "logger", "num_workers", "checkpoint_every", "evaluate", "init_from")
 
 # What Lightning warns of although nobody can or should do anything about it.
 HARMLESS = (
@@ -198,8 +199,7 @@ def resumed_config(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
     saved = Path(cfg.resume) / "config.yaml"
     if not saved.is_file():
         raise UserError(f"resume={cfg.resume}: there is no run (no config.yaml) in that folder")
-    resumed = OmegaConf.load(saved)
-    assert isinstance(resumed, DictConfig)
+    resumed = load_config(saved)
     changed = [o for o in overrides if not o.startswith("resume=")]
     if wrong := [o for o in changed if not o.startswith(RESUMABLE)]:
         raise UserError(f"a resumed run keeps its config; {wrong[0]} cannot be changed")
@@ -214,6 +214,21 @@ def resumed_config(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
 def save_config(cfg: DictConfig, run_dir: Path) -> None:
     """The resolved config, from which the run can be repeated and resumed."""
     OmegaConf.save(cfg, run_dir / "config.yaml", resolve=True)
+
+
+def load_config(path: Path) -> DictConfig:
+    """What `save_config` wrote.
+
+    Raises:
+        UserError: if it is damaged.
+    """
+    try:
+        cfg = OmegaConf.load(path)
+    except (yaml.YAMLError, ValueError, OSError) as error:
+        raise UserError(f"{path} is damaged: {' '.join(str(error).split())}") from error
+    if not isinstance(cfg, DictConfig):
+        raise UserError(f"{path} is no configuration of a run")
+    return cfg
 
 
 def build(node: Any, **extra: Any) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import xxhash
 from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import load_file
@@ -24,7 +25,7 @@ from cocoa_pl.embedder import Embedder
 from cocoa_pl.errors import UserError
 from cocoa_pl.export.folder import export, lineage_of
 from cocoa_pl.exported import write_description
-from cocoa_pl.fingerprint import take_fingerprint
+from cocoa_pl.fingerprint import digest_of_file, take_fingerprint
 from cocoa_pl.items import IMAGE_SLOT, Item
 from cocoa_pl.models.adapters import FullTuning, LowRank
 from cocoa_pl.models.loading import Loaded
@@ -310,6 +311,12 @@ def test_every_file_that_vectors_depend_on_is_compared(copy: Path) -> None:
         (copy / name).write_bytes(content)
     (copy / "generation_config.json").write_text("{}")  # embeds nothing
     Embedder.load(str(copy), device="cpu")
+
+
+def test_a_digest_is_of_the_whole_file(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(content := np.random.default_rng(0).bytes(600_000))  # several blocks
+    assert digest_of_file(path) == xxhash.xxh3_128_hexdigest(content)
 
 
 @pytest.mark.parametrize(

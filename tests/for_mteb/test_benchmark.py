@@ -17,6 +17,7 @@ from cocoa_pl.attention import Policy
 from cocoa_pl.data.tokenize import Processor
 from cocoa_pl.embedder import Embedder
 from cocoa_pl.errors import UserError
+from cocoa_pl.evaluation.results import read_results
 from cocoa_pl.for_mteb import digits
 from cocoa_pl.for_mteb.benchmark import MtebBenchmark
 from cocoa_pl.models.loading import Loaded
@@ -100,6 +101,7 @@ def test_zero_shot_labels_have_no_instruction(
 def test_files_and_table_say_the_same(scored: tuple[dict[str, Any], Path, str]) -> None:
     content, folder, said = scored
     assert json.loads((folder / "results.json").read_text()) == content
+    assert read_results(folder / "results.json") == content  # as of any benchmark
     for name, task in content["tasks"].items():
         assert f"{100 * task['main_score']:.1f}" in next(
             line for line in said.splitlines() if name in line

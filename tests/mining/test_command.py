@@ -172,3 +172,6 @@ def test_digits_are_mined_and_read_back(
         assert subset in said
     with pytest.raises(UserError, match="not empty"):
         command.run(arguments, console)
+    Path("notes.txt").touch()
+    with pytest.raises(UserError, match=r"out=notes\.txt exists"):
+        command.run([*arguments, "out=notes.txt"], console)

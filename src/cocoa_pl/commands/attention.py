@@ -36,6 +36,7 @@ def run(arguments: Sequence[str], console: Console) -> int:
     console.print(f"{policy.name}: rows attend to columns (A context, E eos, B target)")
     console.print(grid_text(mask, letters), highlight=False, soft_wrap=True)
     png = Path(parsed.png or f"{policy.name}.png")
+    png = png if png.suffix else png.with_suffix(".png")  # as it is written
     draw_grid(png, mask, tokens or letters, segment_lengths=counts, title=policy.name)
     console.print(f"picture: {png}", soft_wrap=True)
     return 0
