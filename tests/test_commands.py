@@ -198,8 +198,12 @@ def test_resuming_a_finished_run_scores_it_again(
 ) -> None:
     shutil.copytree(finished[0], tmp_path / "copy")
     (tmp_path / "copy" / "results.json").unlink()
+    (tmp_path / "copy" / "model" / "notes.txt").write_text("mine")
     ended = run("train.py", "resume=copy")
     assert ended.status == 0, ended.err
+    assert (tmp_path / "copy" / "model" / "notes.txt").read_text() == "mine"
+    (tmp_path / "copy" / "model" / "config.json").write_text("{}")
+    assert "config.json was changed" in run("train.py", "resume=copy").err
     assert scores(tmp_path / "copy") == scores(finished[0])
     assert "pretrain" not in ended.out
     lineages = [

@@ -83,7 +83,11 @@ def images_first(text: str, count: int) -> str:
 def _source_bytes(image: ImageSource) -> bytes:
     if isinstance(image, Path):
         return str(image).encode()
-    return image if isinstance(image, bytes) else image.tobytes()
+    if isinstance(image, bytes):
+        return image
+    # The same bytes are another picture in another shape, or with other colours of their palette.
+    seen_as = (image.mode, image.size, image.getpalette(), image.info.get("transparency"))
+    return repr(seen_as).encode() + image.tobytes()
 
 
 def numbered(items: Sequence[Item]) -> tuple[list[Item], list[int]]:

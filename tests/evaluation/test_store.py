@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from cocoa_pl.errors import UserError
@@ -193,6 +194,17 @@ def test_files_swapped_for_each_other_are_other_vectors(tmp_path: Path) -> None:
     assert not np.isin(Identities.of(items).both, before).any()
 
 
+def test_pictures_of_the_same_bytes_are_told_apart() -> None:
+    """In another shape, or with other colours of their palette."""
+    flat, tall = (Image.new("RGB", size, "white") for size in ((4, 2), (2, 4)))
+    red, blue = Image.new("P", (2, 2)), Image.new("P", (2, 2))
+    red.putpalette([255, 0, 0])
+    blue.putpalette([0, 0, 255])
+    keys = {Item(IMAGE_SLOT, (image,)).key for image in (flat, tall, red, blue)}
+    assert len(keys) == 4
+    assert Item(IMAGE_SLOT, (flat.copy(),)).key in keys
+
+
 def test_only_files_have_a_state(tmp_path: Path) -> None:
     assert file_stamp(Item("text")) == 0
     assert file_stamp(Item(IMAGE_SLOT, (b"bytes",))) == 0
@@ -301,4 +313,4 @@ def test_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_the_store_says_in_a_file_whose_vectors_it_holds(tmp_path: Path) -> None:
     open_store(tmp_path)
     written = json.loads((tmp_path / "store.json").read_text())
-    assert written == {"format": 1, "dim": DIM, "stored_as": "float16", **IDENTITY}
+    assert written == {"format": 2, "dim": DIM, "stored_as": "float16", **IDENTITY}

@@ -327,15 +327,19 @@ def test_local_copy_of_the_base_counts_by_its_name(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("base", "told"),
+    ("base", "revision", "told"),
     [
-        ("/their/disk/tiny", r"for /their/disk/tiny, which is not here.*path=/path/to/tiny$"),
-        (None, "does not name its base_model_name_or_path"),
+        ("/their/disk/tiny", None, r"for /their/disk/tiny, which is not here.*/path/to/tiny$"),
+        (None, None, "does not name its base_model_name_or_path"),
+        ("Qwen/Qwen2", "1f00", r"revision 1f00 of Qwen/Qwen2; .*model\.source\.path=Qwen2$"),
     ],
 )
-def test_base_that_is_not_here_is_told(base: str | None, told: str, folder: Path) -> None:
+def test_base_that_is_not_here_is_told(
+    base: str | None, revision: str | None, told: str, folder: Path
+) -> None:
     config = json.loads((folder / CONFIG).read_text())
-    (folder / CONFIG).write_text(json.dumps({**config, "base_model_name_or_path": base}))
+    changes = {"base_model_name_or_path": base, "revision": revision}
+    (folder / CONFIG).write_text(json.dumps({**config, **changes}))
     with pytest.raises(UserError, match=told):
         base_path(folder, copy=None)
 

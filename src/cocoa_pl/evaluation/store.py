@@ -27,7 +27,7 @@ from cocoa_pl.fingerprint import TOLERANCE
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2  # how models and items are told apart, too
 DTYPES = ("float16", "float32")
 META = "store.json"
 

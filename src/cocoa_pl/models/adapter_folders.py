@@ -69,9 +69,10 @@ def base_path(folder: Path, *, copy: str | None) -> str:
 
     Raises:
         UserError: if `adapter_config.json` cannot be read or does not name the base, or names a
-            folder that is not here.
+            folder that is not here, or one of several revisions.
     """
-    base = read_config(folder).base_model_name_or_path
+    config = read_config(folder)
+    base, revision = config.base_model_name_or_path, config.revision
     if not base:
         raise UserError(f"{folder / ADAPTER_CONFIG} does not name its base_model_name_or_path")
     name = Path(base).name
@@ -81,6 +82,11 @@ def base_path(folder: Path, *, copy: str | None) -> str:
         raise UserError(
             f"{folder} is an adapter for {base}, which is not here; "
             f"pass a copy as model.source.path=/path/to/{name}"
+        )
+    if revision not in (None, "main") and not Path(base).exists():
+        raise UserError(
+            f"{folder} is an adapter for revision {revision} of {base}; fetch it, hf download "
+            f"{base} --revision {revision} --local-dir {name}, and pass model.source.path={name}"
         )
     return str(base)
 
