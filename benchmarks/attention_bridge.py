@@ -19,10 +19,6 @@ from benchmarks.peers.attention import additive_mask, dense_attention
 from cocoa_pl.attention import Plan, Policy, attend, make_plan
 from cocoa_pl.attention.kernels import chosen
 
-# Operations for each score and each value of a head: two products forward; backward the scores
-# again, then four products.
-FORWARD_AND_BACKWARD = 2 * (2 + 5)
-
 
 @dataclass(frozen=True)
 class Size:
@@ -110,15 +106,11 @@ class BridgedAttention(Task):
         rows, longest = self.slots.shape
         peer, plan = rows * longest**2, self.plan()
         ours = computed_scores(plan, size.kernel, self.packed[2])
-        counted = torch_counts(self.peer, self.ours, device=self.device)
-        if exact(size.kernel, self.packed[2]):
-            each = FORWARD_AND_BACKWARD * size.heads * size.head_dim * size.layers
-            counted["flops"] = Count(counted["flops"].peer, each * ours)
         return {
             "scores": Count(peer, ours),
             "scores_over_needed": Count(peer / plan.num_scores, ours / plan.num_scores),
             "token_slots_per_real_token": Count(rows * longest / int(self.slots.sum()), 1.0),
-            **counted,
+            **torch_counts(self.peer, self.ours, device=self.device),
         }
 
 
@@ -138,17 +130,10 @@ def segment_lengths(size: Size, generator: torch.Generator) -> Tensor:
 
 def computed_scores(plan: Plan, kernel: str, values: Tensor) -> int:
     """Pairs of query and key that a kernel really computes: `sdpa` pads within its rectangles."""
-    if exact(kernel, values):
+    width = values.shape[-1]
+    if chosen(kernel, device=values.device, dtype=values.dtype, head_width=width) != "sdpa":
         return plan.num_scores
     return sum(rectangle.scores for rectangle in plan.rectangles)
-
-
-def exact(kernel: str, values: Tensor) -> bool:
-    """Whether a kernel computes the scores of the plan and no others; torch does not count its
-    operations then.
-    """
-    width = values.shape[-1]
-    return chosen(kernel, device=values.device, dtype=values.dtype, head_width=width) != "sdpa"
 
 
 TEST = Size(6, 40, 12, 0.6, 4, 2, 8, 1, torch.float32, "sdpa")

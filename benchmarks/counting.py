@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.attention.varlen  # registers its operators
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
@@ -70,7 +71,7 @@ def cost_of(run: Run, *, device: torch.device, parameters: Iterable[Tensor] = ()
     """Count everything in one call."""
     ignored = {_address(parameter) for parameter in parameters}
     saved, live = _Saved(), LiveBytes()
-    flops = FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION)
+    flops = FlopCounterMode(display=False, custom_mapping=_ATTENTION)
 
     def pack(tensor: Tensor) -> _Held:
         return _Held(tensor, None if _address(tensor) in ignored else saved)
@@ -126,7 +127,8 @@ def _address(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-# torch counts the attention of GPUs only; each of two products is 2 x queries x keys x width.
+# torch does not count attention on the CPU, nor before 2.13 that of packed segments. Each of two
+# products is 2 x queries x keys x width.
 def _attention(query: torch.Size, key: torch.Size, *_: Any, **__: Any) -> int:
     batch, heads, queries, width = query
     return 4 * batch * heads * queries * key[2] * width
@@ -138,7 +140,31 @@ def _attention_backward(
     return _attention(query, key) * 5 // 2  # scores again, and gradients of v, scores, q and k
 
 
-_CPU_ATTENTION = {
+def _packed(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bounds_q: Tensor,
+    bounds_k: Tensor,
+    *_: Any,
+    **__: Any,
+) -> int:
+    scores = (bounds_q.diff().long() * bounds_k.diff()).sum()
+    return 4 * int(scores) * query.shape[1] * query.shape[2]
+
+
+def _packed_backward(
+    _: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *bounds: Any, **__: Any
+) -> int:
+    return _packed(q, k, v, *bounds) * 5 // 2
+
+
+# To FlopCounterMode: give it tensors, not their shapes.
+_packed._get_raw = _packed_backward._get_raw = True  # type: ignore[attr-defined]
+
+_ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+    torch.ops.torch_attn._varlen_attn: _packed,
+    torch.ops.torch_attn._varlen_attn_backward: _packed_backward,
 }

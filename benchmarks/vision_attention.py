@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from benchmarks.attention_bridge import FORWARD_AND_BACKWARD, computed_scores, exact
+from benchmarks.attention_bridge import computed_scores
 from benchmarks.benchmark import SECONDS, Benchmark, Task, curve
 from benchmarks.comparing import assert_close
 from benchmarks.counting import Count, Counts, torch_counts
@@ -71,9 +71,6 @@ class VisionAttention(Task):
         peer = int(self.patches.sum()) ** 2
         ours = computed_scores(self_plan(self.patches), size.kernel, self.states[2])
         counted = torch_counts(self.peer, self.ours, device=self.device)
-        if exact(size.kernel, self.states[2]):
-            each = FORWARD_AND_BACKWARD * size.heads * size.head_dim
-            counted["flops"] = Count(counted["flops"].peer, each * ours)
         return {"scores": Count(peer, ours), **counted}
 
 

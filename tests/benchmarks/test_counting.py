@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import linear, scaled_dot_product_attention
+from torch.utils.flop_counter import flop_registry
 
 from benchmarks.counting import Cost, Count, cost_of
 
@@ -34,6 +38,25 @@ def test_attention_on_the_cpu_is_counted_like_its_products() -> None:
     assert cost(lambda: scaled_dot_product_attention(q, k, k)).flops == forward
     both = cost(lambda: scaled_dot_product_attention(q, k, k).sum().backward()).flops
     assert both == forward + forward * 5 // 2
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+def test_attention_of_packed_segments_is_counted_by_their_scores(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Before 2.13 torch counts none of it."""
+    for name in ("_varlen_attn", "_varlen_attn_backward"):
+        monkeypatch.delitem(flop_registry, getattr(torch.ops.torch_attn, name), raising=False)
+    bounds_q, bounds_k = torch.tensor([0, 3, 10]), torch.tensor([0, 5, 9])
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        q, k = (torch.randn(n, 4, 8, dtype=torch.bfloat16, requires_grad=True) for n in (10, 9))
+    forward = 2 * 2 * (3 * 5 + 7 * 4) * 4 * 8
+
+    def run() -> Tensor:
+        return varlen_attn(q, k, k, bounds_q.int(), bounds_k.int(), 7, 5)
+
+    assert cost(run).flops == forward
+    assert cost(lambda: run().sum().backward()).flops == forward + forward * 5 // 2
 
 
 def test_what_a_graph_keeps_is_counted_once_and_without_parameters() -> None:
