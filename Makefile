@@ -41,8 +41,8 @@ test-gpu: $(STAMP) ## Run the tests that need a CUDA device
 	$(PY) -m pytest -m gpu --timeout 600 $(PYTEST_ARGS)
 
 bench: $(STAMP) ## Measure speed side by side with re-created peers (5 minutes; BENCH_DEVICE=cuda on a GPU)
-	$(PY) -m benchmarks all --device $(BENCH_DEVICE) --json benchmarks/results/$(BENCH_DEVICE).json
-	$(PY) -m benchmarks page benchmarks/results/*.json
+	$(PY) -m benchmarks all --device $(BENCH_DEVICE) --json benchmarks/results/$(BENCH_DEVICE).json; status=$$?; \
+		$(PY) -m benchmarks page benchmarks/results/*.json && exit $$status
 
 docs: $(STAMP) ## Build the documentation site in site/
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build

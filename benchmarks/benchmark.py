@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -140,15 +142,14 @@ def measure(
 ) -> dict[str, Any]:
     """The record that goes into the JSON.
 
+    Whatever goes wrong (sides that do not agree, no memory left) ends this benchmark alone: the
+    record has an `error` then, beside what was measured before.
+
     Args:
         size: a name in `SIZES`.
         ceiling: of matrix products, measured in this process.
-
-    Raises:
-        AssertionError: if both sides do not agree; nothing is timed then.
     """
-    size_values = benchmark.sizes[size]
-    record = {
+    record: dict[str, Any] = {
         "id": benchmark.id,
         "name": benchmark.name,
         "title": benchmark.title,
@@ -157,27 +158,49 @@ def measure(
         "target": benchmark.target,
         "noun": benchmark.noun,
         "size": size,
-        "size_values": str(size_values),
+        "size_values": str(benchmark.sizes[size]),
         "ceiling": dict(ceiling),
         "environment": dict(environment),
-        **_headline(benchmark.build(size_values, device), effort, ceiling["flops_per_second"]),
+        **{side: None for side in SIDES},
+        "ratio": None,
+        "unit": "seconds",
+        "counts": {},
+        "curves": [],
     }
+    try:
+        _fill(record, benchmark, size, device, effort)
+    except Exception as error:
+        traceback.print_exc()
+        at = [frame.name for frame in traceback.extract_tb(error.__traceback__)]
+        sides = "".join(f"{side}: " for side in SIDES if side in at)
+        record["error"] = f"{sides}{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    return record
+
+
+def _fill(
+    record: dict[str, Any], benchmark: Benchmark, size: str, device: torch.device, effort: Effort
+) -> None:
+    size_values = benchmark.sizes[size]
+    ceiling = record["ceiling"]["flops_per_second"]
+    record |= _headline(_built(benchmark, size_values, device), effort, ceiling)
 
     def point(curve: Curve, values: Any) -> Sides:
         if values == size_values:  # measured already, and better
             timed = curve.quantity == SECONDS
             return _sides(record["own_seconds"] if timed else record["counts"][curve.quantity])
-        return _point(benchmark.build(values, device), curve.quantity, effort.curve_pairs)
+        return _point(_built(benchmark, values, device), curve.quantity, effort.curve_pairs)
 
-    record["curves"] = [
-        {
-            "x": curve.x,
-            "quantity": curve.quantity,
-            "points": [{"x": x} | point(curve, values) for x, values in curve.points[size]],
-        }
-        for curve in benchmark.curves
-    ]
-    return record
+    for curve in benchmark.curves:
+        points = [{"x": x} | point(curve, values) for x, values in curve.points[size]]
+        record["curves"].append({"x": curve.x, "quantity": curve.quantity, "points": points})
+
+
+def _built(benchmark: Benchmark, values: Any, device: torch.device) -> Task:
+    """A task, made when those before it have left the device: a model refers to itself."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return benchmark.build(values, device)
 
 
 def _headline(task: Task, effort: Effort, ceiling: float) -> dict[str, Any]:
@@ -216,7 +239,6 @@ def _figures(pairs: Pairs, device: torch.device) -> dict[str, Any]:
     return {
         **{side: median(sample.wall for sample in found) for side, found in sides.items()},
         "ratio": ratio,
-        "unit": "seconds",
         "ci": list(interval),
         "pairs": len(pairs.ours),
         "cpu_ratio": median(pairs.cpu_ratios),

@@ -7,10 +7,11 @@ CoCoA code does not run. Both sides must give equal results before either is tim
 from __future__ import annotations
 
 import argparse
-import gc
 import json
+import os
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ def _measure(arguments: Sequence[str]) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to a file")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--size", choices=SIZES, help="default: that of the device")
+    parser.add_argument("--no-curves", action="store_true", help="only the sizes of the device")
     parser.add_argument("--seconds", type=float, default=EFFORT.seconds, help="of each benchmark")
     parser.add_argument("--pairs", type=int, default=EFFORT.min_pairs, help="at least, of each")
     chosen = parser.parse_args(arguments)
@@ -62,10 +64,11 @@ def _measure(arguments: Sequence[str]) -> None:
     print(
         f"{found['device']}: {ceiling['flops_per_second'] / 1e9:,.0f} GFLOP/s in {ceiling['dtype']}"
     )
-    records = []
-    for benchmark in find(chosen.name):
+    records: list[dict[str, Any]] = []
+    benchmarks = find(chosen.name)
+    for benchmark in benchmarks:
         record = measure(
-            benchmark,
+            replace(benchmark, curves=()) if chosen.no_curves else benchmark,
             size=chosen.size or chosen.device,
             device=device,
             effort=effort,
@@ -74,15 +77,20 @@ def _measure(arguments: Sequence[str]) -> None:
         )
         records.append(record)
         print(one_line(record), flush=True)
-        gc.collect()
-        if chosen.device == "cuda":
-            torch.cuda.empty_cache()
-    if chosen.json is not None:
-        alone = len(records) == 1 and chosen.name != ALL
-        seconds = time.perf_counter() - start
-        written: Any = records[0] if alone else {"results": records, "seconds": seconds}
-        chosen.json.parent.mkdir(parents=True, exist_ok=True)
-        chosen.json.write_text(json.dumps(written, indent=1, allow_nan=False) + "\n")
+        if chosen.json is not None:
+            alone = len(benchmarks) == 1 and chosen.name != ALL
+            seconds = time.perf_counter() - start
+            _write(chosen.json, record if alone else {"results": records, "seconds": seconds})
+    if failed := [record["name"] for record in records if "error" in record]:
+        parser.exit(1, f"{parser.prog}: failed: {', '.join(failed)}\n")
+
+
+def _write(file: Path, values: Any) -> None:
+    """After every benchmark, and whole: what was measured is there whatever happens next."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f"{file.name}.partial")
+    partial.write_text(json.dumps(values, indent=1, allow_nan=False) + "\n")
+    os.replace(partial, file)
 
 
 def _page(arguments: Sequence[str]) -> None:

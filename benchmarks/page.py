@@ -41,8 +41,10 @@ def write_page(files: Sequence[Mapping[str, Any]], *, out: Path) -> None:
         records = file.get("results", [file])
         slug = records[0]["environment"]["device_type"]
         ratios, curves = pictures / f"{slug}-ratios.png", pictures / f"{slug}-curves.png"
-        draw_ratios(records, ratios)
-        links = [_picture("Ratios with their intervals and targets", ratios, out)]
+        links = []
+        if timed := [record for record in records if record["ratio"] is not None]:
+            draw_ratios(timed, ratios)
+            links.append(_picture("Ratios with their intervals and targets", ratios, out))
         if any(record["curves"] for record in records):
             draw_curves(records, curves)
             links.append(_picture("How cost grows", curves, out))
@@ -79,14 +81,17 @@ def table_of_ratios(records: Sequence[Record]) -> str:
     rows = []
     for r in records:
         target = "" if r["target"] is None else f">= {number(r['target'])}"
+        named = [r["id"], f"{r['title']} (`{r['name']}`)"]
+        if r["ratio"] is None:
+            rows.append([*named, "", "", "**failed**", target, "", "", ""])
+            continue
         share = (
             "" if "share_of_ceiling" not in r else f"{100 * r['share_of_ceiling']['ours']:.0f} %"
         )
         low, high = r["ci"]
         rows.append(
             [
-                r["id"],
-                f"{r['title']} (`{r['name']}`)",
+                *named,
                 seconds(r["peer"]),
                 seconds(r["ours"]),
                 f"**{number(r['ratio'])}x** ({number(low)} to {number(high)})",
@@ -117,8 +122,12 @@ def account(record: Record) -> str:
         f"**`{record['name']}`** ({record['id']}). {record['title']}. {record['note']}".strip(),
         f"Peer: {record['peer_label']}.",
         f"Sizes: `{record['size_values']}`.",
-        f"In processor time {number(record['cpu_ratio'])}x.",
     ]
+    if "error" in record:
+        lines.append(f"**Failed**: `{record['error']}`.")
+    if record["ratio"] is None:
+        return " ".join(lines)
+    lines.append(f"In processor time {number(record['cpu_ratio'])}x.")
     if "floor" in record:
         lines.append(
             f"The part that no exact way gets around takes {seconds(record['floor'])} alone: "
@@ -130,12 +139,21 @@ def account(record: Record) -> str:
 
 
 def one_line(record: Record) -> str:
-    """For the terminal."""
-    low, high = record["ci"]
-    return (
-        f"{record['name']:20} {seconds(record['peer']):>10} -> {seconds(record['ours']):>10} "
-        f"{number(record['ratio']):>6}x ({number(low)} to {number(high)}), {record['pairs']} pairs"
-    )
+    """For the terminal: the peer's time and ours, then what is known of ours."""
+    line = f"{record['name']:20} "
+    if record["ratio"] is not None:
+        low, high = record["ci"]
+        line += (
+            f"{seconds(record['peer']):>10} -> {seconds(record['ours']):>10} "
+            f"{number(record['ratio']):>6}x ({number(low)} to {number(high)}), {record['pairs']} "
+            f"pairs; {number(record['samples_per_second']['ours'])} {record['noun']}/s"
+        )
+    if "share_of_ceiling" in record:
+        line += f", {100 * record['share_of_ceiling']['ours']:.0f} % of ceiling"
+    if "peak_bytes" in record["counts"]:
+        peak = record["counts"]["peak_bytes"]
+        line += f", peak {rate(peak['peer'])}B -> {rate(peak['ours'])}B"
+    return line + (f"  FAILED: {record['error']}" if "error" in record else "")
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import ast
 import json
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 
 from benchmarks import (
     attention_bridge,
+    command,
     contrast,
     dora,
     encoding,
@@ -199,9 +201,8 @@ def test_a_wrong_result_is_never_timed(monkeypatch: pytest.MonkeyPatch) -> None:
             loss, gradient = super().ours()
             return loss, gradient * 1.01
 
-    wrong = replace(masked_head.BENCHMARK, build=Wrong)
-    with pytest.raises(AssertionError, match=r"result 1 differs by 0\.01 of its norm"):
-        record_of(wrong)
+    record = record_of(replace(masked_head.BENCHMARK, build=Wrong))
+    assert record["error"].startswith("AssertionError: result 1 differs by 0.01 of its norm")
     assert runs == ["ours"]
 
 
@@ -247,7 +248,7 @@ def test_a_record_has_the_public_keys(benchmark: Benchmark) -> None:
 
 # --- Command line ------------------------------------------------------------------------------
 
-QUICK = ["--size", "test", "--pairs", "1", "--seconds", "0"]
+QUICK = ["--size", "test", "--pairs", "1", "--seconds", "0", "--no-curves"]
 
 
 def test_one_name_writes_one_object(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -256,17 +257,45 @@ def test_one_name_writes_one_object(tmp_path: Path, capsys: pytest.CaptureFixtur
     written = json.loads(file.read_text())
     assert written["name"] == "similarities"
     assert {"name", "ours", "peer", "ratio", "unit", "counts"} <= written.keys()
-    assert "similarities" in capsys.readouterr().out
+    assert written["curves"] == []
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert all(part in line for part in ("similarities", "queries/s", "% of ceiling", "kB"))
 
 
-@pytest.mark.slow
-def test_an_id_with_several_benchmarks_writes_a_list(tmp_path: Path) -> None:
-    file = tmp_path / "several.json"
-    run(["B3", "--json", str(file), *QUICK])
+@pytest.mark.parametrize(
+    "error", [RuntimeError("CUDA out of memory.\nAsk less"), KeyboardInterrupt]
+)
+def test_an_error_ends_one_benchmark_and_loses_no_other(
+    error: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two: the first fails, or the second is interrupted."""
+    file, attention = tmp_path / "several.json", vision_attention.vision_attention
+
+    def failing(*states: Any, fold_batch: bool, **rest: Any) -> Any:
+        if fold_batch == isinstance(error, RuntimeError):  # of the first alone
+            raise error
+        return attention(*states, fold_batch=fold_batch, **rest)
+
+    monkeypatch.setattr(vision_attention, "vision_attention", failing)
+    monkeypatch.setattr(command, "matrix_product_ceiling", partial(matrix_product_ceiling, side=64))
+    with pytest.raises((SystemExit, KeyboardInterrupt)) as caught:
+        run(["B3", "--json", str(file), *QUICK])
     written = json.loads(file.read_text())
-    found = [record["name"] for record in written["results"]]
-    assert found == ["vision_attention", "vision_attention_4d"]
     assert written["seconds"] > 0
+    found = {record["name"]: record for record in written["results"]}
+    if error is KeyboardInterrupt:
+        assert found.keys() == {"vision_attention"}
+        return
+    assert caught.value.code == 1
+    failed, other = found["vision_attention"], found["vision_attention_4d"]
+    assert failed["error"] == "peer: RuntimeError: CUDA out of memory."
+    assert failed["ratio"] is failed["ours"] is failed["peer"] is None
+    assert failed["counts"] == {}
+    assert other["ratio"] > 0
+    run(["page", str(file), "--out", str(tmp_path / "results.md")])
+    page = (tmp_path / "results.md").read_text()
+    assert "**failed**" in page
+    assert failed["error"] in page
 
 
 def test_all_means_all() -> None:
@@ -311,6 +340,7 @@ def test_a_gpu_gives_the_same_records(benchmark: Benchmark) -> None:
         ceiling=matrix_product_ceiling(device, side=512),
         environment=environment(device),
     )
+    assert "error" not in record
     assert record["ours"] > 0
     assert record["environment"]["device_type"] == "cuda"
 
