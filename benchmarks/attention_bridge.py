@@ -4,14 +4,14 @@ segments of a packed row, against a dense mask over padded rows.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import yaml
 from torch import Tensor
 
-from benchmarks.benchmark import SECONDS, Benchmark, Task, curve
+from benchmarks.benchmark import CUDA_IN_FLOAT32, SECONDS, Benchmark, Task, curve
 from benchmarks.comparing import assert_close
 from benchmarks.counting import Count, Counts, torch_counts
 from benchmarks.machine import ROOT
@@ -139,9 +139,9 @@ def computed_scores(plan: Plan, kernel: str, values: Tensor) -> int:
 TEST = Size(6, 40, 12, 0.6, 4, 2, 8, 1, torch.float32, "sdpa")
 CPU = Size(8, 300, 40, 0.6, 4, 2, 64, 2, torch.float32, "sdpa")
 CUDA = Size(24, 300, 40, 0.6, 12, 2, 128, 4, torch.bfloat16, "auto")
+IN_FLOAT32 = replace(CUDA, samples=4, dtype=torch.float32)
 
-
-SIZES = {"test": TEST, "cpu": CPU, "cuda": CUDA}
+SIZES = {"test": TEST, "cpu": CPU, "cuda": CUDA, CUDA_IN_FLOAT32: IN_FLOAT32}
 
 BENCHMARK = Benchmark(
     id="B2",

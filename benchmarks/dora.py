@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout, linear
 
-from benchmarks.benchmark import SECONDS, Benchmark, Task, curve
+from benchmarks.benchmark import CUDA_IN_FLOAT32, SECONDS, Benchmark, Task, curve
 from benchmarks.comparing import assert_close
 from benchmarks.counting import Count, Counts, torch_counts
 from benchmarks.peers.dora import DoraLinear
@@ -60,7 +60,6 @@ class Dora(Task):
         with torch.no_grad():
             b.copy_(0.02 * normal(*b.shape))  # as after some training
         magnitude = layer.lora_magnitude_vector["default"].weight
-        self.trained = [a, b, magnitude]
         self.theirs = DoraLinear(
             base, a=a, b=b, magnitude=magnitude, scaling=ALPHA / RANK, dropout=DROPOUT
         )
@@ -72,7 +71,7 @@ class Dora(Task):
 
     def _passes(self, layer: nn.Module) -> list[Tensor]:
         """The last output, and the gradients of the adapter and of the inputs."""
-        leaves = [*self.trained, *self.inputs]
+        leaves = [*(p for p in layer.parameters() if p.requires_grad), *self.inputs]
         for leaf in leaves:
             leaf.grad = None
         for x in self.inputs:
@@ -108,7 +107,7 @@ class Dora(Task):
         return lambda: self._passes(lora)
 
     def counts(self) -> Counts:
-        weights = list(self.model.parameters())
+        weights = [*self.model.parameters(), *self.theirs.parameters()]
         passes = self.size.passes
         counted = torch_counts(
             self.peer, self.ours, device=self.device, parameters=[*weights, *self.inputs]
@@ -141,8 +140,9 @@ def adapted(base: nn.Linear) -> Any:
 TEST = Size(64, 64, 48, 4, torch.float32, False)
 CPU = Size(1536, 1536, 320, 4, torch.float32, False)  # a query projection of Qwen2-VL-2B
 CUDA = Size(1536, 8960, 4096, 16, torch.bfloat16, False)  # its gate projection
+IN_FLOAT32 = replace(CUDA, tokens=256, passes=2, dtype=torch.float32)
 
-SIZES = {"test": TEST, "cpu": CPU, "cuda": CUDA}
+SIZES = {"test": TEST, "cpu": CPU, "cuda": CUDA, CUDA_IN_FLOAT32: IN_FLOAT32}
 
 BENCHMARK = Benchmark(
     id="B5",

@@ -10,13 +10,12 @@ from torch import Tensor
 from benchmarks.attention_bridge import policy
 from benchmarks.benchmark import Benchmark, Task, curve
 from benchmarks.comparing import assert_close
-from benchmarks.counting import Count, Counts, torch_counts
+from benchmarks.counting import Count, Counts
 from benchmarks.peers.inputs import Inputs
-from benchmarks.peers.model import VISION_BY_IMAGE
 from benchmarks.peers.steps import CHUNK
 from benchmarks.samples import draw, rows_of
 from benchmarks.step_sizes import ITEMS, SKEWED_TEXTS, Size
-from benchmarks.training import Ours, Peer, calls, weights
+from benchmarks.training import Ours, Peer, counts_and_calls
 from cocoa_pl.batch import cut_by_cost
 
 
@@ -29,7 +28,7 @@ class Encode(Task):
         self.size, self.device, self.samples = size, device, size.batch
         self.items = draw(size.query, size.batch, shape=size.model.shape, seed=0)
         self.own = Ours(size.model, device)
-        self.theirs = Peer(size.model, self.own, attention="bidirectional", vision=VISION_BY_IMAGE)
+        self.theirs = Peer(size.model, self.own, attention="bidirectional", vision=size.peer_vision)
         self.layouts = self.own.backbone.eval().layouts(policy("bidirectional"))
         self.theirs.model.eval()
         self.peer_rows = rows_of(self.items, self.own.packed(self.items))
@@ -60,17 +59,7 @@ class Encode(Task):
         assert_close([self.ours()], [self.peer()], dtype=self.size.model.dtype)
 
     def counts(self) -> Counts:
-        return {
-            "model_calls": Count(
-                calls(self.theirs.model, self.peer), calls(self.own.backbone, self.ours)
-            ),
-            **torch_counts(
-                self.peer,
-                self.ours,
-                device=self.device,
-                parameters=weights(self.own.backbone, self.theirs.model),
-            ),
-        }
+        return counts_and_calls(self, self.theirs.model, self.own.backbone)
 
 
 class Packing(Encode):
@@ -96,7 +85,8 @@ BENCHMARK = Benchmark(
     name="encode",
     title="Vectors of pictures with texts",
     peer_label="VLM2Vec's and CoCoA's eval.py: batches of 4 in the order of the data set, padded, "
-    "the whole CausalLM forward pass, vision attention image by image",
+    "the whole CausalLM forward pass, vision attention image by image and patches embedded by a "
+    "matrix product",
     noun="items",
     target=None,
     note="From pictures to vectors on one core or one GPU; nothing overlaps here.",
@@ -121,7 +111,7 @@ PACKING = Benchmark(
             "texts in the batch",
             "flops",
             "batch",
-            {"test": (6, 12), "cpu": (8, 16, 32), "cuda": (128, 512, 1024)},
+            {"test": (6, 12), "cpu": (8, 16, 32), "cuda": (64, 128, 256)},
             SKEWED_TEXTS,
         ),
     ),

@@ -159,11 +159,8 @@ def _with_frames(pixels: Tensor) -> Tensor:
     return channels.expand(-1, -1, FRAMES, -1).flatten(1)
 
 
-AFTER_RESIZE = {
-    "test": Size(2, 56, False, False),
-    "cpu": Size(4, 448, False, False),
-    "cuda": Size(16, 448, False, False),
-}
+CPU = Size(4, 448, False, False)
+AFTER_RESIZE = {"test": Size(2, 56, False, False), "cpu": CPU, "cuda": CPU}  # on the processor
 PEER = "the collators of CoCoA and VLM2Vec: transformers' image processor, one sample at a time"
 
 

@@ -4,13 +4,13 @@ logits of the masked positions only, against logits of all positions.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 
-from benchmarks.benchmark import SECONDS, Benchmark, Task, curve
+from benchmarks.benchmark import CUDA_IN_FLOAT32, SECONDS, Benchmark, Task, curve
 from benchmarks.comparing import assert_close
 from benchmarks.counting import Count, Counts, torch_counts
 from cocoa_pl.objectives import masked_next_token
@@ -84,8 +84,9 @@ class MaskedHead(Task):
 TEST = Size(tokens=320, width=32, vocabulary=1024, masked=13 / 320, dtype=torch.float32)
 CPU = Size(tokens=320, width=256, vocabulary=151_936, masked=13 / 320, dtype=torch.float32)
 CUDA = Size(tokens=8192, width=1536, vocabulary=151_936, masked=13 / 320, dtype=torch.bfloat16)
+IN_FLOAT32 = replace(CUDA, tokens=512, dtype=torch.float32)
 
-SIZES = {"test": TEST, "cpu": CPU, "cuda": CUDA}
+SIZES = {"test": TEST, "cpu": CPU, "cuda": CUDA, CUDA_IN_FLOAT32: IN_FLOAT32}
 
 BENCHMARK = Benchmark(
     id="B1",

@@ -106,6 +106,14 @@ SMALL = shape(
 )
 
 
+def with_depth(shape: Shape, *, text: int, vision: int) -> Shape:
+    """The same widths with other numbers of layers."""
+    return Shape(
+        tuple((dict(shape.text) | {"num_hidden_layers": text}).items()),
+        tuple((dict(shape.vision) | {"depth": vision}).items()),
+    )
+
+
 def special_ids(shape: Shape) -> dict[str, int]:
     """By the names of Qwen2-VL's configuration; the last row of all is the mask token."""
     first = shape.vocabulary - SPECIAL_IDS

@@ -18,7 +18,7 @@ Written by `python -m benchmarks page`; do not edit.
 - Every peer is a **re-creation** from public calls of torch, transformers, peft and numpy, because
   the released CoCoA code does not run.
 - Before anything is timed, both sides must give equal results, and equal gradients where there are
-  any.
+  any: on a GPU in float32, on few samples and two layers, and near ones in bfloat16.
 - Both run in turns in one process. The ratio is the median over pairs of neighbouring runs, with a
   95 % bootstrap interval; above 1, this project is faster.
 - Counts are exact (the JSON has all digits) and the same on any machine of a kind; times are of

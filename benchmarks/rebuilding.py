@@ -13,7 +13,6 @@ from torch import Tensor
 from benchmarks.attention_bridge import policy
 from benchmarks.benchmark import Benchmark, Task
 from benchmarks.counting import Count, Counts, torch_counts
-from benchmarks.peers.model import DENSE_VISION
 from benchmarks.peers.steps import reconstruct_step, warmup_step
 from benchmarks.samples import corrupted_rows, draw
 from benchmarks.step_sizes import BRIDGE, CAPTIONS, Size
@@ -37,7 +36,7 @@ class Rebuild(Task):
         self.rows = draw(size.query, size.batch, shape=shape, seed=0)
         self.own = Ours(size.model, device)
         attention = "bidirectional" if self.warmup else "eos_bridge"
-        self.theirs = Peer(size.model, self.own, attention=attention, vision=DENSE_VISION)
+        self.theirs = Peer(size.model, self.own, attention=attention, vision=size.peer_vision)
         hidden: dict[str, Any] = (
             {"text_ratio": 0.2, "text_segment": "context", "patch_ratio": 0.5}
             if self.warmup
@@ -118,8 +117,9 @@ class Bridge(Rebuild):
 
 PEER = (
     "CoCoA's generative stages: rows padded to the longest, a dense 4-D mask and a dense mask over "
-    "all images of the batch, peft 0.11.1's DoRA, logits and hidden states of everything, images "
-    "processed in the step"
+    "all images of the batch (on a GPU, whose memory that one exceeds, image by image, which is "
+    "kinder than CoCoA's), patches embedded by a matrix product (kinder too), peft 0.11.1's DoRA, "
+    "logits and hidden states of everything, images processed in the step"
 )
 
 WARMUP = Benchmark(
@@ -129,9 +129,10 @@ WARMUP = Benchmark(
     peer_label=f"{PEER}; MoCa's image decoder on all tokens",
     noun="samples",
     target=2.5,
-    note="One micro-batch of 16, as the released script has. A fifth of the text and half of the "
-    "patches are hidden, the same on both sides. DoRA of rank 8 with dropout 0.1 (off where "
-    "equality is asserted) and adapter.dropout_on_base=false.",
+    note="One micro-batch of 16, as the released script has; on a GPU 8, so that both sides fit 80 "
+    "GB without checkpointing. A fifth of the text and half of the patches are hidden, the same on "
+    "both sides. DoRA of rank 8 with dropout 0.1 (off where equality is asserted) and "
+    "adapter.dropout_on_base=false.",
     sizes=CAPTIONS,
     build=Warmup,
     curves=(),

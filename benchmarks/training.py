@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.attention_bridge import policy
+from benchmarks.benchmark import Task
 from benchmarks.comparing import assert_close
+from benchmarks.counting import Count, Counts, torch_counts
 from benchmarks.models import PATCH, Shape, image_processor, special_ids, stock_model
 from benchmarks.ours import adapters_of, compute_whole_last_layer, packed, with_dora, wrapped
 from benchmarks.peers.dora import adapt
@@ -141,7 +143,7 @@ class Peer:
             nn.Linear(ours.projection.in_features, ours.projection.out_features),
         )
         theirs.load_state_dict(ours.state_dict())
-        return theirs.to(text.device)
+        return theirs.to(text.device, text.dtype)
 
 
 def cleared(*modules: nn.Module | None) -> None:
@@ -188,10 +190,18 @@ def assert_same_step(task: Any, module: Any, model: Any) -> None:
     assert_close([flat[0]], [flat[1]], dtype=dtype)
 
 
-def calls(module: Any, run: Any) -> int:
-    """How often the language model of a backbone, or of a peer, runs."""
-    seen: list[int] = []
-    handle = module.stock.model.language_model.register_forward_pre_hook(lambda *_: seen.append(1))
-    run()
-    handle.remove()
-    return len(seen)
+def counts_and_calls(task: Task, theirs: PeerModel, own: Backbone) -> Counts:
+    """`torch_counts` of a task, and how often the language model of each side runs."""
+    seen: dict[Any, list[int]] = {theirs: [], own: []}
+    handles = [
+        model.stock.model.language_model.register_forward_pre_hook(
+            lambda *_, to=found: to.append(1)
+        )
+        for model, found in seen.items()
+    ]
+    counted = torch_counts(
+        task.peer, task.ours, device=task.device, parameters=weights(theirs, own)
+    )
+    for handle in handles:
+        handle.remove()
+    return {"model_calls": Count(len(seen[theirs]), len(seen[own])), **counted}

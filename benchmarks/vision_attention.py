@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.attention_bridge import computed_scores
-from benchmarks.benchmark import SECONDS, Benchmark, Task, curve
+from benchmarks.benchmark import CUDA_IN_FLOAT32, SECONDS, Benchmark, Task, curve
 from benchmarks.comparing import assert_close
 from benchmarks.counting import Count, Counts, torch_counts
 from benchmarks.peers.attention import vision_attention
@@ -80,8 +80,9 @@ CUDA = Size(8, 32, 16, 80, torch.bfloat16, "auto", True)  # Qwen2-VL's tower, 44
 
 
 NOTE = "One block, images of one size. Forward and backward; the mask, or the plan, is made anew."
+IN_FLOAT32 = replace(CUDA, images=2, dtype=torch.float32)
 
-SIZES = {"test": TEST, "cpu": CPU, "cuda": CUDA}
+SIZES = {"test": TEST, "cpu": CPU, "cuda": CUDA, CUDA_IN_FLOAT32: IN_FLOAT32}
 
 BENCHMARK = Benchmark(
     id="B3",

@@ -17,7 +17,8 @@ def additive_mask(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Zero where a token sees another, the type's lowest number elsewhere: (B, 1, N, N).
+    """Zero where a token sees another, the type's lowest number elsewhere: (B, 1, N, N). Nobody
+    sees padding, which sees everything.
 
     In the manner of CoCoA's modeling_qwen2_vl.py: a 0/1 matrix for each sample of a padded batch in
     float32, filled block by block, then inverted and scaled.
@@ -34,6 +35,8 @@ def additive_mask(
             for column, (left, right) in enumerate(pairwise(bounds)):
                 if table[row, column]:
                     seen[sample, top:bottom, left:right] = 1.0
+        # A row that sees nothing is NaN on a GPU (https://github.com/pytorch/pytorch/issues/110213).
+        seen[sample, sum(lengths) :] = 1.0
     return ((1.0 - seen) * torch.finfo(dtype).min)[:, None].to(dtype)
 
 

@@ -15,31 +15,33 @@ class DoraLinear(nn.Module):
 
     Args:
         base: W and its bias; stays as it is.
-        a: (rank, in) and b: (out, rank), the low-rank factors.
-        magnitude: (out).
+        a, b, magnitude: values of the low-rank factors (rank, in) and (out, rank) and of the
+            magnitudes (out); copied in the type of W, in which peft 0.11.1 keeps adapters.
     """
 
     def __init__(
         self,
         base: nn.Linear,
         *,
-        a: nn.Parameter,
-        b: nn.Parameter,
-        magnitude: nn.Parameter,
+        a: Tensor,
+        b: Tensor,
+        magnitude: Tensor,
         scaling: float,
         dropout: float,
     ) -> None:
         super().__init__()
-        self.base, self.a, self.b, self.magnitude = base, a, b, magnitude
-        self.scaling = scaling
-        self.dropout = dropout
+        self.base, self.scaling, self.dropout = base, scaling, dropout
+        self.a, self.b, self.magnitude = (
+            nn.Parameter(values.detach().to(base.weight.dtype, copy=True))
+            for values in (a, b, magnitude)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         result: Tensor = self.base(x)
         dropped = dropout(x, self.dropout, self.training)
         weight = self.base.weight
         adapted = weight + self.scaling * (self.b @ self.a)
-        norm = torch.linalg.norm(adapted, dim=1).detach()
+        norm = torch.linalg.norm(adapted, dim=1).to(weight.dtype).detach()
         ratio = self.magnitude / norm
         low_rank = linear(linear(dropped, self.a), self.b)
         return result + (ratio - 1) * linear(dropped, weight) + ratio * low_rank * self.scaling
@@ -55,13 +57,12 @@ def adapt(
     """Put `DoraLinear` in the place of linear layers; everything else is frozen.
 
     Args:
-        adapters: by module name, the values of `a`, `b` and `magnitude`; they are copied.
+        adapters: by module name, the values of `a`, `b` and `magnitude`.
     """
     model.requires_grad_(False)
     for name, values in adapters.items():
         parent = model.get_submodule(name.rpartition(".")[0])
         child = name.rpartition(".")[2]
-        base = getattr(parent, child)
-        a, b, magnitude = (nn.Parameter(value.detach().clone()) for value in values)
+        base, (a, b, magnitude) = getattr(parent, child), values
         layer = DoraLinear(base, a=a, b=b, magnitude=magnitude, scaling=scaling, dropout=dropout)
         setattr(parent, child, layer)

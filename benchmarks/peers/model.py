@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize
+from torch.nn.functional import linear, normalize
 from transformers import AttentionInterface
 
 from benchmarks.peers.attention import additive_mask, vision_attention
@@ -39,6 +39,20 @@ class PixelDecoder(nn.Module):
         self.layer, self.projection = layer, projection
 
 
+class PatchProduct(nn.Module):
+    """The stock tower's patch embedding as a matrix product, kinder than its convolution: that one
+    is slow with some versions of cuDNN, and rounds float32 to TF32.
+    """
+
+    def __init__(self, stock: Any) -> None:
+        super().__init__()
+        self.proj = stock.proj
+
+    def forward(self, patches: Tensor) -> Tensor:
+        weight = self.proj.weight.flatten(1)
+        return linear(patches.to(weight.dtype), weight)
+
+
 class PeerModel(nn.Module):
     """A stock model whose text attends by dense 4-D masks.
 
@@ -53,7 +67,9 @@ class PeerModel(nn.Module):
         super().__init__()
         self.stock = stock
         self.table = table
-        self.stock.model.visual.config._attn_implementation = vision
+        visual = self.stock.model.visual
+        visual.config._attn_implementation = vision
+        visual.patch_embed = PatchProduct(visual.patch_embed)
 
     def forward(self, inputs: Inputs) -> Seen:
         """Logits of all positions and the hidden states of all layers, asked for or not, as the

@@ -61,7 +61,7 @@ def warmup_step(
     seen: Seen = model(inputs)
     predicted = model.decode(decoder, seen)
     hidden = torch.stack([_hidden_tokens(row, predicted.shape[1]) for row in rows])
-    chosen = predicted[hidden.to(predicted.device)].float()
+    chosen = predicted[hidden.nonzero(as_tuple=True)].float()
     pixel_loss = mse_loss(chosen, torch.cat(list(clean)).to(predicted.device).float())
     loss = text_loss(seen, inputs.labels) + weight * pixel_loss
     loss.backward()

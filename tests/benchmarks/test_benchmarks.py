@@ -19,7 +19,6 @@ from benchmarks import (
     attention_bridge,
     command,
     contrast,
-    dora,
     encoding,
     masked_head,
     rebuilding,
@@ -30,10 +29,19 @@ from benchmarks import (
     vision_attention,
 )
 from benchmarks.attention_bridge import policy
-from benchmarks.benchmark import RE_CREATION, SIZES, Benchmark, Effort, measure
+from benchmarks.benchmark import (
+    CUDA_IN_FLOAT32,
+    GIB,
+    RE_CREATION,
+    SIZES,
+    Benchmark,
+    Effort,
+    assert_fits,
+    measure,
+)
 from benchmarks.command import EFFORT, run
 from benchmarks.comparing import assert_close
-from benchmarks.counting import Counts, cost_of
+from benchmarks.counting import Count, Counts, cost_of
 from benchmarks.machine import ROOT, environment, matrix_product_ceiling
 from benchmarks.registry import BENCHMARKS, find, names
 from cocoa_pl.attention import dense_mask
@@ -89,7 +97,9 @@ def test_counts_pass_their_gates(benchmark: Benchmark) -> None:
 def test_every_benchmark_has_all_sizes_and_says_whose_way_the_peer_is(
     benchmark: Benchmark,
 ) -> None:
-    assert set(benchmark.sizes) == set(SIZES)
+    half = ["bfloat16" in str(benchmark.sizes[name]) for name in SIZES]
+    assert half == [name == "cuda" and CUDA_IN_FLOAT32 in benchmark.sizes for name in SIZES]
+    assert "bfloat16" not in str(benchmark.sizes.get(CUDA_IN_FLOAT32))
     assert len(benchmark.peer_label) > 20
     assert all(set(curve.points) == set(SIZES) for curve in benchmark.curves)
 
@@ -166,19 +176,20 @@ def test_needed_scores_are_those_of_the_dense_mask() -> None:
 
 
 @pytest.mark.parametrize(
-    ("task", "size"),
-    [
-        (masked_head.MaskedHead, masked_head.TEST),
-        (attention_bridge.BridgedAttention, replace(attention_bridge.TEST, kernel="auto")),
-        (vision_attention.VisionAttention, replace(vision_attention.TEST, kernel="auto")),
-        (dora.Dora, dora.TEST),
-        (dora.Dora, replace(dora.TEST, dropout_on_base=True)),
-    ],
-    ids=["head", "bridge", "vision", "dora", "dora same dropout"],
+    "benchmark", [b for b in BENCHMARKS if CUDA_IN_FLOAT32 in b.sizes], ids=lambda b: b.name
 )
-def test_the_types_of_a_gpu_agree_too(task: Any, size: Any) -> None:
+def test_the_types_of_a_gpu_agree_too(benchmark: Benchmark) -> None:
     """What --device cuda runs, but for the device and the kernel that `auto` finds there."""
-    task(replace(size, dtype=torch.bfloat16), CPU).check()
+    size = benchmark.sizes["test"]
+    if hasattr(size, "model"):
+        tuning = benchmark.sizes["cuda"].model.tuning
+        size = replace(size, model=replace(size.model, dtype=torch.bfloat16, tuning=tuning))
+    else:
+        size = replace(size, dtype=torch.bfloat16)
+    task = benchmark.build(size, CPU)
+    task.check()
+    for side in (task.ours, task.peer):  # with dropout
+        side()
 
 
 def test_scoring_has_hits_and_misses_and_candidates_of_its_own() -> None:
@@ -204,6 +215,12 @@ def test_a_wrong_result_is_never_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     record = record_of(replace(masked_head.BENCHMARK, build=Wrong))
     assert record["error"].startswith("AssertionError: result 1 differs by 0.01 of its norm")
     assert runs == ["ours"]
+    # What bfloat16 hides is noticed in float32.
+    sizes = {"cuda": replace(masked_head.TEST, dtype=torch.bfloat16)}
+    hidden = replace(masked_head.BENCHMARK, build=Wrong, sizes=sizes, curves=())
+    assert "error" not in record_of(hidden, size="cuda")
+    seen = replace(hidden, sizes=sizes | {CUDA_IN_FLOAT32: masked_head.TEST})
+    assert record_of(seen, size="cuda")["error"] == record["error"]
 
 
 def test_a_result_that_is_not_finite_is_refused() -> None:
@@ -215,10 +232,10 @@ def test_a_result_that_is_not_finite_is_refused() -> None:
 # --- JSON --------------------------------------------------------------------------------------
 
 
-def record_of(benchmark: Benchmark) -> dict[str, Any]:
+def record_of(benchmark: Benchmark, size: str = "test") -> dict[str, Any]:
     return measure(
         benchmark,
-        size="test",
+        size=size,
         device=CPU,
         effort=Effort(seconds=0, min_pairs=1, curve_pairs=1),
         ceiling=matrix_product_ceiling(CPU, side=64),
@@ -296,6 +313,14 @@ def test_an_error_ends_one_benchmark_and_loses_no_other(
     page = (tmp_path / "results.md").read_text()
     assert "**failed**" in page
     assert failed["error"] in page
+
+
+def test_a_gpu_that_is_as_good_as_full_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (0, 80 * GIB))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 9 * GIB)
+    assert_fits(Count(peer=50 * GIB, ours=62 * GIB), torch.device("cuda"))
+    with pytest.raises(AssertionError, match=r"takes 75\.0 of 80\.0 GiB, more than 90%"):
+        assert_fits(Count(peer=66 * GIB, ours=1), torch.device("cuda"))
 
 
 def test_all_means_all() -> None:

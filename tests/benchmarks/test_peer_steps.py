@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from benchmarks.attention_bridge import policy
 from benchmarks.models import MERGE, PATCH, SMALL, image_processor, special_ids, stock_model
 from benchmarks.ours import adapters_of, packed, with_dora, wrapped
+from benchmarks.peers.attention import additive_mask
 from benchmarks.peers.dora import adapt
 from benchmarks.peers.grad_cache import cached_step
 from benchmarks.peers.inputs import Row
@@ -250,6 +251,17 @@ def test_peers_pad_to_the_longest_and_run_the_image_processor_once_a_sample(proc
     assert inputs.attention_mask.sum() == batch.num_tokens
     assert calls == [1] * len(samples)
     assert [one.slots for one in inputs.split(2)] == [2 * longest, 2 * longest, longest]
+
+
+def test_nobody_sees_padding_which_sees_something() -> None:
+    lengths = torch.tensor([[2, 1, 1], [1, 1, 0]])
+    mask = additive_mask(
+        policy("eos_bridge").table, lengths, slots=5, device=CPU, dtype=torch.bfloat16
+    )
+    seen = mask[:, 0] == 0
+    for sample, length in zip(seen, lengths.sum(1).tolist(), strict=True):
+        assert not sample[:length, length:].any()
+        assert sample.any(1).all()
 
 
 def test_positions_of_padded_rows_are_those_of_the_packed_batch(processor: Any) -> None:
