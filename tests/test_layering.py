@@ -38,7 +38,7 @@ LAYERS = (
 # Within a layer, or against its direction, these would be allowed by the table alone.
 FORBIDDEN = {("data", "models"), ("evaluation", "models")}
 KNOWS_HYDRA = {"commands", "planning", "sweep", "entry", "assemble", "command_line"}
-PUBLIC = {"embedder"}  # what the package itself offers
+PUBLIC = {"embedder", "data"}  # what the package itself offers
 
 
 @dataclass(frozen=True)

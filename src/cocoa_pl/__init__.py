@@ -4,7 +4,7 @@
 
 from typing import Any
 
-__all__ = ["Embedder"]
+__all__ = ["Embedder", "open_image"]
 
 
 def __getattr__(name: str) -> Any:
@@ -13,4 +13,8 @@ def __getattr__(name: str) -> Any:
         from cocoa_pl.embedder import Embedder
 
         return Embedder
+    if name == "open_image":
+        from cocoa_pl.data.images import open_image
+
+        return open_image
     raise AttributeError(name)

@@ -1,12 +1,15 @@
 """Every kind of odd image file has one defined outcome, and none of them is an invented picture."""
 
 import io
+import struct
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+import cocoa_pl
 from cocoa_pl.data.images import open_image, resolve_image
 from cocoa_pl.errors import UserError
 
@@ -122,16 +125,81 @@ def test_sixteen_bits_are_scaled_not_clipped(tmp_path: Path) -> None:
     assert [_pixel(path, (x, 0))[0] for x in range(3)] == [0, 128, 255]
 
 
-def test_mode_i_with_sixteen_bit_values_is_scaled() -> None:
-    values = np.array([[0, 65535]], dtype=np.int32)
-    assert _pixel(Image.fromarray(values), (1, 0)) == WHITE
+def _pgm(white: int) -> bytes:
+    """Pixels 0, white // 2, white."""
+    return f"P5 3 1 {white}\n".encode() + np.array([0, white // 2, white], ">u2").tobytes()
 
 
+def _tiff(bits: int, *, black_is_zero: bool) -> bytes:
+    """The same of so many bits; by hand, because Pillow writes 16 bits with black as zero only."""
+    values = (0, 2 ** (bits - 1) - 1, 2**bits - 1)
+    pixels = np.array(values, "<u2").tobytes()
+    if bits == 12:  # packed without gaps
+        pixels = int("".join(f"{value:012b}" for value in values) + "0" * 12, 2).to_bytes(6, "big")
+    tags = {256: 3, 257: 1, 258: bits, 259: 1, 262: int(black_is_zero)}
+    tags |= {273: 8, 277: 1, 278: 1, 279: len(pixels)}
+    entries = b"".join(struct.pack("<HHII", tag, 3, 1, value) for tag, value in tags.items())
+    header = b"II" + struct.pack("<HI", 42, 8 + len(pixels))
+    return header + pixels + struct.pack("<H", len(tags)) + entries + bytes(4)
+
+
+@pytest.mark.parametrize(
+    ("encoded", "expected"),
+    [
+        (_pgm(1000), [0, 128, 255]),
+        (_pgm(4095), [0, 127, 255]),
+        (_pgm(65535), [0, 127, 255]),
+        (_tiff(12, black_is_zero=True), [0, 127, 255]),
+        (_tiff(16, black_is_zero=True), [0, 127, 255]),
+        (_tiff(16, black_is_zero=False), [255, 128, 0]),
+    ],
+)
+def test_full_brightness_is_what_the_file_calls_so(encoded: bytes, expected: list[int]) -> None:
+    for source in (encoded, Image.open(io.BytesIO(encoded))):
+        assert [_pixel(source, (x, 0))[0] for x in range(3)] == expected
+
+
+@pytest.mark.parametrize("value", [200, 65535, 70000])
 @pytest.mark.parametrize("dtype", [np.float32, np.int32])
-def test_thirty_two_bit_pixels_are_an_error(tmp_path: Path, dtype: type) -> None:
-    path = _saved(Image.fromarray(np.full((2, 2), 70000, dtype=dtype)), tmp_path / "a.tiff")
-    with pytest.raises(UserError, match="32-bit pixels"):
-        open_image(path, where="row")
+def test_a_range_that_no_format_tells_is_never_guessed(
+    tmp_path: Path, dtype: type, value: int
+) -> None:
+    image = Image.fromarray(np.full((2, 2), value, dtype=dtype))
+    for source in (image, _saved(image, tmp_path / "a.tiff")):
+        with pytest.raises(UserError, match=r"row: .* has signed or 32-bit pixels"):
+            open_image(source, where="row")
+
+
+@pytest.mark.parametrize("mode", ["La", "RGBa", "PA", "LAB", "HSV", "YCbCr"])
+def test_rare_modes_are_converted(mode: str) -> None:
+    assert open_image(Image.new(mode, (2, 2))).mode == "RGB"
+
+
+def test_an_image_is_given_in_many_ways(tmp_path: Path) -> None:
+    image = Image.fromarray(np.arange(75, dtype=np.uint8).reshape(5, 5, 3))
+    path = _saved(image, tmp_path / "a.png")
+    embedded = {"bytes": path.read_bytes(), "path": "elsewhere.png"}
+    ways = [str(path), np.asarray(image), embedded, {"bytes": None, "path": str(path)}]
+    for way in ways:
+        np.testing.assert_array_equal(np.asarray(cocoa_pl.open_image(way)), np.asarray(image))
+    for wrong in (None, 3, np.zeros((2, 2)), {"url": "x"}, np.zeros((2, 2), bool)):
+        with pytest.raises(UserError, match=r"^open_image: an image"):
+            open_image(wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF"])
+def test_threads_may_share_an_opened_image(kind: str) -> None:
+    noise = np.random.default_rng(0).integers(256, size=(600, 800, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(noise).save(buffer, kind, exif=exif)
+    expected = np.asarray(open_image(buffer.getvalue()))
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(3):
+            shared = Image.open(io.BytesIO(buffer.getvalue()))
+            for found in pool.map(open_image, [shared] * 8):
+                np.testing.assert_array_equal(np.asarray(found), expected)
 
 
 def test_cmyk_is_converted(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ _PATTERNS = (
     ("duplicate_pair", re.compile(r"same query and positive as ")),
     ("elongated_image", re.compile(r"image (?P<file>.+) is \d+ x \d+ pixels; the longer side")),
     ("corrupt_image", re.compile(r"image (?P<file>.+?) cannot be read as an image")),
-    ("corrupt_image", re.compile(r"image (?P<file>.+?) has 32-bit pixels")),
+    ("corrupt_image", re.compile(r"image (?P<file>.+?) has signed or 32-bit pixels")),
     ("path_outside_root", re.compile(r"image path '(?P<file>.+?)' (?:is absolute|leaves the)")),
     ("missing_image", re.compile(r"image path '(?P<file>.+?)' is not a path")),
     ("missing_image", re.compile(r"image (?P<file>.+) does not exist")),
