@@ -14,6 +14,7 @@ from PIL import Image
 
 from cocoa_pl.attention import Policy
 from cocoa_pl.data.inputs import as_item
+from cocoa_pl.data.rows import make_item
 from cocoa_pl.data.tokenize import Processor
 from cocoa_pl.embedder import Embedder
 from cocoa_pl.errors import UserError
@@ -98,14 +99,45 @@ def test_strings_dicts_and_items_mean_the_same(embedder: Embedder, picture: Imag
     assert np.abs(shown[0] - texts[0]).max() > 1e-3
 
 
-def test_pictures_go_first_unless_the_text_places_them(picture: Image.Image) -> None:
-    assert as_item({"text": "a", "image": picture}).text == f"{IMAGE_SLOT}\na"
-    assert as_item({"image": picture, "text": "a"}).text == f"{IMAGE_SLOT}\na"
-    assert as_item({"text": f"a{IMAGE_SLOT}", "image": picture}).text == f"a{IMAGE_SLOT}"
-    two = as_item({"text": f"a{IMAGE_SLOT}", "image": [picture, picture]})
-    assert two.text == f"{IMAGE_SLOT}\na{IMAGE_SLOT}"
-    assert as_item({"image": picture}).text == IMAGE_SLOT
-    assert as_item({"text": "a", "image": None}) == Item("a")
+def test_a_placeholder_means_to_the_embedder_what_it_means_in_rows(
+    embedder: Embedder, picture: Image.Image, tmp_path: Path
+) -> None:
+    picture.save(tmp_path / "a.png")
+    row = make_item(
+        "left of <|image_1|>",
+        "a.png",
+        role="query",
+        where="row",
+        image_root=tmp_path,
+        add_missing_slot=True,
+    )
+    ways = ["left of <|image_1|>", "left of <image>"]
+    found = embedder.encode([row, *({"text": text, "image": picture} for text in ways)])
+    np.testing.assert_allclose(found, found[:1].repeat(3, axis=0), atol=1e-5)
+    first = embedder.encode([{"text": "left of ", "image": picture}])
+    assert np.abs(first - found[:1]).max() > 1e-3
+
+
+def test_vectors_of_a_shuffled_series_are_in_its_order(embedder: Embedder) -> None:
+    pandas = pytest.importorskip("pandas")
+    series = pandas.Series(["a red dog", "two boats", "one sofa"]).iloc[[2, 0, 1]]
+    expected = embedder.encode(["one sofa", "a red dog", "two boats"])
+    np.testing.assert_array_equal(embedder.encode(series), expected)
+    np.testing.assert_array_equal(embedder.encode(text for text in series), expected)
+    ((places, vectors),) = embedder.stream(series[series != "one sofa"])
+    np.testing.assert_allclose(vectors, expected[1:][places], atol=1e-6)
+
+
+def test_items_may_share_a_picture_that_is_not_read_yet(embedder: Embedder) -> None:
+    """Pillow reads it when it is first asked for pixels, which several threads do at once."""
+    noise = np.random.default_rng(0).integers(0, 256, (300, 300, 3)).astype(np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(noise).save(buffer, "PNG")
+    expected = embedder.encode([{"image": buffer.getvalue()}])
+    for _ in range(4):
+        shared = Image.open(io.BytesIO(buffer.getvalue()))
+        found = embedder.encode([{"image": shared}] * 12, batch_tokens=20, threads=6)
+        np.testing.assert_allclose(found, expected.repeat(12, axis=0), atol=1e-5)
 
 
 def test_a_picture_alone_needs_no_dict(
@@ -127,7 +159,7 @@ def test_a_picture_alone_needs_no_dict(
         ("two boats", "Find it: two boats"),
         ({"text": "two boats", "image": 1}, f"{IMAGE_SLOT}\nFind it: two boats"),
         ({"image": 2}, f"{IMAGE_SLOT}{IMAGE_SLOT}\nFind it:"),
-        ({"text": f"left of{IMAGE_SLOT}", "image": 1}, f"Find it: left of{IMAGE_SLOT}"),
+        ({"text": "left of<|image_1|>", "image": 1}, f"Find it: left of{IMAGE_SLOT}"),
     ],
     ids=["text", "both", "pictures", "placed"],
 )
@@ -183,8 +215,10 @@ def test_a_bar_is_shown_where_it_is_asked_for(
         (np.zeros((4, 4, 3)), "uint8 of height x width x 3.*not float64 of 4 x 4 x 3"),
         (np.zeros((4, 4, 4), np.uint8), "not uint8 of 4 x 4 x 4"),
         (np.zeros(4, np.uint8), "not uint8 of 4"),
-        ({"text": f"a{IMAGE_SLOT}"}, "1 image placeholder"),
+        ({"text": f"a{IMAGE_SLOT}"}, r"holds U\+FDD0"),
+        ({"text": "a <|image_1|>"}, "but names no image"),
         ({"text": 7}, "text is a string"),
+        ("a \ud800", "item 0: the text is not valid Unicode"),
         (None, "an item is a string"),
         (7, "an item is a string"),
         ([{"text": "a"}], "an item is a string"),
@@ -196,12 +230,11 @@ def test_what_cannot_be_embedded_is_said(value: Any, message: str, embedder: Emb
 
 
 def test_one_string_is_not_a_list_of_letters(embedder: Embedder) -> None:
-    with pytest.raises(ValueError, match="list of items"):
-        embedder.encode("two boats")
-    with pytest.raises(ValueError, match="list of items"):
-        embedder.encode({"text": "two boats"})  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="list of items"):
-        embedder.encode(b"a picture")  # type: ignore[arg-type]
+    for single in ("two boats", {"text": "two boats"}, np.zeros((4, 4, 3), np.uint8)):
+        with pytest.raises(UserError, match=r"write \[(item|array)\]"):
+            embedder.encode(single)
+        with pytest.raises(UserError, match=r"write \[(item|array)\]"):
+            embedder.stream(single)
 
 
 def test_a_bad_item_is_named_by_its_place(embedder: Embedder, tmp_path: Path) -> None:

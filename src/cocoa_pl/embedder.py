@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL.Image import Image
 
 from cocoa_pl.attention import Policy
 from cocoa_pl.batch import Batch, Encoded, pack
-from cocoa_pl.data.inputs import Input, as_item
-from cocoa_pl.data.item_batches import item_batches, name_of
+from cocoa_pl.data.inputs import Input, as_item, as_list
+from cocoa_pl.data.item_batches import item_batches
 from cocoa_pl.data.progress import Progress, bar
 from cocoa_pl.data.tokenize import Processor
-from cocoa_pl.errors import UserError
+from cocoa_pl.errors import UserError, name_of
 from cocoa_pl.exported import export_folder, read_description
 from cocoa_pl.fingerprint import check_fingerprint, digest_of, digest_of_text, take_fingerprint
 from cocoa_pl.items import Item
@@ -98,7 +96,7 @@ class Embedder:
 
     def encode(
         self,
-        items: Sequence[Input],
+        items: Iterable[Input],
         *,
         instruction: str | None = None,
         truncate_dim: int | None = None,
@@ -111,15 +109,17 @@ class Embedder:
         Args:
             items: strings, which are texts; images (a `Path`, bytes, a PIL image, or a uint8 array
                 of height x width x 3); dicts with `text` and/or `image` (also a path as a string,
-                or a list of images); or `Item`s. Images go on a line before the text unless the
-                text places them with U+FFFC.
+                or a list of images); or `Item`s. Images go on a line before the text unless it
+                places them, with `<|image_1|>`, `<|image_2|>`, ... or with an `<image>` for each.
+                A list, or what has an order: a pandas Series counts by place, not by label.
             instruction: what all of them are embedded for, before each one's own words; queries of
-                MMEB have one, candidates often none. None for none.
+                MMEB have one, candidates often none. None or empty for none.
             truncate_dim: leading components to keep, for a model trained with `matryoshka_dims`;
                 vectors are of unit length afterwards. None for all.
             batch_tokens: tokens that go through the model together, at most (a longer single item
                 goes alone).
-            threads: that read images and tokenize texts ahead of the model; 0 for none.
+            threads: that read images and tokenize texts ahead of the model, and ask a sequence of
+                your own for its items; 0 for none.
             progress: show a bar on stderr.
 
         Returns:
@@ -128,6 +128,7 @@ class Embedder:
         Raises:
             UserError: naming the item that cannot be embedded, or a `truncate_dim` that is none.
         """
+        items = as_list(items)
         dim = self.dim if truncate_dim is None else truncate_dim
         if not 1 <= dim <= self.dim:
             raise UserError(f"truncate_dim is 1 to {self.dim}, not {truncate_dim}")
@@ -143,7 +144,7 @@ class Embedder:
 
     def stream(
         self,
-        items: Sequence[Input],
+        items: Iterable[Input],
         *,
         instruction: str | None = None,
         batch_tokens: int = 8192,
@@ -158,8 +159,7 @@ class Embedder:
             An iterator over places in `items`, (n), and their vectors, (n, D). Each item occurs
             once; the order is by cost within a few thousand items.
         """
-        _must_be_a_list(items)
-        return self._parts(items, instruction, batch_tokens, threads)
+        return self._parts(as_list(items), instruction, batch_tokens, threads)
 
     def _parts(
         self, items: Sequence[Input], instruction: str | None, batch_tokens: int, threads: int
@@ -213,11 +213,6 @@ class Embedder:
             return found
 
         return fetch
-
-
-def _must_be_a_list(items: object) -> None:
-    if isinstance(items, str | bytes | Path | Image | Item | Mapping):
-        raise UserError("encode takes a list of items; put a single one into a list")
 
 
 def _leading(vectors: NDArray[np.float32], dim: int) -> NDArray[np.float32]:

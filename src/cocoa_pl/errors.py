@@ -1,5 +1,8 @@
 """The one exception a user is meant to read."""
 
+import re
+from collections.abc import Callable
+
 
 class UserError(ValueError):
     """A mistake in the user's data, config or files, told in one sentence that names the culprit.
@@ -11,3 +14,14 @@ class UserError(ValueError):
     def __init__(self, message: str) -> None:
         # A DataLoader worker hands its whole traceback over as the message of a new UserError.
         super().__init__(message.rsplit(f"{__name__}.UserError: ", 1)[-1].rstrip("\n"))
+
+
+def name_of(number: int) -> str:
+    """What messages call an item of a list."""
+    return f"item {number}"
+
+
+def renamed(error: UserError, name: Callable[[int], str]) -> UserError:
+    """The same error, said of what the caller calls the item of this number."""
+    said = re.fullmatch(r"item (\d+): (.*)", str(error), re.DOTALL)
+    return UserError(f"{name(int(said[1]))}: {said[2]}") if said else error

@@ -10,12 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from PIL.ExifTags import Base
 from PIL.Image import Image
 
-# Unicode's own sign for "an embedded object stands here" (U+FFFC). Readers translate their
-# placeholder (MMEB: <|image_1|>) to it once; a model's own image token never occurs in an Item's
-# text.
-IMAGE_SLOT = "\ufffc"
+# A noncharacter: Unicode keeps it for inside use, so no text that people exchange holds it. Readers
+# translate placeholders (MMEB: <|image_1|>) to it once; a model's own image token never occurs in
+# an Item's text.
+IMAGE_SLOT = "\ufdd0"
 
 ImageSource = Path | bytes | Image
 
@@ -25,13 +26,22 @@ class Item:
     """One thing to embed: a text in which each `IMAGE_SLOT` stands for the image of the same rank.
 
     Raises:
-        ValueError: if the number of slots differs from the number of images.
+        ValueError: if the number of slots differs from the number of images, or an image is none.
     """
 
     text: str
     images: tuple[ImageSource, ...] = ()
 
     def __post_init__(self) -> None:
+        if type(self.images) is not tuple:  # equal items are equal, however they were written
+            alone = isinstance(self.images, ImageSource)
+            object.__setattr__(self, "images", (self.images,) if alone else tuple(self.images))
+        for image in self.images:
+            if not isinstance(image, ImageSource):
+                raise ValueError(
+                    "an Item's images are paths (Path), bytes or PIL images, "
+                    f"not {type(image).__name__}"
+                )
         slots = self.text.count(IMAGE_SLOT)
         if slots != len(self.images):
             raise ValueError(
@@ -74,19 +84,15 @@ def as_key(digest: bytes) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def images_first(text: str, count: int) -> str:
-    """A text with `count` image slots on a line before it, as MMEB's rows have them."""
-    slots = IMAGE_SLOT * count
-    return f"{slots}\n{text}" if slots and text.strip() else slots or text
-
-
 def _source_bytes(image: ImageSource) -> bytes:
     if isinstance(image, Path):
         return str(image).encode()
     if isinstance(image, bytes):
         return image
-    # The same bytes are another picture in another shape, or with other colours of their palette.
-    seen_as = (image.mode, image.size, image.getpalette(), image.info.get("transparency"))
+    # The same bytes are another picture in another shape, with other colours of their palette, or
+    # turned.
+    turned = image.getexif().get(Base.Orientation)
+    seen_as = (image.mode, image.size, image.getpalette(), image.info.get("transparency"), turned)
     return repr(seen_as).encode() + image.tobytes()
 
 

@@ -278,6 +278,7 @@ def test_choice_of_subsets_is_partial_and_keeps_the_order_of_the_table(root: Pat
     [
         ({"subsets": ["D"]}, "benchmark.subsets names D, but mine has A, B, C"),
         ({"subsets": []}, "benchmark.subsets is empty"),
+        ({"subsets": "A"}, r"benchmark.subsets is a list; write benchmark.subsets=\[A\]"),
         (
             {"table": {"A": {"group": "vqa", "in_distribution": True, "reader": "ocr"}}},
             r"benchmark\.table\.A\.reader is ocr; choose classification, vqa",

@@ -80,7 +80,7 @@ BAD_ROWS: dict[str, tuple[Any, str]] = {
     "no object": ("text", "a row must be an object, found str"),
     "other keys": ({"image": "a.png", "text": "b"}, "has image, text; it needs image_path and"),
     "no caption": (CAPTION | {"caption": ""}, "the caption is empty"),
-    "null": (CAPTION | {"caption": None}, "the caption must be strings .* found NoneType"),
+    "null": (CAPTION | {"caption": None}, "the caption is empty"),
     "no image": (CAPTION | {"image_path": "c.png"}, r"image .*c\.png does not exist"),
     "outside": (CAPTION | {"image_path": "../a.png"}, "leaves the image root"),
     "orphan": (QUERY | {"qry_image_path": ""}, "query text holds .* names no image"),

@@ -15,7 +15,7 @@ from cocoa_pl.data.digits import DigitsBenchmark, DigitsData
 from cocoa_pl.data.mmeb import GROUPS, EvalSubset
 from cocoa_pl.data.scenes import EMPTY, HELD_OUT_PAIRS, Layout
 from cocoa_pl.errors import UserError
-from cocoa_pl.items import Item
+from cocoa_pl.items import IMAGE_SLOT, Item
 
 ROOT = Path(__file__).parents[2]
 WORDS = {word: digit for digit, word in enumerate(scenes.DIGIT_WORDS)}
@@ -258,7 +258,7 @@ def test_edit_rows_have_the_unedited_picture_as_hard_negative(data: DigitsData) 
 def test_training_texts_are_distinct_and_without_slots(data: DigitsData) -> None:
     texts = data.training_texts()
     assert texts == sorted(set(texts))
-    assert not any("\ufffc" in text or "<|image" in text for text in texts)
+    assert not any(IMAGE_SLOT in text or "<|image" in text for text in texts)
     assert "nine" in texts
     words = {word for text in texts for word in text.replace(",", " ").replace("?", " ").split()}
     assert len(words) <= 40

@@ -28,7 +28,7 @@ EXPECTED = {
     "elongated_image": ["elongated"],
     "placeholder_mismatch": ["no placeholder", "two placeholders"],
     "empty_text": ["empty"],
-    "bad_row": ["null"],
+    "bad_row": ["broken negatives"],
     "images_exceed_length": ["too large"],
     "repeated_row": ["repeated"],
     "truncated_text": ["too long"],
@@ -41,6 +41,7 @@ EXPECTED = {
     "tiny_image": ["tiny"],
     "enlarged_image": ["small"],
     "special_token": ["special"],
+    "image_tag": ["forgotten"],
 }
 
 
@@ -101,6 +102,7 @@ def test_nothing_else_is_found(sick: Checkup) -> None:
         ("tiny_image", "query", "images/tiny.png", "4 x 40"),
         ("enlarged_image", "query", "images/small.png", "fewer than min_pixels=784"),
         ("special_token", "positive", "", "<|im_end|>"),
+        ("image_tag", "positive", "", "holds <image>, which is read as words"),
         ("negative_is_positive", "negative", "", "negative 1 is the positive itself"),
         ("identical_images", "", "images/0.png", "images/copy.png"),
         ("repeated_row", "", "", "same query and positive as Set row 0; left out"),
@@ -121,7 +123,7 @@ def test_a_finding_says_where_and_what(
 def test_the_exit_status_says_that_training_would_stop(sick: Checkup) -> None:
     assert sick.status == 1
     assert sick.report["stops_training"] is True
-    assert sick.report["rows"] == {"train": 16, "validation": 0}
+    assert sick.report["rows"] == {"train": 17, "validation": 0}
     assert "13 finding(s) would stop training" in sick.text
 
 

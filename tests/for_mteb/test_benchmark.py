@@ -135,6 +135,7 @@ def test_results_of_the_same_weights_are_not_computed_again(
         ({"tasks": []}, "either benchmark.tasks"),
         ({"suite": "MIEB(lite)"}, "either benchmark.tasks"),
         ({"model_name": "cocoa"}, "organization/model, not cocoa"),
+        ({"training_datasets": "SUN397"}, r"is a list, or mmeb; .*training_datasets=\[SUN397\]"),
     ],
 )
 def test_mistakes_are_told_before_a_model_is_there(changes: dict[str, Any], said: str) -> None:

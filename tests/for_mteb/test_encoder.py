@@ -19,7 +19,6 @@ from cocoa_pl.data.tokenize import Processor
 from cocoa_pl.embedder import Embedder
 from cocoa_pl.errors import UserError
 from cocoa_pl.for_mteb.encoder import MMEB_TRAIN, CocoaEncoder
-from cocoa_pl.items import IMAGE_SLOT
 from cocoa_pl.models.loading import Loaded
 
 ALL = ("context", "eos", "target")
@@ -69,8 +68,8 @@ def test_items_are_those_of_the_embedder_in_the_loaders_order(
         [
             {"text": "find it a dog", "image": pictures[0]},
             "find it a cat",
-            {"text": f"{IMAGE_SLOT}\nfind it", "image": pictures[1]},
-            {"text": f"{IMAGE_SLOT}{IMAGE_SLOT}\nfind it", "image": pictures},
+            {"text": "find it", "image": pictures[1]},
+            {"text": "find it", "image": pictures},
         ]
     )
     np.testing.assert_allclose(found, expected, atol=1e-6)
@@ -134,8 +133,9 @@ def test_texts_of_a_task_without_images_are_no_labels(encoder: CocoaEncoder) -> 
         ({"text": ["a"], "second": [Image.new("RGB", (28, 28))]}, "hold second, not only"),
         ({"text": ["a"], "second": [[Image.new("RGB", (28, 28))]]}, "hold second, not only"),
         ({"id": ["a"]}, "hold neither texts nor images"),
-        ({"text": [None], "image": [None]}, "neither a text nor an image"),
-        ({"text": [None], "image": [[]]}, "neither a text nor an image"),
+        ({"text": [None], "image": [None]}, "item 0: an item needs a text or an image"),
+        ({"text": ["a", None], "image": [[], []]}, "item 1: an item needs a text or an image"),
+        ({"text": ["<|image_2|>"], "image": [Image.new("L", (9, 9))]}, r"item 0: .*1 image\(s\)"),
     ],
 )
 def test_what_cannot_be_embedded_is_refused(

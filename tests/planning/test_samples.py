@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -16,7 +17,7 @@ from cocoa_pl.data.examples import CaptionExamples, PairExamples
 from cocoa_pl.data.pair_table import PairTable
 from cocoa_pl.data.tokenize import Processor
 from cocoa_pl.errors import UserError
-from cocoa_pl.items import Item, Pair
+from cocoa_pl.items import IMAGE_SLOT, Item, Pair
 from cocoa_pl.planning.samples import Lengths, grid_of, grid_of_tokens, rank_batch
 from cocoa_pl.planning.work import attention_work, window_lengths
 
@@ -90,7 +91,7 @@ def test_a_row_takes_about_as_much_memory_as_is_assumed() -> None:
     text = "four " * 36
     pairs = (
         Pair(
-            Item(f"\ufffc{text}{n}", (f"images/SomeSubset/train/{n:012d}.jpg",)),  # type: ignore[arg-type]
+            Item(f"{IMAGE_SLOT}{text}{n}", (Path(f"images/SomeSubset/train/{n:012d}.jpg"),)),
             Item(f"{text}{-n}"),
             (),
             "SomeSubset",

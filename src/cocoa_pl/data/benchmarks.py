@@ -46,6 +46,8 @@ class MmebBenchmark:
         published: Sequence[Mapping[str, object]],
         on_bad_row: OnBadRow,
     ) -> None:
+        if isinstance(subsets, str):
+            raise UserError(f"benchmark.subsets is a list; write benchmark.subsets=[{subsets}]")
         if subsets is not None and not subsets:
             raise UserError("benchmark.subsets is empty; name some, or set it to null for all")
         if unknown := [subset for subset in subsets or () if subset not in table]:

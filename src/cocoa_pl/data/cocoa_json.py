@@ -131,7 +131,7 @@ def _pair(row: object, *, row_id: str, subset: str, image_root: Path) -> Pair:
     def side(text: object, image: object, role: str) -> Item:
         return make_item(
             text,
-            _below(image or "", image_root),
+            _below(image, image_root),
             role=role,
             where=row_id,
             image_root=image_root,

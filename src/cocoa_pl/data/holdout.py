@@ -10,7 +10,7 @@ import numpy as np
 from cocoa_pl.data.mmeb import EvalSubset
 from cocoa_pl.data.pair_table import select, subset_codes
 from cocoa_pl.errors import UserError
-from cocoa_pl.items import Item, Pair, numbered
+from cocoa_pl.items import IMAGE_SLOT, Item, Pair, numbered
 
 
 def hold_out(
@@ -51,7 +51,7 @@ def hold_out(
 def group_key(pair: Pair) -> int:
     """What rows have in common that must not be split between training and validation."""
     images = pair.query.images or pair.positive.images
-    return Item("\ufffc", images[:1]).key if images else pair.query.key
+    return Item(IMAGE_SLOT, images[:1]).key if images else pair.query.key
 
 
 def as_subsets(pairs: Sequence[Pair], *, max_rows: int) -> list[EvalSubset]:

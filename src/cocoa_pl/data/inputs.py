@@ -1,19 +1,67 @@
-"""What users of the library pass in, `Item`s out."""
+"""What users of the library pass in, `Item`s out; and what stands where in a model's input.
+
+That is written once, as the Jinja template that exported folders carry (`chat_template.j2`). Here a
+slot stands for the model's image token, and special tokens need no breaking up: the tokenizer
+spells them out.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+import io
+import math
+import os
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
+from importlib.resources import files
+from typing import Any, NoReturn
 
 import numpy as np
-from numpy.typing import NDArray
-from PIL.Image import Image, fromarray
+from jinja2 import Environment, StrictUndefined
+from PIL.Image import Image
+from torch import Tensor
 
-from cocoa_pl.items import IMAGE_SLOT, ImageSource, Item, images_first
+from cocoa_pl.data.images import Picture, as_source, embedded
+from cocoa_pl.errors import UserError
+from cocoa_pl.items import IMAGE_SLOT, Item
 
-Picture = Path | bytes | Image | NDArray[np.uint8]
 Input = str | Picture | Item | Mapping[str, Any]
+
+PLACEHOLDER = "<|image_1|>"  # Phi-3's, which MMEB writes for every model
+
+
+def as_list(items: Iterable[Input]) -> Sequence[Input]:
+    """Items in their own order, to be asked for by place.
+
+    A `Sequence` or a data set of `datasets` stays what it is, and is read when it is its turn. What
+    else has an order becomes a list: a pandas or polars Series, whose labels are no places, an
+    array of strings or of pictures, a generator.
+
+    Raises:
+        UserError: for a single item, and for what has no order or no items.
+    """
+    if isinstance(items, _SINGLE):
+        raise UserError(f"items come in a list; write [item] for a single {type(items).__name__}")
+    if isinstance(items, set | frozenset):
+        raise UserError("a set has no order; write sorted(items)")
+    if any(base.__name__ == "DataFrame" for base in type(items).__mro__):
+        raise UserError("a table is no list; take a column, or rows: table.to_dict('records')")
+    if isinstance(items, Tensor):
+        raise UserError("a tensor is no list of items; write tensor.numpy() for uint8 pictures")
+    if isinstance(items, np.ndarray) and items.ndim not in (1, 4):
+        raise UserError(
+            f"an array of shape {items.shape} is taken for one picture; write [array], or "
+            "list(array) for several without colours"
+        )
+    datasets = sys.modules.get("datasets")  # whoever has a data set of it has imported it
+    if isinstance(items, Sequence) or (datasets and isinstance(items, datasets.Dataset)):
+        return items
+    if not isinstance(items, Iterable):
+        raise UserError(f"items come in a list, not in {type(items).__name__}")
+    return list(items)
+
+
+_SINGLE = (str, bytes, bytearray, memoryview, os.PathLike, Image, Item, Mapping, io.IOBase)
 
 
 def as_item(value: Input, instruction: str | None = None) -> Item:
@@ -21,13 +69,82 @@ def as_item(value: Input, instruction: str | None = None) -> Item:
 
     Args:
         instruction: what the item is embedded for; it comes before the item's own words and behind
-            images that stand before them, as in MMEB's queries.
+            images that stand before them, as in MMEB's queries. None or empty for nothing.
 
     Raises:
-        ValueError: for an empty or unknown input.
+        ValueError: for an empty or unknown input, or placeholders that do not fit the images.
     """
+    if not isinstance(instruction, str | None):
+        raise ValueError(f"an instruction is one string for all, not {type(instruction).__name__}")
     item = _item(value)
-    return item if instruction is None else _instructed(item, instruction)
+    return Item(instructed(item.text, instruction), item.images) if instruction else item
+
+
+def placed(text: str, images: int) -> str:
+    """A text with a slot where each of its images stands.
+
+    `<|image_k|>` stands for image k, `<image>` for the next one; without any, images come first, on
+    a line of their own. Without images `<image>` is words.
+
+    Raises:
+        ValueError: for placeholders that do not fit the images.
+    """
+    # Millions of rows have one image or none, and no placeholder or one: no template is needed.
+    others = text.replace(PLACEHOLDER, "", images)
+    if images > 1 or "<|image_" in others or "<image>" in others or IMAGE_SLOT in others:
+        found: str = _TEMPLATE.placed(text, images)
+        return found
+    if images and others == text:
+        return f"{IMAGE_SLOT}\n{text}" if text else IMAGE_SLOT
+    return text.replace(PLACEHOLDER, IMAGE_SLOT)
+
+
+def instructed(text: str, instruction: str) -> str:
+    """A text with slots, and an instruction before its words.
+
+    Raises:
+        ValueError: for an instruction with a placeholder.
+    """
+    words = text.lstrip(IMAGE_SLOT)
+    first = text[: len(text) - len(words)]
+    if first and words.startswith("\n"):
+        first, words = f"{first}\n", words[1:]
+    # What comes before the words does not depend on them: once a call, not once an item.
+    return _before_words(first, instruction, has_words=bool(words)) + words
+
+
+@lru_cache(maxsize=256)
+def _before_words(first: str, instruction: str, *, has_words: bool) -> str:
+    words = "x" * has_words
+    found: str = _TEMPLATE.instructed(first + words, instruction)
+    return found.removesuffix(words)
+
+
+def template_source(*, image: str, special_tokens: Sequence[str]) -> str:
+    """The template for a tool that renders messages.
+
+    Args:
+        image: what stands for an image in the text that is tokenized.
+        special_tokens: what a blank of no width goes into where a user has written it.
+    """
+    template = files("cocoa_pl.data").joinpath("chat_template.j2").read_text(encoding="utf-8")
+    for name, value in (("SLOT", IMAGE_SLOT), ("IMAGE", image), ("TOKENS", list(special_tokens))):
+        template = template.replace(name, ascii(value))
+    return template.strip()
+
+
+def _refuse(message: str) -> NoReturn:
+    raise ValueError(message)
+
+
+def _compiled() -> Any:
+    environment = Environment(undefined=StrictUndefined)
+    environment.globals["raise_exception"] = _refuse
+    source = template_source(image=IMAGE_SLOT, special_tokens=())
+    return environment.from_string(source).make_module({"messages": ()})
+
+
+_TEMPLATE: Any = _compiled()
 
 
 def _item(value: Input) -> Item:
@@ -35,7 +152,9 @@ def _item(value: Input) -> Item:
         return value
     if isinstance(value, str):
         value = {"text": value}
-    elif isinstance(value, Path | bytes | Image | np.ndarray):
+    elif (
+        isinstance(value, bytes | os.PathLike | Image | np.ndarray) or embedded(value) is not value
+    ):
         value = {"image": value}
     if not isinstance(value, Mapping):
         raise ValueError(
@@ -43,38 +162,36 @@ def _item(value: Input) -> Item:
             f"Item, not {type(value).__name__}"
         )
     if unknown := set(value) - {"text", "image"}:
-        raise ValueError(f"an item has the keys text and image, not {sorted(unknown)}")
-    text, image = value.get("text"), value.get("image")
-    if not isinstance(text, str | None):
+        raise ValueError(f"an item has the keys text and image, not {sorted(map(str, unknown))}")
+    text = value.get("text")
+    text = "" if _is_missing(text) else text
+    if not isinstance(text, str):
         raise ValueError(f"an item's text is a string, not {type(text).__name__}")
-    text = text or ""
-    sources = image if isinstance(image, list | tuple) else [image]
-    images = tuple(_source(source) for source in sources if source is not None)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # half of a surrogate pair
+        raise ValueError(f"the text is not valid Unicode ({error}); fix it") from error
+    images = tuple(map(as_source, _pictures(value.get("image"))))
     if not text and not images:
         raise ValueError("an item needs a text or an image")
-    missing = len(images) - text.count(IMAGE_SLOT)
-    return Item(images_first(text, max(missing, 0)), images)
+    return Item(placed(str(text), len(images)), images)
 
 
-def _source(image: object) -> ImageSource:
-    if isinstance(image, str):
-        return Path(image)
-    if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)):
-            raise ValueError(
-                "an image's array is uint8 of height x width x 3, or height x width, not "
-                f"{image.dtype} of {' x '.join(map(str, image.shape))}"
-            )
-        return fromarray(image)
-    if isinstance(image, Path | bytes | Image):
-        return image
-    raise ValueError(
-        f"an image is a path, bytes, a PIL image or an array, not {type(image).__name__}"
-    )
+def _pictures(image: Any) -> list[Any]:
+    """One picture, several, or none."""
+    image = embedded(image)
+    if _is_missing(image):
+        return []
+    if isinstance(image, Iterator):  # an item is looked at twice: for its cost, and to be read
+        raise ValueError(f"an item's images come in a list, not in a {type(image).__name__}")
+    is_array = isinstance(image, np.ndarray) and image.dtype.kind not in "OU" and image.ndim != 4
+    if is_array or isinstance(image, _SINGLE) or not isinstance(image, Iterable):
+        return [image]
+    return [one for one in map(embedded, as_list(image)) if not _is_missing(one)]
 
 
-def _instructed(item: Item, instruction: str) -> Item:
-    words = item.text.lstrip(f"{IMAGE_SLOT}\n ")
-    slots = item.text[: len(item.text) - len(words)].count(IMAGE_SLOT)
-    between = "" if instruction[-1:].isspace() else " "
-    return Item(images_first(f"{instruction}{between}{words}".rstrip(), slots), item.images)
+def _is_missing(value: object) -> bool:
+    """None, and what pandas writes for it."""
+    pandas = sys.modules.get("pandas")
+    is_nan = isinstance(value, float) and math.isnan(value)
+    return value is None or is_nan or (pandas is not None and value is pandas.NA)

@@ -21,7 +21,7 @@ from types import MappingProxyType
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cocoa_pl.data.rows import PLACEHOLDER
+from cocoa_pl.data.inputs import PLACEHOLDER
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from cocoa_pl.batch import VISUAL_TOKEN_COST, Encoded, cut_by_cost
 from cocoa_pl.data.images import image_size
 from cocoa_pl.data.lookahead import Lookahead
 from cocoa_pl.data.tokenize import Processor
-from cocoa_pl.errors import UserError
+from cocoa_pl.errors import UserError, name_of
 from cocoa_pl.items import IMAGE_SLOT, Item
 
 WINDOW = 4096  # items that are sorted together
@@ -85,11 +85,6 @@ def item_batches(
         yield from lookahead.map(
             encode, _cut_windows(measured, batch_tokens), ahead=threads + _READY
         )
-
-
-def name_of(number: int) -> str:
-    """What messages call an item."""
-    return f"item {number}"
 
 
 def _cut_windows(

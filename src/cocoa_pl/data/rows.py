@@ -12,17 +12,16 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from cocoa_pl.data.images import resolve_image
+from cocoa_pl.data.images import embedded, resolve_image
+from cocoa_pl.data.inputs import PLACEHOLDER, placed
 from cocoa_pl.data.pair_table import PairTable
 from cocoa_pl.errors import UserError
-from cocoa_pl.items import IMAGE_SLOT, Item, Pair, images_first
+from cocoa_pl.items import IMAGE_SLOT, Item, Pair
 
 OnBadRow = Literal["fail", "skip"]
 OnDuplicate = Literal["bad", "drop"]
 
-# MMEB writes Phi-3's placeholder for every model; a row has at most one image on each side.
-PLACEHOLDER = "<|image_1|>"
-_ANY_PLACEHOLDER = re.compile(r"<\|image_\d+\|>")
+_ANY_PLACEHOLDER = re.compile(r"<\|image_\d+\|>|<image>")
 _SHOWN_ROWS = 3
 
 _log = logging.getLogger(__name__)
@@ -39,10 +38,11 @@ def make_item(
     add_missing_slot: bool,
     drop_orphan_slot: bool = False,
 ) -> Item:
-    """One side of a row as an `Item`; `""` means "no text" or "no image".
+    """One side of a row as an `Item`; None or `""` means "no text" or "no image".
 
     Args:
-        image: a path below `image_root`, or the bytes of an encoded image.
+        image: a path below `image_root`, the bytes of an encoded image, or what `datasets` makes of
+            one, `{"bytes", "path"}`. A row has at most one on each side.
         add_missing_slot: put an image without a placeholder in front of the text, instead of
             refusing it.
         drop_orphan_slot: take a placeholder without an image out of the text, instead of refusing
@@ -53,11 +53,17 @@ def make_item(
     Raises:
         UserError: `where` and `role` with what is wrong and what to do.
     """
+    text = "" if text is None else text
+    if isinstance(image, list):
+        if len(image) > 1:
+            raise UserError(f"{where}: the {role} has {len(image)} images; a side of a row has one")
+        image = image[0] if image else ""
+    image = embedded(image) or ""
     if not isinstance(text, str) or not isinstance(image, str | bytes):
         wrong = text if not isinstance(text, str) else image
         raise UserError(
-            f"{where}: the {role} must be strings (text and image path, empty for none), "
-            f"found {type(wrong).__name__}"
+            f"{where}: the {role} must be a text (a string) and an image (a path, bytes or "
+            f"{{bytes, path}}), empty for none; found {type(wrong).__name__}"
         )
     try:
         (text + (image if isinstance(image, str) else "")).encode()
@@ -65,13 +71,22 @@ def make_item(
         raise UserError(f"{where}: the {role} is not valid Unicode ({error}); fix it") from error
     if drop_orphan_slot and not image:
         text = text.replace(PLACEHOLDER, "")
-    checked = _with_slot(text, image, role=role, where=where, add_missing_slot=add_missing_slot)
-    if not image:
-        return Item(sys.intern(checked))
-    if isinstance(image, bytes):
-        return Item(sys.intern(checked), (image,))
-    path = resolve_image(image, root=image_root, where=f"{where}, {role}")
-    return Item(sys.intern(checked), (path,))
+    if not image and not text.strip():
+        raise UserError(f"{where}: the {role} is empty: it has neither text nor an image")
+    if image and not add_missing_slot and not _ANY_PLACEHOLDER.search(text):
+        named = image if isinstance(image, str) else f"of {len(image)} bytes"
+        raise UserError(
+            f"{where}: the {role} has image {named!r:.200} but no {PLACEHOLDER} in its text; "
+            "write the placeholder where the image belongs"
+        )
+    try:
+        text = sys.intern(placed(text, 1 if image else 0))
+    except ValueError as error:
+        said = str(error).removeprefix("the ")
+        raise UserError(f"{where}: the {role} {said}") from error
+    if isinstance(image, str) and image:
+        return Item(text, (resolve_image(image, root=image_root, where=f"{where}, {role}"),))
+    return Item(text, (image,) if image else ())
 
 
 def collect(
@@ -151,33 +166,3 @@ def log_skipped(messages: list[str], *, source: str) -> None:
         # All of them, for a listener such as `cocoa doctor`.
         extra = {"complaints": messages}
         _log.warning("%s: skipped %d bad row(s): %s", source, len(messages), shown, extra=extra)
-
-
-def _with_slot(
-    text: str, image: str | bytes, *, role: str, where: str, add_missing_slot: bool
-) -> str:
-    if IMAGE_SLOT in text:
-        raise UserError(
-            f"{where}: the {role} text holds U+FFFC, the character reserved for images; remove it"
-        )
-    placeholders = _ANY_PLACEHOLDER.findall(text)
-    if len(placeholders) > 1 or any(found != PLACEHOLDER for found in placeholders):
-        raise UserError(
-            f"{where}: the {role} text holds {', '.join(placeholders)}; "
-            f"a text may hold {PLACEHOLDER} once and no other image placeholder"
-        )
-    if placeholders and not image:
-        raise UserError(
-            f"{where}: the {role} text holds {PLACEHOLDER} but names no image; "
-            "give the image path or remove the placeholder"
-        )
-    if image and not placeholders:
-        if not add_missing_slot:
-            raise UserError(
-                f"{where}: the {role} has image {image!r:.200} but no {PLACEHOLDER} in its text; "
-                "write the placeholder where the image belongs"
-            )
-        return images_first(text, 1)
-    if not image and not text.strip():
-        raise UserError(f"{where}: the {role} is empty: it has neither text nor an image")
-    return text.replace(PLACEHOLDER, IMAGE_SLOT)

@@ -73,9 +73,9 @@ class StreamedFiles:
         return rows.select_columns(wanted).with_format("arrow")
 
     def parse(self, row: dict[str, Any], *, row_id: str, subset: str) -> Pair:
-        """One row as a pair; nulls are absent."""
+        """One row as a pair."""
         return parse_row(
-            {name: "" if value is None else value for name, value in row.items()},
+            row,
             row_id=row_id,
             subset=subset,
             image_root=self.image_root,

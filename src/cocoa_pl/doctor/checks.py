@@ -15,6 +15,9 @@ from cocoa_pl.doctor.lengths import EOS, MARKERS, visual_tokens
 from cocoa_pl.doctor.pictures import TINY_SIDE, Gallery, file_name
 from cocoa_pl.items import Item, Pair
 
+# What other projects write where an image belongs: here it is words, unless the row has the image.
+_IMAGE_TAG = re.compile(r"<\|?(?:image|img)(?:[ _-]?\d+)?\|?>", re.IGNORECASE)
+
 _Add = Callable[[str, str, str], None]  # kind, file, message
 
 
@@ -71,6 +74,8 @@ class SideCheck:
 
         if self.special and (found := self.special.search(side.item.text)):
             add("special_token", "", f"the text holds {found[0]}")
+        if found := _IMAGE_TAG.search(side.item.text):
+            add("image_tag", "", f"the text holds {found[0]}, which is read as words")
         numbers = [self.gallery.number(image) for image in side.item.images]
         for number, image in zip(numbers, side.item.images, strict=True):
             self._check_image(number, file_name(image), add)

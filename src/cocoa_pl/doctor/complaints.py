@@ -24,7 +24,7 @@ _PATTERNS = (
     ("path_outside_root", re.compile(r"image path '(?P<file>.+?)' (?:is absolute|leaves the)")),
     ("missing_image", re.compile(r"image path '(?P<file>.+?)' is not a path")),
     ("missing_image", re.compile(r"image (?P<file>.+) does not exist")),
-    ("placeholder_mismatch", re.compile(r"<\|image_\d+\|>|holds U\+FFFC")),
+    ("placeholder_mismatch", re.compile(r"<\|image_\d+\|>|<image>|holds U\+FDD0")),
     ("empty_text", re.compile(r"is empty: it has neither text nor")),
 )
 _ROW = re.compile(r"^(?P<row>.*? (?:row|line) \d+)(?:, (?P<role>\w+))?: (?:as (?P<first>.+?): )?")

@@ -52,7 +52,9 @@ KINDS = {
     ),
     "elongated_image": Kind(_STOPS, "image too elongated", "crop it or drop the row"),
     "placeholder_mismatch": Kind(
-        _STOPS, "placeholder and image do not match", "one <|image_1|> for each image"
+        _STOPS,
+        "placeholder and image do not match",
+        "<|image_1|> or <image> where the image belongs",
     ),
     "empty_text": Kind(_STOPS, "neither text nor image", "fill the side or drop the row"),
     "duplicate_pair": Kind(_STOPS, "same pair twice", "remove one"),
@@ -91,6 +93,11 @@ KINDS = {
     ),
     "special_token": Kind(
         _INFORMS, "text holds a special token's name", "it is spelt out, never obeyed"
+    ),
+    "image_tag": Kind(
+        _INFORMS,
+        "text holds the placeholder of an image",
+        "it is read as words; is the image missing?",
     ),
     "mac_resource_files": Kind(
         _INFORMS, "macOS resource files lie around", "no row uses them; they may be deleted"

@@ -3,13 +3,15 @@ sentence-transformers and vLLM render messages with.
 
     image1 image2 newline instruction blank text
 
-Images come first in whatever order a message lists its parts; a system message is the instruction.
-It is the input that `Embedder` builds: `data/inputs.py` says the same in Python. EOS is not in it:
-the tokenizer appends it, behind what is left of a text that had to be cut.
+Images come first in whatever order a message lists its parts, or where placeholders in the text
+stand; a system message is the instruction. It is the template that `Embedder` and the readers of
+rows use themselves (`data/inputs.py`), with the model's own image token. EOS is not in it: the
+tokenizer appends it, behind what is left of a text that had to be cut.
 """
 
 from collections.abc import Sequence
-from importlib.resources import files
+
+from cocoa_pl.data.inputs import template_source
 
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 
@@ -20,5 +22,4 @@ def chat_template(special_tokens: Sequence[str]) -> str:
     Args:
         special_tokens: what a user's text must not be obeyed for: a blank of no width goes into it.
     """
-    template = (files("cocoa_pl.export") / "chat_template.j2").read_text()
-    return template.strip().replace("IMAGE", IMAGE).replace("TOKENS", str(list(special_tokens)))
+    return template_source(image=IMAGE, special_tokens=special_tokens)

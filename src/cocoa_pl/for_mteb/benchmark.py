@@ -61,6 +61,11 @@ class MtebBenchmark:
         self.model_name = model_name
         self.instructions = dict(instructions)
         is_mmeb = training_datasets == _OF_MMEB
+        if isinstance(training_datasets, str) and not is_mmeb:
+            raise UserError(
+                "benchmark.training_datasets is a list, or mmeb; "
+                f"write benchmark.training_datasets=[{training_datasets}]"
+            )
         self.training_datasets = self.encoder.MMEB_TRAIN if is_mmeb else training_datasets
         self.license = license
         self.results = results

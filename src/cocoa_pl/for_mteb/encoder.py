@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from cocoa_pl.data.inputs import as_item
 from cocoa_pl.embedder import Embedder
 from cocoa_pl.errors import UserError
 from cocoa_pl.fingerprint import digest_of_text
+from cocoa_pl.items import Item
 
 # Tasks of mteb over data that MMEB-train holds; a model trained on it is not zero-shot there.
 MMEB_TRAIN = frozenset(
@@ -101,15 +102,15 @@ class CocoaEncoder(AbsEncoder):
             UserError: for an item without text and image, or one that holds anything else to embed.
         """
         name = task_metadata.name
-        values = _values(inputs, task=name)
+        items_of_task = _items(inputs, task=name)
         parts = []
-        while some := list(islice(values, AT_ONCE)):
+        while some := list(islice(items_of_task, AT_ONCE)):
             items = [
                 as_item(
-                    value,
-                    self.instruction(task_metadata, prompt_type, has_image="image" in value),
+                    item,
+                    self.instruction(task_metadata, prompt_type, has_image=bool(item.images)),
                 )
-                for value in some
+                for item in some
             ]
             parts.append(
                 self.embedder.encode(
@@ -209,8 +210,9 @@ def load_encoder(
     return CocoaEncoder(embedder, name=name, **kwargs)
 
 
-def _values(batches: Iterable[Mapping[str, Any]], *, task: str) -> Iterator[dict[str, Any]]:
-    """What `as_item` takes, one by one; labels and other facts about items are left out."""
+def _items(batches: Iterable[Mapping[str, Any]], *, task: str) -> Iterator[Item]:
+    """Texts and images one by one; labels and other facts about items are left out."""
+    numbers = count()
     for batch in batches:
         columns = {key: batch[key] for key in _PARTS if key in batch}
         for key, values in batch.items():
@@ -219,14 +221,14 @@ def _values(batches: Iterable[Mapping[str, Any]], *, task: str) -> Iterator[dict
         if not columns:
             raise UserError(f"{task}: items hold neither texts nor images")
         for row in zip(*columns.values(), strict=True):
-            value = {key: part for key, part in zip(columns, row, strict=True) if part is not None}
-            if isinstance(value.get("image"), list) and not value["image"]:
-                del value["image"]
-            if not value:
-                raise UserError(f"{task}: an item holds neither a text nor an image")
-            if value == {"text": ""}:
-                value = {"text": " "}  # corpora hold documents without a word
-            yield value
+            value = dict(zip(columns, row, strict=True))
+            if value.get("text") == "" and value.get("image") in (None, []):
+                value["text"] = " "  # corpora hold documents without a word
+            number = next(numbers)
+            try:
+                yield as_item(value)
+            except ValueError as error:
+                raise UserError(f"{task}: item {number}: {error}") from error
 
 
 def _is_image(value: object) -> bool:

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from cocoa_pl.data.images import real_path
-from cocoa_pl.data.rows import PLACEHOLDER
+from cocoa_pl.data.inputs import PLACEHOLDER
 from cocoa_pl.errors import UserError
 from cocoa_pl.items import IMAGE_SLOT, ImageSource, Item, Pair
 
