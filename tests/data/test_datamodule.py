@@ -1,6 +1,7 @@
 """Rows to packed batches: roles, workers, resuming, and rows that cannot be read."""
 
 import math
+import re
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
@@ -39,9 +40,9 @@ def pairs(make_item: MakeItem) -> list[Pair]:
     ]
 
 
-@pytest.fixture(scope="module")
-def pairs_with_a_bad_row(pairs: list[Pair]) -> list[Pair]:
-    gone = Item(IMAGE_SLOT, (Path("/no/such/picture.png"),))
+@pytest.fixture(scope="module", params=[Path("/no/such/picture.png"), b"broken"], ids=type)
+def pairs_with_a_bad_row(pairs: list[Pair], request: pytest.FixtureRequest) -> list[Pair]:
+    gone = Item(IMAGE_SLOT, (request.param,))
     bad = Pair(gone, pairs[BAD].positive, (), "toy", f"toy row {BAD}")
     return [*pairs[:BAD], bad, *pairs[BAD + 1 :]]
 
@@ -199,8 +200,10 @@ def test_bad_row_stops_the_run_and_is_named(
 ) -> None:
     with pytest.raises(UserError) as caught:
         load_epoch(pairs_with_a_bad_row, processor)
-    assert str(caught.value) == (
-        "toy row 5: image /no/such/picture.png does not exist; check the path and the image root"
+    assert str(caught.value) in (
+        "toy row 5: image /no/such/picture.png does not exist; check the path and the image root",
+        "toy row 5: the encoded image (6 bytes) cannot be read as an image (its content is in no "
+        "known format); replace it or drop the row",
     )
 
 
@@ -215,7 +218,8 @@ def test_skipped_row_is_counted_and_leaves_no_trace_in_the_batch(
     assert rows.batch.num_samples == 20
     assert f"toy row {BAD}" not in rows.batch.row_ids
     (reason,) = rows.skipped
-    assert reason.startswith(f"toy row {BAD}: image /no/such/picture.png does not exist")
+    wrong = "(image /no/such/picture.png does not exist|the encoded image .* cannot be read)"
+    assert re.match(f"toy row {BAD}: {wrong}", reason)
 
 
 def test_batch_without_a_readable_row_is_refused(

@@ -285,6 +285,55 @@ def test_unknown_choice_for_bad_rows_is_an_error(root: Path) -> None:
         read(root, on_bad_row="warn")
 
 
+# What `datasets` writes of an image, and plain bytes.
+@pytest.mark.parametrize("is_struct", [True, False])
+def test_images_in_the_rows_are_images(root: Path, is_struct: bool) -> None:
+    encoded = [(root / "images/a.png").read_bytes(), b"another"]
+
+    def image(content: bytes | None) -> Any:
+        return {"bytes": content, "path": None} if is_struct else content
+
+    rows: list[dict[str, Any]] = [
+        {"qry": "<|image_1|> a", "qry_image_path": image(encoded[0]), "pos_text": "p"},
+        {"qry": "b", "qry_image_path": image(None), "pos_text": "p"},
+    ]
+    rows[0] |= {"neg_text": ["", "n"], "neg_image_path": [image(encoded[1]), image(None)]}
+    rows[1] |= {"neg_text": [], "neg_image_path": []}
+    write(root, [row | {"pos_image_path": ""} for row in rows])
+    first, second = read(root)
+    assert first.query == Item(f"{SLOT} a", (encoded[0],))
+    assert first.negatives == (Item(SLOT, (encoded[1],)), Item("n"))
+    assert (second.query, second.negatives) == (Item("b"), ())
+
+    candidates = {
+        "tgt_text": ["<|image_1|>", "t"],
+        "tgt_img_path": [image(encoded[1]), image(None)],
+    }
+    queries = [("<|image_1|> a", encoded[0]), ("<|image_1|> a", encoded[1]), ("a", None)]
+    write(
+        root,
+        [{"qry_text": text, "qry_img_path": image(one), **candidates} for text, one in queries],
+        split="test",
+    )
+    subset = read_eval(root)
+    assert [item.images for item in subset.queries] == [(encoded[0],), (encoded[1],), ()]
+    assert subset.candidates == [Item(SLOT, (encoded[1],)), Item("t")]
+
+
+def test_a_column_of_anything_else_is_refused(root: Path) -> None:
+    for column, value in (
+        ("qry", b"text"),
+        ("qry_image_path", 7),
+        ("pos_image_path", {"url": "x"}),
+    ):
+        write(root, [MSCOCO_I2T | {column: value}])
+        with pytest.raises(UserError, match=rf"Set: column {column} holds .*; it must hold string"):
+            read(root)
+    write(root, [REFCOCO | {"qry_img_path": 7}], split="test")
+    with pytest.raises(UserError, match="column qry_img_path holds int64; it must hold string or"):
+        read_eval(root)
+
+
 # --- evaluation --------------------------------------------------------------------------------
 
 REFCOCO = {

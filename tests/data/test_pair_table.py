@@ -60,6 +60,20 @@ def test_slices_selections_and_concatenations_are_tables_of_the_same_rows() -> N
     assert list(PairTable.concatenated([])) == []
 
 
+def test_encoded_images_lie_in_parts_of_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pair_table, "_PART_BYTES", 3000)
+    images = [bytes([number]) * 1000 for number in (0, 1, 1, 2, 3, 0, 4)]
+    pairs = [
+        Pair(Item(IMAGE_SLOT, (image,)), PAIRS[1].positive, (), "A", f"A row {row}")
+        for row, image in enumerate(images)
+    ]
+    table = PairTable.of(pairs)
+    assert list(table) == [table[row] for row in range(7)] == pairs
+    assert list(pickle.loads(pickle.dumps(table[2:]))) == pairs[2:]
+    assert 6000 <= table.nbytes < 7000  # an equal one of the same part is kept once
+    assert has_images(table).all()
+
+
 def test_subsets_and_images_are_known_without_making_pairs() -> None:
     for pairs in (PairTable.of(PAIRS), PAIRS):
         names, codes = subset_codes(pairs)

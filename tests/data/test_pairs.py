@@ -1,5 +1,6 @@
 """A user's own file: columns, placeholders, validation, and messages that name file and line."""
 
+import io
 import json
 import logging
 from pathlib import Path
@@ -10,12 +11,17 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from cocoa_pl.data.holdout import hold_out
+from cocoa_pl.data.pair_table import has_images
 from cocoa_pl.data.pairs import read_pairs
 from cocoa_pl.data.sources import PairsData
 from cocoa_pl.errors import UserError
 from cocoa_pl.items import IMAGE_SLOT, Item, Pair
 
 SLOT = IMAGE_SLOT
+_buffer = io.BytesIO()
+Image.new("RGB", (4, 4), (1, 2, 3)).save(_buffer, "PNG")
+PNG = _buffer.getvalue()
 GOOD = {"query": "Find the caption", "query_image": "a.png", "positive": "a dog asleep on a sofa"}
 
 
@@ -70,6 +76,60 @@ def test_negatives_are_text_image_or_both(root: Path, name: str) -> None:
     (pair,) = read(write(root, GOOD | {"negatives": negatives}, name=name))
     images = (root / "b.png",)
     assert pair.negatives == (Item("a cat"), Item(SLOT, images), Item(f"{SLOT}\ncat", images))
+
+
+# --- Images in the rows themselves ------------------------------------------------------------
+
+BYTES = pa.binary()
+STRUCT = pa.struct({"bytes": pa.binary(), "path": pa.string()})  # what `datasets` writes
+
+
+def embedded(root: Path, kind: pa.DataType) -> Path:
+    """Ten rows in which every second one has an image in `kind`, and all have such negatives."""
+    (root / "a.png").write_bytes(PNG)
+
+    def image(row: int) -> Any:
+        if row % 2:
+            return {"bytes": None, "path": None} if kind == STRUCT else None
+        return {"bytes": PNG, "path": "elsewhere.png"} if kind == STRUCT else PNG
+
+    images: list[Any] = [image(row) for row in range(10)]
+    if kind == STRUCT:
+        images[4] = {"bytes": b"", "path": "a.png"}
+    elif pa.types.is_list(kind):
+        images = [[{"bytes": one, "path": None}] if one else [] for one in images]
+    negatives = [
+        [{"text": "no", "image": image}, {"text": "never", "image": None}] for image in images
+    ]
+    negative = pa.struct({"text": pa.string(), "image": kind})
+    columns = {
+        "query": pa.array([f"q {row}" for row in range(10)]),
+        "query_image": pa.array(images, kind),
+        "positive": pa.array([f"p {row}" for row in range(10)]),
+        "negatives": pa.array(negatives, pa.list_(negative)),
+    }
+    pq.write_table(pa.table(columns), root / "embedded.parquet")
+    return root / "embedded.parquet"
+
+
+@pytest.mark.parametrize("kind", [BYTES, pa.large_binary(), STRUCT, pa.list_(STRUCT)], ids=str)
+def test_images_in_the_rows_are_images(root: Path, kind: pa.DataType) -> None:
+    table = read_pairs(embedded(root, kind), subset="s", image_root=root, on_bad_row="fail")
+    expected = []
+    for row in range(10):
+        image = (root / "a.png",) if row == 4 and kind == STRUCT else (PNG,)
+        query, negative = Item(f"q {row}"), Item("no")
+        if row % 2 == 0:
+            query, negative = Item(f"{SLOT}\nq {row}", image), Item(f"{SLOT}\nno", image)
+        expected.append((query, Item(f"p {row}"), (negative, Item("never"))))
+    for pairs in (list(table), [table[row] for row in range(10)]):
+        assert [(pair.query, pair.positive, pair.negatives) for pair in pairs] == expected
+    assert has_images(table).tolist() == [[row % 2 == 0, False] for row in range(10)]
+    train, held_out = hold_out(table, fraction=0.3, seed=0, source="s")
+    keys = [{pair.query.key for pair in part} for part in (train, held_out)]
+    assert len(keys[0]) + len(keys[1]) == 10
+    with_image = [sum(bool(pair.query.images) for pair in part) for part in (train, held_out)]
+    assert sorted(with_image) in ([0, 5], [1, 4])  # equal pictures stay together
 
 
 def test_blank_lines_count_but_are_not_rows(root: Path) -> None:

@@ -156,6 +156,25 @@ def test_a_failing_subset_stops_the_benchmark(corpus: list[EvalSubset]) -> None:
     assert len(calls) == 1
 
 
+def test_an_item_that_cannot_be_embedded_is_named_by_its_row(corpus: list[EvalSubset]) -> None:
+    subset = corpus[0]
+    items = [*subset.queries, *subset.candidates]
+
+    def named(place: int) -> str:
+        def encode(_: Sequence[Item]) -> np.ndarray:
+            raise UserError(f"item {place}: the encoded image is broken")
+
+        with pytest.raises(UserError, match="the encoded image is broken") as caught:
+            evaluate(encode, corpus[:1], benchmark="b", checkpoint="c")
+        return str(caught.value)
+
+    assert len({item.key for item in items}) == len(items)
+    assert named(1).startswith(f"{subset.row_ids[list(subset.query_index).index(1)]}, query: ")
+    last = len(items) - 1 - len(subset.queries)
+    row = next(r for r, some in enumerate(subset.candidate_index) if last in some)
+    assert named(len(items) - 1).startswith(f"{subset.row_ids[row]}, candidate: ")
+
+
 def test_missing_double_and_empty_subsets_are_errors(
     corpus: list[EvalSubset], make_subset: Make, compass: Callable[..., np.ndarray]
 ) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -77,6 +78,15 @@ def test_negatives_are_of_the_same_subset_and_replace_the_rows_own() -> None:
 def test_what_makes_no_sense_is_refused(number: int, share: float, said: str) -> None:
     with pytest.raises(UserError, match=said):
         list(mine([pair("q", "p")], by_length, number=number, max_of_positive=share, keep=False))
+
+
+def test_an_item_that_cannot_be_embedded_is_named_by_its_row() -> None:
+    def encode(items: Sequence[Item]) -> NDArray[np.float32]:
+        raise UserError(f"item {len(items) - 1}: the encoded image is broken")
+
+    pairs = [pair("q", "x"), pair("q", "xx"), replace(pair("qq", "x"), row_id="s row 7")]
+    with pytest.raises(UserError, match=r"^s row 7: the encoded image is broken$"):
+        list(mine(pairs, encode, number=1, max_of_positive=1, keep=False))
 
 
 def test_rows_come_back_as_they_were(

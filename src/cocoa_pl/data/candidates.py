@@ -11,9 +11,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cocoa_pl.data.candidate_rows import CandidateRows, CandidateTable
+from cocoa_pl.data.images import embedded
 from cocoa_pl.data.instructed import Reader, as_plain
 from cocoa_pl.data.rows import make_item
-from cocoa_pl.data.tables import check_type, find_parquet, is_list, read_batches
+from cocoa_pl.data.tables import check_type, find_parquet, is_image, is_list, read_batches
 from cocoa_pl.errors import UserError
 from cocoa_pl.items import Item
 
@@ -31,11 +32,11 @@ class SideTable:
 
     def __init__(self, *, role: str) -> None:
         self.role = role
-        self._sides: list[tuple[str, str]] = []
+        self._sides: list[tuple[str, object]] = []
         self._first_rows: list[str] = []
         self._errors: dict[int, str] = {}
-        self._text_codes: dict[str, int] = {}
-        self._image_codes: dict[str, int] = {}
+        self._text_codes: dict[object, int] = {}
+        self._image_codes: dict[object, int] = {}
         self._numbers: dict[int, int] = {}
 
     def number(
@@ -96,8 +97,11 @@ class SideTable:
             return None
 
 
-def _codes(values: pa.Array, *, known: dict[str, int]) -> np.ndarray:
-    """int64 [N], a number for each string; `known` keeps them the same over all calls."""
+def _codes(values: pa.Array, *, known: dict[object, int]) -> np.ndarray:
+    """int64 [N], a number for each string or image; `known` keeps them the same over all calls."""
+    if is_image(values.type):
+        images = (embedded(value) for value in values.to_pylist())
+        return np.array([known.setdefault(image, len(known)) for image in images], np.int64)
     encoded = values if pa.types.is_dictionary(values.type) else values.dictionary_encode()
     local = [known.setdefault(text, len(known)) for text in encoded.dictionary.to_pylist()]
     codes: np.ndarray = np.asarray(local, dtype=np.int64)[encoded.indices.to_numpy()]
@@ -130,7 +134,7 @@ def number_rows(
     files = find_parquet(root, subset=subset, split=split)
     for batch in read_batches(files, columns=columns, optional=(), batch_size=_BATCH_ROWS):
         for name in columns:
-            check_type(batch, name, source=subset, allowed=(_kind(name),))
+            check_type(batch, name, source=subset, allowed=_kinds(name, reader))
         names = [f"{subset} row {len(row_ids) + offset}" for offset in range(len(batch))]
         wrong = _misshapen(batch, names=names)
         bad_rows |= {len(row_ids) + offset: message for offset, message in wrong.items()}
@@ -161,7 +165,9 @@ def _misshapen(batch: pa.RecordBatch, *, names: list[str]) -> dict[int, str]:
     wrong: dict[int, str] = {}
     for name in batch.schema.names:
         column = batch[name]
-        for offset, value in enumerate(column.to_pylist() if _has_null(column) else []):
+        # A row of embedded images has no other word for none.
+        has_null = _has_null(column) and not is_image(_inner(column.type))
+        for offset, value in enumerate(column.to_pylist() if has_null else []):
             if value is None or (isinstance(value, list) and None in value):
                 wrong.setdefault(
                     offset, f"{names[offset]}: {name} holds a null; write an empty string for none"
@@ -191,11 +197,21 @@ def _has_null(column: pa.Array) -> bool:
 
 def _without_content(batch: pa.RecordBatch, *, rows: Iterable[int]) -> pa.RecordBatch:
     """The batch with these rows blanked: row numbers stay, and the rest is numbered at once."""
-    blank = {name: "" if _kind(name) == "string" else [] for name in batch.schema.names}
+    blank: dict[str, object] = {
+        field.name: [] if is_list(field.type) else None if is_image(field.type) else ""
+        for field in batch.schema
+    }
     bad = set(rows)
     kept = [blank if offset in bad else row for offset, row in enumerate(batch.to_pylist())]
     return pa.RecordBatch.from_pylist(kept, schema=batch.schema)
 
 
-def _kind(column: str) -> str:
-    return "list of strings" if column in ("tgt_text", "tgt_img_path") else "string"
+def _inner(kind: pa.DataType) -> pa.DataType:
+    return kind.value_type if is_list(kind) else kind
+
+
+def _kinds(column: str, reader: Reader | None) -> tuple[str, ...]:
+    """What a column may hold; a reader of annotations works on paths."""
+    kinds = ("string", "image") if column.endswith("img_path") and reader is None else ("string",)
+    is_target = column in ("tgt_text", "tgt_img_path")
+    return tuple(f"list of {kind}s" for kind in kinds) if is_target else kinds

@@ -13,7 +13,7 @@ import numpy as np
 
 from cocoa_pl.data.candidates import SideTable, number_rows
 from cocoa_pl.data.instructed import Reader
-from cocoa_pl.data.mmeb_rows import NEGATIVE_COLUMNS, TRAIN_COLUMNS, parse_row
+from cocoa_pl.data.mmeb_rows import IMAGE_COLUMNS, NEGATIVE_COLUMNS, TRAIN_COLUMNS, parse_row
 from cocoa_pl.data.pair_table import PairTable
 from cocoa_pl.data.rows import OnBadRow, check_on_bad_row, collect, log_skipped
 from cocoa_pl.data.tables import check_type, find_parquet, read_batches
@@ -172,10 +172,11 @@ def _train_rows(
     number = 0
     files = find_parquet(root, subset=subset, split=split)
     for batch in read_batches(
-        files, columns=TRAIN_COLUMNS, optional=NEGATIVE_COLUMNS, batch_size=4096
+        files, columns=TRAIN_COLUMNS, optional=NEGATIVE_COLUMNS, batch_size=512
     ):
         for name in batch.schema.names:
-            kinds = ("string", "list of strings") if name in NEGATIVE_COLUMNS else ("string",)
+            kinds = ["string", "image"] if name in IMAGE_COLUMNS else ["string"]
+            kinds += [f"list of {kind}s" for kind in kinds if name in NEGATIVE_COLUMNS]
             check_type(batch, name, source=subset, allowed=kinds)
         for row in batch.to_pylist():
             if max_rows is not None and number >= max_rows:

@@ -9,12 +9,14 @@ import ast
 from pathlib import Path
 from typing import Any
 
+from cocoa_pl.data.images import embedded
 from cocoa_pl.data.rows import make_item
 from cocoa_pl.errors import UserError
 from cocoa_pl.items import Item, Pair
 
 TRAIN_COLUMNS = ("qry", "qry_image_path", "pos_text", "pos_image_path")
 NEGATIVE_COLUMNS = ("neg_text", "neg_image_path")
+IMAGE_COLUMNS = ("qry_image_path", "pos_image_path", "neg_image_path")  # paths, or encoded images
 
 
 def parse_row(
@@ -23,8 +25,7 @@ def parse_row(
     """The row as a pair.
 
     Args:
-        row: texts are strings; an image is a path below `image_root`, or what `datasets` makes of
-            an embedded one, `{"bytes", "path"}`; `""` means "none".
+        row: texts and images as `make_item` takes them.
         drop_orphan_slots: some published rows hold `<|image_1|>` without an image; take it out
             instead of refusing the row.
 
@@ -35,7 +36,7 @@ def parse_row(
     def side(text: object, image: object, role: str, *, add_missing_slot: bool = False) -> Item:
         return make_item(
             text,
-            _image(image),
+            image,
             role=role,
             where=row_id,
             image_root=image_root,
@@ -56,13 +57,6 @@ def parse_row(
     )
 
 
-def _image(value: object) -> object:
-    """An embedded image's bytes, or else its path; anything but a dict is left as it is."""
-    if not isinstance(value, dict):
-        return value
-    return value.get("bytes") or value.get("path") or ""
-
-
 def _negatives(row: dict[str, Any], *, where: str) -> list[tuple[object, object]]:
     """Text and image of each hard negative; entries with neither are absent, not empty."""
     texts = _as_list(row.get("neg_text") or "", column="neg_text", where=where)
@@ -81,9 +75,7 @@ def _negatives(row: dict[str, Any], *, where: str) -> list[tuple[object, object]
 
 def _as_list(value: object, *, column: str, where: str) -> list[object]:
     """A negative column's value: a list, a Python list written as a string, or a single value."""
-    if isinstance(value, dict):
-        return [_image(value)]
-    parsed = value
+    parsed: Any = value
     if isinstance(value, str):
         stripped = value.strip()
         if not (stripped.startswith("[") and stripped.endswith("]")):
@@ -95,8 +87,8 @@ def _as_list(value: object, *, column: str, where: str) -> list[object]:
                 f"{where}: {column} looks like a list but is not one of quoted strings: "
                 f"{value[:80]!r}; write strings only"
             ) from error
-    entries = [_image(entry) for entry in parsed] if isinstance(parsed, list) else None
-    if entries is None or not all(isinstance(entry, str | bytes) for entry in entries):
+    entries = [embedded(one) or "" for one in (parsed if isinstance(parsed, list) else [parsed])]
+    if not all(isinstance(entry, str | bytes) for entry in entries):
         raise UserError(
             f"{where}: {column} must be a string or a list of strings, found {parsed!r:.80}"
         )

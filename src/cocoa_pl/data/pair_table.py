@@ -2,7 +2,8 @@
 
 A corpus of millions of rows as Python objects costs a kilobyte each and is copied into every loader
 worker as soon as reference counts are touched. Here the texts lie in Arrow buffers and the rest in
-integer arrays, which workers share; a `Pair` is made when a row is asked for.
+integer arrays, which workers share; a `Pair` is made when a row is asked for. Encoded images that
+stand in the rows themselves lie in Arrow buffers too.
 """
 
 from __future__ import annotations
@@ -17,19 +18,24 @@ from typing import overload
 import numpy as np
 import pyarrow as pa
 
-from cocoa_pl.items import Item, Pair
+from cocoa_pl.items import ImageSource, Item, Pair
 
 NO_IMAGE = -1
+_FIRST_ENCODED = -2  # and downwards: numbers of images that are bytes
 _PART_ROWS = 1 << 14  # few enough that what is needed to build a part is soon given back
+_PART_BYTES = 1 << 26  # of encoded images
 
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """Some rows of one subset. Sides are numbers in `strings`, `[rows, 2]` text and image."""
+    """Some rows of one subset. Sides are `[rows, 2]` text and image: numbers in `strings`, where an
+    image is a path; an image below `NO_IMAGE` is in `encoded`, counted downwards.
+    """
 
     subset: str
     label: str  # row ids are this, a blank and the row's number
     strings: pa.LargeStringArray
+    encoded: pa.LargeBinaryArray
     numbers: np.ndarray  # int32 [N]
     queries: np.ndarray  # int32 [N, 2]
     positives: np.ndarray  # int32 [N, 2]
@@ -45,7 +51,9 @@ class _Part:
 
         def item(side: list[int]) -> Item:
             text, image = side
-            return Item(strings[text], () if image == NO_IMAGE else (Path(strings[image]),))
+            if image >= 0:
+                return Item(strings[text], (Path(strings[image]),))
+            return Item(strings[text], self._encoded_image(image))
 
         starts = np.concatenate([[0], self.negative_ends[:-1]])
         for number, query, positive, start, end in zip(
@@ -78,12 +86,15 @@ class _Part:
 
     def _item(self, side: np.ndarray) -> Item:
         text, image = side.tolist()
-        images = () if image == NO_IMAGE else (Path(self.strings[image].as_py()),)
-        return Item(self.strings[text].as_py(), images)
+        path = (Path(self.strings[image].as_py()),) if image >= 0 else None
+        return Item(self.strings[text].as_py(), path or self._encoded_image(image))
+
+    def _encoded_image(self, image: int) -> tuple[bytes, ...]:
+        return () if image == NO_IMAGE else (self.encoded[_FIRST_ENCODED - image].as_py(),)
 
 
 class PairTable(Sequence[Pair]):
-    """Pairs whose sides have at most one image file; rows are made on demand, never kept.
+    """Pairs whose sides have at most one image; rows are made on demand, never kept.
 
     Slices and `select` share the columns with the table they come from.
     """
@@ -103,7 +114,7 @@ class PairTable(Sequence[Pair]):
             if (
                 builder is None
                 or (builder.subset, builder.label) != (pair.subset, label)
-                or len(builder) == _PART_ROWS
+                or builder.is_full
             ):
                 parts += [builder.finish()] if builder else []
                 builder = _Builder(pair.subset, label)
@@ -168,7 +179,7 @@ class PairTable(Sequence[Pair]):
         columns = [
             column
             for part in self._parts
-            for column in (part.strings, part.numbers, part.queries, part.positives)
+            for column in (part.strings, part.encoded, part.numbers, part.queries, part.positives)
         ]
         columns += [c for part in self._parts for c in (part.negatives, part.negative_ends)]
         return sum(int(column.nbytes) for column in (*columns, self._part_of, self._row_of))
@@ -193,17 +204,20 @@ class PairTable(Sequence[Pair]):
 
 
 class _Builder:
-    """Collects rows of one part; equal texts and paths are kept once."""
+    """Collects rows of one part; equal texts and images are kept once."""
 
     def __init__(self, subset: str, label: str) -> None:
         self.subset = subset
         self.label = label
         self._codes: dict[str, int] = {}
+        self._encoded: dict[bytes, int] = {}
+        self._encoded_bytes = 0
         self._numbers, self._queries, self._positives = array("i"), array("i"), array("i")
         self._negatives, self._negative_ends = array("i"), array("i")
 
-    def __len__(self) -> int:
-        return len(self._numbers)
+    @property
+    def is_full(self) -> bool:
+        return len(self._numbers) == _PART_ROWS or self._encoded_bytes >= _PART_BYTES
 
     def add(self, pair: Pair) -> None:
         self._numbers.append(int(pair.row_id.rpartition(" ")[2]))
@@ -221,6 +235,7 @@ class _Builder:
             subset=self.subset,
             label=self.label,
             strings=pa.array(list(self._codes), pa.large_string()),
+            encoded=pa.array(list(self._encoded), pa.large_binary()),
             numbers=np.array(self._numbers, dtype=np.int32),
             queries=sides(self._queries),
             positives=sides(self._positives),
@@ -231,9 +246,16 @@ class _Builder:
     def _side(self, item: Item) -> tuple[int, int]:
         assert len(item.images) <= 1, "readers of tables give a side one image at most"
         text = self._codes.setdefault(item.text, len(self._codes))
-        if not item.images:
-            return text, NO_IMAGE
-        return text, self._codes.setdefault(str(item.images[0]), len(self._codes))
+        return text, self._image(item.images[0]) if item.images else NO_IMAGE
+
+    def _image(self, image: ImageSource) -> int:
+        if isinstance(image, Path):
+            return self._codes.setdefault(str(image), len(self._codes))
+        assert isinstance(image, bytes), "readers of tables open no images"
+        if image not in self._encoded:
+            self._encoded[image] = len(self._encoded)
+            self._encoded_bytes += len(image)
+        return _FIRST_ENCODED - self._encoded[image]
 
 
 def subset_codes(pairs: Sequence[Pair]) -> tuple[list[str], np.ndarray]:

@@ -59,7 +59,7 @@ def _json_or_bytes(line: bytes) -> object:
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, object]]:
     number = 0
-    for batch in read_batches([path], columns=None, optional=(), batch_size=4096):
+    for batch in read_batches([path], columns=None, optional=(), batch_size=512):
         for row in batch.to_pylist():
             yield f"{path} row {number}", row
             number += 1
@@ -74,8 +74,8 @@ def _pair(row: object, *, row_id: str, subset: str, image_root: Path) -> Pair:
 
     def side(text: object, image: object, role: str) -> Item:
         return make_item(
-            "" if text is None else text,
-            "" if image is None else image,
+            text,
+            image,
             role=role,
             where=row_id,
             image_root=image_root,

@@ -57,13 +57,14 @@ def read_batches(
 
 
 def check_type(batch: pa.RecordBatch, column: str, *, source: str, allowed: Sequence[str]) -> None:
-    """Refuse a column whose values are neither `"string"` nor `"list of strings"`, if allowed."""
+    """Refuse a column whose values are none of these: `"string"`, `"image"`, or a list of them."""
     kind = batch.schema.field(column).type
-    if "string" in allowed and is_string(kind):
-        return
-    if "list of strings" in allowed and is_list(kind) and is_string(kind.value_type):
-        return
-    raise UserError(f"{source}: column {column} holds {kind}; it must hold {' or '.join(allowed)}")
+    inner, many = (kind.value_type, "list of {}s") if is_list(kind) else (kind, "{}")
+    found = [name for name, is_it in _KINDS.items() if is_it(inner)]
+    if not any(many.format(name) in allowed for name in found):
+        raise UserError(
+            f"{source}: column {column} holds {kind}; it must hold {' or '.join(allowed)}"
+        )
 
 
 def is_string(kind: pa.DataType) -> bool:
@@ -76,3 +77,13 @@ def is_string(kind: pa.DataType) -> bool:
 def is_list(kind: pa.DataType) -> bool:
     """Whether values are lists of any length."""
     return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind))
+
+
+def is_image(kind: pa.DataType) -> bool:
+    """Whether values are encoded images: bytes, or what `datasets` makes of them."""
+    if pa.types.is_struct(kind):
+        return {kind.field(number).name for number in range(kind.num_fields)} <= {"bytes", "path"}
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+_KINDS = {"string": is_string, "image": is_image}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cocoa_pl.data.candidate_rows import row_lengths
-from cocoa_pl.errors import UserError
+from cocoa_pl.errors import UserError, renamed
 from cocoa_pl.evaluation.metrics import Hits, chance_level, check_embeddings, row_scores
 from cocoa_pl.evaluation.results import GalleryRow, RankedCandidate, Results, SubsetScore
 from cocoa_pl.evaluation.scoring import BLOCK, score_rows
@@ -152,7 +152,12 @@ def encode_once(encode: Encode, subsets: Sequence["EvalSubset"]) -> VectorsOf:
     def encode_subset(number: int) -> tuple[Floats, Floats]:
         subset, keys = subsets[number], query_keys[number] + candidate_keys[number]
         items = dict(zip(keys, [*subset.queries, *subset.candidates], strict=True))
-        known.update(_encode_new({k: item for k, item in items.items() if k not in known}, encode))
+        new = {key: item for key, item in items.items() if key not in known}
+        try:
+            known.update(_encode_new(new, encode))
+        except UserError as error:
+            places = [keys.index(key) for key in new]
+            raise renamed(error, lambda item: _name(subset, places[item])) from error
         queries = np.stack([known[key] for key in query_keys[number]])
         candidates = np.stack([known[key] for key in candidate_keys[number]])
         for key in items:
@@ -161,6 +166,15 @@ def encode_once(encode: Encode, subsets: Sequence["EvalSubset"]) -> VectorsOf:
         return queries, candidates
 
     return encode_subset
+
+
+def _name(subset: "EvalSubset", place: int) -> str:
+    """A query, or behind all of them a candidate, by the first row that it belongs to."""
+    candidate = place - len(subset.queries)
+    if candidate < 0:
+        return f"{subset.row_ids[int((subset.query_index == place).argmax())]}, query"
+    rows = (row for row, index in enumerate(subset.candidate_index) if candidate in index)
+    return f"{subset.row_ids[next(rows)]}, candidate"
 
 
 def _encode_new(items: Mapping[int, Item], encode: Encode) -> dict[int, Floats]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from cocoa_pl.errors import UserError
+from cocoa_pl.errors import UserError, renamed
 from cocoa_pl.items import Item, Pair, numbered
 from cocoa_pl.mining.choice import choose
 
@@ -76,9 +76,16 @@ def _mine_subset(
 ) -> Mined:
     queries, query = numbered([pair.query for pair in pairs])
     positives, positive = numbered([pair.positive for pair in pairs])
+
+    def encoded(items: list[Item], numbers: list[int]) -> NDArray[np.float32]:
+        try:
+            return encode(items)
+        except UserError as error:
+            raise renamed(error, lambda number: pairs[numbers.index(number)].row_id) from error
+
     chosen = choose(
-        encode(queries),
-        encode(positives),
+        encoded(queries, query),
+        encoded(positives, positive),
         query=np.array(query, np.intp),
         positive=np.array(positive, np.intp),
         number=number,
