@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,13 +17,22 @@ from PIL import Image
 from transformers import AutoProcessor
 
 from cocoa_pl.attention import Policy
+from cocoa_pl.data.images import open_image
 from cocoa_pl.data.tokenize import Processor
 from cocoa_pl.embedder import Embedder
 from cocoa_pl.errors import UserError
 from cocoa_pl.export.chat_template import IMAGE
 from cocoa_pl.export.folder import export
 from cocoa_pl.export.images_only import has_torchvision, images_only
-from cocoa_pl.export.parity import Compared, by_transformers, check, compare, samples
+from cocoa_pl.export.parity import (
+    Asked,
+    Compared,
+    by_transformers,
+    check,
+    compare,
+    odd_pictures,
+    samples,
+)
 from cocoa_pl.export.sentence_transformers import write_sentence_transformers
 from cocoa_pl.exported import described_in, write_description
 from cocoa_pl.models.loading import FAMILIES, Loaded
@@ -104,7 +114,7 @@ def no_end_token(folder: Path) -> None:
 
 def text_before_image(folder: Path) -> None:
     template = "{{ part['text'] if part['type'] == 'text' else 'IMAGE' }}".replace("IMAGE", IMAGE)
-    every = "{% for part in messages[0]['content'] %}" + template + "{% endfor %}"
+    every = "{% for part in messages[-1]['content'] %}" + template + "{% endfor %}"
     (folder / "chat_template.jinja").write_text(every)
 
 
@@ -146,7 +156,11 @@ def test_samples_are_of_every_kind(processor: Processor) -> None:
     kinds = {tuple(sample) for sample in found}
     assert kinds == {("text",), ("image",), ("text", "image"), ("image", "text")}
     lengths = [processor.count_text_tokens(sample.get("text", "")) for sample in found]
-    assert max(lengths) > processor.max_length
+    assert [length > processor.max_length for length in lengths] == [False] * 13 + [True]
+    texts = [sample.get("text", "") for sample in found]
+    assert any(text != text.strip() for text in texts)
+    assert any("<|image_2|>" in text for text in texts)
+    assert any(isinstance(sample.get("image"), list) for sample in found)
 
 
 # --- What sentence-transformers is known to get wrong ---
@@ -175,9 +189,48 @@ def test_images_come_first_in_any_order_of_keys(
 def test_a_prompt_stands_between_image_and_text(
     sentences: Any, embedder: Embedder, picture: Image.Image
 ) -> None:
-    items = ["a dog", picture, {"text": "a cat", "image": picture}]
-    for prompt in ("Find a picture:", "Find a picture: ", "Find\n"):
+    words = ["a dog", "  a dog \n", "\n"]
+    items = [*words, picture, *({"text": text, "image": picture} for text in ["", *words])]
+    for prompt in ("Find a picture:", "Find a picture: ", "Find\n", "Find\u3000", ""):
         assert_same(sentences, embedder, items, prompt=prompt)
+
+
+def test_placeholders_are_placed_and_refused_alike(
+    sentences: Any, embedder: Embedder, picture: Image.Image, make_image: Callable[..., Image.Image]
+) -> None:
+    pictures = [picture, make_image((30, 90), seed=6)]
+    items = [
+        {"text": "is <|image_1|> like <|image_2|>?", "image": pictures},
+        {"text": "left <image>, right <image>", "image": pictures},
+        {"text": "<|image_1|>\nfind it", "image": picture},
+        {"text": "an <image> in HTML"},
+        {"text": "an \ufffc in a text", "image": picture},
+    ]
+    assert_same(sentences, embedder, items)
+    assert_same(sentences, embedder, items, prompt="Find it:")
+    for text in ("<|image_2|>", "<|image_1|> <image>", "<|image_1|> <|image_1|>", "\ufdd0"):
+        item = {"text": text, "image": picture}
+        with pytest.raises(UserError) as ours:
+            embedder.encode([item])
+        with pytest.raises(Exception, match=re.escape(str(ours.value).removeprefix("item 0: "))):
+            sentences.encode([item])
+
+
+def test_odd_pictures_are_read_alike_once_open_image_has_read_them(
+    sentences: Any, embedder: Embedder
+) -> None:
+    for encoded in odd_pictures().values():
+        expected = embedder.encode([encoded])
+        found = sentences.encode([open_image(encoded)])
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+
+
+def test_a_shorter_vector_is_normalized_on_request(sentences: Any, embedder: Embedder) -> None:
+    texts = ["a dog", "two boats"]
+    expected = embedder.encode(texts, truncate_dim=8)
+    found = sentences.encode(texts, truncate_dim=8, normalize_embeddings=True)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+    assert np.linalg.norm(sentences.encode(texts, truncate_dim=8), axis=1).max() < 0.99
 
 
 def test_the_end_token_survives_cutting_beside_an_image(
@@ -200,10 +253,11 @@ def test_a_special_token_in_a_text_is_not_obeyed(
     sentences: Any, embedder: Embedder, picture: Image.Image
 ) -> None:
     for token in ("<|image_pad|>", "<|im_end|>", "<|vision_start|>"):
-        ids = sentences.preprocess([{"text": f"a {token} b", "image": picture}])["input_ids"][0]
-        plain = sentences.preprocess([{"text": "a b", "image": picture}])["input_ids"][0]
         special = embedder.processor.tokenizer.convert_tokens_to_ids(token)
-        assert (ids == special).sum() == (plain == special).sum()
+        for place in ("", "<|image_1|> ", "<image>"):
+            items = [{"text": f"{place}{words}", "image": picture} for words in (token, "b")]
+            ids, plain = (sentences.preprocess([item])["input_ids"][0] for item in items)
+            assert (ids == special).sum() == (plain == special).sum()
 
 
 def test_several_images_of_a_message(
@@ -215,6 +269,12 @@ def test_several_images_of_a_message(
     found = sentences.encode([[{"role": "user", "content": content}]])
     expected = embedder.encode([{"text": "two", "image": images}])
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+
+
+def test_a_pair_of_texts_is_not_taken_for_one_item(sentences: Any) -> None:
+    """sentence-transformers makes a query and a document of it; one behind the other they were."""
+    with pytest.raises(ValueError, match="there is none of role query"):
+        sentences.encode([("a dog", "a cat")])
 
 
 def test_what_no_tower_sees_is_refused(folder: Path) -> None:
@@ -247,4 +307,5 @@ def test_weights_in_bfloat16_are_compared_without_its_rounding(
 
 def test_the_example_of_the_card_is_what_is_compared(folder: Path, embedder: Embedder) -> None:
     cases = samples(embedder.processor.max_length)[:2]
-    np.testing.assert_allclose(by_transformers(folder, cases), embedder.encode(cases), atol=1e-5)
+    (found,) = by_transformers(folder, [Asked(cases)])
+    np.testing.assert_allclose(found, embedder.encode(cases), atol=1e-5)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +18,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from PIL.ExifTags import Base
 from torch.nn.functional import normalize
 from transformers import AutoModel, AutoProcessor
 
+from cocoa_pl.data.images import open_image
 from cocoa_pl.embedder import Embedder
 from cocoa_pl.errors import UserError
 from cocoa_pl.export.images_only import has_torchvision, images_only
@@ -47,8 +50,19 @@ class Compared:
     tolerance: float = TOLERANCE
 
 
+@dataclass(frozen=True)
+class Asked:
+    """Samples of one call, as `Embedder.encode` takes them."""
+
+    cases: Sequence[Sample]
+    instruction: str | None = None
+    truncate_dim: int | None = None
+
+
 def samples(max_length: int) -> list[Sample]:
-    """Texts and pictures of several lengths and shapes, in both orders, one cut to `max_length`."""
+    """Texts and pictures of several lengths and shapes, in both orders and placed, odd ones among
+    them; the last one is cut to `max_length`.
+    """
     random = np.random.default_rng(0)
     wide, tall, tiny = (
         Image.fromarray(random.integers(0, 256, (height, width, 3)).astype(np.uint8))
@@ -57,38 +71,71 @@ def samples(max_length: int) -> list[Sample]:
     return [
         {"text": "a seven at the top left"},
         {"text": "Eine ältere Frau — 好 👋 liest"},
+        {"text": "  blanks at both ends, and <image> in HTML \n"},
         {"image": wide},
         {"image": tiny},
         {"text": "what is in this picture?", "image": tall},
-        {"image": wide, "text": "Find the same scene in the evening"},
+        {"image": wide, "text": " Find the same scene in the evening"},
+        {"text": "two of them", "image": [wide, tall]},
+        {"text": "<|image_1|>\nis this darker than <|image_2|>?", "image": [tall, wide]},
+        {"text": "a crop <image> of a picture <image>", "image": [tiny, wide]},
+        *({"text": name, "image": picture} for name, picture in odd_pictures().items()),
         {"text": "again and again " * max_length},
     ]
+
+
+def odd_pictures() -> dict[str, bytes]:
+    """Encoded pictures that other tools read otherwise, unless `open_image` has read them."""
+    ramp = np.linspace(0, 1, 60 * 90).reshape(60, 90)
+    colours = np.stack([ramp, ramp[::-1], ramp[:, ::-1]], axis=2)
+    turned = Image.Exif()
+    turned[Base.Orientation] = 6
+    pictures: dict[str, tuple[NDArray[Any], dict[str, Any]]] = {
+        "16-bit grey": ((ramp * 65535).astype(np.uint16), {}),
+        "turned by EXIF": ((colours * 255).astype(np.uint8), {"exif": turned}),
+        "transparent": ((np.dstack([colours, ramp]) * 255).astype(np.uint8), {}),
+    }
+    found = {}
+    for name, (pixels, options) in pictures.items():
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "PNG", **options)
+        found[name] = buffer.getvalue()
+    return found
 
 
 def compare(
     trained: Embedder, folder: Path, *, with_sentence_transformers: bool
 ) -> tuple[Compared, ...]:
-    """The trained model against its exported folder, read by each tool.
+    """The trained model against its exported folder, read by each tool: all `samples` as they are,
+    and those that are not cut with an instruction and with fewer components.
 
     Args:
         trained: gives the vectors that the others must give; as `export` hands it back, its weights
             rounded to the type that is exported. It computes in float32 on the CPU afterwards.
     """
-    cases = samples(trained.processor.max_length)
-    expected = _in_float32(trained).encode(cases)
-    ways: dict[str, Callable[[], Vectors]] = {
-        "Embedder": lambda: _in_float32(Embedder.load(str(folder), device="cpu")).encode(cases),
-        "transformers": lambda: by_transformers(folder, cases),
+    *short, long = samples(trained.processor.max_length)
+    asked = (
+        Asked(short),
+        Asked([long]),
+        Asked(short, instruction="Find it:"),
+        Asked(short[:1], truncate_dim=(trained.dim + 1) // 2),
+    )
+    expected = by_embedder(_in_float32(trained), asked)
+    ways: dict[str, Callable[[], list[Vectors]]] = {
+        "Embedder": lambda: by_embedder(
+            _in_float32(Embedder.load(str(folder), device="cpu")), asked
+        ),
+        "transformers": lambda: by_transformers(folder, asked),
     }
     note = "" if has_torchvision() else "without torchvision, inside images_only()"
     notes = {"transformers": note, "sentence-transformers": note}
     missing = with_sentence_transformers and not _installed("sentence_transformers")
     if with_sentence_transformers and not missing:
-        ways["sentence-transformers"] = lambda: by_sentence_transformers(folder, cases)
+        ways["sentence-transformers"] = lambda: by_sentence_transformers(folder, asked)
     found = []
     for way, vectors in ways.items():
-        difference = float(np.abs(vectors() - expected).max())
-        found.append(Compared(way, difference, notes.get(way, "")))
+        apart = [np.abs(v - e).max() for v, e in zip(vectors(), expected, strict=True)]
+        found.append(Compared(way, float(np.max(apart)), notes.get(way, "")))
         gc.collect()  # one model in memory at a time, beside the trained one
     if missing:
         why = "not installed: pip install 'cocoa_pl[sentence-transformers]'"
@@ -110,30 +157,41 @@ def check(compared: Sequence[Compared]) -> None:
             )
 
 
-def by_transformers(folder: Path, cases: Sequence[Sample]) -> Vectors:
-    """What the model card shows: stock classes, all cases in one padded batch."""
+def by_embedder(embedder: Embedder, asked: Sequence[Asked]) -> list[Vectors]:
+    """What the model card shows."""
+    return [
+        embedder.encode(one.cases, instruction=one.instruction, truncate_dim=one.truncate_dim)
+        for one in asked
+    ]
+
+
+def by_transformers(folder: Path, asked: Sequence[Asked]) -> list[Vectors]:
+    """What the model card shows: stock classes, all cases of a call in one padded batch."""
     with images_only():
         processor = AutoProcessor.from_pretrained(folder, use_fast=False)
     model: Any = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
-    conversations = [
-        [{"role": "user", "content": [{"type": kind, kind: part} for kind, part in case.items()]}]
-        for case in cases
-    ]
-    inputs = processor.apply_chat_template(
-        conversations,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        processor_kwargs={"text_kwargs": {"padding": True, "truncation": True}},
-    )
-    with torch.no_grad():
-        states = model(**inputs).last_hidden_state
-    last = inputs["attention_mask"].sum(dim=1) - 1
-    vectors: Vectors = normalize(states[torch.arange(len(last)), last], dim=-1).numpy()
-    return vectors
+    found = []
+    for one in asked:
+        system = [{"role": "system", "content": one.instruction}] if one.instruction else []
+        conversations = [
+            [*system, {"role": "user", "content": _content(case)}] for case in map(_read, one.cases)
+        ]
+        inputs = processor.apply_chat_template(
+            conversations,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"text_kwargs": {"padding": True, "truncation": True}},
+        )
+        with torch.no_grad():
+            states = model(**inputs).last_hidden_state
+        last = inputs["attention_mask"].sum(dim=1) - 1
+        vectors = states[torch.arange(len(last)), last, : one.truncate_dim]
+        found.append(normalize(vectors, dim=-1).numpy())
+    return found
 
 
-def by_sentence_transformers(folder: Path, cases: Sequence[Sample]) -> Vectors:
+def by_sentence_transformers(folder: Path, asked: Sequence[Asked]) -> list[Vectors]:
     """What the model card shows."""
     from sentence_transformers import SentenceTransformer
 
@@ -141,8 +199,31 @@ def by_sentence_transformers(folder: Path, cases: Sequence[Sample]) -> Vectors:
         model = SentenceTransformer(
             str(folder), device="cpu", model_kwargs={"dtype": torch.float32}
         )
-    vectors: Vectors = model.encode(list(cases), batch_size=len(cases), show_progress_bar=False)
-    return vectors
+    return [
+        model.encode(
+            [_read(case) for case in one.cases],
+            prompt=one.instruction,
+            truncate_dim=one.truncate_dim,
+            normalize_embeddings=True,
+            batch_size=len(one.cases),
+            show_progress_bar=False,
+        )
+        for one in asked
+    ]
+
+
+def _read(case: Sample) -> Sample:
+    """The sample with its images read by this project, which other tools then read alike."""
+    if "image" not in case:
+        return case
+    images = case["image"] if isinstance(case["image"], list) else [case["image"]]
+    return {**case, "image": [open_image(image) for image in images]}
+
+
+def _content(case: Sample) -> list[Sample]:
+    """A message's parts, in the sample's order."""
+    parts = ((kind, part if kind == "image" else [part]) for kind, part in case.items())
+    return [{"type": kind, kind: one} for kind, several in parts for one in several]
 
 
 def _in_float32(embedder: Embedder) -> Embedder:
