@@ -7,6 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+# The peer embeds patches by a convolution, which cuDNN computes in TF32 unless told not to: 3e-4.
+torch.backends.cudnn.allow_tf32 = False
+
 # Of the norm of the difference, relative to the norm. The two sides add up in different orders: in
 # float32 that is 4e-6 at most (true widths, two layers, on a CPU). In bfloat16 losses and gradients
 # through 28 layers differ by 4e-2, so that this is a bound for sanity and no more.

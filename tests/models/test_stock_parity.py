@@ -1,5 +1,6 @@
 """Every family's wrapped model against the stock one: states, logits, positions, pixels."""
 
+import copy
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageTextToText
 
 from cocoa_pl.attention import Policy
@@ -44,7 +46,8 @@ def run(backbone: Backbone, batch: Batch, policy: Policy) -> Tensor:
 
 
 def assert_close(got: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+    # Patches are embedded by a product, which adds up in another order than a convolution.
+    torch.testing.assert_close(got, expected, rtol=0, atol=3e-5)
 
 
 def stock_inputs(batch: Batch, processor: Processor, item: Item) -> dict[str, Tensor]:
@@ -144,6 +147,35 @@ def test_stock_forward_of_padded_batches_gives_the_same_packed_states(
     hidden = run(loaded.backbone, batch, CAUSAL)
     expected = [rows[-p.num_tokens :] for rows, p in zip(output, pieces, strict=True)]
     assert_close(hidden, torch.cat(expected))
+
+
+def test_the_patch_embedding_is_the_stock_convolution_as_one_product(
+    family: str, load_tiny: Callable[..., Loaded], stock: Any
+) -> None:
+    theirs = copy.deepcopy(stock.model.visual.patch_embed).double()
+    ours = load_tiny().backbone.stock.model.visual.patch_embed.double()
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    assert (ours.proj.bias is not None) == (family == "qwen3_vl")
+    patches = torch.randn(50, theirs.proj.weight[0].numel(), dtype=torch.float64)
+    found, expected = (embed(patches.requires_grad_()) for embed in (ours, theirs))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    weight = torch.randn_like(expected)
+    gradients = [
+        torch.autograd.grad((states * weight).sum(), [patches, *embed.parameters()])
+        for states, embed in ((found, ours), (expected, theirs))
+    ]
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-12)
+
+
+def test_nothing_is_convolved(
+    loaded: Loaded, processor: Processor, make_item: Callable[..., Item]
+) -> None:
+    """A convolution is in TF32 on a GPU, whatever was asked for."""
+    batch = pack([processor.encode(make_item(1, images=1), None, key=0, seed=0, row_id="toy")])
+    with FlopCounterMode(display=False) as counter:
+        run(loaded.backbone, batch, CAUSAL)
+    assert {str(op) for op in counter.get_flop_counts()["Global"]} >= {"aten.mm"}
+    assert not any("conv" in str(op) for op in counter.get_flop_counts()["Global"])
 
 
 LAYOUTS: dict[str, list[int | tuple[int, int, int]]] = {

@@ -7,6 +7,7 @@ in `models/tiny.py`, and a `conf/model/*.yaml`.
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.functional import linear
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from cocoa_pl.attention import VISION_ATTENTION
@@ -30,6 +31,7 @@ class QwenVLBackbone(Backbone):
         # Set after construction: a name with "flash" in it at construction makes transformers look
         # for a kernel.
         self.stock.model.visual.config._attn_implementation = VISION_ATTENTION
+        self.stock.model.visual.patch_embed.proj.__class__ = PatchProduct
         read_rows_only(self.stock.model.language_model.layers[-1])
 
     def text_inputs(self, vision: Any) -> dict[str, Any]:
@@ -116,3 +118,16 @@ class QwenVLBackbone(Backbone):
             kernel=self.kernel,
             **layout.vision,
         )
+
+
+class PatchProduct(nn.Conv3d):
+    """A stock patch embedding, whose kernel is as large as a patch, as the matrix product it is.
+
+    cuDNN's convolution computes in TF32 where float32 was asked for, and in bfloat16 it takes up to
+    seconds a call in some of its versions (https://github.com/pytorch/pytorch/issues/174051).
+    """
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """(P, C, frames, height, width) -> (P, D, 1, 1, 1)."""
+        states = linear(patches.flatten(1), self.weight.flatten(1), self.bias)
+        return states[:, :, None, None, None]
