@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -191,6 +192,17 @@ def test_parts_of_a_run_score_as_the_run(
         origin=Origin(),
     )
     assert scores(tmp_path) == scores(finished[0])
+
+
+def test_a_checkpoint_opens_with_a_kernel_that_runs_here(
+    finished: tuple[Path, Ended], tmp_path: Path
+) -> None:
+    run_dir = shutil.copytree(finished[0], tmp_path / "run")
+    config = (run_dir / "config.yaml").read_text()
+    (run_dir / "config.yaml").write_text(config.replace("kernel: auto", "kernel: varlen"))
+    embedder = open_embedder(str(run_dir / "checkpoints" / "last.ckpt"), device="cpu")
+    expected = open_embedder(str(finished[0]), device="cpu").encode(["two"])
+    np.testing.assert_allclose(embedder.encode(["two"]), expected, atol=1e-6)
 
 
 def test_resuming_a_finished_run_scores_it_again(

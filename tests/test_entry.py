@@ -118,6 +118,12 @@ def test_every_config_composes_and_names_what_constructors_take(chosen: list[str
             assert keys == wanted, where
 
 
+def test_every_model_takes_the_attention_kernel_that_suits_its_device() -> None:
+    files = {file: OmegaConf.load(file) for file in (CONFIGS / "model").rglob("*.yaml")}
+    kernels = {file.name: values.kernel for file, values in files.items() if "kernel" in values}
+    assert kernels == {"qwen2vl.yaml": "auto", "tiny.yaml": "auto"}  # the others stand on these
+
+
 @pytest.mark.parametrize(
     ("stage", "schedule"),
     [

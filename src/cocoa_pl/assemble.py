@@ -190,6 +190,7 @@ def open_embedder(path: str, *, device: str) -> Embedder:
     if not (run_dir / "config.yaml").is_file():
         raise UserError(f"{path}: the run's config.yaml is not in {run_dir}")
     cfg = load_config(run_dir / "config.yaml")
+    cfg.model.kernel = "auto"  # training may have been elsewhere
     try:
         loaded = open_model(cfg, lambda: build(cfg.data).training_texts())
     except UserError as error:

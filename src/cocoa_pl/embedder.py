@@ -57,7 +57,7 @@ class Embedder:
         folder = export_folder(path)
         described = read_description(folder)
         dtype = described["dtype"]
-        loaded = load(folder, kernel="sdpa", dtype=dtype, gradient_checkpointing=False)
+        loaded = load(folder, kernel="auto", dtype=dtype, gradient_checkpointing=False)
         processor = Processor(
             loaded.tokenizer,
             loaded.image_processor,

@@ -32,7 +32,7 @@ def load_policy(file: Path) -> Policy:
 
 POLICIES = {file.stem: load_policy(file) for file in sorted(CONF.glob("*.yaml"))}
 LENGTHS = torch.tensor([[300, 1, 64], [17, 1, 30], [0, 1, 5], [130, 1, 0], [1, 1, 128]])
-KERNELS = ["varlen", "flash"]
+KERNELS = ["sdpa", "varlen", "flash"]
 # Of gradients, as a share of their norm: some steps of each type. A key that is missed costs more.
 TYPES = {torch.bfloat16: 2e-2, torch.float16: 3e-3}
 TEXT: dict[str, int] = {"heads": 12, "kv_heads": 2, "width": 128}  # of Qwen2-VL-2B
@@ -197,7 +197,7 @@ def plans(name: str) -> dict[str, Plan]:
     }
 
 
-@pytest.mark.parametrize("kernel", [*KERNELS, "sdpa"])
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("name", POLICIES)
 def test_a_plan_and_its_kernel_never_wait_for_the_device(name: str, kernel: str) -> None:
     inputs = states(int(LENGTHS.sum()), torch.bfloat16, **TEXT)

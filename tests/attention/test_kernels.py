@@ -1,6 +1,7 @@
 """`attend` against its slow twin: one dense-mask SDPA over the whole row, in float64."""
 
 import pickle
+from itertools import product
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.nn.functional import scaled_dot_product_attention
 
-from cocoa_pl.attention import Policy, attend, dense_mask, make_plan
+from cocoa_pl.attention import Policy, attend, dense_mask, kernels, make_plan
 from cocoa_pl.attention import gather as gather_module
 from cocoa_pl.attention import plan as plan_module
 from cocoa_pl.attention import rectangles as rectangles_module
@@ -138,6 +139,55 @@ def test_unknown_kernel_fails_instead_of_falling_back() -> None:
     assert "no_such_kernel" not in KERNELS
     with pytest.raises(KeyError, match="no_such_kernel"):
         attend(q, k, v, plan, kernel="no_such_kernel", scale=1.0)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_cudnn_is_not_allowed_while_a_kernel_runs_and_is_as_before_afterwards(
+    kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[bool] = []
+
+    def fails(*given: Any, **more: Any) -> Tensor:
+        seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(kernels, "scaled_dot_product_attention", fails)
+    for name in ("varlen", "flash"):
+        monkeypatch.setitem(KERNELS, name, fails)
+    q, k, v = states(1, heads=1, kv_heads=1, dtype=torch.float32)
+    plan = make_plan(POLICIES["causal"], torch.tensor([[0, 1, 0]]))
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    for allowed in (True, False):
+        torch.backends.cuda.enable_cudnn_sdp(allowed)
+        try:
+            with pytest.raises(RuntimeError, match="out of memory"):
+                attend(q, k, v, plan, kernel=kernel, scale=1.0)
+            assert torch.backends.cuda.cudnn_sdp_enabled() == allowed
+        finally:
+            torch.backends.cuda.enable_cudnn_sdp(before)
+    assert seen == [False, False]
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_heads_that_are_repeated_for_sdpa_equal_grouped_ones(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "_takes_groups", lambda *given, masked: False)
+    assert_equals_dense(POLICIES[name], torch.tensor(LENGTHS["mixed"]), heads=6, kv_heads=2)
+
+
+def test_on_cuda_grouped_heads_go_to_flash_attention_alone() -> None:
+    types = (torch.float32, torch.bfloat16, torch.float16)
+    taken = {
+        (device, dtype, masked)
+        for device, dtype, masked in product(("cpu", "cuda"), types, (False, True))
+        if kernels._takes_groups(torch.device(device), dtype, masked=masked)
+    }
+    assert {key for key in taken if key[0] == "cuda"} == {
+        ("cuda", torch.bfloat16, False),
+        ("cuda", torch.float16, False),
+    }
+    assert len(taken) == 2 + 2 * len(types)  # on the CPU as they are
 
 
 # --- Nobody waits for the device ---------------------------------------------------------------

@@ -199,27 +199,6 @@ def test_flash_attention_is_deterministic_where_torch_is() -> None:
     assert seen == [False, True]
 
 
-def test_only_flash_attention_is_allowed_while_varlen_runs() -> None:
-    plan = bridge_plan()
-    inputs = states(int(plan.cu_seqlens_q[-1]))
-    seen: list[bool] = []
-    before = torch.backends.cuda.cudnn_sdp_enabled()
-
-    def fails(*given: Any, enable_gqa: bool, window_size: Any) -> Tensor:
-        seen.append(torch.backends.cuda.cudnn_sdp_enabled())
-        raise RuntimeError("out of memory")
-
-    for allowed in (True, False):
-        torch.backends.cuda.enable_cudnn_sdp(allowed)
-        try:
-            with pytest.raises(RuntimeError, match="out of memory"):
-                over_segments(torch_call(fails), *inputs, plan, SCALE)
-            assert torch.backends.cuda.cudnn_sdp_enabled() == allowed  # whatever happens inside
-        finally:
-            torch.backends.cuda.enable_cudnn_sdp(before)
-    assert seen == [False, False]
-
-
 def test_the_installed_torch_is_known() -> None:
     from torch.nn.attention.varlen import varlen_attn
 

@@ -203,7 +203,9 @@ def test_what_rounding_moved_is_recorded_once(
 
 def test_a_run_folder_stands_for_its_model(exported: dict[str, Path], items: list[Item]) -> None:
     folder = exported["causal"]
-    inner = Embedder.load(str(folder), device="cpu").encode(items)
+    embedder = Embedder.load(str(folder), device="cpu")
+    assert embedder.backbone.kernel == "auto"
+    inner = embedder.encode(items)
     outer = Embedder.load(str(folder.parent), device="cpu").encode(items)
     np.testing.assert_array_equal(inner, outer)
 

@@ -51,6 +51,18 @@ def test_the_papers_run_fits_eight_gpus(tmp_path: Path) -> None:
     assert contrast["chunks_per_gpu"] == 4  # 43 samples with an image fit 8192 tokens
 
 
+def test_auto_is_planned_as_the_kernel_that_it_comes_to(tmp_path: Path) -> None:
+    def operations(*overrides: str) -> Any:
+        path = tmp_path / "plan.json"
+        plan("stage=reconstruct", *overrides, f"json={path}")
+        return json.loads(path.read_text())["stages"]["reconstruct"]["flops_per_step_and_gpu"]
+
+    cpu, gpu, half = ("trainer=cpu",), ("trainer=auto",), ("trainer=auto", "model.dtype=bfloat16")
+    for where, kernel in ((cpu, "sdpa"), (gpu, "sdpa"), (half, "varlen")):
+        assert operations(*where) == operations(*where, f"model.kernel={kernel}")
+    assert operations(*half) != operations(*half, "model.kernel=sdpa")
+
+
 def test_the_default_run_fits_a_cpu() -> None:
     status, told = plan("trainer=cpu", "lengths.image_tokens=4")
     assert status == 0

@@ -4,7 +4,8 @@ Also the adapters that hand this function to stock transformers models: nothing 
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 
 import torch
@@ -14,7 +15,7 @@ from transformers import AttentionInterface
 
 from cocoa_pl.attention.gather import gather, ungather
 from cocoa_pl.attention.plan import Plan
-from cocoa_pl.attention.variable_length import flash, suits_flash, varlen
+from cocoa_pl.attention.variable_length import HALF, flash, suits_flash, varlen
 
 log = logging.getLogger(__name__)
 
@@ -28,24 +29,16 @@ VISION_ATTENTION = "cocoa_flash_layout"
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> Tensor:
     """torch's own attention, one call for each rectangle of padded segments; runs anywhere."""
-    padded, grouped = plan.padded, k.shape[1] != q.shape[1]
+    padded = plan.padded
     q_shapes = [(shape.segments, shape.queries) for shape in padded.rectangles]
     k_shapes = [(shape.segments, shape.keys) for shape in padded.rectangles]
     outputs = [
-        scaled_dot_product_attention(
-            q_part,
-            k_part,
-            v_part,
-            attn_mask=mask,
-            is_causal=padded.causal,
-            scale=scale,
-            enable_gqa=grouped,
-        )
-        for mask, q_part, k_part, v_part in zip(
-            padded.masks,
+        _rectangle(*states, causal=padded.causal, scale=scale)
+        for states in zip(
             _cut(gather(q, padded.q), q_shapes),
             _cut(gather(k, padded.k), k_shapes),
             _cut(gather(v, padded.k), k_shapes),
+            padded.masks,
             strict=True,
         )
     ]  # (G, H, Lq, D) each
@@ -90,8 +83,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, kernel: str, scale: f
         UserError: where the kernel does not run on this device or in this type, or is not
             installed.
     """
-    # A view of a fused projection, kept for the backward pass, would keep all of the projection.
-    return KERNELS[kernel](q, k, v.contiguous(), plan, scale)
+    with _without_cudnn():
+        # A view of a fused projection, kept for the backward pass, would keep all of it.
+        return KERNELS[kernel](q, k, v.contiguous(), plan, scale)
 
 
 def transformers_attention(
@@ -125,9 +119,42 @@ AttentionInterface.register(TEXT_ATTENTION, transformers_attention)
 AttentionInterface.register(VISION_ATTENTION, transformers_attention)
 
 
+@contextmanager
+def _without_cudnn() -> Iterator[None]:
+    """torch prefers cuDNN from Hopper on. It builds a plan for every new shape, a second each
+    (https://github.com/modelscope/FunASR/issues/3704), and packed batches bring new shapes in every
+    step. A backward pass is that of the kernel that ran forward.
+    """
+    allowed = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(allowed)
+
+
 @cache
 def _tell(kernel: str, device: str, dtype: torch.dtype, width: int) -> None:
     log.info("attention kernel auto: %s for heads of %d in %s on %s", kernel, width, dtype, device)
+
+
+def _takes_groups(device: torch.device, dtype: torch.dtype, *, masked: bool) -> bool:
+    """Whether SDPA computes grouped heads without a table of scores: on CUDA flash attention alone
+    does, in half precision and without a mask.
+    """
+    return device.type != "cuda" or (dtype in HALF and not masked)
+
+
+def _rectangle(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, causal: bool, scale: float
+) -> Tensor:
+    """(G, H, Lq, D) queries, (G, H_kv, Lk, D) keys and values -> (G, H, Lq, D)."""
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1 and not _takes_groups(v.device, v.dtype, masked=mask is not None):
+        k, v = (states.repeat_interleave(groups, dim=1) for states in (k, v))
+    return scaled_dot_product_attention(
+        q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=k.shape[1] != q.shape[1]
+    )
 
 
 def _cut(rows: Tensor, shapes: Sequence[tuple[int, int]]) -> list[Tensor]:

@@ -8,8 +8,7 @@ gathered once for each of them.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import cache
 from importlib import import_module
 from typing import Any
@@ -109,8 +108,7 @@ def torch_call(function: Callable[..., Any]) -> Call:
         elif (factor := scale * q.shape[2] ** 0.5) != 1:  # of what it scales by itself
             q = q * factor
         bounds = (packed.cu_seqlens_q, packed.cu_seqlens_k, packed.max_q, packed.max_k)
-        with _without_cudnn():
-            output: Tensor = function(q, k, v, *bounds, **keywords)
+        output: Tensor = function(q, k, v, *bounds, **keywords)
         return output
 
     return call
@@ -148,20 +146,6 @@ def _refusal(device: torch.device, dtype: torch.dtype, head_width: int) -> str |
     if _capability(device) < MIN_CAPABILITY:
         return "needs a GPU of compute capability 8.0 or more"
     return None
-
-
-@contextmanager
-def _without_cudnn() -> Iterator[None]:
-    """`varlen` is flash attention. Later versions of torch prefer cuDNN where both are allowed,
-    which was slower where it was tried (https://github.com/pytorch/pytorch/issues/187770), and
-    choose for the backward pass what ran forward.
-    """
-    allowed = torch.backends.cuda.cudnn_sdp_enabled()
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    try:
-        yield
-    finally:
-        torch.backends.cuda.enable_cudnn_sdp(allowed)
 
 
 @cache

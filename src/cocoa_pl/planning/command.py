@@ -123,6 +123,9 @@ def _setup(cfg: DictConfig, shape: ModelShape) -> Setup:
     strategy = str(cfg.trainer.strategy)
     if gpus > 1 and strategy == "auto":
         raise UserError(f"gpus={gpus} needs a trainer for several: trainer=ddp or trainer=fsdp")
+    on_gpu, kernel = cfg.trainer.accelerator != "cpu", cfg.model.kernel
+    if kernel == "auto":  # every GPU of conf/hardware has flash attention
+        kernel = "varlen" if on_gpu and cfg.model.dtype == "bfloat16" else "sdpa"
     return Setup(
         shape=shape,
         adapter=_adapter(build(cfg.adapter)),
@@ -130,8 +133,8 @@ def _setup(cfg: DictConfig, shape: ModelShape) -> Setup:
         checkpointing=cfg.model.gradient_checkpointing,
         sharded=strategy == STRATEGY and gpus > 1,
         gpus=gpus,
-        kernel=cfg.model.kernel,
-        on_gpu=cfg.trainer.accelerator != "cpu",
+        kernel=kernel,
+        on_gpu=on_gpu,
     )
 
 

@@ -61,7 +61,7 @@ def work_of(
     """Count the work of one chunk.
 
     Args:
-        kernel: a name in `attention.kernels.KERNELS`.
+        kernel: a name in `attention.kernels.KERNELS`; `auto` has come to one.
         device: how attention pads depends on its kind.
         read: rows that the last layer computes whole.
     """
