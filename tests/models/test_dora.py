@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from cocoa_pl.attention import Policy
@@ -226,6 +227,55 @@ def test_a_failure_leaves_no_norm_behind(taken: list[Tensor]) -> None:
         fail()
     model(x)
     assert len(taken) == 2
+
+
+class Copies(TorchDispatchMode):
+    """Float32 tensors of the size of the input that come into being."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and out.shape == (TOKENS, FAN_IN):
+            self.count += out.dtype == torch.float32
+        return out
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])  # whose 1 / (1 - p) rounding leaves as they are
+@pytest.mark.parametrize("kind", ["lora", "dora", "dora, dropout_on_base=false", "peft's dora"])
+def test_in_bfloat16_no_adapter_but_pefts_own_dora_copies_its_input_to_float32(
+    kind: str, dropout: float
+) -> None:
+    """And what the others give is the same, to the bit, as with such a copy."""
+    torch.manual_seed(0)
+    backbone: Any = nn.Module()
+    backbone.model = nn.Sequential(nn.Linear(FAN_IN, FAN_OUT)).bfloat16()
+    adapter = LowRank(
+        rank=RANK,
+        alpha=8,
+        dropout=dropout,
+        init="gaussian",
+        use_dora="dora" in kind,
+        target_modules=["0"],
+        lean_dora=kind != "peft's dora",
+        dropout_on_base="false" not in kind,
+    )
+    layer = adapter(backbone).model.base_model.model[0]
+    nn.init.normal_(layer.lora_B["default"].weight)
+    x = torch.randn(TOKENS, FAN_IN, dtype=torch.bfloat16, requires_grad=True)
+    found: list[tuple[Tensor, ...]] = []
+    assert layer.cast_input_dtype_enabled == (kind == "peft's dora")
+    for casting in (layer.cast_input_dtype_enabled, True):
+        layer.cast_input_dtype_enabled = casting
+        torch.manual_seed(1)  # of dropout
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False), Copies() as copies:
+            output = layer(x)
+            trained = [p for p in layer.parameters() if p.requires_grad]
+            found.append((output, *torch.autograd.grad(output.sum(), [x, *trained])))
+        assert (copies.count > 0) == casting
+    assert all(map(torch.equal, *found))
 
 
 def counted(model: Any, *, passes: int) -> int:

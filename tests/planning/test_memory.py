@@ -73,7 +73,8 @@ def check_peak(make_small: MakeSmall, dtype: torch.dtype, stage: str, **choices:
 
 @pytest.mark.parametrize("checkpointing", KEPT_OR_NOT, ids=["kept", "recomputed"])
 @pytest.mark.parametrize(
-    "adapter", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("none", "lora")), "dora"]
+    "adapter",
+    [*(pytest.param(name, marks=pytest.mark.slow) for name in ("none", "lora", "lean")), "dora"],
 )
 @pytest.mark.parametrize(
     ("stage", "dtype"),
@@ -105,7 +106,7 @@ def test_everything_takes_the_planned_bytes(
     stage: str, dtype: torch.dtype, family: str, make_small: MakeSmall
 ) -> None:
     for adapter, checkpointing, budget in product(
-        ["none", "lora", "dora"], [False, True], [330, 10_000]
+        ["none", "lora", "dora", "lean"], [False, True], [330, 10_000]
     ):
         check_peak(
             make_small,
@@ -119,7 +120,7 @@ def test_everything_takes_the_planned_bytes(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("adapter", ["none", "lora", "dora"])
+@pytest.mark.parametrize("adapter", ["none", "lora", "dora", "lean"])
 @pytest.mark.parametrize(
     "dtype",
     [pytest.param(FLOAT32, marks=pytest.mark.slow), BFLOAT16],

@@ -8,6 +8,7 @@ from typing import Any
 
 import peft
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from cocoa_pl.errors import UserError
@@ -79,6 +80,12 @@ class LowRank:
         backbone.model = peft.get_peft_model(backbone.model, self.config)
         if self.lean_dora:
             make_lean(backbone.model, dropout_on_base=self.dropout_on_base)
+        # Autocast rounds what enters a product: a float32 copy first changes nothing. peft's own
+        # DoRA takes its norms in the type of the input.
+        if self.lean_dora or not self.config.use_dora:
+            for module in backbone.modules():
+                if isinstance(module, LoraLayer):
+                    module.cast_input_dtype_enabled = False
         for parameter in backbone.parameters():
             if parameter.requires_grad and parameter.dtype != torch.float32:
                 raise AssertionError("peft no longer keeps adapters in float32")

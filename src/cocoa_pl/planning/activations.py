@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cocoa_pl.planning.shapes import BlockShape, Linear, MergerShape, ModelShape
-from cocoa_pl.planning.tuning import FULL, Tuning, decoder_values
+from cocoa_pl.planning.tuning import FULL, Adapter, Tuning, decoder_values
 from cocoa_pl.planning.work import Attention, Work
 
 FLOAT32 = 4
@@ -26,7 +26,7 @@ class Numbers:
         product: inputs and outputs of matrix products.
         weight: a weight when it is used; where it is wider than a product, autocast makes a copy.
         on_gpu: CUDA keeps dropout masks as bytes and normalises in float32 under autocast; the CPU
-            keeps masks as float32 and normalises in the width that it finds.
+            keeps masks in the width of what is dropped and normalises in the width that it finds.
     """
 
     product: int
@@ -37,9 +37,12 @@ class Numbers:
     def casts(self) -> bool:
         return self.weight != self.product
 
-    @property
-    def mask(self) -> int:
-        return 1 if self.on_gpu else FLOAT32
+    def dropped(self, adapter: Adapter) -> int:
+        """Of what adapters drop out."""
+        return FLOAT32 if adapter.widens else self.product
+
+    def mask(self, adapter: Adapter) -> int:
+        return 1 if self.on_gpu else self.dropped(adapter)
 
     @property
     def layer_norm(self) -> int:
@@ -213,13 +216,14 @@ def _linear(
     if adapter is None or not tuning.adapts(linear, number):
         return 0
     kept = rows * (linear.fan_in + adapter.rank) * width  # inputs of A and B
-    kept += rows * linear.fan_in * numbers.mask * bool(adapter.dropout) * flows
+    kept += rows * linear.fan_in * numbers.mask(adapter) * bool(adapter.dropout) * flows
     low_rank = adapter.rank * (linear.fan_in + linear.fan_out)
     kept += low_rank * width * (width != FLOAT32)
     if adapter.use_dora:
         # Both results that its magnitudes scale, and W itself where it went through float32.
         kept += 2 * rows * linear.fan_out * width
-        kept += linear.fan_in * linear.fan_out * width * (width != FLOAT32) * flows
+        widened = adapter.widens and width != FLOAT32
+        kept += linear.fan_in * linear.fan_out * width * widened * flows
     return kept
 
 

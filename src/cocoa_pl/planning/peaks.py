@@ -75,33 +75,31 @@ def _pixels(shape: ModelShape, tuning: Tuning, numbers: Numbers, work: Work) -> 
     return values // 2 * FLOAT32 * (1 + (work.rebuilt > 0)) + values * sum(passing)
 
 
-def _working(tuning: Tuning, numbers: Numbers) -> int:
-    """Bytes of a value that adapters work on: they take their inputs in float32."""
-    return numbers.product if tuning.full else FLOAT32
-
-
 def _forward(block: BlockShape, rows: int, tuning: Tuning, numbers: Numbers) -> int:
-    """Inner states of a perceptron; with adapters what the last one is fed, in float32, its mask,
-    the dropped-out copy and one temporary; and DoRA's two scaled results.
+    """Inner states of a perceptron; with adapters what the last one is fed, also in float32 where
+    it is widened, its mask, the dropped-out copy and one temporary; and DoRA's two scaled results.
     """
-    width = 4 * numbers.product
-    if tuning.adapter is not None:
-        cast = FLOAT32 if numbers.product != FLOAT32 else 0
-        width = numbers.product + cast + numbers.mask + 2 * FLOAT32
-        width += 2 * FLOAT32 * tuning.adapter.use_dora
+    width, adapter = 4 * numbers.product, tuning.adapter
+    if adapter is not None:
+        copy = FLOAT32 * (numbers.dropped(adapter) != numbers.product)
+        width = numbers.product + copy + numbers.mask(adapter) + 2 * FLOAT32
+        width += 2 * FLOAT32 * adapter.use_dora
     return rows * block.intermediate * width
 
 
 def _backward(block: BlockShape, rows: int, tuning: Tuning, numbers: Numbers) -> int:
     """Gradients of a perceptron's inner states, and what its last linear works with."""
-    inner = 2 * rows * block.intermediate * _working(tuning, numbers)
-    if tuning.full:  # a weight's gradient in both widths
+    adapter = tuning.adapter
+    if adapter is None:  # a weight's gradient in both widths
+        inner = 2 * rows * block.intermediate * numbers.product
         both = block.intermediate * block.width * (numbers.product + FLOAT32)
         return inner + both * numbers.casts
+    inner = 2 * rows * block.intermediate * numbers.dropped(adapter)
     inner += 3 * rows * block.width * FLOAT32
-    if tuning.adapter is not None and tuning.adapter.use_dora:
-        # A third scaled result, three matrices for the norm of W + B A, the identity behind them.
+    if adapter.use_dora:
+        inner += rows * block.width * FLOAT32  # a third scaled result
+    if adapter.widens:  # three matrices for the norm of W + B A, the identity behind them
         narrow = numbers.product * (numbers.product != FLOAT32)
-        inner += rows * block.width * FLOAT32 + 3 * block.intermediate * block.width * FLOAT32
+        inner += 3 * block.intermediate * block.width * FLOAT32
         inner += block.intermediate**2 * (FLOAT32 + narrow)
     return inner

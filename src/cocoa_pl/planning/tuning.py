@@ -24,6 +24,11 @@ class Adapter:
     dropout_on_base: bool
     targets: tuple[str, ...]
 
+    @property
+    def widens(self) -> bool:
+        """Inputs go through float32, as peft's own DoRA has them."""
+        return self.use_dora and not self.lean
+
     def adapts(self, linear: Linear, block: int) -> bool:
         name = linear.name.format(block)
         return any(re.fullmatch(expression, name) for expression in self.targets)
