@@ -8,6 +8,7 @@ decided in this project.
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from cocoa_pl.assemble import build_stages, choose_end_token
 from cocoa_pl.command_line import CONFIGS, compose_overrides
 from cocoa_pl.entry import build, register_resolvers
 from cocoa_pl.errors import UserError
+from cocoa_pl.planning.command import make_plan
 
 ROOTS = ("data.root=MMEB-train", "benchmark.root=MMEB-eval")
 METHOD = Path(__file__).resolve().parents[2] / "shared" / "method.md"  # design notes, if at hand
@@ -152,11 +154,35 @@ def test_the_header_says_what_is_known_of_the_run(experiment: str) -> None:
     assert f"python train.py experiment={experiment} {' '.join(ROOTS)}" in text
     assert EXPERIMENTS[experiment].partition("/")[2] in text
     assert "8 GPUs" in text
-    assert re.search(r"Hours: about \d+ to \d+ on 8 .* not measured", text)
+    assert "A computed bound, nothing was measured" in text
     *groups, overall = SCORES[experiment]
     assert f"{overall} overall" in text
     for score in groups:
         assert re.search(rf"\b{score}\b", text)
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_hours_of_the_header_are_those_of_the_plan_at_the_share_that_the_docs_have(
+    experiment: str,
+) -> None:
+    text = header(experiment)
+    told = re.search(
+        r"at least (?P<h200>[\d.]+) on 8 H200, (?P<h100_80gb>[\d.]+) on 8 H100.*"
+        r"warmup (?P<warmup>[\d.]+), reconstruct (?P<reconstruct>[\d.]+), "
+        r"contrast (?P<contrast>\d+\.\d)",
+        text,
+    )
+    assert told
+    shares = dict(re.findall(r"hardware=(\w+) mfu=([\d.]+)", text))
+    pages = (CONFIGS.parent / "docs" / "plan.md").read_text()
+    assert f"| {shares['h100_80gb']} | {shares['h200']} |" in pages
+    plan = make_plan(compose_overrides("plan", [f"experiment={experiment}", *ROOTS, "gpus=8"]))
+    for hardware, share in shares.items():  # both have the same peak
+        plan = replace(plan, mfu=float(share))
+        assert f"{sum(map(plan.hours, plan.stages)):.1f}" == told[hardware]
+        if hardware == "h200":
+            for stage in plan.stages:
+                assert f"{8 * plan.hours(stage):.1f}" == told[stage.stage.name]
 
 
 def test_the_values_of_the_code_are_one_override_each() -> None:
