@@ -24,7 +24,6 @@ from cocoa_pl import cli
 from cocoa_pl.attention import Policy
 from cocoa_pl.data.tokenize import Processor
 from cocoa_pl.embedder import Embedder
-from cocoa_pl.for_mteb import digits
 from cocoa_pl.models.loading import FAMILIES, Loaded, load
 from tests.docs.pages import HERE, PAGES, PYTHON, ROOT
 from tests.docs.published import write_models, write_published
@@ -66,7 +65,7 @@ def stand_ins(sandbox: Path) -> dict[str, Path]:
 def as_before(sandbox: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Commands are run in the sandbox, and set up logging for themselves."""
     monkeypatch.chdir(sandbox)
-    monkeypatch.setattr(digits, "CACHE_DIR", str(sandbox / ".cache"))
+    monkeypatch.setattr("cocoa_pl.for_mteb.digits.CACHE_DIR", str(sandbox / ".cache"))
     root = logging.getLogger()
     before, families = (root.level, list(root.handlers)), dict(FAMILIES)
     yield

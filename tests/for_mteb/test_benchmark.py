@@ -7,9 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import mteb
 import numpy as np
 import pytest
+
+pytest.importorskip("mteb")
+
+import mteb
 from PIL import Image
 from rich.console import Console
 

@@ -9,6 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+
+pytest.importorskip("mteb")
+
 from mteb.models.model_meta import ModelMeta, ScoringFunction
 from mteb.models.models_protocols import EncoderProtocol
 from mteb.types import PromptType
