@@ -19,7 +19,7 @@ endif
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow test-gpu bench docs lint types format clean
+.PHONY: help venv demo test test-slow test-gpu gpu-pack bench docs lint types format clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -39,6 +39,9 @@ test-slow: $(STAMP) ## Run the tests that take longer, among them the main job
 
 test-gpu: $(STAMP) ## Run the tests that need a CUDA device
 	$(PY) -m pytest -m gpu --timeout 600 $(PYTEST_ARGS)
+
+gpu-pack: $(STAMP) ## Fetch into .gpu/ what a bare GPU machine lacks (then there: python -m benchmarks.gpu_check)
+	$(PY) -m benchmarks.gpu_check pack
 
 bench: $(STAMP) ## Measure speed side by side with re-created peers (5 minutes; BENCH_DEVICE=cuda on a GPU)
 	$(PY) -m benchmarks all --device $(BENCH_DEVICE) --json benchmarks/results/$(BENCH_DEVICE).json; status=$$?; \

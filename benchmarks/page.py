@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import gpu_check
 from benchmarks.plots import draw_curves, draw_ratios
 
 Record = Mapping[str, Any]
@@ -32,13 +33,18 @@ def write_page(files: Sequence[Mapping[str, Any]], *, out: Path) -> None:
     """Write the page, and its plots into `img/` beside it.
 
     Args:
-        files: each the JSON of one run, of one benchmark or of several.
+        files: each the JSON of one run, of one benchmark or of several, or of the GPU check.
     """
     pictures = out.parent / "img"
     pictures.mkdir(parents=True, exist_ok=True)
     sections = [HEAD]
     for file in files:
+        if "rehearsal" in file:  # a summary of the GPU check
+            sections.append(gpu_check.section(file))
+            file = {"results": [r for r in file.get("bench", {}).values() if "environment" in r]}
         records = file.get("results", [file])
+        if not records:
+            continue
         slug = records[0]["environment"]["device_type"]
         ratios, curves = pictures / f"{slug}-ratios.png", pictures / f"{slug}-curves.png"
         links = []
