@@ -21,6 +21,7 @@ from cocoa_pl.distributed import world_size
 from cocoa_pl.entry import (
     build,
     check_run_folder,
+    check_values,
     guarded,
     launched_processes,
     register_resolvers,
@@ -38,6 +39,7 @@ def main(cfg: DictConfig) -> None:
 
     def run() -> None:
         check_run_folder(job.overrides.hydra, way="hydra.run.dir=runs/NAME")
+        check_values(cfg)
         console = set_up_logging(run_dir)
         with launched_processes():
             benchmark = build(cfg.benchmark)

@@ -37,6 +37,7 @@ from cocoa_pl.assemble import build_stages
 from cocoa_pl.batch import Encoded, pack
 from cocoa_pl.command_line import compose_overrides
 from cocoa_pl.data.datamodule import collate
+from cocoa_pl.distributed import clip_gradients
 from cocoa_pl.entry import build, register_resolvers
 from cocoa_pl.models.backbone import Backbone
 
@@ -229,7 +230,7 @@ def trainer(
     def run() -> None:
         optimizer.zero_grad()
         module.accumulate(prepared)
-        nn.utils.clip_grad_norm_(trained, stage.optimization.clip_norm)
+        clip_gradients(trained, stage.optimization.clip_norm)
         optimizer.step()
 
     return run, module

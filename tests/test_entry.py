@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import math
 import re
 import sys
 from collections.abc import Iterator
+from functools import reduce
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,8 @@ from cocoa_pl.command_line import CONFIGS, check_command_line
 from cocoa_pl.entry import (
     build,
     check_run_folder,
+    check_values,
+    declared,
     guarded,
     register_resolvers,
     resumed_config,
@@ -234,10 +239,113 @@ def test_a_stage_that_the_config_does_not_hold_is_said() -> None:
 def test_what_a_constructor_refuses_is_the_users_to_read() -> None:
     with pytest.raises(UserError, match="bridge sources must be shares"):
         build_stages(composed("stage.reconstruct.make_samples.sources.query=0.9"))
-    with pytest.raises(UserError, match="stage warmup: batch_size must be positive"):
-        build_stages(composed("stage.warmup.batch_size=0"))
     with pytest.raises(UserError, match=r"data\.path has no value; give it as data\.path="):
         build(composed("data=pairs").data)
+
+
+# Read by others, who refuse what they do not understand: Lightning, transformers, jinja.
+NOT_OURS = ("trainer.", "model.source.text.", "model.source.vision.", "hydra.", "benchmark.publ")
+
+
+def numbers(plain: Any, where: str = "") -> Iterator[str]:
+    """Keys of the numbers that are written in a config."""
+    for key, value in plain.items() if isinstance(plain, dict) else enumerate(plain):
+        if isinstance(value, dict | list):
+            yield from numbers(value, f"{where}{key}.")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield f"{where}{key}"
+
+
+@pytest.mark.parametrize(
+    ("name", "chosen"),
+    [
+        ("train", ["adapter=dora", "mixing@stage.contrast.mixing=interleaved"]),
+        ("train", ["data=mmeb", "model=qwen3vl_2b", "benchmark=mteb"]),
+        *(("train", [f"data={data}"]) for data in ("pairs", "cocoa_json", "mmeb_stream")),
+        *((name, []) for name in ("evaluate", "mine", "plan", "doctor")),
+    ],
+)
+def test_every_number_of_a_config_has_bounds(name: str, chosen: list[str]) -> None:
+    cfg = composed(*chosen, name=name)
+    check_values(cfg)
+    plain = OmegaConf.to_container(cfg, resolve=False)
+    bounded = [key for key, kind in declared(plain).items() if "Bounds" in repr(kind)]
+    # What they refer to is bounded too: `${schedule.warmup.lr}`.
+    written = [reduce(lambda node, part: node.get(part, {}), k.split("."), plain) for k in bounded]
+    bounded += re.findall(r"'\$\{(\w[\w.]*)\}'", str(written))
+    free = [key for key in numbers(plain) if not f"{key}.".startswith((*NOT_OURS, *bounded))]
+    assert free == []
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("schedule.clip_norm", -1, "at least 0 or null"),  # trained upwards
+        ("schedule.clip_norm", math.nan, "at least 0 or null"),
+        ("schedule.contrast.lr", 0, "above 0"),
+        ("schedule.contrast.temperature", 0, "above 0"),
+        ("schedule.contrast.epochs", -2, "above 0 or null"),
+        ("schedule.contrast.batch_size", 8.0, "a whole number of at least 1"),
+        ("schedule.contrast.max_rows_per_subset", -1, "at least 1 or null"),  # all but the last
+        ("schedule.weight_decay", None, "a number of at least 0$"),
+        ("stage.contrast.optimization.betas.1", 1.0, "below 1"),
+        ("stage.contrast.module.matryoshka_dims", [64, 0], "at least 1"),
+        ("stage.contrast.module.symmetric", "maybe", "true or false"),
+        ("stage.contrast.make_samples.max_negatives", -1, "at least 0"),
+        ("stage.contrast.mixing.weights", {"scene_i2t": math.inf}, "at least 0"),
+        ("stage.reconstruct.make_samples.sources.query", 1.5, "from 0 to 1"),
+        ("stage.warmup.module.text_ratio", 0, "above 0, at most 1 or null"),
+        ("stage.warmup.module.text_segment", "eos", "one of context, target"),
+        ("stage.warmup.module.patch_weight", -0.5, "at least 0"),
+        ("checkpoint_every", -1, "at least 1"),
+        ("seed", 2**32, "from 0 to 4294967295"),
+        ("on_bad_row", "skp", "one of fail, skip"),  # was taken for skip
+        ("model.max_pixels", 0, "at least 1"),
+    ],
+)
+def test_a_value_that_makes_no_sense_is_told_by_its_key(
+    key: str, value: Any, told: str, default: DictConfig
+) -> None:
+    cfg = copy.deepcopy(default)
+    OmegaConf.update(cfg, key, value)
+    name = re.sub(r"\.(\d)$", r"[\1]", key)
+    with pytest.raises(UserError, match=rf"{re.escape(name)}.*=\S+ must be .*{told}"):
+        check_values(cfg)
+
+
+@pytest.fixture(scope="module")
+def default() -> DictConfig:
+    register_resolvers()
+    return composed()
+
+
+@pytest.mark.parametrize("value", [None, 0])
+def test_no_clipping_is_said_as_elsewhere(value: int | None, default: DictConfig) -> None:
+    cfg = copy.deepcopy(default)
+    cfg.schedule.clip_norm = value
+    check_values(cfg)
+    weight = torch.nn.Parameter(torch.zeros(2))
+    weight.grad = torch.tensor([3.0, 4.0])
+    assert distributed.clip_gradients([weight], build_stages(cfg)[0].optimization.clip_norm) == 5
+    assert weight.grad.tolist() == [3.0, 4.0]
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"schedule.warmup.warmup_steps": 101}, r"warmup: a warm-up of 101 .* than its 100 steps"),
+        ({"schedule.weight_decay": 1e3}, "would turn the sign of every weight"),
+        ({"model.eval_max_pixels": 783}, r"model\.eval_max_pixels must be at least .*=784"),
+    ],
+)
+def test_what_makes_no_sense_together_is_told_before_anything_is_loaded(
+    values: dict[str, Any], told: str, default: DictConfig
+) -> None:
+    cfg = copy.deepcopy(default)
+    for key, value in values.items():
+        OmegaConf.update(cfg, key, value)
+    with pytest.raises(UserError, match=told):
+        _ = check_values(cfg), build_stages(cfg)
 
 
 @pytest.mark.parametrize(

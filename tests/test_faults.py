@@ -38,6 +38,7 @@ def start(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Start:
         "data.task_rows=20",
         "data.validation_rows=25",
         f"schedule.contrast.steps={STEPS}",
+        "schedule.contrast.warmup_steps=0",
         "schedule.contrast.batch_size=16",
         "schedule.validate_every=1000",
         "model.source.text.num_hidden_layers=1",

@@ -17,7 +17,7 @@ PACKAGE = "cocoa_pl"
 
 # Lowest first. A module may import its own layer and the layers above it in this table.
 LAYERS = (
-    {"items", "errors", "batch", "randomness", "positions", "live_bytes"},
+    {"items", "errors", "bounds", "batch", "randomness", "positions", "live_bytes"},
     {
         "attention",
         "corruption",

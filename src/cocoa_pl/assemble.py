@@ -18,7 +18,7 @@ from cocoa_pl.data.sources import HeldOutBenchmark
 from cocoa_pl.data.tokenize import Processor
 from cocoa_pl.distributed import rank
 from cocoa_pl.embedder import Embedder, chosen_device
-from cocoa_pl.entry import build, load_config, save_config
+from cocoa_pl.entry import build, check_values, load_config, save_config
 from cocoa_pl.errors import UserError
 from cocoa_pl.evaluation.benchmark import check_subsets, score_subsets
 from cocoa_pl.evaluation.embedded import IN_MEMORY, VectorSettings, embedded
@@ -44,6 +44,7 @@ _ADAPTER_STREAM = 5
 
 def train(cfg: DictConfig, run_dir: Path, console: Console) -> None:
     """Run the stages of a config, export the model and score it."""
+    check_values(cfg)
     if cfg.resume is None:  # what a resumed run changes holds for this time
         save_config(cfg, run_dir)
     untouched(run_dir / "model")  # what a resumed run may not write again is told before hours
@@ -56,6 +57,10 @@ def train(cfg: DictConfig, run_dir: Path, console: Console) -> None:
     began = lineage_of(str(loaded.folder))
     backbone = with_adapter(cfg, loaded)
     log.info("%s", trainable_line(backbone))
+    processor, eval_processor = (
+        make_processor(cfg, loaded, max_pixels=most)
+        for most in (cfg.model.max_pixels, cfg.model.eval_max_pixels)
+    )
     settings = RunSettings(
         run_dir=run_dir,
         trainer=build(cfg.trainer),
@@ -69,7 +74,7 @@ def train(cfg: DictConfig, run_dir: Path, console: Console) -> None:
     lineage = run_stages(
         stages,
         backbone,
-        make_processor(cfg, loaded, max_pixels=cfg.model.max_pixels),
+        processor,
         data,
         settings,
         resume=cfg.resume is not None,
@@ -83,7 +88,7 @@ def train(cfg: DictConfig, run_dir: Path, console: Console) -> None:
         checkpoint.load_trained(backbone, weights, where=str(settings.last))
     embedder = Embedder(
         backbone.to(scoring_device(cfg)),  # the trainer leaves it on the CPU
-        make_processor(cfg, loaded, max_pixels=cfg.model.eval_max_pixels),
+        eval_processor,
         stages[-1].policy,
     )
     embedder = export(embedder, run_dir / "model", lineage=[*began, *lineage])

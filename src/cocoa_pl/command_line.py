@@ -21,7 +21,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from cocoa_pl.errors import UserError
+from cocoa_pl.entry import check_values
+from cocoa_pl.errors import UserError, first_line
 
 # A link to the repository's conf/, and a folder of the wheel.
 CONFIGS = (Path(__file__).parent / "conf").resolve()
@@ -82,6 +83,7 @@ def check_overrides(config_name: str, overrides: Sequence[str]) -> DictConfig:
         OverridesParser.create().parse_overrides(single), single, strict=True
     ):
         _check_kind(chosen, override, text)
+    check_values(config)
     return config
 
 
@@ -166,7 +168,3 @@ def _keys(cfg: Any, prefix: str = "") -> list[str]:
 def _nearest(name: str, options: Sequence[str]) -> str:
     near = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
     return f" (did you mean {near[0]}?)" if near else ""
-
-
-def first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]

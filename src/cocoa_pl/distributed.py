@@ -140,13 +140,16 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
             parameter.grad = part.view_as(parameter)
 
 
-def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
     """Bound the norm of the gradient of all parameters together; also of sharded ones.
+
+    Args:
+        max_norm: 0 or None leaves gradients as they are.
 
     Returns:
         () the norm before clipping, the same on all ranks.
     """
-    norm = nn.utils.clip_grad_norm_(parameters, max_norm)
+    norm = nn.utils.clip_grad_norm_(parameters, max_norm or torch.inf)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 

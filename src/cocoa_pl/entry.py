@@ -8,32 +8,35 @@ from __future__ import annotations
 import datetime
 import logging
 import os
+import re
 import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_type_hints
 
 import torch
 import torch.distributed as dist
 import yaml
 from hydra.errors import InstantiationException
-from hydra.utils import instantiate
+from hydra.utils import get_object, instantiate
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.utilities import rank_zero_only
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import MISSING, DictConfig, OmegaConf, open_dict
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from rich.console import Console
 from rich.logging import RichHandler
 from transformers.utils import logging as transformers_logging
 
-from cocoa_pl.command_line import first_line
+from cocoa_pl.bounds import Count, NotNegative, Positive, Seed, ShareAboveZero, Whole, check_value
+from cocoa_pl.data.rows import OnBadRow
 from cocoa_pl.distributed import is_lost_peer
-from cocoa_pl.errors import UserError
+from cocoa_pl.errors import UserError, first_line
 from cocoa_pl.stages.recipe import Interrupted
 
 # One process may be hours behind another; one that is gone is noticed at once.
@@ -50,6 +53,28 @@ HARMLESS = (
     "You're resuming from a checkpoint that ended before",  # the sampler counts steps, not epochs
     "FSDP2-wrapped module .* returned a view tensor",  # nothing writes into the states it returns
 )
+
+# What the keys may be that are no parameters of anything that a config makes.
+VALUES: dict[str, Any] = {
+    "seed": Seed,
+    "num_workers": Whole,
+    "checkpoint_every": Count,
+    "evaluate": bool,
+    "on_bad_row": OnBadRow,
+    "model.dtype": Literal["float32", "bfloat16"],
+    "model.gradient_checkpointing": bool,
+    "model.max_length": Count,
+    **dict.fromkeys(("model.min_pixels", "model.max_pixels", "model.eval_max_pixels"), Count),
+    **{"batch_tokens": Count, "threads": Whole},  # of evaluate and mine
+    **{"negatives": Count, "max_of_positive": ShareAboveZero, "keep": bool},  # of mine
+    "workers": Whole | None,  # of doctor
+    **{"gpus": Count | None, "mfu": ShareAboveZero, "lengths.rows": Count | None},  # of plan
+    "lengths.image_tokens": Count | None,
+    **{f"lengths.{of}": NotNegative for of in ("text", "negatives", "row_bytes", "image_kib")},
+    **{f"lengths.images_per_{of}": NotNegative for of in ("query", "positive")},
+    **{"assume.context_gib": NotNegative, "assume.slack": NotNegative},
+    **{"hardware.memory_gib": Positive, "hardware.tflops": Mapping[str, Positive]},
+}
 
 log = logging.getLogger(__name__)
 
@@ -231,12 +256,88 @@ def load_config(path: Path) -> DictConfig:
     return cfg
 
 
+def check_values(node: DictConfig) -> None:
+    """Refuse numbers, bools and choices that keys, or parameters of what the config makes, are not
+    declared for, before anything is made.
+
+    Raises:
+        UserError: naming the key as a user would type it.
+    """
+    root, where = node._get_root(), node._get_full_key(None)
+    plain = OmegaConf.to_container(root, resolve=False)
+    for key, kind in declared(plain, where).items():
+        if _raw(plain, key) == MISSING:
+            continue
+        try:
+            value = OmegaConf.select(root, key)
+            if OmegaConf.is_dict(value) and "_target_" in value:
+                continue  # it has values of its own
+            if OmegaConf.is_config(value):
+                value = OmegaConf.to_container(value, resolve=True)
+        except OmegaConfBaseException:  # told where it is needed
+            continue
+        check_value(_typed(plain, key), value, kind)
+    for most in ("model.max_pixels", "model.eval_max_pixels"):
+        if not where and "model" in node and OmegaConf.select(node, most) < node.model.min_pixels:
+            least = node.model.min_pixels
+            raise UserError(f"{most} must be at least model.min_pixels={least}")
+
+
+def declared(plain: Any, where: str = "") -> dict[str, Any]:
+    """Keys of a plain config, below one of them, and the annotations of what they are for."""
+    found = {} if where else dict(VALUES)
+    for key, target in _targets(_raw(plain, where) if where else plain, where):
+        found |= {f"{key}.{name}": kind for name, kind in _parameters(target, key).items()}
+    return found
+
+
+def _targets(plain: Any, where: str) -> Iterator[tuple[str, str]]:
+    """Places below one that make something, and what makes it."""
+    if not isinstance(plain, dict):
+        return
+    if "_target_" in plain:
+        yield where, plain["_target_"]
+    for key, value in plain.items():
+        if key != "hydra" or where:
+            yield from _targets(value, f"{where}.{key}" if where else key)
+
+
+@lru_cache
+def _parameters(target: str, key: str) -> dict[str, Any]:
+    """Annotations of a callable's parameters."""
+    try:
+        made: Any = get_object(target)
+        if isinstance(made, type):
+            made = made.__init__  # type: ignore[misc]
+        return get_type_hints(made, include_extras=True)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"{key}._target_={target} cannot be found: {first_line(error)}") from error
+    except NameError:  # of types that are imported for type checkers alone
+        return {}
+
+
+def _raw(plain: Any, key: str) -> Any:
+    """What stands in a config, not resolved; `???` where nothing does."""
+    for part in key.split("."):
+        plain = plain.get(part, MISSING) if isinstance(plain, dict) else MISSING
+    return plain
+
+
+def _typed(plain: Any, key: str) -> str:
+    """The key that a value comes from through interpolations."""
+    while elsewhere := re.fullmatch(r"\$\{(\w[\w.]*)\}", str(_raw(plain, key))):
+        key = elsewhere[1]
+    return key
+
+
 def build(node: Any, **extra: Any) -> Any:
     """Instantiate a config node; lists and dicts arrive as plain Python.
 
     Raises:
         UserError: what a constructor says about a value that the user chose.
     """
+    if isinstance(node, DictConfig):
+        check_values(node)
     try:
         return instantiate(node, _convert_="all", **extra)
     except InstantiationException as error:

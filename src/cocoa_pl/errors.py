@@ -25,3 +25,8 @@ def renamed(error: UserError, name: Callable[[int], str]) -> UserError:
     """The same error, said of what the caller calls the item of this number."""
     said = re.fullmatch(r"item (\d+): (.*)", str(error), re.DOTALL)
     return UserError(f"{name(int(said[1]))}: {said[2]}") if said else error
+
+
+def first_line(error: Exception) -> str:
+    """What an error of somebody else's says, in one line."""
+    return str(error).strip().splitlines()[0]

@@ -206,8 +206,7 @@ def test_what_cannot_be_streamed_is_named(
         ({"caption_subsets": ["C"]}, r"data\.caption_subsets names C"),
         ({"rows": {"C": 1}}, r"data\.rows names C"),
         ({"rows": {"A": 23}}, "must name every subset"),
-        ({"window": 0}, "a positive window"),
-        ({"subsets": [], "caption_subsets": []}, "data needs subsets"),
+        ({"subsets": [], "caption_subsets": []}, r"data\.subsets is empty"),
         ({"on_bad_row": "ignore"}, "on_bad_row is 'ignore'"),
     ],
 )

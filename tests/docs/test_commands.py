@@ -81,7 +81,10 @@ SMALL_REAL = [
     *(
         f"schedule.{stage}.{key}"
         for stage in STAGES
-        for key in ("steps=2", "epochs=null", "batch_size=8", "max_rows_per_subset=8")
+        for key in (
+            *("steps=2", "epochs=null", "warmup_steps=2", "batch_size=8"),
+            "max_rows_per_subset=8",
+        )
     ),
     *("trainer=cpu", "logger=none", "num_workers=0", "model.dtype=float32"),
 ]

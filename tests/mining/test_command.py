@@ -72,14 +72,6 @@ def test_negatives_are_of_the_same_subset_and_replace_the_rows_own() -> None:
     assert texts(kept.pairs[0].negatives) == ["own", "x" * 12]
 
 
-@pytest.mark.parametrize(
-    ("number", "share", "said"), [(0, 0.9, "at least 1"), (1, 0.0, "share"), (1, 1.5, "share")]
-)
-def test_what_makes_no_sense_is_refused(number: int, share: float, said: str) -> None:
-    with pytest.raises(UserError, match=said):
-        list(mine([pair("q", "p")], by_length, number=number, max_of_positive=share, keep=False))
-
-
 def test_an_item_that_cannot_be_embedded_is_named_by_its_row() -> None:
     def encode(items: Sequence[Item]) -> NDArray[np.float32]:
         raise UserError(f"item {len(items) - 1}: the encoded image is broken")

@@ -20,7 +20,7 @@ from cocoa_pl.models.adapters import LowRank
 from cocoa_pl.models.dora import LeanDora
 from cocoa_pl.models.loading import Loaded
 from cocoa_pl.stages.base import Optimization
-from cocoa_pl.stages.contrastive import ContrastiveModule
+from cocoa_pl.stages.contrastive import MAX_SCALE, ContrastiveModule, Temperature
 
 ALL = ("context", "eos", "target")
 CHUNKS = 5  # of the rows below
@@ -67,8 +67,7 @@ def make(load_tiny: Callable[..., Loaded], processor: Processor) -> Make:
             learn_temperature=True,
             symmetric=True,
             mask_false_negatives=True,
-            matryoshka_dims=(8, 16),
-            **({"similarity_block": 1024, "keep_gib": 0.0} | choices),
+            **({"matryoshka_dims": (8, 16), "similarity_block": 1024, "keep_gib": 0.0} | choices),
         )
         made.manual_backward = lambda loss: loss.backward()  # type: ignore[method-assign, misc]
         return made
@@ -149,7 +148,22 @@ def test_validation_counts_hits_and_losses_by_blocks(make: Make, rows: Rows) -> 
     torch.testing.assert_close(whole["loss"], blocks["loss"])
 
 
-@pytest.mark.parametrize("choice", [{"similarity_block": 0}, {"keep_gib": -1}])
-def test_numbers_that_make_no_sense_are_refused(choice: dict[str, int], make: Make) -> None:
-    with pytest.raises(UserError, match=r"similarity_block .* must be at least 1"):
-        make(**choice)
+def test_a_fixed_temperature_is_what_the_user_says() -> None:
+    for value in (0.005, 0.07, 3.0):
+        assert 1 / Temperature(value, learn=False)().item() == pytest.approx(value)
+
+
+def test_a_learnt_temperature_starts_within_its_bound_and_comes_back_from_it() -> None:
+    with pytest.raises(UserError, match=r"temperature=0\.005 is below 0\.01, the bound of"):
+        Temperature(0.005, learn=True)
+    learnt = Temperature(0.01, learn=True)
+    learnt.log_scale.data += 1  # a step too far
+    assert learnt().item() == pytest.approx(MAX_SCALE)
+    learnt().backward()
+    assert learnt.log_scale.grad is not None
+    assert learnt.log_scale.grad.item() == pytest.approx(MAX_SCALE)
+
+
+def test_matryoshka_dims_of_a_narrower_model_are_refused(make: Make) -> None:
+    with pytest.raises(UserError, match=r"matryoshka_dims=\[33\] exceed the embedding's 32 dim"):
+        make(matryoshka_dims=[33])

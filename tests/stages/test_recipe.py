@@ -368,12 +368,19 @@ def test_a_stage_wants_either_steps_or_epochs(
         make_stages(f"stage.pretrain.steps={steps}", f"stage.pretrain.epochs={epochs}")
 
 
-@pytest.mark.parametrize(
-    "key", ["steps", "batch_size", "validation_batch_size", "validate_every", "token_budget"]
-)
-def test_a_stage_wants_counts_above_zero(key: str, make_stages: MakeStages) -> None:
-    with pytest.raises(UserError, match=f"stage contrast: {key} must be positive"):
-        make_stages(f"stage.contrast.{key}=0")
+def test_what_the_last_stage_refuses_is_told_before_the_first(
+    tmp_path: Path, make_stages: MakeStages, train: Train, fresh: Fresh
+) -> None:
+    with pytest.raises(UserError, match=r"is below 0\.01, the bound of a learnt one"):
+        train(
+            tmp_path,
+            make_stages(
+                "schedule.contrast.temperature=0.005",
+                "stage.contrast.module.learn_temperature=true",
+            ),
+            fresh(),
+        )
+    assert not (tmp_path / "metrics.csv").exists()
 
 
 def test_a_dataset_smaller_than_a_batch_is_refused(

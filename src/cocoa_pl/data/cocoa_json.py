@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from cocoa_pl.bounds import Count, Seed, ShareBelowOne
 from cocoa_pl.data.holdout import as_subsets, hold_out
 from cocoa_pl.data.mmeb import EvalSubset
 from cocoa_pl.data.pair_table import PairTable
@@ -181,10 +182,10 @@ class CocoaJsonData:
         *,
         root: str,
         image_root: str,
-        max_rows: int | None,
-        validation_fraction: float,
-        validation_rows: int,
-        validation_seed: int,
+        max_rows: Count | None,
+        validation_fraction: ShareBelowOne,
+        validation_rows: Count,
+        validation_seed: Seed,
         on_bad_row: OnBadRow,
     ) -> None:
         self.root = Path(root)

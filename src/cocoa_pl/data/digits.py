@@ -17,6 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from cocoa_pl.bounds import Count, Seed
 from cocoa_pl.data.digit_subsets import (
     GROUP_OF,
     IN_DISTRIBUTION,
@@ -54,10 +55,10 @@ class DigitsData:
         self,
         *,
         cache_dir: str,
-        seed: int,
-        scenes: int,
-        task_rows: int,
-        validation_rows: int,
+        seed: Seed,
+        scenes: Count,
+        task_rows: Count,
+        validation_rows: Count,
         caption_subsets: Sequence[str] | None,
         on_bad_row: OnBadRow,
     ) -> None:
@@ -132,9 +133,9 @@ class DigitsBenchmark:
         *,
         name: str,
         cache_dir: str,
-        seed: int,
-        scenes: int,
-        task_rows: int,
+        seed: Seed,
+        scenes: Count,
+        task_rows: Count,
         on_bad_row: OnBadRow,
     ) -> None:
         self.name = name

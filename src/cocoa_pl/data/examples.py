@@ -6,6 +6,7 @@ from typing import overload
 
 import numpy as np
 
+from cocoa_pl.bounds import Share, Whole
 from cocoa_pl.data.pair_table import has_images, select, subset_codes
 from cocoa_pl.data.stream import PairStream
 from cocoa_pl.errors import UserError
@@ -60,7 +61,7 @@ class BridgeExamples:
         ValueError: for another source or shares that do not add up to one.
     """
 
-    def __init__(self, *, sources: Mapping[str, float]) -> None:
+    def __init__(self, *, sources: Mapping[str, Share]) -> None:
         if set(sources) != {"query", "self"} or abs(sum(sources.values()) - 1) > 1e-9:
             raise ValueError(
                 f"bridge sources must be shares of query and self, got {dict(sources)}"
@@ -80,7 +81,7 @@ class PairExamples:
         max_negatives: hard negatives of a row that are used, from the first on.
     """
 
-    def __init__(self, *, max_negatives: int) -> None:
+    def __init__(self, *, max_negatives: Whole) -> None:
         self.max_negatives = max_negatives
 
     def __call__(self, pair: Pair, seed: int) -> tuple[Sample, ...]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from cocoa_pl.bounds import ShareBelowOne
 from cocoa_pl.data.mmeb import EvalSubset
 from cocoa_pl.data.pair_table import select, subset_codes
 from cocoa_pl.errors import UserError
@@ -14,7 +15,7 @@ from cocoa_pl.items import IMAGE_SLOT, Item, Pair, numbered
 
 
 def hold_out(
-    pairs: Sequence[Pair], *, fraction: float, seed: int, source: str
+    pairs: Sequence[Pair], *, fraction: ShareBelowOne, seed: int, source: str
 ) -> tuple[Sequence[Pair], Sequence[Pair]]:
     """Training and validation pairs; rows with the same image, or else query, stay together.
 
@@ -22,10 +23,8 @@ def hold_out(
     choice depends on the seed and the rows themselves, not on their order.
 
     Raises:
-        UserError: a fraction outside [0, 1), or a subset with a single group.
+        UserError: a subset with a single group.
     """
-    if not 0 <= fraction < 1:
-        raise UserError(f"validation_fraction is {fraction}; it must be at least 0 and below 1")
     if fraction == 0:
         return pairs, []
     names, codes = subset_codes(pairs)

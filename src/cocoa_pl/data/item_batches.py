@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from cocoa_pl.batch import VISUAL_TOKEN_COST, Encoded, cut_by_cost
+from cocoa_pl.bounds import Count, Whole, check_value
 from cocoa_pl.data.images import image_size
 from cocoa_pl.data.lookahead import Lookahead
 from cocoa_pl.data.tokenize import Processor
@@ -64,6 +65,8 @@ def item_batches(
         UserError: what `item_at` or the processor says of the first bad item in the order of the
             batches, which depends on the items alone.
     """
+    check_value("batch_tokens", batch_tokens, Count)
+    check_value("threads", threads, Whole)
 
     def measure(numbers: range) -> list[Measure]:
         return [_measure(item_at, number, processor) for number in numbers]

@@ -17,11 +17,11 @@ from typing import Literal
 import numpy as np
 import torch
 
+from cocoa_pl.bounds import Count, NotNegative
 from cocoa_pl.errors import UserError
 from cocoa_pl.randomness import mix, uniform
 
 Composition = Literal["shuffled", "one_subset", "interleaved"]
-COMPOSITIONS = ("shuffled", "one_subset", "interleaved")
 
 CYCLE = 1024
 _OFFSET_STREAM, _ORDER_STREAM = 11, 12
@@ -42,28 +42,17 @@ class Mixing:
         weights: of subsets, 1 where none is given; 0 leaves one out; None for no weights.
 
     Raises:
-        UserError: for an unknown composition, a negative number, or sub-batches without or apart
-            from `interleaved`.
+        UserError: for sub-batches without or apart from `interleaved`.
     """
 
     composition: Composition
-    sub_batches: int | None
-    exponent: float
-    weights: Mapping[str, float] | None
+    sub_batches: Count | None
+    exponent: NotNegative
+    weights: Mapping[str, NotNegative] | None
 
     def __post_init__(self) -> None:
-        if self.composition not in COMPOSITIONS:
-            raise UserError(
-                f"mixing.composition is {self.composition}; choose {', '.join(COMPOSITIONS)}"
-            )
         if (self.composition == "interleaved") != (self.sub_batches is not None):
             raise UserError("mixing.sub_batches is for composition=interleaved, and needed there")
-        if self.sub_batches is not None and self.sub_batches < 1:
-            raise UserError(f"mixing.sub_batches is {self.sub_batches}; it must be positive")
-        if self.exponent < 0:
-            raise UserError(f"mixing.exponent is {self.exponent}; it must be at least 0")
-        if negative := [name for name, weight in (self.weights or {}).items() if weight < 0]:
-            raise UserError(f"mixing.weights: {negative[0]} has a negative weight")
 
     @property
     def by_rows(self) -> bool:

@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
+from cocoa_pl.bounds import Count, Seed, ShareBelowOne
 from cocoa_pl.data.holdout import as_subsets, hold_out
 from cocoa_pl.data.mmeb import EvalSubset, read_train
 from cocoa_pl.data.pair_table import PairTable
@@ -47,13 +48,13 @@ class MmebData:
         image_root: str,
         subsets: Sequence[str],
         split: str | Sequence[str],
-        max_rows: int | None,
-        caps: Mapping[str, int | None] | None,
+        max_rows: Count | None,
+        caps: Mapping[str, Count | None] | None,
         drop_orphan_slots: bool,
         caption_subsets: Sequence[str],
-        validation_fraction: float,
-        validation_rows: int,
-        validation_seed: int,
+        validation_fraction: ShareBelowOne,
+        validation_rows: Count,
+        validation_seed: Seed,
         on_bad_row: OnBadRow,
     ) -> None:
         for key, names in (("caption_subsets", caption_subsets), ("caps", caps or {})):
@@ -136,9 +137,9 @@ class PairsData:
         image_root: str,
         captions: bool,
         validation_path: str | None,
-        validation_fraction: float,
-        validation_rows: int,
-        validation_seed: int,
+        validation_fraction: ShareBelowOne,
+        validation_rows: Count,
+        validation_seed: Seed,
         on_bad_row: OnBadRow,
     ) -> None:
         if validation_path is not None and validation_fraction:

@@ -16,6 +16,7 @@ from typing import Any
 import datasets
 import numpy as np
 
+from cocoa_pl.bounds import Count, Whole
 from cocoa_pl.data.holdout import as_subsets, group_key
 from cocoa_pl.data.mmeb import EvalSubset
 from cocoa_pl.data.mmeb_rows import NEGATIVE_COLUMNS, TRAIN_COLUMNS, parse_row
@@ -150,19 +151,19 @@ class StreamData:
         split: str,
         subsets: Sequence[str],
         image_root: str,
-        rows: Mapping[str, int] | None,
-        window: int,
+        rows: Mapping[str, Count] | None,
+        window: Count,
         drop_orphan_slots: bool,
         caption_subsets: Sequence[str],
-        validation_rows: int,
+        validation_rows: Whole,
         on_bad_row: OnBadRow,
     ) -> None:
         check_on_bad_row(on_bad_row)
         for told, names in (("caption_subsets", caption_subsets), ("rows", rows or {})):
             if unknown := [name for name in names if name not in subsets]:
                 raise UserError(f"data.{told} names {unknown[0]}, not among data.subsets")
-        if not subsets or window < 1 or validation_rows < 0:
-            raise UserError("data needs subsets, a positive window and no negative validation_rows")
+        if not subsets:
+            raise UserError("data.subsets is empty; name at least one")
         if rows and len(rows) < len(subsets):
             raise UserError("data.rows must name every subset, or be null")
         self.files = StreamedFiles(path, files, split, Path(image_root), window, drop_orphan_slots)

@@ -46,7 +46,8 @@ class Processor:
             mask token.
 
     Raises:
-        UserError: if the model has no reserved row left for the mask token.
+        UserError: if the model has no reserved row left for the mask token, or no picture lies
+            within the bounds.
     """
 
     def __init__(
@@ -74,6 +75,11 @@ class Processor:
             raise UserError("the model's token embedding has no reserved row for the mask token")
         self.merge_size: int = image_processor.merge_size
         self.patch_size: int = image_processor.patch_size
+        least = max(min_pixels, (self.patch_size * self.merge_size) ** 2)  # one visual token
+        if max_pixels < least:
+            raise UserError(
+                f"max_pixels={max_pixels} is below {least}: min_pixels, or one visual token"
+            )
         self._reported_truncation = False
         self._known_texts: dict[str, tuple[int, ...]] = {}
         self._known_tokens = 0

@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from cocoa_pl.bounds import Count
 from cocoa_pl.embedder import Embedder
 from cocoa_pl.errors import UserError
 from cocoa_pl.evaluation.results import OF_MTEB
@@ -49,7 +50,7 @@ class MtebBenchmark:
         training_datasets: Sequence[str] | str | None,
         license: str | None,
         results: str | None,
-        batch_size: int,
+        batch_size: Count,
     ) -> None:
         if bool(tasks) == (suite is not None):
             raise UserError("give either benchmark.tasks=[NAME,...] or benchmark.suite=NAME")

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from cocoa_pl.bounds import Count, ShareAboveZero
 from cocoa_pl.errors import UserError, renamed
 from cocoa_pl.items import Item, Pair, numbered
 from cocoa_pl.mining.choice import choose
@@ -39,7 +40,12 @@ class Mined:
 
 
 def mine(
-    pairs: Sequence[Pair], encode: Encode, *, number: int, max_of_positive: float, keep: bool
+    pairs: Sequence[Pair],
+    encode: Encode,
+    *,
+    number: Count,
+    max_of_positive: ShareAboveZero,
+    keep: bool,
 ) -> Iterator[Mined]:
     """Subset by subset, in the order of first appearance.
 
@@ -48,14 +54,7 @@ def mine(
         number: negatives of a row, at most.
         max_of_positive: as in `choose`.
         keep: a row's own negatives stay, before the mined ones.
-
-    Raises:
-        UserError: for a number below 1, or a share that is not in (0, 1].
     """
-    if number < 1:
-        raise UserError(f"negatives is at least 1, not {number}")
-    if not 0 < max_of_positive <= 1:
-        raise UserError(f"max_of_positive is a share, above 0 and at most 1, not {max_of_positive}")
     rows: dict[str, list[Pair]] = {}
     for pair in pairs:
         rows.setdefault(pair.subset, []).append(pair)

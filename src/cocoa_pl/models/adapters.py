@@ -11,6 +11,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from cocoa_pl.bounds import Count, ShareBelowOne
 from cocoa_pl.errors import UserError
 from cocoa_pl.models.backbone import Backbone
 from cocoa_pl.models.dora import make_lean
@@ -51,9 +52,9 @@ class LowRank:
     def __init__(
         self,
         *,
-        rank: int,
-        alpha: int,
-        dropout: float,
+        rank: Count,
+        alpha: Count,
+        dropout: ShareBelowOne,
         init: str,
         use_dora: bool,
         target_modules: Sequence[str],

@@ -24,6 +24,7 @@ from transformers.utils.constants import (
     OPENAI_CLIP_STD,
 )
 
+from cocoa_pl.bounds import Count, Seed
 from cocoa_pl.errors import UserError
 
 # Makes the training texts: millions of them, which only a source without a tokenizer reads.
@@ -85,13 +86,13 @@ class TinySource:
         *,
         cache_dir: str,
         family: str,
-        seed: int,
-        vocabulary_size: int,
-        reserved_rows: int,
+        seed: Seed,
+        vocabulary_size: Count,
+        reserved_rows: Count,
         text: Mapping[str, Any],
         vision: Mapping[str, Any],
-        min_pixels: int,
-        max_pixels: int,
+        min_pixels: Count,
+        max_pixels: Count,
     ) -> None:
         if family not in TWINS:
             raise UserError(f"model.source.family: there is no {family}, only {', '.join(TWINS)}")

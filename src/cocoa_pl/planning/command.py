@@ -145,8 +145,6 @@ def _gpus(cfg: DictConfig) -> int:
         if not isinstance(devices, int):
             raise UserError(f"how many GPUs? trainer.devices is {devices}; write gpus=8")
         return devices * int(cfg.trainer.num_nodes)
-    if cfg.gpus < 1:
-        raise UserError("gpus must be positive")
     return int(cfg.gpus)
 
 
@@ -171,9 +169,6 @@ def _lora() -> Adapter:
 
 def _lengths(cfg: DictConfig, shape: ModelShape) -> Lengths:
     values, vision = cfg.lengths, shape.vision
-    for key in ("text", "images_per_query", "images_per_positive", "negatives"):
-        if values[key] < 0:
-            raise UserError(f"lengths.{key} must not be negative")
     grid = grid_of(cfg.model.max_pixels, token_side=vision.patch_size * vision.merge_size)
     if values.image_tokens is not None:
         grid = grid_of_tokens(values.image_tokens)
@@ -189,8 +184,6 @@ def _lengths(cfg: DictConfig, shape: ModelShape) -> Lengths:
 
 
 def _hardware(cfg: DictConfig, values: Any) -> Hardware:
-    if not 0 < cfg.mfu <= 1:
-        raise UserError(f"mfu={cfg.mfu} is a share of the peak: above 0, at most 1")
     return Hardware(
         name=values.name,
         memory_gib=values.memory_gib,

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import get_scheduler
 
 from cocoa_pl.attention import Policy
+from cocoa_pl.bounds import NotNegative, Positive, ShareBelowOne, Whole
 from cocoa_pl.data.tokenize import Processor
 from cocoa_pl.distributed import (
     all_objects,
@@ -43,15 +44,25 @@ class Optimization:
 
     Args:
         schedule: a name known to `transformers.get_scheduler`.
-        clip_norm: bound of the global gradient norm.
+        clip_norm: bound of the global gradient norm; 0 or None for none.
+
+    Raises:
+        UserError: if rate and decay together would turn the sign of weights.
     """
 
-    lr: float
-    weight_decay: float
-    betas: tuple[float, float]
+    lr: Positive
+    weight_decay: NotNegative
+    betas: tuple[ShareBelowOne, ShareBelowOne]
     schedule: str
-    warmup_steps: int
-    clip_norm: float
+    warmup_steps: Whole
+    clip_norm: NotNegative | None
+
+    def __post_init__(self) -> None:
+        if self.lr * self.weight_decay >= 1:
+            raise UserError(
+                f"lr={self.lr:g} times weight_decay={self.weight_decay:g} is not below 1: a step "
+                "would turn the sign of every weight"
+            )
 
 
 class StageModule(L.LightningModule, ABC, Generic[AnyChunk]):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cocoa_pl.attention.gather import on_device
+from cocoa_pl.bounds import Count, NotNegative, Positive
 from cocoa_pl.distributed import RowCounts, gather_offset, gather_rows, global_sum
 from cocoa_pl.errors import UserError
 from cocoa_pl.grad_cache import cached_backward
@@ -30,16 +31,29 @@ class Temperature(nn.Module):
 
     Args:
         temperature: where it starts.
-        learn: whether it trains.
+        learn: whether it trains; CLIP's bound holds then.
+
+    Raises:
+        UserError: for a start beyond the bound, from where it could never move.
     """
 
     def __init__(self, temperature: float, *, learn: bool) -> None:
         super().__init__()
+        if learn and temperature * MAX_SCALE < 1:
+            raise UserError(
+                f"temperature={temperature:g} is below {1 / MAX_SCALE:g}, the bound of a learnt "
+                "one; start higher, or set learn_temperature=false"
+            )
         start = torch.tensor([math.log(1 / temperature)])  # FSDP2 splits no scalars
         self.log_scale = nn.Parameter(start, requires_grad=learn)
 
     def forward(self) -> Tensor:
-        return self.log_scale[0].exp().clamp(max=MAX_SCALE)
+        log_scale = self.log_scale[0]
+        if self.log_scale.requires_grad:
+            # The bound stops the value and not the gradient, which could not lead back then.
+            bounded = log_scale.clamp(max=math.log(MAX_SCALE))
+            log_scale = log_scale + (bounded - log_scale).detach()
+        return log_scale.exp()
 
 
 @dataclass(frozen=True)
@@ -80,13 +94,13 @@ class ContrastiveModule(StageModule[Chunk]):
         self,
         backbone: Backbone,
         *,
-        temperature: float,
+        temperature: Positive,
         learn_temperature: bool,
         symmetric: bool,
         mask_false_negatives: bool,
-        matryoshka_dims: Sequence[int],
-        similarity_block: int,
-        keep_gib: float,
+        matryoshka_dims: Sequence[Count],
+        similarity_block: Count,
+        keep_gib: NotNegative,
         **shared: Any,
     ) -> None:
         super().__init__(backbone, **shared)
@@ -96,13 +110,9 @@ class ContrastiveModule(StageModule[Chunk]):
         self.mask_false_negatives = mask_false_negatives
         self.dims = (*matryoshka_dims, backbone.hidden_size)
         if max(self.dims) > backbone.hidden_size:
-            raise ValueError(
-                f"matryoshka dims {self.dims} exceed the embedding's {backbone.hidden_size}"
-            )
-        if similarity_block < 1 or keep_gib < 0:
             raise UserError(
-                f"stage.contrast.module: similarity_block ({similarity_block}) must be at least 1 "
-                f"and keep_gib ({keep_gib}) at least 0"
+                f"matryoshka_dims={list(matryoshka_dims)} exceed the embedding's "
+                f"{backbone.hidden_size} dimensions"
             )
         self.similarity_block = similarity_block
         self.keep_bytes = int(keep_gib * 2**30)

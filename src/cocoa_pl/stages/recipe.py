@@ -88,6 +88,8 @@ def run_stages(
         Interrupted: when somebody stopped the run.
     """
     settings.last.parent.mkdir(parents=True, exist_ok=True)
+    for stage in stages:  # what the last one's module refuses is not told after days of others
+        stage.make_module(backbone, processor, steps=1, seed=0)
     rows = [_rows_of(stage, source_of(data, stage.name)) for stage in stages]
     state = checkpoint.read(settings.last) if resume else None
     if state is not None:

@@ -5,12 +5,13 @@ module.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from cocoa_pl.attention.gather import on_device
+from cocoa_pl.bounds import NotNegative, Share, ShareAboveZero
 from cocoa_pl.corruption import Corruption, with_noise
 from cocoa_pl.distributed import global_sum
 from cocoa_pl.models.backbone import Backbone
@@ -40,10 +41,10 @@ class ReconstructionModule(StageModule[Puzzle]):
         self,
         backbone: Backbone,
         *,
-        text_ratio: float | None,
-        text_segment: str,
-        patch_ratio: float,
-        patch_weight: float,
+        text_ratio: ShareAboveZero | None,
+        text_segment: Literal["context", "target"],
+        patch_ratio: Share,
+        patch_weight: NotNegative,
         **shared: Any,
     ) -> None:
         super().__init__(backbone, **shared)

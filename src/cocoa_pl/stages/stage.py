@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from cocoa_pl.attention import Policy
+from cocoa_pl.bounds import Count, Positive
 from cocoa_pl.data.examples import MakeSamples
 from cocoa_pl.data.mixing import Mixing
 from cocoa_pl.data.tokenize import Processor
@@ -31,7 +32,7 @@ class Stage:
         policy: attention while it trains.
 
     Raises:
-        UserError: unless exactly one of steps and epochs is given, and all counts are positive.
+        UserError: unless exactly one of steps and epochs is given, or for a warm-up that is longer.
     """
 
     name: str
@@ -39,39 +40,43 @@ class Stage:
     make_samples: MakeSamples
     describing: bool
     mixing: Mixing
-    max_rows_per_subset: int | None
-    batch_size: int
-    validation_batch_size: int
-    steps: int | None
-    epochs: float | None
-    validate_every: int
+    max_rows_per_subset: Count | None
+    batch_size: Count
+    validation_batch_size: Count
+    steps: Count | None
+    epochs: Positive | None
+    validate_every: Count
     policy: Policy
     optimization: Optimization
-    token_budget: int
+    token_budget: Count
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.epochs is None):
             raise UserError(f"stage {self.name}: give either steps or epochs")
-        positive = ("batch_size", "validation_batch_size", "validate_every", "token_budget")
-        for field in (*positive, "steps" if self.epochs is None else "epochs"):
-            if getattr(self, field) <= 0:
-                raise UserError(f"stage {self.name}: {field} must be positive")
+        if self.steps is not None:
+            self.count_steps(None)
 
     def count_steps(self, num_rows: int | None) -> int:
         """Optimizer steps of the stage; `num_rows` is None for a stream.
 
         Raises:
-            UserError: for epochs of a stream.
+            UserError: for epochs of a stream, or a warm-up that is longer than the stage.
         """
-        if self.steps is not None:
-            return self.steps
-        assert self.epochs is not None
-        if num_rows is None:
+        steps = self.steps
+        if steps is None:
+            assert self.epochs is not None
+            if num_rows is None:
+                raise UserError(
+                    f"stage {self.name}: a stream has no length, so epochs cannot be counted; "
+                    f"give steps (schedule.{self.name}.steps=... schedule.{self.name}.epochs=null)"
+                )
+            steps = max(1, math.floor(self.epochs * (num_rows // self.batch_size)))
+        if self.optimization.warmup_steps > steps:
             raise UserError(
-                f"stage {self.name}: a stream has no length, so epochs cannot be counted; "
-                f"give steps (schedule.{self.name}.steps=... schedule.{self.name}.epochs=null)"
+                f"stage {self.name}: a warm-up of {self.optimization.warmup_steps} steps is longer "
+                f"than its {steps} steps; lower schedule.{self.name}.warmup_steps"
             )
-        return max(1, math.floor(self.epochs * (num_rows // self.batch_size)))
+        return steps
 
     def make_module(
         self, backbone: Backbone, processor: Processor, *, steps: int, seed: int
