@@ -20,7 +20,6 @@ from cocoa_pl.command_line import check_command_line
 from cocoa_pl.distributed import world_size
 from cocoa_pl.entry import (
     build,
-    check_run_folder,
     check_values,
     guarded,
     launched_processes,
@@ -29,6 +28,7 @@ from cocoa_pl.entry import (
 )
 from cocoa_pl.errors import UserError
 from cocoa_pl.evaluation.embedded import VectorSettings
+from cocoa_pl.folders import give_folder
 from cocoa_pl.for_mteb.benchmark import MtebBenchmark
 
 
@@ -38,7 +38,6 @@ def main(cfg: DictConfig) -> None:
     run_dir = Path(os.path.relpath(job.runtime.output_dir))
 
     def run() -> None:
-        check_run_folder(job.overrides.hydra, way="hydra.run.dir=runs/NAME")
         check_values(cfg)
         console = set_up_logging(run_dir)
         with launched_processes():
@@ -82,7 +81,9 @@ def _kept_as(cfg: DictConfig) -> str:
 def start() -> None:
     if not any(argument.startswith("ckpt=") for argument in sys.argv[1:]):
         raise UserError("say which model to score: python evaluate.py ckpt=RUN_OR_EXPORT")
-    check_command_line("evaluate")
+    config = check_command_line("evaluate")
+    if config is not None:
+        give_folder(config, way="hydra.run.dir=runs/NAME", scored=config.ckpt)
     main()
 
 

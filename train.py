@@ -19,13 +19,13 @@ from cocoa_pl.assemble import train
 from cocoa_pl.command_line import check_command_line
 from cocoa_pl.entry import (
     INTERRUPTED,
-    check_run_folder,
     end_with_launcher,
     guarded,
     register_resolvers,
     resumed_config,
     set_up_logging,
 )
+from cocoa_pl.folders import claimed, give_folder
 
 statuses: list[int] = []  # of the runs of a sweep, or of the one run
 
@@ -36,11 +36,12 @@ def main(cfg: DictConfig) -> None:
     run_dir = Path(os.path.relpath(job.runtime.output_dir))
 
     def run() -> None:
-        if job.mode == RunMode.RUN and not cfg.resume:
-            check_run_folder(job.overrides.hydra)
         console = set_up_logging(run_dir)
-        resumed = resumed_config(cfg, job.overrides.task) if cfg.resume else cfg
-        train(resumed, run_dir, console)
+        if cfg.resume:
+            train(resumed_config(cfg, job.overrides.task), run_dir, console)
+            return
+        with claimed(cfg, run_dir, job):
+            train(cfg, run_dir, console)
 
     statuses.append(guarded(run))
     if job.mode == RunMode.MULTIRUN and statuses[-1] == INTERRUPTED:
@@ -49,7 +50,9 @@ def main(cfg: DictConfig) -> None:
 
 def start() -> None:
     end_with_launcher()
-    check_command_line("train")
+    config = check_command_line("train")
+    if config is not None:
+        give_folder(config, way="hydra.run.dir=runs/NAME (or resume=RUN)")
     main()
 
 

@@ -24,15 +24,14 @@ from cocoa_pl.assemble import build_stages, scoring_device
 from cocoa_pl.command_line import CONFIGS, check_command_line
 from cocoa_pl.entry import (
     build,
-    check_run_folder,
     check_values,
     declared,
     guarded,
     register_resolvers,
     resumed_config,
-    save_config,
 )
 from cocoa_pl.errors import UserError
+from cocoa_pl.folders import save_config
 from cocoa_pl.stages.recipe import Interrupted
 
 ROOT = CONFIGS.parent
@@ -197,6 +196,7 @@ def test_small_objects_can_be_built(name: str) -> None:
         (["stage.order=contrast"], r"stage\.order is a list; write stage\.order=\[contrast\]"),
         (["-m", "seed=0,1", "sede=2"], r"unknown key sede"),
         (["-m", "model=tiny,tinny"], r"model=tinny does not exist"),
+        (["++experiment=ablatoin"], r"experiment=ablatoin does not exist \(did you mean ablation"),
         (["contrast"], r"Error parsing override 'contrast'; write key=value"),
         (["=3"], r"."),
     ],
@@ -210,8 +210,47 @@ def test_a_slip_of_the_hand_is_told_with_the_nearest_name(
 
 
 @pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config-dir", "OWN", "experiment=typo"], r"experiment=typo does not exist; there are"),
+        (["--config-dir", "OWN", "experiment=mien"], r"does not exist \(did you mean mine\?\)"),
+        (["--config-dir", "OWN", "experiment=mine", "sede=1"], r"unknown key sede \(did you"),
+        (["hydra.searchpath=[OWN]", "experiment=mien"], r"\(did you mean mine\?\)"),
+        (["--config-dir", "OWN", "experiment=forgetful"], r"arm=recipeee does not exist \(did you"),
+        (["--config-dir", "OWN/.."], r"train\.yaml is never read: .*conf.train\.yaml comes first"),
+        (["--config-dir", "nowhere"], "--config-dir: there is no folder nowhere"),
+        (["--config-path", "OWN"], "Cannot find primary config 'train'"),
+        (["--config-name", "evaluate", "sede=1"], r"unknown key sede \(did you mean seed\?\)"),
+        (["-m", "experiment=[ablation,typo]", "arm=base"], "experiment=typo does not exist"),
+        (["--experimental-rerun", "x.pickle"], "would write into the folder of the run"),
+    ],
+)
+def test_checks_hold_with_configs_of_the_users_own(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = tmp_path / "own"
+    (own / "experiment").mkdir(parents=True)
+    (tmp_path / "train.yaml").write_text("seed: 1\n")
+    header = "# @package _global_\n"
+    (own / "experiment" / "mine.yaml").write_text(header + "seed: 3\n")
+    (own / "experiment" / "forgetful.yaml").write_text(
+        header + "defaults: [override /arm: recipeee]\n"
+    )
+    words = [word.replace("OWN", str(own)) for word in arguments]
+    monkeypatch.setattr(sys, "argv", ["train.py", *words])
+    with pytest.raises(UserError, match=message):
+        check_command_line("train")
+
+
+@pytest.mark.parametrize(
     "arguments",
     [
+        [
+            "--config-dir",
+            str(ROOT / "docs" / "examples" / "conf"),
+            "data=colours",
+            "benchmark=digits",
+        ],
         [],
         ["-m", "seed=0,1", "attention@stage.contrast.policy=causal,bidirectional"],
         ["-m", "seed=range(0,3)"],
@@ -388,42 +427,6 @@ def test_a_lost_process_is_said_in_one_sentence(
     told = capsys.readouterr().err
     assert told.startswith("error: another process of this job was killed")
     assert told.count("\n") == 1
-
-
-TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "8"}
-SLURM = {"SLURM_NTASKS": "16", "SLURM_JOB_NAME": "cocoa"}
-
-
-@pytest.mark.parametrize(
-    ("environment", "overrides", "refused"),
-    [
-        ({}, [], False),
-        ({"WORLD_SIZE": "2", "LOCAL_RANK": "1"}, [], False),  # Lightning tells its processes
-        (TORCHRUN, [], True),
-        (TORCHRUN, ["hydra.job.chdir=false"], True),
-        (TORCHRUN, ["hydra.run.dir=runs/first"], False),
-        (TORCHRUN | {"WORLD_SIZE": "1"}, [], False),
-        (SLURM, [], True),
-        (SLURM, ["hydra.run.dir=runs/first"], False),
-        (SLURM | {"SLURM_NTASKS": "1"}, [], False),
-        (SLURM | {"SLURM_JOB_NAME": "interactive"}, [], False),
-    ],
-)
-def test_processes_started_from_outside_must_be_told_the_run_folder(
-    environment: dict[str, str],
-    overrides: list[str],
-    refused: bool,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    for name in {*TORCHRUN, *SLURM, "LOCAL_RANK"}:
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    if refused:
-        with pytest.raises(UserError, match=r"must share one run folder; give it as hydra\.run"):
-            check_run_folder(overrides)
-    else:
-        check_run_folder(overrides)
 
 
 def test_a_resumed_run_keeps_its_config(tmp_path: Path) -> None:

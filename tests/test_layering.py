@@ -33,11 +33,11 @@ LAYERS = (
         *("stages", "evaluation", "checkpoint", "embedder", "export", "exported", "fingerprint"),
         *("callbacks", "loggers", "doctor", "search", "extras", "for_mteb", "mining"),
     },
-    {"cli", "commands", "planning", "sweep", "entry", "assemble", "command_line"},
+    {"cli", "commands", "planning", "sweep", "entry", "folders", "assemble", "command_line"},
 )
 # Within a layer, or against its direction, these would be allowed by the table alone.
 FORBIDDEN = {("data", "models"), ("evaluation", "models")}
-KNOWS_HYDRA = {"commands", "planning", "sweep", "entry", "assemble", "command_line"}
+KNOWS_HYDRA = {"commands", "planning", "sweep", "entry", "folders", "assemble", "command_line"}
 PUBLIC = {"embedder", "data"}  # what the package itself offers
 
 

@@ -18,7 +18,7 @@ from cocoa_pl.data.sources import HeldOutBenchmark
 from cocoa_pl.data.tokenize import Processor
 from cocoa_pl.distributed import rank
 from cocoa_pl.embedder import Embedder, chosen_device
-from cocoa_pl.entry import build, check_values, load_config, save_config
+from cocoa_pl.entry import build, check_values, load_config
 from cocoa_pl.errors import UserError
 from cocoa_pl.evaluation.benchmark import check_subsets, score_subsets
 from cocoa_pl.evaluation.embedded import IN_MEMORY, VectorSettings, embedded
@@ -45,8 +45,6 @@ _ADAPTER_STREAM = 5
 def train(cfg: DictConfig, run_dir: Path, console: Console) -> None:
     """Run the stages of a config, export the model and score it."""
     check_values(cfg)
-    if cfg.resume is None:  # what a resumed run changes holds for this time
-        save_config(cfg, run_dir)
     untouched(run_dir / "model")  # what a resumed run may not write again is told before hours
     stages = build_stages(cfg)
     data = build(cfg.data)

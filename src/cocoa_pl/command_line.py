@@ -8,16 +8,22 @@ from __future__ import annotations
 import difflib
 import re
 import sys
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
+from hydra import compose, initialize_config_dir, initialize_config_module
 from hydra._internal.utils import get_args_parser
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
@@ -28,16 +34,89 @@ from cocoa_pl.errors import UserError, first_line
 CONFIGS = (Path(__file__).parent / "conf").resolve()
 
 
-def check_command_line(config_name: str) -> None:
-    """Compose once before Hydra does, to turn its refusals into one sentence with the nearest name.
+def check_command_line(config_name: str) -> DictConfig | None:
+    """Compose once before Hydra does, to turn its refusals into one sentence with the nearest name:
+    also where configs of the user's own are added (`--config-dir`) or take the place of ours.
+
+    Returns:
+        The config, as of `check_overrides`; None where Hydra only shows something.
 
     Raises:
         UserError: for an unknown key, group or option, or a value of the wrong kind.
     """
-    arguments = get_args_parser().parse_args(sys.argv[1:])
-    if arguments.config_name or arguments.config_path or arguments.config_dir:
-        return  # the configs are not ours
-    check_overrides(config_name, arguments.overrides)
+    given = get_args_parser().parse_args(sys.argv[1:])
+    if given.experimental_rerun:
+        raise UserError(
+            "--experimental-rerun would write into the folder of the run that it repeats; give "
+            "what is in its .hydra/overrides.yaml to a new run, or go on with it by resume=RUN"
+        )
+    places = Places.given(given.config_path, given.config_dir)
+    config = check_overrides(given.config_name or config_name, given.overrides, places)
+    config.hydra.mode = RunMode.MULTIRUN if given.multirun else config.hydra.mode
+    shown = (given.cfg, given.info, given.help, given.hydra_help, given.shell_completion)
+    return None if any(shown) else config
+
+
+def add_override(word: str) -> None:
+    """One more for Hydra, behind all options, where processes that Lightning starts get theirs."""
+    overrides = get_args_parser().parse_args(sys.argv[1:]).overrides
+    options = list(sys.argv[1:])
+    for override in overrides:
+        options.remove(override)
+    sys.argv[1:] = [*options, *overrides, word]
+
+
+@dataclass(frozen=True)
+class Places:
+    """Folders where configs are looked for, as Hydra does.
+
+    Args:
+        main: a folder, or `pkg://` and a package.
+        added: folders behind it.
+    """
+
+    main: str = str(CONFIGS)
+    added: tuple[str, ...] = ()
+
+    @staticmethod
+    def given(main: str | None, added: str | None) -> Places:
+        """As of `--config-path`, which is relative to the script, and `--config-dir`.
+
+        Raises:
+            UserError: for a folder that is not there, or a file of an added one that stands behind
+                one of ours, which Hydra reads in its place without a word.
+        """
+        if main is not None and not main.startswith("pkg://"):
+            main = str(Path(sys.argv[0]).resolve().parent / main)
+        for option, folder in (("--config-path", main), ("--config-dir", added)):
+            if folder is not None and not folder.startswith("pkg://") and not Path(folder).is_dir():
+                raise UserError(f"{option}: there is no folder {folder}")
+        if added is None:
+            return Places() if main is None else Places(main)
+        places = Places(main or str(CONFIGS), (str(Path(added).resolve()),))
+        for file in sorted(Path(added).rglob("*.yaml")):
+            ours = Path(places.main) / file.relative_to(added)
+            if ours.is_file() and ours.read_bytes() != file.read_bytes():
+                raise UserError(f"{file} is never read: {ours} comes first; name it otherwise")
+        return places
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Within this, Hydra composes from here."""
+        package = self.main.removeprefix("pkg://")
+        with (
+            initialize_config_dir(self.main, version_base="1.3")
+            if package == self.main
+            else initialize_config_module(package.replace("/", "."), version_base="1.3")
+        ):
+            yield
+
+    def search(self, overrides: Sequence[Override]) -> list[str]:
+        """Nothing, or one override that adds these folders to those that overrides name."""
+        named: list[Any] = [o.value() for o in overrides if o.key_or_group == "hydra.searchpath"]
+        folders = [*(named[-1] if named else ()), *self.added]
+        quoted = ",".join("'" + folder.replace("'", r"\'") + "'" for folder in folders)
+        return [f"hydra.searchpath=[{quoted}]"] if folders else []
 
 
 def compose_overrides(config_name: str, overrides: Sequence[str]) -> DictConfig:
@@ -55,7 +134,9 @@ def compose_overrides(config_name: str, overrides: Sequence[str]) -> DictConfig:
     return config
 
 
-def check_overrides(config_name: str, overrides: Sequence[str]) -> DictConfig:
+def check_overrides(
+    config_name: str, overrides: Sequence[str], places: Places = Places()
+) -> DictConfig:
     """Compose these overrides once, to say in one sentence what is wrong with them.
 
     Returns:
@@ -64,25 +145,35 @@ def check_overrides(config_name: str, overrides: Sequence[str]) -> DictConfig:
     Raises:
         UserError: for an unknown key, group or option, or a value of the wrong kind.
     """
+    parser = OverridesParser.create()
     try:
-        parsed = OverridesParser.create().parse_overrides(list(overrides))
+        parsed = parser.parse_overrides(list(overrides))
     except HydraException as error:
         raise UserError(f"{first_line(error)}; write key=value") from error
     values = [_values(o, text) for o, text in zip(parsed, overrides, strict=True)]
-    for text in chain.from_iterable(values):
-        _check_option(text)
-    single = [texts[0] for texts in values]
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        groups = [o for o in single if (CONFIGS / o.lstrip("+").partition("=")[0]).is_dir()]
-        chosen = _compose_groups(config_name, tuple(groups))
+    with places.opened():
+        search = places.search(parsed)
+        options = partial(_options, places, config_name, tuple(search))
+        for override in parser.parse_overrides(list(chain.from_iterable(values))):
+            _check_option(override, options)
+        single = [texts[0] for texts in values]
+        first = parser.parse_overrides(single)
+        groups = [o.input_line for o in first if options(o.key_or_group)]
         try:
-            config = compose(config_name, overrides=single, return_hydra_config=True)
+            chosen = _compose_groups(places, config_name, (*groups, *search), tuple(search))
+        except (HydraException, OmegaConfBaseException) as error:
+            raise UserError(first_line(error)) from error
+        try:
+            config = compose(config_name, overrides=[*single, *search], return_hydra_config=True)
         except (HydraException, OmegaConfBaseException, ValueError) as error:
             raise UserError(_explain(error, _keys(chosen))) from error
-    for override, text in zip(
-        OverridesParser.create().parse_overrides(single), single, strict=True
-    ):
-        _check_kind(chosen, override, text)
+        choices = dict(config.hydra.runtime.choices)
+        for group, name in choices.items():  # those that configs choose too
+            if isinstance(name, str) and "/" not in group + name and "@" not in group:
+                _check_name(group, name, options(group))
+        for override in first:
+            if not options(override.key_or_group):
+                _check_kind(chosen, override, choices)
     check_values(config)
     return config
 
@@ -94,33 +185,51 @@ def _values(override: Any, text: str) -> list[str]:
     return [f"{override.get_key_element()}={v}" for v in override.sweep_string_iterator()]
 
 
-def _check_option(text: str) -> None:
+@lru_cache(maxsize=512)
+def _options(
+    places: Places, config_name: str, search: tuple[str, ...], group: str
+) -> tuple[str, ...]:
+    """Of a group of configs, in whichever folder; none of what is no group."""
+    if "." in group:
+        return ()
+    loader = GlobalHydra.instance().config_loader()
+    found = loader.get_group_options(group, ObjectType.CONFIG, config_name, list(search))
+    return tuple(sorted(found))
+
+
+def _check_option(override: Override, options: Callable[[str], Sequence[str]]) -> None:
     """Hydra says nothing when an optional group's option does not exist."""
-    key, _, name = text.lstrip("+").partition("=")
-    folder = CONFIGS / key.partition("@")[0]
-    if not key or not folder.is_dir() or name in ("", "null"):
+    group, names = override.key_or_group, override.value()
+    if override.is_delete() or not options(group):
         return
-    options = sorted(path.stem for path in folder.glob("*.yaml"))
+    for name in names if isinstance(names, list) else [names]:
+        if isinstance(name, str) and "/" not in name and "$" not in name:
+            _check_name(override.get_key_element().lstrip("+"), name, options(group))
+
+
+def _check_name(group: str, name: str, options: Sequence[str]) -> None:
     if name not in options:
         raise UserError(
-            f"{key}={name} does not exist{_nearest(name, options)}; there are {', '.join(options)}"
+            f"{group}={name} does not exist{_nearest(name, options)}; there are "
+            f"{', '.join(options)}"
         )
 
 
 @lru_cache(maxsize=8)  # composing takes a third of a second
-def _compose_groups(config_name: str, groups: tuple[str, ...]) -> DictConfig:
+def _compose_groups(
+    places: Places, config_name: str, groups: tuple[str, ...], least: tuple[str, ...]
+) -> DictConfig:
     """The config with the groups that the command line chooses, before it sets single values."""
     try:
         return compose(config_name, overrides=list(groups))
     except (HydraException, OmegaConfBaseException, ValueError):
-        return compose(config_name)
+        return compose(config_name, overrides=list(least))
 
 
-def _check_kind(cfg: DictConfig, override: Any, text: str) -> None:
+def _check_kind(cfg: DictConfig, override: Override, choices: Iterable[str]) -> None:
     """A number stays a number, a list a list, and a group of values is not one value."""
-    key: str = override.key_or_group
-    value: Any = override.value()
-    if override.is_add() or override.is_delete() or "=" not in text or (CONFIGS / key).is_dir():
+    key, value, text = override.key_or_group, override.value(), override.input_line
+    if override.is_add() or override.is_delete():
         return
     try:
         default = OmegaConf.select(cfg, key)
@@ -129,8 +238,8 @@ def _check_kind(cfg: DictConfig, override: Any, text: str) -> None:
     if isinstance(value, str) and value.startswith("${"):
         return
     if isinstance(default, DictConfig) and not isinstance(value, dict):
-        options = [group.parent.name for group in CONFIGS.glob(f"*/{value}.yaml")]
-        hint = f"{options[0]}@{key}={value}" if options else f"{key}.{next(iter(default))!s}=..."
+        placed = next((group for group in choices if group.endswith(f"@{key}")), None)
+        hint = f"{placed}={value}" if placed else f"{key}.{next(iter(default))!s}=..."
         raise UserError(f"{key} holds several values; did you mean {hint}?")
     if isinstance(default, ListConfig) and not isinstance(value, list):
         raise UserError(f"{key} is a list; write {key}=[{value}]")

@@ -22,8 +22,9 @@ from typing import Any, Literal, get_type_hints
 import torch
 import torch.distributed as dist
 import yaml
+from hydra._internal.utils import _locate
 from hydra.errors import InstantiationException
-from hydra.utils import get_object, instantiate
+from hydra.utils import instantiate
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.utilities import rank_zero_only
@@ -142,30 +143,6 @@ def launched_processes() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def check_run_folder(
-    overrides: Sequence[str], *, way: str = "hydra.run.dir=runs/NAME (or resume=RUN)"
-) -> None:
-    """All processes of a job must agree on the run folder, which by default holds the time.
-
-    Args:
-        overrides: of Hydra's own keys on the command line.
-        way: how to name a folder.
-
-    Raises:
-        UserError: if torchrun or SLURM started several processes and no folder was named.
-    """
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    if SLURMEnvironment.detect():
-        several = int(os.environ["SLURM_NTASKS"]) > 1
-    elif not TorchElasticEnvironment.detect():
-        return  # the processes that Lightning starts are told
-    if several and not any(o.startswith("hydra.run.dir=") for o in overrides):
-        raise UserError(
-            f"several processes were started from outside and must share one run folder; "
-            f"give it as {way}"
-        )
-
-
 def end_with_launcher() -> None:
     """A process that Lightning started on this machine ends when the one that started it is killed.
 
@@ -236,11 +213,6 @@ def resumed_config(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
     return resumed
 
 
-def save_config(cfg: DictConfig, run_dir: Path) -> None:
-    """The resolved config, from which the run can be repeated and resumed."""
-    OmegaConf.save(cfg, run_dir / "config.yaml", resolve=True)
-
-
 def load_config(path: Path) -> DictConfig:
     """What `save_config` wrote.
 
@@ -287,7 +259,7 @@ def declared(plain: Any, where: str = "") -> dict[str, Any]:
     """Keys of a plain config, below one of them, and the annotations of what they are for."""
     found = {} if where else dict(VALUES)
     for key, target in _targets(_raw(plain, where) if where else plain, where):
-        found |= {f"{key}.{name}": kind for name, kind in _parameters(target, key).items()}
+        found |= {f"{key}.{name}": kind for name, kind in _parameters(target).items()}
     return found
 
 
@@ -303,16 +275,16 @@ def _targets(plain: Any, where: str) -> Iterator[tuple[str, str]]:
 
 
 @lru_cache
-def _parameters(target: str, key: str) -> dict[str, Any]:
-    """Annotations of a callable's parameters."""
+def _parameters(target: str) -> dict[str, Any]:
+    """Annotations of a callable's parameters; none if it is not there, which `build` will tell, or
+    if they name what is imported for type checkers alone.
+    """
     try:
-        made: Any = get_object(target)
+        made: Any = _locate(target)
         if isinstance(made, type):
             made = made.__init__  # type: ignore[misc]
         return get_type_hints(made, include_extras=True)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"{key}._target_={target} cannot be found: {first_line(error)}") from error
-    except NameError:  # of types that are imported for type checkers alone
+    except (ImportError, AttributeError, ValueError, NameError):
         return {}
 
 
@@ -343,6 +315,9 @@ def build(node: Any, **extra: Any) -> Any:
     except InstantiationException as error:
         if isinstance(error.__cause__, ValueError):  # UserError is one
             raise UserError(str(error.__cause__)) from error
+        if str(error).startswith("Error locating target"):
+            told = first_line(error).partition(",")[0]
+            raise UserError(f"{told}; it must be importable (PYTHONPATH)") from error
         raise
     except MissingMandatoryValue as error:
         raise UserError(

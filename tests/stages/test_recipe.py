@@ -259,11 +259,15 @@ def test_a_stopped_run_says_where_and_leaves_a_whole_checkpoint(
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_nothing_to_resume_is_said_before_training(
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(
     tmp_path: Path, make_stages: MakeStages, train: Train, fresh: Fresh
 ) -> None:
+    stages = make_stages("stage.order=[contrast]", steps=1)
+    assert [entry["steps"] for entry in train(tmp_path, stages, fresh(), resume=True)] == [1]
+    (tmp_path / "checkpoints" / "last.ckpt").unlink()
+    (tmp_path / "model").mkdir()
     with pytest.raises(UserError, match=r"there is no checkpoint .*last\.ckpt"):
-        train(tmp_path, make_stages(), fresh(), resume=True)
+        train(tmp_path, stages, fresh(), resume=True)  # it is finished
 
 
 @pytest.mark.parametrize("name", NAMES)

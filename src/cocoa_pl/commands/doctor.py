@@ -24,6 +24,7 @@ from cocoa_pl.doctor.reading import Pieces, Reading, read
 from cocoa_pl.doctor.report import show, write_json
 from cocoa_pl.entry import build, register_resolvers
 from cocoa_pl.errors import UserError
+from cocoa_pl.folders import new_folder
 from cocoa_pl.for_mteb.benchmark import MtebBenchmark
 from cocoa_pl.models.adapter_folders import base_path, is_adapter
 from cocoa_pl.models.loading import find_folder, load_inputs
@@ -65,9 +66,12 @@ def run(overrides: Sequence[str], console: Console) -> int:
     if isinstance(benchmark, MtebBenchmark):
         not_checked.append("rows of the benchmark: mteb alone reads those of its tasks")
     show(console, examination, not_checked=not_checked)
+    if not any(override.startswith("out=") for override in overrides):
+        out = new_folder(out)
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "doctor.json", examination, not_checked=not_checked)
     written = [out / "doctor.json"]
+    (out / "lengths.png").unlink(missing_ok=True)  # of a check before
     if examination.lengths:
         draw_lengths(out / "lengths.png", examination.lengths, examination.visual)
         written.append(out / "lengths.png")

@@ -32,8 +32,9 @@ def run(arguments: Sequence[str], console: Console) -> int:
     register_resolvers()
     cfg = compose_overrides("mine", parsed.overrides)
     out = Path(cfg.out)
+    taken = UserError(f"out={out} exists and is not empty; name another folder")
     if out.is_file() or (out.exists() and any(out.iterdir())):
-        raise UserError(f"out={out} exists and is not empty; name another folder")
+        raise taken
     pairs = build(cfg.data).train_pairs()
     if isinstance(pairs, PairStream):
         raise UserError("a stream cannot be mined: all rows are candidates of each other")
@@ -48,6 +49,10 @@ def run(arguments: Sequence[str], console: Console) -> int:
         )
 
     root = image_root(pairs, folder=out)
+    try:
+        (out / "images").mkdir(parents=True)  # of two that mine at once, one comes first
+    except FileExistsError:
+        raise taken from None
     done = []
     for mined in mine(
         pairs,

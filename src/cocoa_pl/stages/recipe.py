@@ -79,7 +79,8 @@ def run_stages(
     """Train the stages one after the other; each starts from the backbone that the one before left.
 
     Args:
-        resume: go on from the run's `last.ckpt`.
+        resume: go on from the run's `last.ckpt`; one that was killed before its first checkpoint
+            begins anew.
 
     Returns:
         One lineage entry for each stage.
@@ -91,8 +92,11 @@ def run_stages(
     for stage in stages:  # what the last one's module refuses is not told after days of others
         stage.make_module(backbone, processor, steps=1, seed=0)
     rows = [_rows_of(stage, source_of(data, stage.name)) for stage in stages]
-    state = checkpoint.read(settings.last) if resume else None
-    if state is not None:
+    state = None
+    if resume and not (settings.last.exists() or (settings.run_dir / "model").exists()):
+        log.info("%s has no checkpoint yet: the run begins anew", settings.run_dir)
+    elif resume:
+        state = checkpoint.read(settings.last)
         checkpoint.check_base(state, backbone, where=str(settings.last))
     base = checkpoint.base_of(backbone)
     lineage: list[dict[str, Any]] = []
