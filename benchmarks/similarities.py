@@ -72,7 +72,7 @@ class Similarities(Task):
         own = self._own(rank)
         queries = self.queries[own].clone().requires_grad_()
         positives = self.positives.clone().requires_grad_()
-        losses, _ = info_nce_by_blocks(
+        losses, *_ = info_nce_by_blocks(
             queries,
             positives,
             torch.arange(own.start, own.stop, device=self.device),

@@ -255,7 +255,7 @@ def whole(task: Task, *, masked: bool) -> tuple[Tensor, Tensor]:
     return losses, seen.argmax(1) == task.positive
 
 
-def by_blocks(task: Task, *, masked: bool, block: int) -> tuple[Tensor, Tensor]:
+def by_blocks(task: Task, *, masked: bool, block: int) -> tuple[Tensor, Tensor, Tensor]:
     return info_nce_by_blocks(
         task.queries,
         task.candidates,
@@ -278,13 +278,39 @@ def test_tiles_equal_the_whole_table_forward_and_backward(
     n: int, m: int, block: int, masked: bool
 ) -> None:
     task = make_task(n, m)
-    losses, hits = by_blocks(task, masked=masked, block=block)
+    losses, hits, compared = by_blocks(task, masked=masked, block=block)
     expected, expected_hits = whole(task, masked=masked)
     torch.testing.assert_close(losses, expected, rtol=0, atol=1e-12)
     assert torch.equal(hits, expected_hits)
+    assert compared.all()
     torch.testing.assert_close(
         gradients(task, losses), gradients(task, expected), rtol=0, atol=1e-12
     )
+
+
+@pytest.mark.parametrize("block", [1, 2, 4, 50])
+def test_a_query_without_a_negative_is_no_hit_and_not_compared(block: int) -> None:
+    """Query 0: all others are its own answer or of its own words. Query 1: one is not."""
+    queries, candidates = torch.eye(2, 3), torch.eye(4, 3)
+    losses, hits, compared = info_nce_by_blocks(
+        queries,
+        candidates,
+        torch.tensor([0, 1]),
+        torch.tensor(50.0),
+        keys=ContentKeys(
+            queries=torch.tensor([7, 8]),
+            candidates=torch.tensor([1, 2, 1, 3]),
+            partners=torch.tensor([7, 7, -1, 7]),
+        ),
+        block=block,
+    )
+    assert losses[0] == 0
+    assert compared.tolist() == [False, True]
+    assert hits.tolist() == [False, True]
+    alone = info_nce_by_blocks(
+        queries[:1], candidates[:1], torch.tensor([0]), torch.tensor(1.0), keys=None, block=block
+    )
+    assert [part.tolist() for part in alone] == [[0], [False], [False]]
 
 
 def test_masking_changes_losses_and_hits() -> None:
@@ -300,7 +326,7 @@ def test_of_equally_near_candidates_the_first_one_counts(block: int) -> None:
     """Also where they lie in different tiles."""
     queries = torch.eye(4, dtype=torch.float64)[torch.tensor([0, 0, 1, 1])]
     candidates = torch.eye(4, dtype=torch.float64)[torch.tensor([2, 0, 1, 0, 3, 1, 0])]
-    _, hits = info_nce_by_blocks(
+    _, hits, _ = info_nce_by_blocks(
         queries,
         candidates,
         torch.tensor([1, 3, 2, 5]),
@@ -319,7 +345,7 @@ def test_what_is_not_a_number_spreads_as_in_the_whole_table(broken: str, masked:
         task.queries.data[5, 2] = torch.nan
     if broken != "query":
         task.candidates.data[17, 1] = torch.nan
-    losses, hits = by_blocks(task, masked=masked, block=4)
+    losses, hits, _ = by_blocks(task, masked=masked, block=4)
     expected, expected_hits = whole(task, masked=masked)
     assert losses.isnan().any()
     torch.testing.assert_close(losses, expected, equal_nan=True)
@@ -329,9 +355,9 @@ def test_what_is_not_a_number_spreads_as_in_the_whole_table(broken: str, masked:
 
 def test_tiles_compute_in_float32_also_under_autocast() -> None:
     task = make_task(6, 8, dtype=torch.bfloat16)
-    plain, _ = by_blocks(task, masked=True, block=2)
+    plain, *_ = by_blocks(task, masked=True, block=2)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        losses, _ = by_blocks(task, masked=True, block=2)
+        losses, *_ = by_blocks(task, masked=True, block=2)
         found = gradients(task, losses)
     assert losses.dtype == torch.float32
     assert torch.equal(losses, plain)
@@ -355,7 +381,7 @@ def test_gradients_of_half_precision_are_rounded_once() -> None:
 def test_a_temperature_that_does_not_train_needs_no_gradient() -> None:
     task = make_task(13, 31)
     frozen = replace(task, scale=task.scale.detach())
-    losses, _ = by_blocks(frozen, masked=True, block=4)
+    losses, *_ = by_blocks(frozen, masked=True, block=4)
     found = torch.autograd.grad(losses.sum(), (frozen.queries, frozen.candidates))
     whole_losses = whole(task, masked=True)[0]
     expected = torch.autograd.grad(whole_losses.sum(), (task.queries, task.candidates))
@@ -364,7 +390,7 @@ def test_a_temperature_that_does_not_train_needs_no_gradient() -> None:
 
 def test_a_second_derivative_is_refused() -> None:
     task = make_task(13, 31)
-    losses, _ = by_blocks(task, masked=False, block=4)
+    losses, *_ = by_blocks(task, masked=False, block=4)
     with pytest.raises(RuntimeError, match="no second derivative"):
         torch.autograd.grad(losses.sum(), task.queries, create_graph=True)
 
@@ -372,7 +398,7 @@ def test_a_second_derivative_is_refused() -> None:
 def test_a_rank_without_queries_has_no_losses_and_a_gradient_of_zero() -> None:
     task = make_task(3, 9)
     none = replace(task, queries=task.queries[:0], positive=task.positive[:0])
-    losses, hits = by_blocks(replace(none, keys=cut(task.keys)), masked=True, block=4)
+    losses, hits, _ = by_blocks(replace(none, keys=cut(task.keys)), masked=True, block=4)
     assert losses.shape == hits.shape == (0,)
     (found,) = torch.autograd.grad(losses.sum(), task.candidates)
     assert not found.any()

@@ -84,7 +84,7 @@ def info_nce_by_blocks(
     *,
     keys: ContentKeys | None,
     block: int,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """`info_nce`, a tile of similarities at a time.
 
     Beside the embeddings and a few numbers a row, the working memory is that of some tiles of
@@ -97,8 +97,9 @@ def info_nce_by_blocks(
         block: the side of a tile: queries and candidates whose similarities are in memory together.
 
     Returns:
-        Losses (N) in float32 (float64 for float64), and whether the positive is nearest of all that
-        are no false negatives (N) bool.
+        Losses (N) in float32 (float64 for float64), whether the positive is nearest of all that are
+        no false negatives (N) bool, and whether there is any other (N) bool: a query without a
+        negative has a loss of 0 and is no hit.
     """
     if max(len(queries), len(candidates)) > block:
         wanted = None
@@ -106,7 +107,7 @@ def info_nce_by_blocks(
             targets = keys.candidates[positive_index]
             wanted = TileKeys(keys.queries, targets, keys.partners, keys.candidates)
         tiles = Tiles(queries, candidates, positive_index, wanted, block)
-        found: tuple[Tensor, Tensor] = TiledInfoNCE.apply(queries, candidates, scale, tiles)
+        found: tuple[Tensor, Tensor, Tensor] = TiledInfoNCE.apply(queries, candidates, scale, tiles)
         return found
     masked = None
     if keys is not None:
@@ -117,7 +118,8 @@ def info_nce_by_blocks(
     seen = similarity.detach()
     if masked is not None:
         seen = seen.masked_fill(masked, -torch.inf)
-    return losses, seen.argmax(1) == positive_index
+    compared = (~seen.isneginf()).sum(1) > 1  # its own positive is always seen
+    return losses, (seen.argmax(1) == positive_index) & compared, compared
 
 
 def same_content(

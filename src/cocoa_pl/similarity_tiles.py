@@ -95,8 +95,8 @@ class Tiles:
 
 
 class TiledInfoNCE(torch.autograd.Function):
-    """`losses, hits = TiledInfoNCE.apply(queries, candidates, scale, tiles)`; the first two are
-    those of `tiles`, named again because autograd looks at arguments only.
+    """`losses, hits, compared = TiledInfoNCE.apply(queries, candidates, scale, tiles)`; the first
+    two are those of `tiles`, named again because autograd looks at arguments only.
 
     Gradients are exact, also that of the inverse temperature. A second derivative is refused.
     """
@@ -104,19 +104,20 @@ class TiledInfoNCE(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, queries: Tensor, candidates: Tensor, scale: Tensor, tiles: Tiles
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         found = [_scan(tiles, rows, scale) for rows in tiles.rows]
-        losses, positive, nearest = (torch.cat(parts) for parts in zip(*found, strict=True))
+        losses, positive, nearest, seen = (torch.cat(parts) for parts in zip(*found, strict=True))
         keys = () if tiles.keys is None else tiles.keys
         numbers = (tiles.positive_index, positive, losses)
         ctx.save_for_backward(queries, candidates, scale, *numbers, *keys)
         ctx.block = tiles.block
-        hits = nearest == tiles.positive_index
-        ctx.mark_non_differentiable(hits)
-        return losses, hits
+        compared = seen > 1
+        hits = (nearest == tiles.positive_index) & compared
+        ctx.mark_non_differentiable(hits, compared)
+        return losses, hits, compared
 
     @staticmethod
-    def backward(ctx: Any, of_losses: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, of_losses: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         if torch.is_grad_enabled():  # `once_differentiable` lets constants pass for gradients here
             raise RuntimeError("InfoNCE by tiles has no second derivative: do not create a graph")
         queries, candidates, scale, positive_index, positive, losses, *keys = ctx.saved_tensors
@@ -145,25 +146,27 @@ class TiledInfoNCE(torch.autograd.Function):
         return of_queries, of_candidates, of_scale.to(scale.dtype), None
 
 
-def _scan(tiles: Tiles, rows: slice, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _scan(tiles: Tiles, rows: slice, scale: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What is known of a row when all of its tiles have been seen.
 
     Returns:
         (R) its loss, (R) its positive's similarity, (R) int64 the candidate that is nearest: the
-        first of equals, and a NaN before all others, as argmax has it.
+        first of equals, and a NaN before all others, as argmax has it; (R) int64 how many it was
+        compared with, itself included.
     """
     positive = tiles.positive(rows)
     losses = best = torch.full_like(positive, -torch.inf)
-    nearest = torch.zeros_like(positive, dtype=torch.int64)
+    nearest, count = torch.zeros((2, len(positive)), dtype=torch.int64, device=positive.device)
     for columns in tiles.columns:
         seen = tiles.seen(rows, columns)
         margins = tiles.margins(seen, rows, columns, positive).mul_(scale)
         losses = losses.logaddexp(margins.logsumexp(1))
+        count = count + (~seen.isneginf()).sum(1)
         highest, index = seen.max(1)
         better = (highest > best) | (highest.isnan() & ~best.isnan())
         best = torch.where(better, highest, best)
         nearest = torch.where(better, index + columns.start, nearest)
-    return losses, positive, nearest
+    return losses, positive, nearest, count
 
 
 def _pieces(length: int, block: int) -> Iterator[slice]:

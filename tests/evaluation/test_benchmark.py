@@ -8,6 +8,7 @@ import pytest
 from cocoa_pl.data.mmeb import EvalSubset
 from cocoa_pl.errors import UserError
 from cocoa_pl.evaluation.benchmark import evaluate
+from cocoa_pl.evaluation.report import score_table
 from cocoa_pl.evaluation.results import Results
 from cocoa_pl.items import Item
 
@@ -75,7 +76,20 @@ def test_results_json_has_the_public_schema(results: Results, tmp_path: Path) ->
         "num_queries": 4,
         "num_candidates": 5,
         "chance": pytest.approx(0.375),
+        "num_queries_without_choice": 0,
     }
+
+
+def test_queries_that_have_nothing_to_choose_from_are_counted(
+    make_subset: Make, compass: Callable[..., np.ndarray]
+) -> None:
+    """Their hits are by construction, also where the answer is named twice."""
+    rows = [ROWS[1], ("q 9", ["a 5"]), ("q 8", ["a 5", "a 5"])]
+    results = evaluate(compass, [make_subset("one", rows)], benchmark="x", checkpoint="x")
+    assert results.to_json()["subsets"]["one"]["num_queries_without_choice"] == 2
+    told = "2 of 3 queries have a single candidate, which is right whatever the model says"
+    assert results.subsets[0].caveat == told
+    assert score_table(results).caption == f"one: {told}"
 
 
 def test_a_split_without_subsets_is_null_not_nan(

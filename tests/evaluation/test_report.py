@@ -55,7 +55,7 @@ def results(make_subset: Callable[..., EvalSubset], compass: Callable[..., np.nd
     buffer = io.BytesIO()
     Image.new("RGB", (56, 28), "red").save(buffer, "png")
     subset.queries[0] = Item(f"{IMAGE_SLOT} what is this? 0", (buffer.getvalue(),))
-    vqa = make_subset("scene_vqa", rows[:1], group="vqa", in_distribution=False)
+    vqa = make_subset("scene_vqa", [("q 0", [EVIL])], group="vqa", in_distribution=False)
     return evaluate(compass, [subset, vqa], benchmark="digits", checkpoint="runs/<1>")
 
 

@@ -81,6 +81,12 @@ def test_an_item_that_cannot_be_embedded_is_named_by_its_row() -> None:
         list(mine(pairs, encode, number=1, max_of_positive=1, keep=False))
 
 
+def test_subsets_of_one_answer_hold_nothing_to_mine() -> None:
+    pairs = [pair("q", "p"), pair("r", "p"), pair("s", "x", subset="b")]
+    with pytest.raises(UserError, match="there is nothing to mine: in each subset all rows have"):
+        mine(pairs, by_length, number=1, max_of_positive=0.9, keep=False)
+
+
 def test_rows_come_back_as_they_were(
     make_image: Callable[..., Image.Image], tmp_path: Path
 ) -> None:

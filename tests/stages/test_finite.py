@@ -8,13 +8,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cocoa_pl.stages.finite import FiniteSteps
+from cocoa_pl.stages.finite import Done, FiniteSteps
 
 FINE, BAD = 1.0, (math.nan, math.inf)
 
 
-def steps(gradients: list[float], *, look: bool) -> tuple[list[Tensor], list[object]]:
-    """Values of a parameter behind each step, and what was said of the step before."""
+def steps(gradients: list[float], *, look: bool) -> tuple[list[Tensor], list[Done[int] | None]]:
+    """Values of a parameter behind each step, and what was said of the step before. Every second
+    step has a target.
+    """
     parameter = nn.Parameter(torch.ones(3))
     optimizer = torch.optim.AdamW([parameter], lr=0.1, weight_decay=0.1, fused=True)
     watch: FiniteSteps[int] = FiniteSteps()
@@ -23,7 +25,7 @@ def steps(gradients: list[float], *, look: bool) -> tuple[list[Tensor], list[obj
         parameter.grad = torch.full((3,), gradient)
         if look:
             told.append(watch.look_back())
-        watch.guard(optimizer, parameter.grad.norm(), number)
+        watch.guard(optimizer, parameter.grad.norm(), torch.tensor(number % 2.0), number)
         optimizer.step()
         values.append(parameter.detach().clone())
     told.append(watch.look_back())
@@ -39,33 +41,35 @@ def test_the_weights_stay_as_before_the_bad_step(bad: float) -> None:
 
 
 def test_finite_steps_are_those_of_the_plain_optimizer() -> None:
-    values, told = steps([FINE, 0.5, -2.0], look=True)
+    used = [FINE, 0.5, 2.0]
+    values, told = steps(used, look=True)
     parameter = nn.Parameter(torch.ones(3))
     optimizer = torch.optim.AdamW([parameter], lr=0.1, weight_decay=0.1, fused=True)
-    for value, gradient in zip(values, [FINE, 0.5, -2.0], strict=True):
+    for value, gradient in zip(values, used, strict=True):
         parameter.grad = torch.full((3,), gradient)
         optimizer.step()
         assert torch.equal(value, parameter)
-    assert told == [None] * 4
+    assert told == [None, *(Done(pytest.approx(3**0.5 * g), n % 2, n) for n, g in enumerate(used))]
 
 
 @pytest.mark.parametrize("bad", BAD)
 def test_the_bad_step_is_named_once_the_next_one_is_queued(bad: float) -> None:
     _, told = steps([FINE, FINE, bad, FINE], look=True)
-    assert told[:3] == [None] * 3
-    refused = told[3]
-    assert refused is not None
-    assert refused.facts == 2  # type: ignore[attr-defined]
-    assert not math.isfinite(refused.norm)  # type: ignore[attr-defined]
+    done = told[3]
+    assert done is not None
+    assert done.facts == 2
+    assert not math.isfinite(done.norm)
+    assert all(other is None or math.isfinite(other.norm) for other in told[:3])
 
 
 def test_a_bad_last_step_is_named_at_the_end() -> None:
     _, told = steps([FINE, math.nan], look=True)
     assert told[-1] is not None
+    assert math.isnan(told[-1].norm)
 
 
 def test_an_optimizer_that_cannot_skip_is_refused() -> None:
     parameter = nn.Parameter(torch.ones(3))
     optimizer = torch.optim.AdamW([parameter], lr=0.1, fused=False)
     with pytest.raises(AssertionError):
-        FiniteSteps[int]().guard(optimizer, torch.tensor(1.0), 0)
+        FiniteSteps[int]().guard(optimizer, torch.tensor(1.0), torch.tensor(1.0), 0)

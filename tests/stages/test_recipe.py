@@ -15,8 +15,9 @@ from torch import Tensor
 
 from cocoa_pl import checkpoint
 from cocoa_pl.data.sources import PairsData
+from cocoa_pl.data.tokenize import Processor
 from cocoa_pl.errors import UserError
-from cocoa_pl.items import Pair
+from cocoa_pl.items import Item, Pair
 from cocoa_pl.models.adapters import LowRank
 from cocoa_pl.models.backbone import Backbone
 from cocoa_pl.stages.recipe import Interrupted
@@ -385,6 +386,109 @@ def test_what_the_last_stage_refuses_is_told_before_the_first(
             fresh(),
         )
     assert not (tmp_path / "metrics.csv").exists()
+
+
+def texts_alike(positives: str, *, queries: str = "abcdefgh") -> FewPairs:
+    """Pairs of texts; a capital letter begins a subset of its own."""
+    few = object.__new__(FewPairs)
+    few.caption_subsets = None
+    few.training = few.validation = [
+        Pair(Item(query), Item(positive), (), positive if positive.isupper() else "s", query)
+        for query, positive in zip(queries, positives, strict=True)
+    ]
+    return few
+
+
+ONLY_CONTRAST = ("stage.order=[contrast]", "schedule.validate_every=500")
+
+
+@pytest.mark.parametrize(
+    ("few", "overrides", "told"),
+    [
+        (texts_alike("pppppppp"), [], "all 8 rows have the same positive, and there are no"),
+        (
+            texts_alike("pqrstuvw", queries="aaaaaaaa"),
+            [],
+            "all 8 rows have the same query, and there",
+        ),
+        (
+            texts_alike("pqrstuvw"),
+            ["schedule.contrast.batch_size=1"],
+            "a batch has one row, and there",
+        ),
+    ],
+)
+def test_rows_without_a_wrong_answer_are_refused_before_training(
+    few: FewPairs,
+    overrides: list[str],
+    told: str,
+    tmp_path: Path,
+    make_stages: MakeStages,
+    train: Train,
+    fresh: Fresh,
+) -> None:
+    with pytest.raises(UserError, match=f"stage contrast: {told}"):
+        train(tmp_path, make_stages(*ONLY_CONTRAST, *overrides), fresh(), data=few)
+    assert not (tmp_path / "metrics.csv").exists()
+
+
+def test_a_stage_that_has_learnt_nothing_is_no_success(
+    tmp_path: Path,
+    make_stages: MakeStages,
+    train: Train,
+    fresh: Fresh,
+    read_metrics: ReadMetrics,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Each batch is of one subset, and each subset has one answer."""
+    overrides = [*ONLY_CONTRAST, "mixing@stage.contrast.mixing=one_subset"]
+    stages, few = make_stages(*overrides, steps=4), texts_alike("PPPPQQQQ")
+    stop = StopAt(3)
+    with pytest.raises(Interrupted):
+        train(tmp_path, stages, fresh(), data=few, callbacks=[stop])
+    with pytest.raises(UserError, match=r"learnt nothing: in all of its steps no query had a neg"):
+        train(tmp_path, stages, fresh(), data=few, resume=True)
+    assert [r.message[:31] for r in caplog.records if "said once" in r.message] == [
+        "step 0: no query had a negative",
+        "step 3: no query had a negative",
+    ]
+    found = [row[3] for row in read_metrics(tmp_path) if row[2] == "train/accuracy"]
+    assert found == ["nan"] * 4
+
+
+def test_validation_without_a_wrong_answer_has_no_precision(
+    tmp_path: Path,
+    make_stages: MakeStages,
+    train: Train,
+    fresh: Fresh,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO", logger="cocoa_pl")
+    few = texts_alike("pqrstuvw")
+    for kept, told in (
+        (few.training[:1], "and no query had a negative to be told from, so that says nothing"),
+        (texts_alike("pppq", queries="abcd").training, "of the 50.0% of queries that had a neg"),
+    ):
+        few.validation = kept
+        stages = make_stages(*ONLY_CONTRAST, "schedule.validation_batch_size=3", steps=1)
+        caplog.clear()
+        entry = train(tmp_path, stages, fresh(), data=few)[0]
+        assert told in caplog.text
+        assert ("accuracy" in entry["validation"]) == (len(kept) > 1)
+
+
+def test_what_was_not_hidden_has_no_loss(
+    make_stages: MakeStages, processor: Processor, fresh: Fresh
+) -> None:
+    stages = make_stages()
+    nothing = dict.fromkeys(("tokens", "loss", "hits", "patches", "errors"), torch.zeros(()))
+    for stage, told in (
+        (stages[1], "validation: no text was hidden, no image was hidden"),
+        (stages[2], "validation: no text was hidden, no other context to measure the bridge gain"),
+    ):
+        module = stage.make_module(fresh(), processor, steps=1, seed=0)
+        assert module.means(nothing) == {}
+        assert module.hand_over({}).startswith(told)
 
 
 def test_a_dataset_smaller_than_a_batch_is_refused(

@@ -49,21 +49,27 @@ def run(arguments: Sequence[str], console: Console) -> int:
         )
 
     root = image_root(pairs, folder=out)
-    try:
-        (out / "images").mkdir(parents=True)  # of two that mine at once, one comes first
-    except FileExistsError:
-        raise taken from None
-    done = []
-    for mined in mine(
+    subsets = mine(
         pairs,
         encode,
         number=cfg.negatives,
         max_of_positive=cfg.max_of_positive,
         keep=cfg.keep,
-    ):
+    )
+    try:
+        (out / "images").mkdir(parents=True)  # of two that mine at once, one comes first
+    except FileExistsError:
+        raise taken from None
+    done = []
+    for mined in subsets:
         write_subset(out, mined.subset, mined.pairs, root=root)
         done.append(mined)
     console.print(_table(done))
+    if not any(mined.negatives for mined in done):
+        raise UserError(
+            f"no row has a negative: max_of_positive={cfg.max_of_positive} takes every candidate "
+            f"for a right answer; raise it (the rows in {out} are as they were)"
+        )
     names = ",".join(mined.subset for mined in done)
     console.print(
         f"train on it: data=mmeb data.root={out} data.image_root={root} data.split=train "

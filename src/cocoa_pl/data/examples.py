@@ -1,6 +1,6 @@
 """A `Pair` in, the samples that a stage makes of it out. One class for each way of using a pair."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import overload
 
@@ -87,6 +87,44 @@ class PairExamples:
     def __call__(self, pair: Pair, seed: int) -> tuple[Sample, ...]:
         items = (pair.query, pair.positive, *pair.negatives[: self.max_negatives])
         return tuple(Sample(item, None) for item in items)
+
+
+def check_contrast(
+    pairs: Sequence[Pair] | PairStream, make_samples: MakeSamples, *, batch_size: int
+) -> None:
+    """Refuse what no batch can tell a positive from anything in: a stage that embeds pairs needs
+    two rows that differ in query and in positive, or hard negatives.
+
+    Raises:
+        UserError: for a batch of one row, or rows that all share a positive or a query, without
+            hard negatives.
+    """
+    if not isinstance(make_samples, PairExamples):
+        return
+    alike = ""
+    if batch_size == 1:
+        alike = "a batch has one row"
+    elif not isinstance(pairs, PairStream):  # whose rows are not known
+        if _all_alike(pair.positive.key for pair in pairs):
+            alike = f"all {len(pairs)} rows have the same positive"
+        elif _all_alike(pair.query.key for pair in pairs):
+            alike = f"all {len(pairs)} rows have the same query"
+    if not alike or (make_samples.max_negatives and _have_negatives(pairs)):
+        return
+    raise UserError(
+        f"{alike}, and there are no hard negatives: no query has a wrong answer to be told from; "
+        "raise the stage's batch_size, or give other rows or hard negatives"
+    )
+
+
+def _have_negatives(pairs: Sequence[Pair] | PairStream) -> bool:
+    return isinstance(pairs, PairStream) or any(pair.negatives for pair in pairs)
+
+
+def _all_alike(keys: Iterator[int]) -> bool:
+    """Looks no further than the first that is not."""
+    first = next(keys, None)
+    return all(key == first for key in keys)
 
 
 @overload

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cocoa_pl.data.examples import describing, first_of_each_subset
+from cocoa_pl.data.examples import check_contrast, describing, first_of_each_subset
 from cocoa_pl.data.sampler import make_order
 from cocoa_pl.data.stream import PairStream
 from cocoa_pl.data.tokenize import Processor
@@ -153,6 +153,7 @@ def _rows_of_stage(stage: Stage, source: Source, findings: Findings) -> Sequence
         assert not isinstance(rows, PairStream), "streams are refused when they are read"
         usable = rows
         make_order(rows, stage.mixing, batch_size=stage.batch_size, seed=0)
+        check_contrast(rows, stage.make_samples, batch_size=stage.batch_size)
     except UserError as error:
         message = f"stage {stage.name}: {error}"
         findings.add(Finding("too_few_rows", TRAIN + source.suffix, "", "", "", message))

@@ -38,7 +38,7 @@ KINDS = {
         _STOPS, "files or folders that cannot be read", "see the message; nothing behind it is read"
     ),
     "too_few_rows": Kind(
-        _STOPS, "stage without enough rows", "lower its batch_size, or give it more rows"
+        _STOPS, "stage without enough rows", "give it more rows, or another batch_size"
     ),
     "missing_image": Kind(_STOPS, "image missing", "unpack all image archives; check image_root"),
     "path_outside_root": Kind(

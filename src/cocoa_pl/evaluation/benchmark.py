@@ -102,6 +102,7 @@ def score_subsets(
                 num_candidates=len(subset.candidates),
                 chance=chance_level(subset.candidate_index),
                 similarities=counted(hits),
+                num_without_choice=hits.num_without_choice,
             )
         )
         mapped += sample(subset, queries, candidates, rows=MAPPED_ROWS // len(subsets))

@@ -41,6 +41,11 @@ class Hits:
     hardest: Floats
 
     @property
+    def num_without_choice(self) -> int:
+        """Rows whose positive is the only candidate: hits, whatever the model says."""
+        return int(np.isneginf(self.hardest).sum())
+
+    @property
     def precision_at_1(self) -> float:
         return float(self.official.mean())
 

@@ -23,7 +23,9 @@ _READ = ("precision_at_1", "group", "in_distribution", "num_queries")
 
 @dataclass(frozen=True)
 class SubsetScore:
-    """Scores of one subset in [0, 1]; `num_candidates` counts unique candidates over all rows."""
+    """Scores of one subset in [0, 1]; `num_candidates` counts unique candidates over all rows,
+    `num_without_choice` rows with a single one, which are hits whatever the model says.
+    """
 
     name: str
     group: str
@@ -34,6 +36,17 @@ class SubsetScore:
     num_candidates: int
     chance: float
     similarities: Similarities | None = None
+    num_without_choice: int = 0
+
+    @property
+    def caveat(self) -> str:
+        """What a reader of the score must know; empty for nothing."""
+        if not self.num_without_choice:
+            return ""
+        return (
+            f"{self.num_without_choice:,} of {self.num_queries:,} queries have a single candidate, "
+            "which is right whatever the model says"
+        )
 
 
 @dataclass(frozen=True)
@@ -121,6 +134,7 @@ class Results:
                     "num_queries": subset.num_queries,
                     "num_candidates": subset.num_candidates,
                     "chance": subset.chance,
+                    "num_queries_without_choice": subset.num_without_choice,
                     **(subset.similarities.to_json() if subset.similarities else {}),
                 }
                 for subset in self.subsets

@@ -54,14 +54,24 @@ def mine(
         number: negatives of a row, at most.
         max_of_positive: as in `choose`.
         keep: a row's own negatives stay, before the mined ones.
+
+    Raises:
+        UserError: at once, if no subset has two answers.
     """
     rows: dict[str, list[Pair]] = {}
     for pair in pairs:
         rows.setdefault(pair.subset, []).append(pair)
-    for subset, some in rows.items():
-        yield _mine_subset(
+    if not any(p.positive.key != some[0].positive.key for some in rows.values() for p in some):
+        raise UserError(
+            "there is nothing to mine: in each subset all rows have the same positive, and only "
+            "positives of other rows become negatives"
+        )
+    return (
+        _mine_subset(
             subset, some, encode, number=number, max_of_positive=max_of_positive, keep=keep
         )
+        for subset, some in rows.items()
+    )
 
 
 def _mine_subset(

@@ -4,6 +4,8 @@ resume.
 
 from __future__ import annotations
 
+import logging
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -32,10 +34,13 @@ from cocoa_pl.randomness import mix
 from cocoa_pl.replication import Replicated
 from cocoa_pl.sharding import FullySharded, reshard, shard
 from cocoa_pl.stages.chunks import AnyChunk, Preparation, Step
-from cocoa_pl.stages.finite import FiniteSteps, Refused
+from cocoa_pl.stages.finite import Done, FiniteSteps
 from cocoa_pl.stages.lockstep import Fillers, in_lockstep, make_fillers
 
+log = logging.getLogger(__name__)
+
 SHOWN_ROWS = 8
+Facts = tuple[int, tuple[str, ...]]  # a step's number and its rows on this rank
 
 
 @dataclass(frozen=True)
@@ -100,7 +105,8 @@ class StageModule(L.LightningModule, ABC, Generic[AnyChunk]):
         self.steps = steps
         self.seed = seed
         self._validation_sums: dict[str, Tensor] = {}
-        self._finite: FiniteSteps[tuple[int, tuple[str, ...]]] = FiniteSteps()
+        self._finite: FiniteSteps[Facts] = FiniteSteps()
+        self._has_learnt = self._said_empty = False
         # With sharded parameters every rank must use the same parts of the model at the same time.
         self._fillers: Fillers | None = None
 
@@ -141,10 +147,15 @@ class StageModule(L.LightningModule, ABC, Generic[AnyChunk]):
             device: where the module will be when it takes them; None if it is there already.
         """
 
+    @property
+    @abstractmethod
+    def empty(self) -> str:
+        """What is to be said of a step without targets, and what to do about it."""
+
     @abstractmethod
     def accumulate(self, step: Step[AnyChunk]) -> dict[str, Tensor]:
         """Run the backward passes of one global batch and return what to log, already exact over
-        ranks.
+        ranks, and `targets`, () float: what there was to learn from.
         """
 
     @abstractmethod
@@ -172,14 +183,15 @@ class StageModule(L.LightningModule, ABC, Generic[AnyChunk]):
         scheduler: Any = self.lr_schedulers()
         optimizer.zero_grad()
         metrics = self.accumulate(step)
+        targets = metrics.pop("targets")
         sum_gradients(self.parameters())
         norm = clip_gradients(self.parameters(), self.optimization.clip_norm)
         metrics |= {"gradient_norm": norm, "lr": torch.tensor(scheduler.get_last_lr()[0])}
         before = self._finite.look_back()  # now that this step is queued
-        self._finite.guard(optimizer.optimizer, norm, (self.global_step, step.row_ids))
+        self._finite.guard(optimizer.optimizer, norm, targets, (self.global_step, step.row_ids))
         optimizer.step()
         scheduler.step()
-        self._refuse(before)
+        self._judge(before)
         self.log_dict({f"train/{name}": value for name, value in metrics.items()})
 
     def validation_step(self, step: Step[AnyChunk], batch_idx: int) -> None:
@@ -188,13 +200,19 @@ class StageModule(L.LightningModule, ABC, Generic[AnyChunk]):
             self._validation_sums[name] = total + value
 
     def on_validation_start(self) -> None:
-        self._refuse(self._finite.look_back())
+        self._judge(self._finite.look_back())
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._refuse(self._finite.look_back())
+        self._judge(self._finite.look_back())
+        checkpoint["has_learnt"] = self._has_learnt
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._has_learnt = checkpoint.get("has_learnt", True)  # older ones do not say
 
     def on_train_end(self) -> None:
-        self._refuse(self._finite.look_back())
+        self._judge(self._finite.look_back())
+        if not self._has_learnt and self.global_step >= self.steps:
+            raise UserError(f"the stage has learnt nothing: in all of its steps {self.empty}")
 
     def on_validation_epoch_end(self) -> None:
         reshard(self)  # a forward pass alone leaves parameters gathered
@@ -244,16 +262,22 @@ class StageModule(L.LightningModule, ABC, Generic[AnyChunk]):
         for chunk in self.in_step(chunks):
             yield chunk.to(self.device)
 
-    def _refuse(self, refused: Refused[tuple[int, tuple[str, ...]]] | None) -> None:
-        if refused is None:
+    def _judge(self, done: Done[Facts] | None) -> None:
+        if done is None:
             return
-        number, mine = refused.facts
+        number, mine = done.facts
+        if math.isfinite(done.norm):
+            self._has_learnt |= done.targets > 0
+            if not (done.targets or self._said_empty):
+                self._said_empty = True
+                log.warning("step %d: %s (said once)", number, self.empty)
+            return
         ids = [row_id for part in all_objects(list(mine)) for row_id in part]
         told = ", ".join(ids[:SHOWN_ROWS]) + (", ..." if len(ids) > SHOWN_ROWS else "")
         path = Path(self.trainer.default_root_dir) / "bad_batch.txt"
         if rank() == 0:
             path.write_text("".join(f"{row_id}\n" for row_id in ids))
         raise UserError(
-            f"step {number}: the gradient is {refused.norm}; the batch had the rows {told} "
+            f"step {number}: the gradient is {done.norm}; the batch had the rows {told} "
             f"(all {len(ids)} in {path}). The weights are as before this step"
         )

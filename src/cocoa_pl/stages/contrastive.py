@@ -118,6 +118,13 @@ class ContrastiveModule(StageModule[Chunk]):
         self.keep_bytes = int(keep_gib * 2**30)
 
     @property
+    def empty(self) -> str:
+        return (
+            "no query had a negative to be told from; raise the batch size, or give rows whose "
+            "queries and positives differ, or hard negatives"
+        )
+
+    @property
     def parts(self) -> list[nn.Module]:
         return [self.backbone, *([self.temperature] if self.learn_temperature else [])]
 
@@ -126,12 +133,14 @@ class ContrastiveModule(StageModule[Chunk]):
         return ToEmbed(layouts, token_budget=self.token_budget)
 
     def accumulate(self, step: Step[Chunk]) -> dict[str, Tensor]:
-        hits, scale = torch.zeros(2, device=self.device)
+        """`targets` are queries that have a negative."""
+        hits, compared, scale = torch.zeros(3, device=self.device)
         counts = self._counts(step)  # exchanged while chunks are embedded
 
         def loss(embeddings: Tensor) -> Tensor:
-            value, found, used_scale = self.loss(embeddings, step, counts)
-            hits.copy_(found)
+            value, own_hits, own_compared, used_scale = self.loss(embeddings, step, counts)
+            hits.copy_(own_hits.sum())
+            compared.copy_(own_compared.sum())
             scale.copy_(used_scale.detach())
             return value
 
@@ -145,14 +154,15 @@ class ContrastiveModule(StageModule[Chunk]):
                 backward=self.manual_backward,
                 device=self.device,
             )
-        total, accuracy = global_sum(torch.stack([value, hits]))
-        return {"loss": total, "accuracy": accuracy, "temperature": 1 / scale}
+        total, found, targets = global_sum(torch.stack([value, hits, compared]))
+        accuracy = found / targets
+        return {"loss": total, "accuracy": accuracy, "temperature": 1 / scale, "targets": targets}
 
     def loss(
         self, embeddings: Tensor, step: Step[Chunk], counts: RowCounts
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """This rank's share of the loss over the global batch, its share of hits at the full width,
-        and the inverse temperature.
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """This rank's share of the loss over the global batch, which of its queries (n) are hits at
+        the full width, which have a negative at all, and the inverse temperature.
 
         Args:
             embeddings: (S, D), of the chunks one after the other.
@@ -162,11 +172,11 @@ class ContrastiveModule(StageModule[Chunk]):
         embeddings = self._in_order_of_rows(embeddings, step)
         count = sum(counts["queries"])
         task, scale = self._candidates(embeddings, keys, n, counts), self.temperature()
-        losses, hits = self._widths(task, scale)
+        losses, hits, compared = self._widths(task, scale)
         if self.symmetric:
             reverse = self._reversed(embeddings, keys, n, counts)
             losses = (losses + self._widths(reverse, scale)[0]) / 2
-        return losses.sum() / len(self.dims) / count, hits.sum() / count, scale
+        return losses.sum() / len(self.dims) / count, hits, compared, scale
 
     def _embed_chunk(self, chunk: Chunk) -> Tensor:
         here = chunk.to(self.device)
@@ -181,22 +191,24 @@ class ContrastiveModule(StageModule[Chunk]):
     def _in_order_of_rows(self, embeddings: Tensor, step: Step[Chunk]) -> Tensor:
         return embeddings.index_select(0, on_device(step.order, self.device))
 
-    def _widths(self, task: Candidates, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """Losses (n) summed over the Matryoshka widths, and hits (n) at the full one."""
-        losses, hits = torch.zeros_like(task.queries[:, 0]), None
+    def _widths(self, task: Candidates, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Losses (n) summed over the Matryoshka widths, hits (n) at the full one, and which queries
+        (n) have a negative.
+        """
+        losses = torch.zeros_like(task.queries[:, 0])
+        hits = compared = torch.empty(0)
         for queries, candidates in zip(
             matryoshka(task.queries, self.dims),
             matryoshka(task.candidates, self.dims),
             strict=True,
         ):
-            value, hits = self._info_nce(
+            value, hits, compared = self._info_nce(
                 replace(task, queries=queries, candidates=candidates), scale
             )
             losses = losses + value
-        assert hits is not None
-        return losses, hits
+        return losses, hits, compared
 
-    def _info_nce(self, task: Candidates, scale: Tensor) -> tuple[Tensor, Tensor]:
+    def _info_nce(self, task: Candidates, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return info_nce_by_blocks(
             task.queries,
             task.candidates,
@@ -255,21 +267,30 @@ class ContrastiveModule(StageModule[Chunk]):
         n, counts = step.num_rows, self._counts(step)
         keys = on_device(step.keys, self.device)
         task = self._candidates(self._embed(step), keys, n, counts)
-        losses, hits = self._info_nce(task, self.temperature())
+        losses, hits, compared = self._info_nce(task, self.temperature())
         return {
             "rows": torch.full((), n, device=self.device),
             "loss": losses.sum(),
             "hits": hits.sum(),
+            "compared": compared.sum(),
         }
 
     def means(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {"loss": sums["loss"] / sums["rows"], "accuracy": sums["hits"] / sums["rows"]}
+        found = {"loss": sums["loss"] / sums["rows"]}
+        if sums["compared"]:
+            found["accuracy"] = sums["hits"] / sums["compared"]
+        if sums["compared"] < sums["rows"]:
+            found["with_negatives"] = sums["compared"] / sums["rows"]
+        return found
 
     def hand_over(self, metrics: dict[str, float]) -> str:
-        return (
-            f"validation: loss {metrics['loss']:.3f}, "
-            f"in-batch precision@1 {metrics['accuracy']:.1%}"
-        )
+        told = f"validation: loss {metrics['loss']:.3f}, "
+        if "accuracy" not in metrics:
+            return told + "and no query had a negative to be told from, so that says nothing"
+        told += f"in-batch precision@1 {metrics['accuracy']:.1%}"
+        if "with_negatives" in metrics:
+            told += f" of the {metrics['with_negatives']:.1%} of queries that had a negative"
+        return told
 
     def illustrate(self, step: Step[Chunk]) -> dict[str, Any]:
         embeddings, n = self._embed(step), step.num_rows

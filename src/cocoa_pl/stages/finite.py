@@ -7,7 +7,6 @@ the host looks at each norm one step later, when it is long there.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -18,16 +17,17 @@ Facts = TypeVar("Facts")
 
 
 @dataclass(frozen=True)
-class Refused(Generic[Facts]):
-    """A step that was not taken."""
+class Done(Generic[Facts]):
+    """A step that the device has come to; it was not taken if its norm is not finite."""
 
     norm: float
+    targets: float
     facts: Facts
 
 
 @dataclass(frozen=True)
 class _Seen(Generic[Facts]):
-    norm: Tensor  # on the host, once the device has come to it
+    numbers: Tensor  # (2) norm and targets, on the host once the device has come to them
     copied: torch.cuda.Event | None
     facts: Facts
 
@@ -39,35 +39,38 @@ class FiniteSteps(Generic[Facts]):
         self._failed: Tensor | None = None  # () bool on the device: some step until now was bad
         self._last: _Seen[Facts] | None = None
 
-    def guard(self, optimizer: torch.optim.Optimizer, norm: Tensor, facts: Facts) -> None:
+    def guard(
+        self, optimizer: torch.optim.Optimizer, norm: Tensor, targets: Tensor, facts: Facts
+    ) -> None:
         """To be called before `optimizer.step()`.
 
         Args:
             optimizer: a fused one; others do not know the switch.
             norm: () of all gradients.
+            targets: () float, how much there was to learn from.
         """
         assert all(group["fused"] for group in optimizer.param_groups)
         failed = ~norm.isfinite()
         self._failed = failed if self._failed is None else self._failed | failed
         optimizer.found_inf = self._failed.float()  # type: ignore[attr-defined]
-        self._last = _to_host(norm.detach(), facts)
+        self._last = _to_host(torch.stack([norm.detach(), targets]), facts)
 
-    def look_back(self) -> Refused[Facts] | None:
-        """The step that `guard` was last called for, if it was bad; waits until it is done."""
+    def look_back(self) -> Done[Facts] | None:
+        """The step that `guard` was called for since the last look; waits until it is done."""
         seen, self._last = self._last, None
         if seen is None:
             return None
         if seen.copied is not None:
             seen.copied.synchronize()
-        norm = seen.norm.item()
-        return None if math.isfinite(norm) else Refused(norm, seen.facts)
+        norm, targets = seen.numbers.tolist()
+        return Done(norm, targets, seen.facts)
 
 
-def _to_host(norm: Tensor, facts: Facts) -> _Seen[Facts]:
-    if norm.device.type != "cuda":
-        return _Seen(norm, None, facts)
-    copy = torch.empty_like(norm, device="cpu", pin_memory=True)
-    copy.copy_(norm, non_blocking=True)
+def _to_host(numbers: Tensor, facts: Facts) -> _Seen[Facts]:
+    if numbers.device.type != "cuda":
+        return _Seen(numbers, None, facts)
+    copy = torch.empty_like(numbers, device="cpu", pin_memory=True)
+    copy.copy_(numbers, non_blocking=True)
     done = torch.cuda.Event()
     done.record()
     return _Seen(copy, done, facts)

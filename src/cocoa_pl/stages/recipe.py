@@ -18,9 +18,10 @@ from cocoa_pl.callbacks import Pictures, StageProgress
 from cocoa_pl.checkpoint import LastCheckpoint
 from cocoa_pl.data.composite import DataOfStages, source_of
 from cocoa_pl.data.datamodule import StageData, check_mixing
-from cocoa_pl.data.examples import describing, first_of_each_subset
+from cocoa_pl.data.examples import check_contrast, describing, first_of_each_subset
 from cocoa_pl.data.stream import PairStream
 from cocoa_pl.data.tokenize import Processor
+from cocoa_pl.errors import UserError
 from cocoa_pl.items import Pair
 from cocoa_pl.loggers import LoggerFactory, Metrics
 from cocoa_pl.models.backbone import Backbone
@@ -144,6 +145,10 @@ def _rows_of(stage: Stage, source: TrainingData) -> StageRows:
     rows = StageRows(first_of_each_subset(train, stage.max_rows_per_subset), validation)
     stage.count_steps(rows.num_train)
     check_mixing(rows.train, stage.mixing, batch_size=stage.batch_size)
+    try:
+        check_contrast(rows.train, stage.make_samples, batch_size=stage.batch_size)
+    except UserError as error:
+        raise UserError(f"stage {stage.name}: {error}") from error
     return rows
 
 

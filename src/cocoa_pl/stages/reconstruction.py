@@ -74,6 +74,13 @@ class ReconstructionModule(StageModule[Puzzle]):
         )
 
     @property
+    def empty(self) -> str:
+        return (
+            f"no {self.text_segment} had text to hide, and no image; look at the rows that the "
+            "stage is given"
+        )
+
+    @property
     def parts(self) -> list[nn.Module]:
         return [self.backbone, *([self.image_decoder] if self.image_decoder is not None else [])]
 
@@ -101,7 +108,9 @@ class ReconstructionModule(StageModule[Puzzle]):
         return losses, hits, rebuilt_patches(rebuilt.predicted, rebuilt.wanted)
 
     def accumulate(self, step: Step[Puzzle]) -> dict[str, Tensor]:
-        counts = self._counts(step.chunks)
+        """`targets` are hidden tokens and hidden visual tokens."""
+        hidden = self._counts(step.chunks)
+        counts = hidden.clamp(min=1)
         sums = torch.zeros(3, device=self.device)
         with shared_norms(self.backbone):
             for puzzle in self.at_work(step.chunks):
@@ -111,7 +120,7 @@ class ReconstructionModule(StageModule[Puzzle]):
                 sums += torch.stack([text, hits.sum() / counts[0], patches]).detach()
         text, accuracy, patches = global_sum(sums)
         metrics = {"loss": text + self.patch_weight * patches, "loss_text": text}
-        metrics |= {"accuracy": accuracy}
+        metrics |= {"accuracy": accuracy, "targets": hidden.sum()}
         return metrics | ({"loss_patch": patches} if self.image_decoder is not None else {})
 
     def measure(self, step: Step[Puzzle]) -> dict[str, Tensor]:
@@ -139,26 +148,33 @@ class ReconstructionModule(StageModule[Puzzle]):
         tokens = sum(len(puzzle.targets) for puzzle in puzzles)
         patches = sum(len(puzzle.visual_rows) for puzzle in puzzles)
         here = torch.tensor([tokens, patches], dtype=torch.float32)
-        return global_sum(on_device(here, self.device)).clamp(min=1)
+        return global_sum(on_device(here, self.device))
 
     def means(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
-        text, patches = sums["loss"] / sums["tokens"], sums["errors"] / sums["patches"].clamp(min=1)
-        found = {"loss": text + self.patch_weight * patches, "loss_text": text}
-        found["accuracy"] = sums["hits"] / sums["tokens"]
-        if self.image_decoder is not None:
-            found["loss_patch"] = patches
+        """What nothing was hidden of has no mean."""
+        found = {}
+        if sums["tokens"]:
+            found["loss"] = found["loss_text"] = sums["loss"] / sums["tokens"]
+            found["accuracy"] = sums["hits"] / sums["tokens"]
+        if sums["patches"]:
+            found["loss_patch"] = sums["errors"] / sums["patches"]
+            found["loss"] = found.get("loss", 0) + self.patch_weight * found["loss_patch"]
         if sums.get("compared", 0):
             found["bridge_gain"] = (sums["loss_other"] - sums["loss_own"]) / sums["compared"]
         return found
 
     def hand_over(self, metrics: dict[str, float]) -> str:
-        told = (
-            f"validation: text loss {metrics['loss_text']:.3f}, accuracy {metrics['accuracy']:.1%}"
-        )
+        told = "validation: no text was hidden"
+        if "loss_text" in metrics:
+            told = f"validation: text loss {metrics['loss_text']:.3f}"
+            told += f", accuracy {metrics['accuracy']:.1%}"
         if "loss_patch" in metrics:
             told += f", patch loss {metrics['loss_patch']:.3f}"
+        elif self.image_decoder is not None:
+            told += ", no image was hidden"
         if "bridge_gain" not in metrics:
-            return told
+            alone = self.text_segment == "target"
+            return told + (", no other context to measure the bridge gain with" if alone else "")
         told += f", bridge gain {metrics['bridge_gain']:.2f} nats/token"
         if metrics["bridge_gain"] < NO_BRIDGE_GAIN:
             told += (
