@@ -26,6 +26,7 @@ from cocoa_pl.entry import (
     set_up_logging,
 )
 from cocoa_pl.folders import claimed, give_folder
+from cocoa_pl.settings import settled
 
 statuses: list[int] = []  # of the runs of a sweep, or of the one run
 
@@ -40,8 +41,10 @@ def main(cfg: DictConfig) -> None:
         if cfg.resume:
             train(resumed_config(cfg, job.overrides.task), run_dir, console)
             return
-        with claimed(cfg, run_dir, job):
-            train(cfg, run_dir, console)
+        search = [o for o in job.overrides.hydra if o.startswith("hydra.searchpath=")]
+        own = settled(cfg, str(job.job.config_name), [*job.overrides.task, *search])
+        with claimed(own, run_dir, job):
+            train(own, run_dir, console)
 
     statuses.append(guarded(run))
     if job.mode == RunMode.MULTIRUN and statuses[-1] == INTERRUPTED:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from omegaconf import OmegaConf
 from rich.console import Console
 
 from cocoa_pl.assemble import open_embedder, score
@@ -239,6 +240,10 @@ def test_a_stage_starts_from_an_earlier_run(
     )
     assert ended.status == 0, ended.err
     assert f"starting from {finished[0] / 'model'}" in ended.out
+    assert f"rates are those of {finished[0] / 'config.yaml'}" in ended.out
+    written = OmegaConf.load(tmp_path / "more" / "config.yaml")
+    assert written.schedule == OmegaConf.load(finished[0] / "config.yaml").schedule
+    assert written == OmegaConf.load(tmp_path / "more" / ".hydra" / "config.yaml")
     lineage = json.loads((tmp_path / "more" / "model" / "cocoa.json").read_text())["lineage"]
     assert [entry["stage"] for entry in lineage] == [*STAGES, "contrast"]
     assert not (tmp_path / "more" / "results.json").exists()
@@ -409,8 +414,11 @@ def test_a_finished_run_is_exported_without_what_it_began_with(
     )
     assert (first == second).all()
     assert abs(first - third).max() < 1e-6
-    lineages = [
-        json.loads((folder / "cocoa.json").read_text())["lineage"]
-        for folder in (finished[0] / "model", moved / "hf")
-    ]
-    assert lineages[0] == lineages[1]
+    kept, again, other = (
+        json.loads((folder / "cocoa.json").read_text())
+        for folder in (finished[0] / "model", moved / "hf", tmp_path / "other")
+    )
+    assert kept["lineage"] == again["lineage"]
+    assert kept["settings"] == again["settings"] == other["settings"]
+    assert kept["settings"]["model"]["eval_max_pixels"] == 12544
+    assert "source" not in kept["settings"]["model"]

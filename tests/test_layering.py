@@ -33,11 +33,21 @@ LAYERS = (
         *("stages", "evaluation", "checkpoint", "embedder", "export", "exported", "fingerprint"),
         *("callbacks", "loggers", "doctor", "search", "extras", "for_mteb", "mining"),
     },
-    {"cli", "commands", "planning", "sweep", "entry", "folders", "assemble", "command_line"},
+    {
+        "cli",
+        "commands",
+        "planning",
+        "sweep",
+        "entry",
+        "folders",
+        "settings",
+        "assemble",
+        "command_line",
+    },
 )
 # Within a layer, or against its direction, these would be allowed by the table alone.
 FORBIDDEN = {("data", "models"), ("evaluation", "models")}
-KNOWS_HYDRA = {"commands", "planning", "sweep", "entry", "folders", "assemble", "command_line"}
+KNOWS_HYDRA = LAYERS[-1] - {"cli"}
 PUBLIC = {"embedder", "data"}  # what the package itself offers
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from cocoa_pl import checkpoint
@@ -33,6 +33,7 @@ from cocoa_pl.models.backbone import Backbone
 from cocoa_pl.models.loading import Loaded, find_folder, load
 from cocoa_pl.models.tiny import Texts
 from cocoa_pl.randomness import mix
+from cocoa_pl.settings import settings_of
 from cocoa_pl.sharding import full_state, is_sharded
 from cocoa_pl.stages.recipe import RunSettings, run_stages
 from cocoa_pl.stages.stage import Stage
@@ -77,6 +78,7 @@ def train(cfg: DictConfig, run_dir: Path, console: Console) -> None:
         settings,
         resume=cfg.resume is not None,
     )
+    plain: Any = OmegaConf.to_container(cfg, resolve=True)
     weights = full_state(backbone) if is_sharded(backbone) else None  # of all ranks together
     if rank():
         return
@@ -89,7 +91,9 @@ def train(cfg: DictConfig, run_dir: Path, console: Console) -> None:
         eval_processor,
         stages[-1].policy,
     )
-    embedder = export(embedder, run_dir / "model", lineage=[*began, *lineage])
+    embedder = export(
+        embedder, run_dir / "model", lineage=[*began, *lineage], settings=settings_of(plain)
+    )
     if benchmark is not None:
         score(
             embedder,

@@ -29,6 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from cocoa_pl.entry import check_values
 from cocoa_pl.errors import UserError, first_line
+from cocoa_pl.settings import settled
 
 # A link to the repository's conf/, and a folder of the wheel.
 CONFIGS = (Path(__file__).parent / "conf").resolve()
@@ -126,12 +127,13 @@ def compose_overrides(config_name: str, overrides: Sequence[str]) -> DictConfig:
         UserError: as `check_overrides`, and for several values of a key, which only a sweep takes.
     """
     config = check_overrides(config_name, overrides)
+    with open_dict(config):
+        del config["hydra"]
     for override in OverridesParser.create().parse_overrides(list(overrides)):
         if override.is_sweep_override():
             raise UserError(f"{override.input_line}: one value at a time; there are no sweeps here")
-    with open_dict(config):
-        del config["hydra"]
-    return config
+    with Places().opened():
+        return settled(config, config_name, overrides)
 
 
 def check_overrides(

@@ -50,15 +50,10 @@ def give_folder(config: DictConfig, *, way: str, scored: str | None = None) -> N
         if not sweeps:
             check_named(way)
         folder = new_folder(folder)
-    elif sweeps:
-        _claim_sweep(folder)
-    elif scored is not None:
+    elif scored is not None and not sweeps:
         _check_free_for_scores(folder, scored)
-    elif is_first_process() and _exists(folder, (CONFIG, *TRAINED)):
-        raise UserError(
-            f"{key}={folder} holds a run already: resume={folder} goes on with it, and a new run "
-            "needs another folder"
-        )
+    elif is_first_process():
+        (_claim_sweep if sweeps else _check_free_for_run)(folder)
     quoted = str(folder).replace("\\", "\\\\").replace("'", r"\'")
     add_override(f"{key}='{quoted}'")
 
@@ -142,6 +137,14 @@ def save_config(cfg: DictConfig, run_dir: Path) -> None:
             f"{run_dir} holds a run already; a new run needs another folder, and each run of a "
             "sweep its own (hydra.sweep.subdir)"
         ) from None
+
+
+def _check_free_for_run(folder: Path) -> None:
+    if _exists(folder, (CONFIG, *TRAINED)):
+        raise UserError(
+            f"hydra.run.dir={folder} holds a run already: resume={folder} goes on with it, and a "
+            "new run needs another folder"
+        )
 
 
 def _claim_sweep(folder: Path) -> None:

@@ -24,6 +24,7 @@ from cocoa_pl.export.folder import export, replacing
 from cocoa_pl.export.parity import TOLERANCE, Compared, check, compare, samples
 from cocoa_pl.export.sentence_transformers import write_sentence_transformers
 from cocoa_pl.exported import DESCRIPTION, described_in, export_folder, write_description
+from cocoa_pl.settings import settings_of
 
 LIBRARIES = {"hf": "transformers", "sentence-transformers": "sentence-transformers"}
 
@@ -41,10 +42,18 @@ def run(arguments: Sequence[str], console: Console) -> int:
     out = _place(parsed.run, parsed.out, parsed.to)
     data, results = read_config(Path(parsed.run)).get("data"), _results(parsed.run)
     embedder = open_embedder(parsed.run, device="cpu")
-    came = {} if parsed.run.endswith(".ckpt") else described_in(export_folder(parsed.run))
+    came: dict[str, Any]
+    if parsed.run.endswith(".ckpt"):
+        came = {"settings": settings_of(read_config(Path(parsed.run).resolve().parents[1]))}
+    else:
+        came = described_in(export_folder(parsed.run))
     with replacing(out) as fresh:
         exported = export(
-            embedder, fresh, lineage=came.get("lineage", []), rounding=came.get("rounding")
+            embedder,
+            fresh,
+            lineage=came.get("lineage", []),
+            settings=came.get("settings"),
+            rounding=came.get("rounding"),
         )
         described = described_in(fresh)
         dtype = described["dtype"]

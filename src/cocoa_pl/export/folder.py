@@ -47,6 +47,7 @@ def export(
     folder: Path,
     *,
     lineage: Sequence[dict[str, Any]],
+    settings: dict[str, Any] | None = None,
     rounding: float | None = None,
 ) -> Embedder:
     """Write the folder whole or not at all; adapters are merged into the weights, which are rounded
@@ -56,6 +57,7 @@ def export(
 
     Args:
         lineage: one entry for each stage that made the weights.
+        settings: what the model was trained with, for those who start from it; None if unknown.
         rounding: of a model that was exported before: how far it was then from the trained one.
             None measures it, on the inputs of the fingerprint.
 
@@ -89,6 +91,7 @@ def export(
             "max_pixels": processor.max_pixels,
             "dtype": str(plain.stock.dtype).removeprefix("torch."),
             "lineage": list(lineage),
+            "settings": settings,
             "rounding": rounding,
             "fingerprint": fingerprint.tolist(),
         }

@@ -1,0 +1,124 @@
+"""Pixels, lengths and rates are those of the model that training starts from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+
+from cocoa_pl.command_line import CONFIGS, compose_overrides
+from cocoa_pl.entry import register_resolvers
+from cocoa_pl.errors import UserError
+from cocoa_pl.settings import settings_of, settled
+
+
+@pytest.fixture(autouse=True)
+def resolvers() -> None:
+    register_resolvers()
+
+
+@pytest.fixture(scope="module")
+def trained() -> DictConfig:
+    """What a run of another family was trained with."""
+    register_resolvers()
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        own = ["schedule.contrast.lr=0.5", "model.max_pixels=4096"]
+        return compose("train", overrides=["model=tiny_qwen3vl", *own])
+
+
+@pytest.fixture
+def run(trained: DictConfig, tiny_folder: Path, tmp_path: Path) -> Path:
+    """A run folder; the model in it is of Qwen2-VL's family, whatever its settings say."""
+    (tmp_path / "model").symlink_to(tiny_folder)
+    OmegaConf.save(trained, tmp_path / "config.yaml", resolve=True)
+    return tmp_path
+
+
+@pytest.fixture
+def exported(trained: DictConfig, tiny_folder: Path, tmp_path: Path) -> Path:
+    """The model alone, elsewhere."""
+    folder = tmp_path / "exported"
+    folder.mkdir()
+    (folder / "config.json").symlink_to(tiny_folder / "config.json")
+    plain: Any = OmegaConf.to_container(trained, resolve=True)
+    (folder / "cocoa.json").write_text(json.dumps({"settings": settings_of(plain)}))
+    return folder
+
+
+def started(*overrides: str) -> Any:
+    """The config of a run that these words start."""
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        cfg = compose("train", overrides=list(overrides))
+        return settled(cfg, "train", overrides)
+
+
+@pytest.mark.parametrize("kind", ["run", "exported"])
+def test_a_run_starts_with_the_settings_of_its_model(
+    kind: str, request: pytest.FixtureRequest, trained: DictConfig
+) -> None:
+    folder = request.getfixturevalue(kind)
+    cfg = started(f"init_from={folder}", "stage=contrast", "seed=3")
+    assert (cfg.model.min_pixels, cfg.model.max_pixels) == (1024, 4096)
+    assert cfg.model.eval_max_pixels == 16384
+    assert cfg.schedule == trained.schedule
+    assert cfg.stage.contrast.optimization.lr == 0.5
+    assert (cfg.seed, list(cfg.stage.order)) == (3, ["contrast"])
+    assert ("family" in cfg.model.source) == (kind == "run")
+
+
+def test_what_the_user_and_his_experiment_say_comes_first(run: Path) -> None:
+    cfg = started(f"init_from={run}", "model.max_pixels=2048", "schedule=paper")
+    assert (cfg.model.min_pixels, cfg.model.max_pixels) == (1024, 2048)
+    assert cfg.schedule.contrast.lr == 2e-5
+    words = ["experiment=ablation", "arm=causal", "schedule.weight_decay=0.25"]
+    cfg = started(*words, f"init_from={run}")
+    assert (cfg.schedule.contrast.steps, cfg.schedule.contrast.lr) == (100, 0.5)
+    assert cfg.schedule.weight_decay == 0.25
+
+
+def test_a_model_that_is_chosen_is_obeyed_where_it_fits(run: Path, tiny_folder: Path) -> None:
+    cfg = started(f"init_from={tiny_folder}", "model=tiny")
+    assert (cfg.model.min_pixels, cfg.schedule.contrast.lr) == (784, 2e-3)
+    with pytest.raises(UserError, match=r"model=tiny_qwen3vl does not fit .* qwen2_vl of width 32"):
+        started(f"init_from={run}", "model=tiny_qwen3vl")
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["init_from=Qwen/Qwen3-VL-2B-Instruct"], "does not tell .*; add model=qwen3vl_2b$"),
+        (["init_from=TINY"], "add model=qwen2vl or model=qwen2vl_7b or model=tiny$"),
+        (["init_from=ADAPTER"], "does not tell .*; add model=qwen25vl_7b$"),
+        (
+            ["init_from=Qwen/Qwen2-VL-2B-Instruct", "model=tiny"],
+            "model=tiny does not fit .*, a qwen2_vl of width 1536; add model=qwen2vl$",
+        ),
+    ],
+)
+def test_a_model_that_tells_no_settings_needs_one_of_the_options_that_fit(
+    words: list[str], told: str, tiny_folder: Path, tmp_path: Path
+) -> None:
+    described = {"base_model_name_or_path": "Qwen/Qwen2.5-VL-7B-Instruct", "peft_type": "LORA"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(described))
+    places = {"TINY": str(tiny_folder), "ADAPTER": str(tmp_path)}
+    overrides = [key + "=" + places.get(name, name) for key, _, name in map(halves, words)]
+    with pytest.raises(UserError, match=told):
+        started(*overrides)
+
+
+def halves(word: str) -> tuple[str, str, str]:
+    return word.partition("=")
+
+
+@pytest.mark.parametrize("command", ["plan", "doctor"])
+def test_commands_that_look_ahead_see_the_same_settings(command: str, exported: Path) -> None:
+    cfg = compose_overrides(command, [f"init_from={exported}"])
+    assert (cfg.model.min_pixels, cfg.schedule.contrast.lr) == (1024, 0.5)
+
+
+def test_a_resumed_run_has_its_own_config(run: Path) -> None:
+    assert started(f"init_from={run}", "resume=elsewhere").model.min_pixels == 784
