@@ -217,6 +217,10 @@ def test_a_slip_of_the_hand_is_told_with_the_nearest_name(
         (["--config-dir", "OWN", "experiment=mine", "sede=1"], r"unknown key sede \(did you"),
         (["hydra.searchpath=[OWN]", "experiment=mien"], r"\(did you mean mine\?\)"),
         (["--config-dir", "OWN", "experiment=forgetful"], r"arm=recipeee does not exist \(did you"),
+        (
+            ["--config-dir", "OWN", "experiment=misspelt"],
+            r"schedule\.warmup\.stepss \(did you mean",
+        ),
         (["--config-dir", "OWN/.."], r"train\.yaml is never read: .*conf.train\.yaml comes first"),
         (["--config-dir", "nowhere"], "--config-dir: there is no folder nowhere"),
         (["--config-path", "OWN"], "Cannot find primary config 'train'"),
@@ -233,6 +237,7 @@ def test_checks_hold_with_configs_of_the_users_own(
     (tmp_path / "train.yaml").write_text("seed: 1\n")
     header = "# @package _global_\n"
     (own / "experiment" / "mine.yaml").write_text(header + "seed: 3\n")
+    (own / "experiment" / "misspelt.yaml").write_text(header + "schedule: {warmup: {stepss: 3}}\n")
     (own / "experiment" / "forgetful.yaml").write_text(
         header + "defaults: [override /arm: recipeee]\n"
     )

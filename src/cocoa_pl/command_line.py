@@ -31,8 +31,8 @@ from cocoa_pl.entry import check_values
 from cocoa_pl.errors import UserError, first_line
 from cocoa_pl.settings import settled
 
-# A link to the repository's conf/, and a folder of the wheel.
 CONFIGS = (Path(__file__).parent / "conf").resolve()
+SETTING = ("experiment", "arm")  # groups whose files set values of others
 
 
 def check_command_line(config_name: str) -> DictConfig | None:
@@ -160,9 +160,10 @@ def check_overrides(
             _check_option(override, options)
         single = [texts[0] for texts in values]
         first = parser.parse_overrides(single)
-        groups = [o.input_line for o in first if options(o.key_or_group)]
+        groups = [o for o in first if options(o.key_or_group)]
+        composed = partial(_compose_groups, places, config_name, least=tuple(search))
         try:
-            chosen = _compose_groups(places, config_name, (*groups, *search), tuple(search))
+            chosen = composed((*(o.input_line for o in groups), *search))
         except (HydraException, OmegaConfBaseException) as error:
             raise UserError(first_line(error)) from error
         try:
@@ -176,6 +177,9 @@ def check_overrides(
         for override in first:
             if not options(override.key_or_group):
                 _check_kind(chosen, override, choices)
+        if any(o.key_or_group in SETTING for o in groups):
+            rest = [o.input_line for o in groups if o.key_or_group not in SETTING]
+            _check_set(chosen, composed((*rest, *search)))
     check_values(config)
     return config
 
@@ -226,6 +230,19 @@ def _compose_groups(
         return compose(config_name, overrides=list(groups))
     except (HydraException, OmegaConfBaseException, ValueError):
         return compose(config_name, overrides=list(least))
+
+
+def _check_set(cfg: DictConfig, without: DictConfig) -> None:
+    """Hydra says nothing when a file that sets values of others misspells their keys.
+
+    Args:
+        without: the config without such files.
+    """
+    for group in ("model", "schedule"):
+        known = _keys(without.get(group, {}), f"{group}.")
+        for key in _keys(cfg.get(group, {}), f"{group}."):
+            if key not in known and not key.startswith("model.source."):
+                raise UserError(f"unknown key {key}{_nearest(key, known)}, in an experiment's file")
 
 
 def _check_kind(cfg: DictConfig, override: Override, choices: Iterable[str]) -> None:

@@ -61,6 +61,7 @@ VALUES: dict[str, Any] = {
     "num_workers": Whole,
     "checkpoint_every": Count,
     "evaluate": bool,
+    **{"trainer.log_every_n_steps": Count, "trainer.num_nodes": Count},
     "on_bad_row": OnBadRow,
     "model.dtype": Literal["float32", "bfloat16"],
     "model.gradient_checkpointing": bool,

@@ -218,6 +218,7 @@ def test_sub_batches_are_for_interleaved_batches(changes: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "batch_size", "message"),
     [
+        ({"exponent": 1e6}, 16, "mixing.exponent or mixing.weights are too large"),
         ({"weights": {"huge": 1}}, 16, "names huge, but the stage's data has big, middle, small"),
         ({"weights": dict.fromkeys(NAMES, 0)}, 16, "are all 0"),
         ({"composition": "interleaved", "sub_batches": 3}, 16, "cannot be cut into 3 equal"),

@@ -63,7 +63,7 @@ class Mixing:
         """float64 [S], the share of each subset; they add up to one.
 
         Raises:
-            UserError: for a weight of an unknown subset, or if all weights are 0.
+            UserError: for a weight of an unknown subset, or if all weights are 0 or too large.
         """
         given = self.weights or {}
         if unknown := [name for name in given if name not in names]:
@@ -71,10 +71,14 @@ class Mixing:
                 f"mixing.weights names {unknown[0]}, but the stage's data has {', '.join(names)}"
             )
         weights = np.array([given.get(name, 1.0) for name in names], dtype=np.float64)
-        wanted = weights * np.asarray(sizes, dtype=np.float64) ** self.exponent
-        if not wanted.sum() > 0:
+        with np.errstate(over="ignore"):
+            wanted = weights * np.asarray(sizes, dtype=np.float64) ** self.exponent
+            total = wanted.sum()
+        if not total > 0:
             raise UserError("mixing.weights are all 0; give at least one subset a positive weight")
-        return wanted / wanted.sum()
+        if not np.isfinite(total):
+            raise UserError("mixing.exponent or mixing.weights are too large to give shares")
+        return wanted / total
 
     def sub_batch_rows(self, batch_size: int) -> int:
         """Rows of a sub-batch of a global batch.
