@@ -31,6 +31,7 @@ from cocoa_pl.entry import check_values
 from cocoa_pl.errors import UserError, first_line
 from cocoa_pl.settings import settled
 
+# A link to the repository's conf/, and a folder of the wheel.
 CONFIGS = (Path(__file__).parent / "conf").resolve()
 SETTING = ("experiment", "arm")  # groups whose files set values of others
 
