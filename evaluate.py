@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 
 from cocoa_pl.assemble import open_embedder, origin_of_run, score
 from cocoa_pl.command_line import check_command_line
-from cocoa_pl.distributed import world_size
+from cocoa_pl.distributed.collectives import world_size
 from cocoa_pl.entry import (
     build,
     check_values,

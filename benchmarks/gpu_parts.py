@@ -37,7 +37,7 @@ from cocoa_pl.assemble import build_stages
 from cocoa_pl.batch import Encoded, pack
 from cocoa_pl.command_line import compose_overrides
 from cocoa_pl.data.datamodule import collate
-from cocoa_pl.distributed import clip_gradients
+from cocoa_pl.distributed.collectives import clip_gradients
 from cocoa_pl.entry import build, register_resolvers
 from cocoa_pl.models.backbone import Backbone
 

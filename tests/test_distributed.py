@@ -17,12 +17,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
 
-from cocoa_pl import distributed
 from cocoa_pl.attention import Policy
 from cocoa_pl.batch import Encoded, Rows
 from cocoa_pl.data.datamodule import collate
 from cocoa_pl.data.tokenize import Processor
-from cocoa_pl.distributed import (
+from cocoa_pl.distributed import collectives
+from cocoa_pl.distributed.collectives import (
     RowCounts,
     gather_offset,
     gather_rows,
@@ -291,8 +291,8 @@ def test_a_rank_receives_the_gradient_of_its_own_rows_only(monkeypatch: pytest.M
         sent.extend(blocks)
         own.copy_(blocks[1])
 
-    monkeypatch.setattr(distributed, "world_size", lambda: 3)
-    monkeypatch.setattr(distributed, "rank", lambda: 1)
+    monkeypatch.setattr(collectives, "world_size", lambda: 3)
+    monkeypatch.setattr(collectives, "rank", lambda: 1)
     monkeypatch.setattr(dist, "all_gather", lambda blocks, mine: [x.copy_(mine) for x in blocks])
     monkeypatch.setattr(dist, "reduce_scatter", reduce_scatter)
     rows = torch.ones(2, 5, requires_grad=True)
@@ -306,7 +306,7 @@ def test_a_rank_receives_the_gradient_of_its_own_rows_only(monkeypatch: pytest.M
 
 def test_rows_that_were_announced_otherwise_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """They would be read as those of another rank."""
-    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(collectives, "world_size", lambda: 2)
     with pytest.raises(AssertionError):
         gather_rows(torch.ones(2, 5), [3, 2])
 
@@ -366,11 +366,11 @@ def test_ranks_hide_different_numbers_of_tokens(task: Task) -> None:
 def test_gradients_go_in_pieces_of_one_type_and_bounded_size(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(distributed, "BUCKET_BYTES", 40)
+    monkeypatch.setattr(collectives, "BUCKET_BYTES", 40)
     shapes = [(4,), (4,), (4,), (20,), (1,)]
     parameters = [nn.Parameter(torch.zeros(shape)) for shape in shapes]
     parameters.append(nn.Parameter(torch.zeros(2, dtype=torch.float64)))
-    buckets = list(distributed._buckets(parameters))
+    buckets = list(collectives._buckets(parameters))
     assert [[p.numel() for p in bucket] for bucket in buckets] == [[4, 4], [4], [20], [1], [2]]
     assert sum(p.numel() for bucket in buckets for p in bucket) == 35
 
@@ -378,7 +378,7 @@ def test_gradients_go_in_pieces_of_one_type_and_bounded_size(
 def test_only_an_exchange_that_failed_is_a_lost_peer(monkeypatch: pytest.MonkeyPatch) -> None:
     told = RuntimeError("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer")
     assert not is_lost_peer(told)  # alone
-    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(collectives, "world_size", lambda: 2)
     assert is_lost_peer(told)
     assert is_lost_peer(dist.DistBackendError("NCCL"))
     assert not is_lost_peer(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))

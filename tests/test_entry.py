@@ -19,9 +19,9 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
-from cocoa_pl import distributed
 from cocoa_pl.assemble import build_stages, scoring_device
 from cocoa_pl.command_line import CONFIGS, check_command_line
+from cocoa_pl.distributed import collectives
 from cocoa_pl.entry import (
     build,
     check_values,
@@ -371,7 +371,7 @@ def test_no_clipping_is_said_as_elsewhere(value: int | None, default: DictConfig
     check_values(cfg)
     weight = torch.nn.Parameter(torch.zeros(2))
     weight.grad = torch.tensor([3.0, 4.0])
-    assert distributed.clip_gradients([weight], build_stages(cfg)[0].optimization.clip_norm) == 5
+    assert collectives.clip_gradients([weight], build_stages(cfg)[0].optimization.clip_norm) == 5
     assert weight.grad.tolist() == [3.0, 4.0]
 
 
@@ -424,7 +424,7 @@ def test_a_bug_keeps_its_traceback() -> None:
 def test_a_lost_process_is_said_in_one_sentence(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(collectives, "world_size", lambda: 2)
 
     def run() -> None:
         raise RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer")

@@ -18,9 +18,9 @@ from torch.distributed.tensor import DTensor
 from torch.multiprocessing.spawn import spawn
 from torch.nn.functional import cross_entropy, normalize
 
+from cocoa_pl.distributed.strategies import shard
 from cocoa_pl.grad_cache import cached_backward
 from cocoa_pl.models.dora import make_lean, shared_norms
-from cocoa_pl.sharding import shard
 
 pytestmark = pytest.mark.slow  # two processes that import everything
 

@@ -25,8 +25,6 @@ LAYERS = (
         "grad_cache",
         "distributed",
         "similarity_tiles",
-        "sharding",
-        "replication",
     },
     {"models", "data"},
     {

@@ -16,7 +16,8 @@ from cocoa_pl import checkpoint
 from cocoa_pl.attention import Policy
 from cocoa_pl.data.sources import HeldOutBenchmark
 from cocoa_pl.data.tokenize import Processor
-from cocoa_pl.distributed import rank
+from cocoa_pl.distributed.collectives import rank
+from cocoa_pl.distributed.strategies import full_state, is_sharded
 from cocoa_pl.embedder import Embedder, chosen_device
 from cocoa_pl.entry import build, check_values, load_config
 from cocoa_pl.errors import UserError
@@ -34,7 +35,6 @@ from cocoa_pl.models.loading import Loaded, find_folder, load
 from cocoa_pl.models.tiny import Texts
 from cocoa_pl.randomness import mix
 from cocoa_pl.settings import settings_of
-from cocoa_pl.sharding import full_state, is_sharded
 from cocoa_pl.stages.recipe import RunSettings, run_stages
 from cocoa_pl.stages.stage import Stage
 

@@ -1,7 +1,7 @@
 """Trainer checkpoints: what trains is saved, and what is loaded must be exactly that, by name.
 
 A checkpoint is a file, or with sharded parameters a folder to which every process writes its share
-(`sharding.py`).
+(`distributed/strategies.py`).
 """
 
 from __future__ import annotations
@@ -19,10 +19,16 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 
+from cocoa_pl.distributed.strategies import (
+    META,
+    FullySharded,
+    read_meta,
+    read_tensors,
+    trained_state,
+)
 from cocoa_pl.errors import UserError
 from cocoa_pl.fingerprint import digest_of
 from cocoa_pl.models.adapters import untouched_adapters
-from cocoa_pl.sharding import META, FullySharded, read_meta, read_tensors, trained_state
 
 LAST = Path("checkpoints") / "last.ckpt"  # in a run folder
 BACKBONE = "backbone."

@@ -36,7 +36,7 @@ from transformers.utils import logging as transformers_logging
 
 from cocoa_pl.bounds import Count, NotNegative, Positive, Seed, ShareAboveZero, Whole, check_value
 from cocoa_pl.data.rows import OnBadRow
-from cocoa_pl.distributed import is_lost_peer
+from cocoa_pl.distributed.collectives import is_lost_peer
 from cocoa_pl.errors import UserError, first_line
 from cocoa_pl.stages.recipe import Interrupted
 

@@ -19,7 +19,7 @@ from cocoa_pl.data.stream import PairStream
 from cocoa_pl.data.stream_loader import LaneState, StreamBatches, Streamed
 from cocoa_pl.data.tokenize import Processor
 from cocoa_pl.data.transport import Parcel
-from cocoa_pl.distributed import rank, world_size
+from cocoa_pl.distributed.collectives import rank, world_size
 from cocoa_pl.errors import UserError
 from cocoa_pl.items import Pair
 from cocoa_pl.randomness import mix

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from cocoa_pl.distributed import all_objects, rank, world_size
+from cocoa_pl.distributed.collectives import all_objects, rank, world_size
 from cocoa_pl.evaluation.benchmark import VectorsOf, encode_once
 from cocoa_pl.evaluation.filling import Stream, distinct, fill
 from cocoa_pl.evaluation.identities import Identities

@@ -13,6 +13,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from cocoa_pl.assemble import build_stages
 from cocoa_pl.command_line import CONFIGS, compose_overrides
+from cocoa_pl.distributed.strategies import FULLY_SHARDED
 from cocoa_pl.entry import build, register_resolvers
 from cocoa_pl.errors import UserError
 from cocoa_pl.models.adapters import LowRank
@@ -27,7 +28,6 @@ from cocoa_pl.planning.stage_plan import StagePlan
 from cocoa_pl.planning.table import show
 from cocoa_pl.planning.tuning import Adapter
 from cocoa_pl.planning.verdict import Hardware, remedies
-from cocoa_pl.sharding import STRATEGY
 from cocoa_pl.stages.stage import Stage
 
 WIDTHS = {"float32": 4, "bfloat16": 2}
@@ -131,7 +131,7 @@ def _setup(cfg: DictConfig, shape: ModelShape) -> Setup:
         adapter=_adapter(build(cfg.adapter)),
         width=WIDTHS[cfg.model.dtype],
         checkpointing=cfg.model.gradient_checkpointing,
-        sharded=strategy == STRATEGY and gpus > 1,
+        sharded=strategy == FULLY_SHARDED and gpus > 1,
         gpus=gpus,
         kernel=kernel,
         on_gpu=on_gpu,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from cocoa_pl.distributed import BUCKET_BYTES
+from cocoa_pl.distributed.collectives import BUCKET_BYTES
 from cocoa_pl.planning import peaks
 from cocoa_pl.planning.activations import FLOAT32, Kept, Numbers, kept_by_chunk
 from cocoa_pl.planning.shapes import ModelShape

@@ -20,7 +20,7 @@ from transformers import get_scheduler
 from cocoa_pl.attention import Policy
 from cocoa_pl.bounds import NotNegative, Positive, ShareBelowOne, Whole
 from cocoa_pl.data.tokenize import Processor
-from cocoa_pl.distributed import (
+from cocoa_pl.distributed.collectives import (
     all_objects,
     clip_gradients,
     global_max,
@@ -28,11 +28,10 @@ from cocoa_pl.distributed import (
     rank,
     sum_gradients,
 )
+from cocoa_pl.distributed.strategies import FullySharded, Replicated, reshard, shard
 from cocoa_pl.errors import UserError
 from cocoa_pl.models.backbone import Backbone
 from cocoa_pl.randomness import mix
-from cocoa_pl.replication import Replicated
-from cocoa_pl.sharding import FullySharded, reshard, shard
 from cocoa_pl.stages.chunks import AnyChunk, Preparation, Step
 from cocoa_pl.stages.finite import Done, FiniteSteps
 from cocoa_pl.stages.lockstep import Fillers, in_lockstep, make_fillers

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from cocoa_pl.attention.gather import on_device
 from cocoa_pl.bounds import Count, NotNegative, Positive
-from cocoa_pl.distributed import RowCounts, gather_offset, gather_rows, global_sum
+from cocoa_pl.distributed.collectives import RowCounts, gather_offset, gather_rows, global_sum
 from cocoa_pl.errors import UserError
 from cocoa_pl.grad_cache import cached_backward
 from cocoa_pl.models.backbone import Backbone

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from cocoa_pl.attention.gather import on_device
 from cocoa_pl.bounds import NotNegative, Share, ShareAboveZero
 from cocoa_pl.corruption import Corruption, with_noise
-from cocoa_pl.distributed import global_sum
+from cocoa_pl.distributed.collectives import global_sum
 from cocoa_pl.models.backbone import Backbone
 from cocoa_pl.models.dora import shared_norms
 from cocoa_pl.models.heads import ImageDecoder, token_pixels

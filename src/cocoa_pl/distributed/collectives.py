@@ -1,8 +1,6 @@
-"""Rows of this rank in, rows or sums of all ranks out. On one process everything here is the
-identity.
+"""Sums and gathers over ranks; on one process each is the identity.
 
-Gradients are summed over ranks (never averaged), because every loss is already divided by a global
-count.
+Gradients are summed (never averaged), because every loss is already divided by a global count.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -63,8 +61,7 @@ class RowCounts:
         if world_size() == 1:
             return [self._mine[kind]]
         self._wait()
-        counts: list[int] = self._table[:, list(self._mine).index(kind)].tolist()
-        return counts
+        return self._table[:, list(self._mine).index(kind)].tolist()
 
     def _start(self, device: torch.device) -> None:
         sent = torch.zeros(world_size(), len(self._mine), dtype=torch.int64, device=device)
@@ -95,8 +92,7 @@ def gather_rows(rows: Tensor, counts: Sequence[int]) -> Tensor:
     if world_size() == 1:
         return rows
     assert counts[rank()] == len(rows)
-    gathered: Tensor = _GatherRows.apply(rows, counts)
-    return gathered
+    return _GatherRows.apply(rows, counts)
 
 
 def gather_offset(counts: Sequence[int]) -> int:
@@ -113,7 +109,7 @@ def global_max(value: Tensor) -> Tensor:
 
 
 def all_objects(mine: Any) -> list[Any]:
-    """What every rank says, in rank order; for bookkeeping, not for large tensors."""
+    """One object of every rank, in rank order; for bookkeeping, not for large tensors."""
     if world_size() == 1:
         return [mine]
     found: list[Any] = [None] * world_size()
@@ -155,7 +151,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -
 
 def _buckets(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
     """Parameters of one dtype in pieces of at most `BUCKET_BYTES` (a larger one is alone)."""
-    for _, group in groupby(sorted(parameters, key=_dtype), key=_dtype):
+    for _, group in groupby(sorted(parameters, key=lambda p: str(p.dtype)), lambda p: p.dtype):
         bucket: list[nn.Parameter] = []
         size = 0
         for parameter in group:
@@ -165,10 +161,6 @@ def _buckets(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]
             bucket.append(parameter)
             size += parameter.nbytes
         yield bucket
-
-
-def _dtype(parameter: nn.Parameter) -> str:
-    return str(parameter.dtype)
 
 
 def is_lost_peer(error: RuntimeError) -> bool:

@@ -1,8 +1,13 @@
-"""FSDP2: weights, gradients and optimizer state split over all processes, block by block.
+"""How a model lies on several processes: whole on each, or split over all of them.
 
-A block's weights are gathered while it runs and its gradients are reduced at once, so a process
-never holds more than its share and one block (torch.distributed.fsdp.fully_shard; ZeRO, arXiv
-1910.02054, stage 3). Checkpoints are folders, to which every process writes its share.
+Replicated: DistributedDataParallel would reduce gradients once for each chunk, average them, wait
+for unused parameters, and keep buckets as large as the parameters. Here a step adds gradients up
+once, when it has them all (`collectives.sum_gradients`).
+
+Fully sharded (FSDP2): weights, gradients and optimizer state are split block by block. A block's
+weights are gathered while it runs and its gradients are reduced at once, so a process never holds
+more than its share and one block (torch.distributed.fsdp.fully_shard; ZeRO, arXiv 1910.02054, stage
+3). Checkpoints are folders, to which every process writes its share.
 """
 
 from __future__ import annotations
@@ -10,11 +15,13 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterable
 from datetime import timedelta
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+import torch.distributed as dist
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, StrategyRegistry
 from torch import Tensor, nn
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -28,12 +35,30 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from cocoa_pl.distributed import rank
+from cocoa_pl.distributed.collectives import rank
 
 META = "meta.pt"  # of a checkpoint folder: all that is not a tensor of the model or the optimizer
 MODEL, OPTIMIZER = "state_dict", "optimizer_0"
 
-STRATEGY = "fully_sharded"  # its name in trainer configs; each stage gets a fresh one
+# Names in trainer configs; each stage gets a fresh strategy.
+REPLICATED, FULLY_SHARDED = "replicated", "fully_sharded"
+
+
+class Replicated(DDPStrategy):
+    """Lightning's DDP with its launching of processes, and nothing around the module.
+
+    Args:
+        timeout_minutes: how long a process waits for the others in one exchange.
+    """
+
+    def __init__(self, *, timeout_minutes: float) -> None:
+        super().__init__(timeout=timedelta(minutes=timeout_minutes))
+
+    def configure_ddp(self) -> None:
+        """Give all processes rank 0's values, instead of wrapping the module."""
+        assert self.model is not None
+        for value in chain(self.model.parameters(), self.model.buffers()):
+            dist.broadcast(value.detach(), src=0)
 
 
 class FullySharded(ModelParallelStrategy):
@@ -103,7 +128,10 @@ class FullySharded(ModelParallelStrategy):
 
 
 StrategyRegistry.register(
-    STRATEGY, FullySharded, description="FSDP2 over all processes", timeout_minutes=30
+    REPLICATED, Replicated, description="the model whole on every process", timeout_minutes=30
+)
+StrategyRegistry.register(
+    FULLY_SHARDED, FullySharded, description="FSDP2 over all processes", timeout_minutes=30
 )
 
 

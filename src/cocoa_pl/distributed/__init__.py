@@ -1,0 +1,1 @@
+"""Several processes: exact sums and gathers, and how a model lies on them."""
