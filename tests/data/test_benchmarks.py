@@ -16,9 +16,8 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from cocoa_pl.data.benchmarks import MmebBenchmark
-from cocoa_pl.data.instructed import READERS
 from cocoa_pl.data.mmeb import EvalSubset
+from cocoa_pl.data.mmeb_eval import READERS, MmebBenchmark
 from cocoa_pl.errors import UserError
 from cocoa_pl.evaluation.benchmark import evaluate
 from cocoa_pl.evaluation.report import score_table
@@ -37,7 +36,7 @@ def root(tmp_path: Path) -> Path:
 
 def config(name: str) -> dict[str, Any]:
     values: dict[str, Any] = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
-    assert values.pop("_target_") == "cocoa_pl.data.benchmarks.MmebBenchmark"
+    assert values.pop("_target_") == "cocoa_pl.data.mmeb_eval.MmebBenchmark"
     return values | {"on_bad_row": "fail"}
 
 

@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from cocoa_pl.data.benchmarks import MmebBenchmark, SubsetInfo
 from cocoa_pl.data.cocoa_json import CocoaJsonData
-from cocoa_pl.data.mmeb import EvalSubset, read_eval_subset, read_train
+from cocoa_pl.data.mmeb import EvalSubset, read_train
+from cocoa_pl.data.mmeb_eval import MmebBenchmark, SubsetInfo, read_eval_subset
 from cocoa_pl.data.sources import MmebData, PairsData
 from cocoa_pl.data.stream import StreamData
 from cocoa_pl.errors import UserError

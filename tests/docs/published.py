@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from cocoa_pl.command_line import compose_overrides
-from cocoa_pl.data.instructed import READERS
+from cocoa_pl.data.mmeb_eval import READERS
 from cocoa_pl.entry import build, register_resolvers
 
 ROWS, IMAGES = 20, 24

@@ -18,7 +18,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from cocoa_pl.data.benchmarks import MmebBenchmark
+from cocoa_pl.data.mmeb_eval import MmebBenchmark
 from cocoa_pl.evaluation.benchmark import evaluate
 from cocoa_pl.items import IMAGE_SLOT, Item
 

@@ -26,7 +26,8 @@ from cocoa_pl.data.digit_subsets import (
     training_examples,
 )
 from cocoa_pl.data.digit_writer import Studio, write_eval, write_train
-from cocoa_pl.data.mmeb import EvalSubset, read_eval_subset, read_train
+from cocoa_pl.data.mmeb import EvalSubset, read_train
+from cocoa_pl.data.mmeb_eval import read_eval_subset
 from cocoa_pl.data.rows import OnBadRow, distinct_texts
 from cocoa_pl.items import Pair
 

@@ -1,4 +1,4 @@
-"""MMEB folders in, training `Pair`s and `EvalSubset`s out.
+"""MMEB folders in, training `Pair`s out.
 
 Published layout: `<root>/<Subset>/<split>-*.parquet`, string columns, `""` for "absent", image
 paths relative to an image root. Row numbers in messages count from 0, over the files in name order.
@@ -11,11 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from cocoa_pl.data.candidates import SideTable, number_rows
-from cocoa_pl.data.instructed import Reader
 from cocoa_pl.data.mmeb_rows import IMAGE_COLUMNS, NEGATIVE_COLUMNS, TRAIN_COLUMNS, parse_row
 from cocoa_pl.data.pair_table import PairTable
-from cocoa_pl.data.rows import OnBadRow, check_on_bad_row, collect, log_skipped
+from cocoa_pl.data.rows import OnBadRow, collect
 from cocoa_pl.data.tables import check_type, find_parquet, read_batches
 from cocoa_pl.errors import UserError
 from cocoa_pl.items import Item, Pair
@@ -109,63 +107,6 @@ def read_train(
     return PairTable.concatenated([read_subset(subset) for subset in subsets])
 
 
-def read_eval_subset(
-    root: Path,
-    *,
-    subset: str,
-    split: str,
-    image_root: Path,
-    group: str,
-    in_distribution: bool,
-    on_bad_row: OnBadRow,
-    reader: Reader | None = None,
-) -> EvalSubset:
-    """One evaluation subset: `qry_text`, `qry_img_path`, and lists `tgt_text`, `tgt_img_path`.
-
-    Args:
-        reader: how the newer annotations with instructions are turned into these columns; None for
-            files that hold them.
-
-    Memory grows with the number of distinct texts, images and candidate lists, not with rows x
-    candidates. A row with one unusable candidate is a bad row.
-
-    Raises:
-        UserError: no such folder, file or column, no usable row, or a bad row (`on_bad_row`).
-    """
-    check_on_bad_row(on_bad_row)
-    queries, candidates = SideTable(role="query"), SideTable(role="candidate")
-    row_ids, query_index, candidate_index, bad_rows = number_rows(
-        root, subset=subset, split=split, queries=queries, candidates=candidates, reader=reader
-    )
-    query_items = queries.build(image_root=image_root)
-    items = candidates.build(image_root=image_root)
-    for row, row_id in enumerate(row_ids):
-        complaint = queries.complaint(query_index[[row]], row_id=row_id) or candidates.complaint(
-            candidate_index[row], row_id=row_id
-        )
-        if complaint:
-            bad_rows.setdefault(row, complaint)
-    if bad_rows and on_bad_row == "fail":
-        raise UserError(bad_rows[min(bad_rows)])
-    log_skipped([bad_rows[row] for row in sorted(bad_rows)], source=subset)
-    good = [row for row in range(len(row_ids)) if row not in bad_rows]
-    if not good:
-        raise UserError(f"{subset}: no usable row in {root / subset} ({len(bad_rows)} skipped)")
-    kept_queries, query_rank = _keep_used(query_items, [query_index[good]])
-    good_rows = candidate_index.select(good)
-    kept, rank = _keep_used(items, good_rows.lists)
-    return EvalSubset(
-        name=subset,
-        group=group,
-        in_distribution=in_distribution,
-        queries=kept_queries,
-        candidates=kept,
-        query_index=query_rank[query_index[good]],
-        candidate_index=good_rows.renumbered(rank),
-        row_ids=[row_ids[row] for row in good],
-    )
-
-
 def _train_rows(
     root: Path, *, subset: str, split: str, max_rows: int | None, label: str
 ) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -183,15 +124,3 @@ def _train_rows(
                 return
             yield f"{label} row {number}", row
             number += 1
-
-
-def _keep_used(
-    items: list[Item | None], index: Sequence[np.ndarray]
-) -> tuple[list[Item], np.ndarray]:
-    """The items that `index` names, and int32 [len(items)]: number -> position among them."""
-    used = np.zeros(len(items), dtype=bool)
-    for numbers in index:
-        used[numbers] = True
-    kept = [item for item, wanted in zip(items, used, strict=True) if wanted and item is not None]
-    assert len(kept) == used.sum(), "a row with an unusable side was kept"
-    return kept, (np.cumsum(used) - 1).astype(np.int32)
