@@ -15,21 +15,15 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from cocoa_pl.assemble import open_embedder, origin_of_run, score
-from cocoa_pl.command_line import check_command_line
+from cocoa_pl.config.build import build, check_values, register_resolvers
+from cocoa_pl.config.command_line import check_command_line
+from cocoa_pl.config.folders import give_folder
+from cocoa_pl.config.process import guarded, launched_processes, set_up_logging
 from cocoa_pl.distributed.collectives import world_size
-from cocoa_pl.entry import (
-    build,
-    check_values,
-    guarded,
-    launched_processes,
-    register_resolvers,
-    set_up_logging,
-)
 from cocoa_pl.errors import UserError
 from cocoa_pl.evaluation.embedded import VectorSettings
-from cocoa_pl.folders import give_folder
 from cocoa_pl.for_mteb.benchmark import MtebBenchmark
+from cocoa_pl.run import open_embedder, origin_of_run, score
 
 
 @hydra.main(config_path="conf", config_name="evaluate", version_base="1.3")

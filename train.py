@@ -15,18 +15,12 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from cocoa_pl.assemble import train
-from cocoa_pl.command_line import check_command_line
-from cocoa_pl.entry import (
-    INTERRUPTED,
-    end_with_launcher,
-    guarded,
-    register_resolvers,
-    resumed_config,
-    set_up_logging,
-)
-from cocoa_pl.folders import claimed, give_folder
-from cocoa_pl.settings import settled
+from cocoa_pl.config.build import register_resolvers
+from cocoa_pl.config.command_line import check_command_line
+from cocoa_pl.config.folders import claimed, give_folder
+from cocoa_pl.config.process import INTERRUPTED, end_with_launcher, guarded, set_up_logging
+from cocoa_pl.config.saved import resumed_config, settled
+from cocoa_pl.run import train
 
 statuses: list[int] = []  # of the runs of a sweep, or of the one run
 

@@ -33,13 +33,13 @@ from benchmarks.models import MERGE, PATCH, QWEN2_VL_2B, SMALL, image_processor
 from benchmarks.ours import wrapped
 from benchmarks.samples import Mix, draw, encode
 from benchmarks.timing import measured
-from cocoa_pl.assemble import build_stages
 from cocoa_pl.batch import Encoded, pack
-from cocoa_pl.command_line import compose_overrides
+from cocoa_pl.config.build import build, register_resolvers
+from cocoa_pl.config.command_line import compose_overrides
 from cocoa_pl.data.datamodule import collate
 from cocoa_pl.distributed.collectives import clip_gradients
-from cocoa_pl.entry import build, register_resolvers
 from cocoa_pl.models.backbone import Backbone
+from cocoa_pl.run import build_stages
 
 Run = Callable[[], object]
 GIB, BF16 = 2**30, torch.bfloat16

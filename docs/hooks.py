@@ -18,16 +18,16 @@ from matplotlib import pyplot as plt
 from mkdocs.structure.files import File, Files
 from PIL import Image
 
-from cocoa_pl.assemble import make_processor, open_model
 from cocoa_pl.attention import Policy, dense_mask, segment_letters
 from cocoa_pl.attention.picture import draw_grid
 from cocoa_pl.batch import pack
-from cocoa_pl.command_line import compose_overrides
+from cocoa_pl.config.build import register_resolvers
+from cocoa_pl.config.command_line import compose_overrides
 from cocoa_pl.corruption import Corrupted, Corruption, noise_of, with_noise
 from cocoa_pl.data.scenes import caption, compose, draw
 from cocoa_pl.data.tokenize import Processor
-from cocoa_pl.entry import register_resolvers
 from cocoa_pl.items import IMAGE_SLOT, Item
+from cocoa_pl.run import make_processor, open_model
 from cocoa_pl.stages.pictures import unpatchify
 
 ROOT = Path(__file__).resolve().parents[1]

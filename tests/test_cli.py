@@ -12,8 +12,8 @@ from PIL import Image
 from rich.console import Console
 
 from cocoa_pl import cli
-from cocoa_pl.command_line import CONFIGS
-from cocoa_pl.entry import MISTAKE
+from cocoa_pl.config.command_line import CONFIGS
+from cocoa_pl.config.process import MISTAKE
 
 POLICIES = sorted(path.stem for path in (CONFIGS / "attention").glob("*.yaml"))
 

@@ -18,12 +18,12 @@ import pytest
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from cocoa_pl.assemble import open_embedder, score
 from cocoa_pl.cli import run as cocoa
-from cocoa_pl.command_line import CONFIGS
+from cocoa_pl.config.command_line import CONFIGS
 from cocoa_pl.data.digits import DigitsBenchmark
 from cocoa_pl.errors import UserError
 from cocoa_pl.evaluation.origin import Origin
+from cocoa_pl.run import open_embedder, score
 from tests.small import SMALL_BENCHMARK, SMALL_DIGITS, SMALL_TRAINING, STAGES
 
 ROOT = CONFIGS.parent

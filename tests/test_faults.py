@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from cocoa_pl.checkpoint import read, read_weights
-from cocoa_pl.command_line import CONFIGS
+from cocoa_pl.config.command_line import CONFIGS
 
 ROOT = CONFIGS.parent
 STEPS = 24

@@ -17,11 +17,11 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 from transformers import AutoTokenizer
 
-from cocoa_pl.assemble import build_stages, choose_end_token
-from cocoa_pl.command_line import CONFIGS, compose_overrides
-from cocoa_pl.entry import build, register_resolvers
+from cocoa_pl.config.build import build, register_resolvers
+from cocoa_pl.config.command_line import CONFIGS, compose_overrides
 from cocoa_pl.errors import UserError
 from cocoa_pl.planning.command import make_plan
+from cocoa_pl.run import build_stages, choose_end_token
 
 ROOTS = ("data.root=MMEB-train", "benchmark.root=MMEB-eval")
 

@@ -22,12 +22,12 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch.multiprocessing.spawn import spawn
 
-from cocoa_pl.assemble import train
 from cocoa_pl.batch import Rows
 from cocoa_pl.checkpoint import read, read_weights
-from cocoa_pl.command_line import CONFIGS
+from cocoa_pl.config.build import register_resolvers
+from cocoa_pl.config.command_line import CONFIGS
 from cocoa_pl.distributed.collectives import rank
-from cocoa_pl.entry import register_resolvers
+from cocoa_pl.run import train
 from cocoa_pl.stages.contrastive import ContrastiveModule
 from cocoa_pl.stages.recipe import Interrupted
 

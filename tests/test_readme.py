@@ -13,8 +13,8 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from cocoa_pl.command_line import CONFIGS, check_overrides
-from cocoa_pl.entry import register_resolvers
+from cocoa_pl.config.build import register_resolvers
+from cocoa_pl.config.command_line import CONFIGS, check_overrides
 from tests.docs.pages import HERE
 
 ROOT = Path(__file__).resolve().parents[1]

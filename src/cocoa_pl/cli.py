@@ -32,12 +32,12 @@ class Command:
 
 COMMANDS = {
     "attention": Command(
-        module="cocoa_pl.commands.attention",
+        module="cocoa_pl.attention.command",
         summary="print an attention policy as a 0/1 grid and write it as a PNG",
         about=None,
     ),
     "doctor": Command(
-        module="cocoa_pl.commands.doctor",
+        module="cocoa_pl.doctor.command",
         summary="check a data set and its images before training",
         about="""\
 Check every row and every image that training would read, and report all that is wrong with them.
@@ -50,22 +50,22 @@ Keys and values are those of train.py; the doctor's own are out and workers.
 Exit status: 0 healthy, 1 if something would stop training, 2 for a mistake in the command.""",
     ),
     "export": Command(
-        module="cocoa_pl.commands.export",
+        module="cocoa_pl.export.command",
         summary="a trained model for Hugging Face or sentence-transformers, checked",
         about=None,
     ),
     "mine": Command(
-        module="cocoa_pl.commands.mine",
+        module="cocoa_pl.mining.command",
         summary="training data with hard negatives that a model finds",
         about=None,
     ),
     "report": Command(
-        module="cocoa_pl.commands.report",
+        module="cocoa_pl.evaluation.comparison",
         summary="scored runs side by side on one page",
         about=None,
     ),
     "search": Command(
-        module="cocoa_pl.commands.search",
+        module="cocoa_pl.search.command",
         summary="search a folder of images by a text, an image, or both",
         about=None,
     ),
@@ -97,7 +97,7 @@ def run(arguments: Sequence[str]) -> int:
     if command.about is not None:
         rest = _overrides(parsed.command, command.about, rest)
     # Not at the top of the file: `cocoa --help` should not wait for them.
-    from cocoa_pl.entry import guarded
+    from cocoa_pl.config.process import guarded
     from cocoa_pl.errors import UserError
 
     statuses: list[int] = []

@@ -1,7 +1,9 @@
-"""The one exception a user is meant to read."""
+"""The one exception that a user is meant to read."""
 
+import importlib
 import re
 from collections.abc import Callable
+from typing import Any
 
 
 class UserError(ValueError):
@@ -30,3 +32,22 @@ def renamed(error: UserError, name: Callable[[int], str]) -> UserError:
 def first_line(error: Exception) -> str:
     """What an error of somebody else's says, in one line."""
     return str(error).strip().splitlines()[0]
+
+
+def extra(package: str, *, of: str, wanted_by: str, otherwise: str = "") -> Any:
+    """Import a package only where it is used.
+
+    Args:
+        of: the extra of this project that brings it.
+        wanted_by: what needs it.
+        otherwise: what else a user may do.
+
+    Raises:
+        UserError: without it.
+    """
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise UserError(
+            f"{wanted_by} needs {package}: pip install 'cocoa_pl[{of}]'{otherwise}"
+        ) from error

@@ -16,9 +16,9 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from PIL import Image
 
-from cocoa_pl.command_line import CONFIGS
+from cocoa_pl.config.build import register_resolvers
+from cocoa_pl.config.command_line import CONFIGS
 from cocoa_pl.data.stream import StreamData
-from cocoa_pl.entry import register_resolvers
 
 ROWS = {"A": 23, "B": 17, "E": 12}
 

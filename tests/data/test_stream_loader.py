@@ -14,17 +14,17 @@ from hydra import compose, initialize_config_dir
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from cocoa_pl.assemble import build_stages
 from cocoa_pl.batch import Rows
-from cocoa_pl.command_line import CONFIGS
+from cocoa_pl.config.build import register_resolvers
+from cocoa_pl.config.command_line import CONFIGS
 from cocoa_pl.data.datamodule import Encoder, StageData, check_mixing, collate
 from cocoa_pl.data.examples import PairExamples
 from cocoa_pl.data.mixing import Mixing
 from cocoa_pl.data.stream import StreamData
 from cocoa_pl.data.stream_loader import LaneState, StreamBatches, Streamed
 from cocoa_pl.data.tokenize import Processor
-from cocoa_pl.entry import register_resolvers
 from cocoa_pl.errors import UserError
+from cocoa_pl.run import build_stages
 
 MakeStream = Callable[..., StreamData]
 Names = tuple[str, ...]

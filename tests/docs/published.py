@@ -14,9 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from cocoa_pl.command_line import compose_overrides
+from cocoa_pl.config.build import build, register_resolvers
+from cocoa_pl.config.command_line import compose_overrides
 from cocoa_pl.data.mmeb_eval import READERS
-from cocoa_pl.entry import build, register_resolvers
 
 ROWS, IMAGES = 20, 24
 PLACEHOLDER = "<|image_1|>"

@@ -15,9 +15,15 @@ DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
 # What users meet through commands alone.
 UNDOCUMENTED = {
-    *("commands", "planning", "doctor", "command_line", "cli", "entry", "assemble", "sweep"),
-    *("folders", "settings"),
-    *("callbacks", "checkpoint", "extras", "live_bytes", "loggers"),
+    "planning",
+    "doctor",
+    "cli",
+    "run",
+    "sweep",
+    "callbacks",
+    "checkpoint",
+    "live_bytes",
+    "loggers",
 }
 
 

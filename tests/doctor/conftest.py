@@ -133,7 +133,7 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def check_up(cache_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Checkup]:
     """Run `cocoa doctor` with these overrides on a terminal of a given width."""
-    from cocoa_pl.commands import doctor
+    from cocoa_pl.doctor import command as doctor
 
     def run(*overrides: str, width: int = 120) -> Checkup:
         out = tmp_path_factory.mktemp("checkup")

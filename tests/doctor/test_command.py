@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from cocoa_pl import cli
-from cocoa_pl.entry import MISTAKE
+from cocoa_pl.config.process import MISTAKE
 from cocoa_pl.errors import UserError
 
 from .conftest import SMALL, Checkup, mmeb, noise, row, write_rows

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cocoa_pl.command_line import CONFIGS, compose_overrides
+from cocoa_pl.config.build import register_resolvers
+from cocoa_pl.config.command_line import CONFIGS, compose_overrides
 from cocoa_pl.data.examples import CaptionExamples, PairExamples
 from cocoa_pl.data.tokenize import Processor
 from cocoa_pl.doctor.complaints import as_finding, heard, kind_of
@@ -20,7 +21,6 @@ from cocoa_pl.doctor.histogram import bar, draw_lengths, make_bins
 from cocoa_pl.doctor.lengths import StageLengths, measure
 from cocoa_pl.doctor.parallel import ordered_map
 from cocoa_pl.doctor.pictures import Gallery
-from cocoa_pl.entry import register_resolvers
 from cocoa_pl.errors import UserError
 from cocoa_pl.items import IMAGE_SLOT, Item, Pair
 from cocoa_pl.randomness import mix

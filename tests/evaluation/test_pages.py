@@ -13,9 +13,9 @@ from PIL import Image
 from rich.console import Console
 
 from cocoa_pl.attention import Policy
-from cocoa_pl.commands import report as command
 from cocoa_pl.data.mmeb import EvalSubset
 from cocoa_pl.errors import UserError
+from cocoa_pl.evaluation import comparison as command
 from cocoa_pl.evaluation.benchmark import evaluate
 from cocoa_pl.evaluation.comparison import difference
 from cocoa_pl.evaluation.origin import Origin

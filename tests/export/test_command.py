@@ -14,11 +14,11 @@ import pytest
 from rich.console import Console
 
 from cocoa_pl.attention import Policy
-from cocoa_pl.commands import export as command
 from cocoa_pl.data.tokenize import Processor
 from cocoa_pl.embedder import Embedder
 from cocoa_pl.errors import UserError
 from cocoa_pl.evaluation.results import Results, SubsetScore
+from cocoa_pl.export import command
 from cocoa_pl.export.folder import export
 from cocoa_pl.export.images_only import images_only
 from cocoa_pl.export.parity import Compared

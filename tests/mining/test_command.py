@@ -14,7 +14,6 @@ from PIL import Image
 from rich.console import Console
 
 from cocoa_pl.attention import Policy
-from cocoa_pl.commands import mine as command
 from cocoa_pl.data.digits import DigitsData
 from cocoa_pl.data.mmeb import read_train
 from cocoa_pl.data.tokenize import Processor
@@ -22,6 +21,7 @@ from cocoa_pl.embedder import Embedder
 from cocoa_pl.errors import UserError
 from cocoa_pl.export.folder import export
 from cocoa_pl.items import IMAGE_SLOT, Item, Pair
+from cocoa_pl.mining import command
 from cocoa_pl.mining.folder import image_root, write_subset
 from cocoa_pl.mining.mine import mine
 from cocoa_pl.models.loading import Loaded

@@ -15,7 +15,6 @@ from omegaconf import DictConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cocoa_pl.assemble import open_model
 from cocoa_pl.attention import Policy
 from cocoa_pl.batch import Batch, Encoded, pack
 from cocoa_pl.embedder import Embedder
@@ -23,6 +22,7 @@ from cocoa_pl.errors import UserError
 from cocoa_pl.models.adapter_folders import base_path, is_adapter, load_adapter
 from cocoa_pl.models.backbone import Backbone
 from cocoa_pl.models.loading import FAMILIES, Loaded, find_folder, load
+from cocoa_pl.run import open_model
 
 CONF = Path(__file__).parents[2] / "conf"
 ALL = ("context", "eos", "target")

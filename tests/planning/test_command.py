@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from cocoa_pl import cli
-from cocoa_pl.command_line import CONFIGS
+from cocoa_pl.config.command_line import CONFIGS
 from cocoa_pl.errors import UserError
 from cocoa_pl.planning.command import run
 

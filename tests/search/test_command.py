@@ -13,9 +13,9 @@ import pytest
 from rich.console import Console
 
 from cocoa_pl.cli import COMMANDS
-from cocoa_pl.commands import search as command
 from cocoa_pl.embedder import Embedder
 from cocoa_pl.errors import UserError
+from cocoa_pl.search import command
 
 Run = Callable[..., str]
 

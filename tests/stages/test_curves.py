@@ -18,10 +18,10 @@ from omegaconf import DictConfig
 from rich.console import Console
 from torch import Tensor
 
-from cocoa_pl.assemble import train
-from cocoa_pl.command_line import CONFIGS
-from cocoa_pl.entry import register_resolvers
+from cocoa_pl.config.build import register_resolvers
+from cocoa_pl.config.command_line import CONFIGS
 from cocoa_pl.models.qwen2_vl import Qwen2VLBackbone
+from cocoa_pl.run import train
 
 Curve = dict[tuple[str, int, str], float]  # stage, step, name
 RECORDED = Path(__file__).parent / "digits_curve.csv"

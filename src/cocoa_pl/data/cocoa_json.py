@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from cocoa_pl.bounds import Count, Seed, ShareBelowOne
+from cocoa_pl.config.bounds import Count, Seed, ShareBelowOne
 from cocoa_pl.data.holdout import as_subsets, hold_out
 from cocoa_pl.data.mmeb import EvalSubset
 from cocoa_pl.data.pair_table import PairTable

@@ -17,7 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from cocoa_pl.bounds import Count, Seed
+from cocoa_pl.config.bounds import Count, Seed
 from cocoa_pl.data.digit_subsets import (
     GROUP_OF,
     IN_DISTRIBUTION,

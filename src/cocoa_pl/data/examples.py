@@ -6,7 +6,7 @@ from typing import overload
 
 import numpy as np
 
-from cocoa_pl.bounds import Share, Whole
+from cocoa_pl.config.bounds import Share, Whole
 from cocoa_pl.data.pair_table import has_images, select, subset_codes
 from cocoa_pl.data.stream import PairStream
 from cocoa_pl.errors import UserError

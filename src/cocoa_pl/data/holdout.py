@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from cocoa_pl.bounds import ShareBelowOne
+from cocoa_pl.config.bounds import ShareBelowOne
 from cocoa_pl.data.mmeb import EvalSubset
 from cocoa_pl.data.pair_table import select, subset_codes
 from cocoa_pl.errors import UserError

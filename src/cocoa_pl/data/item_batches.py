@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from cocoa_pl.batch import VISUAL_TOKEN_COST, Encoded, cut_by_cost
-from cocoa_pl.bounds import Count, Whole, check_value
+from cocoa_pl.config.bounds import Count, Whole, check_value
 from cocoa_pl.data.images import image_size
 from cocoa_pl.data.lookahead import Lookahead
 from cocoa_pl.data.tokenize import Processor

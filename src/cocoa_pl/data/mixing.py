@@ -17,7 +17,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from cocoa_pl.bounds import Count, NotNegative
+from cocoa_pl.config.bounds import Count, NotNegative
 from cocoa_pl.errors import UserError
 from cocoa_pl.randomness import mix, uniform
 

@@ -16,7 +16,7 @@ from typing import Any
 import datasets
 import numpy as np
 
-from cocoa_pl.bounds import Count, Whole
+from cocoa_pl.config.bounds import Count, Whole
 from cocoa_pl.data.holdout import as_subsets, group_key
 from cocoa_pl.data.mmeb import EvalSubset
 from cocoa_pl.data.mmeb_rows import NEGATIVE_COLUMNS, TRAIN_COLUMNS, parse_row

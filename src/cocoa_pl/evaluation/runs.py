@@ -51,7 +51,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         return {}
     try:
         return dict(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
-    except (yaml.YAMLError, ValueError, TypeError) as error:
+    except (yaml.YAMLError, ValueError, TypeError, OSError) as error:
         raise UserError(f"{path} is damaged: {' '.join(str(error).split())}") from error
 
 

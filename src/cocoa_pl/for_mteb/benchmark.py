@@ -12,11 +12,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from cocoa_pl.bounds import Count
+from cocoa_pl.config.bounds import Count
 from cocoa_pl.embedder import Embedder
-from cocoa_pl.errors import UserError
+from cocoa_pl.errors import UserError, extra
 from cocoa_pl.evaluation.results import OF_MTEB
-from cocoa_pl.extras import extra
 
 _OF_MMEB = "mmeb"
 

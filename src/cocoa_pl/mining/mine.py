@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from cocoa_pl.bounds import Count, ShareAboveZero
+from cocoa_pl.config.bounds import Count, ShareAboveZero
 from cocoa_pl.errors import UserError, renamed
 from cocoa_pl.items import Item, Pair, numbered
 from cocoa_pl.mining.choice import choose

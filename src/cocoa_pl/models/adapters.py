@@ -11,7 +11,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from cocoa_pl.bounds import Count, ShareBelowOne
+from cocoa_pl.config.bounds import Count, ShareBelowOne
 from cocoa_pl.errors import UserError
 from cocoa_pl.models.backbone import Backbone
 from cocoa_pl.models.dora import make_lean

@@ -24,7 +24,7 @@ from transformers.utils.constants import (
     OPENAI_CLIP_STD,
 )
 
-from cocoa_pl.bounds import Count, Seed
+from cocoa_pl.config.bounds import Count, Seed
 from cocoa_pl.errors import UserError
 
 # Makes the training texts: millions of them, which only a source without a tokenizer reads.

@@ -11,10 +11,9 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from transformers import AutoConfig, PretrainedConfig
 
-from cocoa_pl.assemble import build_stages
-from cocoa_pl.command_line import CONFIGS, compose_overrides
+from cocoa_pl.config.build import build, register_resolvers
+from cocoa_pl.config.command_line import CONFIGS, compose_overrides
 from cocoa_pl.distributed.strategies import FULLY_SHARDED
-from cocoa_pl.entry import build, register_resolvers
 from cocoa_pl.errors import UserError
 from cocoa_pl.models.adapters import LowRank
 from cocoa_pl.models.published import find_config
@@ -28,6 +27,7 @@ from cocoa_pl.planning.stage_plan import StagePlan
 from cocoa_pl.planning.table import show
 from cocoa_pl.planning.tuning import Adapter
 from cocoa_pl.planning.verdict import Hardware, remedies
+from cocoa_pl.run import build_stages
 from cocoa_pl.stages.stage import Stage
 
 WIDTHS = {"float32": 4, "bfloat16": 2}

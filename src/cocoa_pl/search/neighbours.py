@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cocoa_pl.errors import extra
 from cocoa_pl.evaluation.vectors import Vectors, blocks, read
-from cocoa_pl.extras import extra
 
 log = logging.getLogger(__name__)
 

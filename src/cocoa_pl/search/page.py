@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cocoa_pl.data.images import open_image
-from cocoa_pl.errors import UserError
-from cocoa_pl.extras import extra
+from cocoa_pl.errors import UserError, extra
 from cocoa_pl.search.folder import is_inside
 from cocoa_pl.search.index import Found, ImageIndex
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import get_scheduler
 
 from cocoa_pl.attention import Policy
-from cocoa_pl.bounds import NotNegative, Positive, ShareBelowOne, Whole
+from cocoa_pl.config.bounds import NotNegative, Positive, ShareBelowOne, Whole
 from cocoa_pl.data.tokenize import Processor
 from cocoa_pl.distributed.collectives import (
     all_objects,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cocoa_pl.attention.gather import on_device
-from cocoa_pl.bounds import Count, NotNegative, Positive
+from cocoa_pl.config.bounds import Count, NotNegative, Positive
 from cocoa_pl.distributed.collectives import RowCounts, gather_offset, gather_rows, global_sum
 from cocoa_pl.errors import UserError
 from cocoa_pl.grad_cache import cached_backward

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cocoa_pl.attention.gather import on_device
-from cocoa_pl.bounds import NotNegative, Share, ShareAboveZero
+from cocoa_pl.config.bounds import NotNegative, Share, ShareAboveZero
 from cocoa_pl.corruption import Corruption, with_noise
 from cocoa_pl.distributed.collectives import global_sum
 from cocoa_pl.models.backbone import Backbone

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from cocoa_pl.attention import Policy
-from cocoa_pl.bounds import Count, Positive
+from cocoa_pl.config.bounds import Count, Positive
 from cocoa_pl.data.examples import MakeSamples
 from cocoa_pl.data.mixing import Mixing
 from cocoa_pl.data.tokenize import Processor

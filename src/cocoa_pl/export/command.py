@@ -15,7 +15,7 @@ from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
 from cocoa_pl import fingerprint
-from cocoa_pl.assemble import open_embedder
+from cocoa_pl.config.saved import settings_of
 from cocoa_pl.errors import UserError
 from cocoa_pl.evaluation.results import read_results
 from cocoa_pl.evaluation.runs import read_config
@@ -24,7 +24,7 @@ from cocoa_pl.export.folder import export, replacing
 from cocoa_pl.export.parity import TOLERANCE, Compared, check, compare, samples
 from cocoa_pl.export.sentence_transformers import write_sentence_transformers
 from cocoa_pl.exported import DESCRIPTION, described_in, export_folder, write_description
-from cocoa_pl.settings import settings_of
+from cocoa_pl.run import open_embedder
 
 LIBRARIES = {"hf": "transformers", "sentence-transformers": "sentence-transformers"}
 

@@ -13,8 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from cocoa_pl.embedder import Embedder
-from cocoa_pl.errors import UserError
-from cocoa_pl.extras import extra
+from cocoa_pl.errors import UserError, extra
 from cocoa_pl.search.folder import existing
 from cocoa_pl.search.index import Found, ImageIndex
 from cocoa_pl.search.page import LOCAL, Page, printable

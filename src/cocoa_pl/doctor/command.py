@@ -12,8 +12,9 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from cocoa_pl.assemble import build_stages, choose_end_token, model_folder
-from cocoa_pl.command_line import compose_overrides
+from cocoa_pl.config.build import build, register_resolvers
+from cocoa_pl.config.command_line import compose_overrides
+from cocoa_pl.config.folders import new_folder
 from cocoa_pl.data.rows import distinct_texts
 from cocoa_pl.data.sources import HeldOutBenchmark
 from cocoa_pl.data.tokenize import Processor
@@ -22,12 +23,11 @@ from cocoa_pl.doctor.findings import Findings
 from cocoa_pl.doctor.histogram import draw_lengths
 from cocoa_pl.doctor.reading import Pieces, Reading, read
 from cocoa_pl.doctor.report import show, write_json
-from cocoa_pl.entry import build, register_resolvers
 from cocoa_pl.errors import UserError
-from cocoa_pl.folders import new_folder
 from cocoa_pl.for_mteb.benchmark import MtebBenchmark
 from cocoa_pl.models.adapter_folders import base_path, is_adapter
 from cocoa_pl.models.loading import find_folder, load_inputs
+from cocoa_pl.run import build_stages, choose_end_token, model_folder
 from cocoa_pl.stages.stage import Stage
 
 SICK = 1  # exit status: something would stop training

@@ -1,4 +1,4 @@
-"""A command line in; nothing out, or one sentence on what is wrong and the nearest right name.
+"""Check a command line before Hydra does, and say in one sentence what is wrong with it.
 
 Hydra's own refusals are many lines long, and about some mistakes it says nothing.
 """
@@ -27,12 +27,12 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from cocoa_pl.entry import check_values
+from cocoa_pl.config.build import check_values
+from cocoa_pl.config.saved import settled
 from cocoa_pl.errors import UserError, first_line
-from cocoa_pl.settings import settled
 
 # A link to the repository's conf/, and a folder of the wheel.
-CONFIGS = (Path(__file__).parent / "conf").resolve()
+CONFIGS = (Path(__file__).parents[1] / "conf").resolve()
 SETTING = ("experiment", "arm")  # groups whose files set values of others
 
 

@@ -1,4 +1,4 @@
-"""A composed config in, the objects of a run out, and the run itself."""
+"""Train, export and score what a config describes."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from rich.console import Console
 
 from cocoa_pl import checkpoint
 from cocoa_pl.attention import Policy
+from cocoa_pl.config.build import build, check_values
+from cocoa_pl.config.saved import load_config, settings_of
 from cocoa_pl.data.sources import HeldOutBenchmark
 from cocoa_pl.data.tokenize import Processor
 from cocoa_pl.distributed.collectives import rank
 from cocoa_pl.distributed.strategies import full_state, is_sharded
 from cocoa_pl.embedder import Embedder, chosen_device
-from cocoa_pl.entry import build, check_values, load_config
 from cocoa_pl.errors import UserError
 from cocoa_pl.evaluation.benchmark import check_subsets, score_subsets
 from cocoa_pl.evaluation.embedded import IN_MEMORY, VectorSettings, embedded
@@ -34,7 +35,6 @@ from cocoa_pl.models.backbone import Backbone
 from cocoa_pl.models.loading import Loaded, find_folder, load
 from cocoa_pl.models.tiny import Texts
 from cocoa_pl.randomness import mix
-from cocoa_pl.settings import settings_of
 from cocoa_pl.stages.recipe import RunSettings, run_stages
 from cocoa_pl.stages.stage import Stage
 
@@ -196,7 +196,7 @@ def open_embedder(path: str, *, device: str) -> Embedder:
     content = checkpoint.read(Path(path))
     if not (run_dir / "config.yaml").is_file():
         raise UserError(f"{path}: the run's config.yaml is not in {run_dir}")
-    cfg = load_config(run_dir / "config.yaml")
+    cfg = load_config(run_dir)
     cfg.model.kernel = "auto"  # training may have been elsewhere
     try:
         loaded = open_model(cfg, lambda: build(cfg.data).training_texts())
@@ -280,7 +280,7 @@ def origin_of_run(run: Path, *, facts: dict[str, Any], policy: Policy) -> Origin
     text = config.read_text(encoding="utf-8") if config.is_file() else None
     policies = {"evaluation": policy}
     if text is not None:
-        stages = load_config(config).stage
+        stages = load_config(run).stage
         policies = {name: build(stages[name].policy) for name in stages.order}
     return Origin(
         facts=facts,

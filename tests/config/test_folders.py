@@ -11,9 +11,10 @@ from hydra.conf import HydraConf
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from cocoa_pl.command_line import add_override
+from cocoa_pl.config.command_line import add_override
+from cocoa_pl.config.folders import SWEEP, claimed, give_folder, new_folder
+from cocoa_pl.config.process import check_named
 from cocoa_pl.errors import UserError
-from cocoa_pl.folders import SWEEP, check_named, claimed, give_folder, new_folder
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "8"}
 SLURM = {"SLURM_NTASKS": "16", "SLURM_JOB_NAME": "cocoa"}

@@ -1,4 +1,4 @@
-"""A composed config in, a folder out that no other run has: of one run, one config and one model.
+"""Give each run a folder of its own, of one config and one model.
 
 A default folder is made new, whatever else starts in the same second. A named one is a run's once
 its config.yaml is there, which only one can make.
@@ -6,7 +6,6 @@ its config.yaml is there, which only one can make.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
@@ -15,12 +14,11 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from omegaconf import DictConfig, OmegaConf
 
 from cocoa_pl.checkpoint import LAST
-from cocoa_pl.command_line import add_override
+from cocoa_pl.config.command_line import add_override
+from cocoa_pl.config.process import check_named, is_first_process
 from cocoa_pl.errors import UserError
 
 CONFIG, MODEL, RESULTS = "config.yaml", "model", "results.json"
@@ -56,30 +54,6 @@ def give_folder(config: DictConfig, *, way: str, scored: str | None = None) -> N
         (_claim_sweep if sweeps else _check_free_for_run)(folder)
     quoted = str(folder).replace("\\", "\\\\").replace("'", r"\'")
     add_override(f"{key}='{quoted}'")
-
-
-def is_first_process() -> bool:
-    """Of those that train one model together: the one that owns the folder."""
-    ranks = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "NODE_RANK")
-    return not any(int(os.environ.get(name, "0")) for name in ranks)
-
-
-def check_named(way: str) -> None:
-    """All processes of a job must agree on the run folder, which by default is a new one of each.
-
-    Raises:
-        UserError: if torchrun or SLURM started several processes.
-    """
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    if SLURMEnvironment.detect():
-        several = int(os.environ["SLURM_NTASKS"]) > 1
-    elif not TorchElasticEnvironment.detect():
-        return  # the processes that Lightning starts are told
-    if several:
-        raise UserError(
-            f"several processes were started from outside and must share one run folder; "
-            f"give it as {way}"
-        )
 
 
 def new_folder(wanted: Path) -> Path:

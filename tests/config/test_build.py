@@ -19,19 +19,14 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
-from cocoa_pl.assemble import build_stages, scoring_device
-from cocoa_pl.command_line import CONFIGS, check_command_line
+from cocoa_pl.config.build import build, check_values, declared, register_resolvers
+from cocoa_pl.config.command_line import CONFIGS, check_command_line
+from cocoa_pl.config.folders import save_config
+from cocoa_pl.config.process import guarded
+from cocoa_pl.config.saved import resumed_config
 from cocoa_pl.distributed import collectives
-from cocoa_pl.entry import (
-    build,
-    check_values,
-    declared,
-    guarded,
-    register_resolvers,
-    resumed_config,
-)
 from cocoa_pl.errors import UserError
-from cocoa_pl.folders import save_config
+from cocoa_pl.run import build_stages, scoring_device
 from cocoa_pl.stages.recipe import Interrupted
 
 ROOT = CONFIGS.parent

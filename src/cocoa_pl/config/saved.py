@@ -1,7 +1,7 @@
-"""A model to start from in, a config with the settings that it was trained with out.
+"""Read what earlier runs saved: a config to resume, or settings for the model of `init_from`.
 
 Pixels, lengths, type and learning rates belong to the model that is loaded, not to whichever model
-is the default. A run tells them in its config.yaml, an exported folder in its cocoa.json.
+is the default. A run has them in its config.yaml, an exported folder in its cocoa.json.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from transformers import PretrainedConfig
 
-from cocoa_pl.entry import load_config
 from cocoa_pl.errors import UserError, first_line
+from cocoa_pl.evaluation.runs import read_config
 from cocoa_pl.exported import DESCRIPTION
 from cocoa_pl.models.adapter_folders import base_path
 from cocoa_pl.models.loading import ADAPTER_CONFIG, find_folder
@@ -32,7 +32,37 @@ from cocoa_pl.models.published import KNOWN, find_config
 
 log = logging.getLogger(__name__)
 
+RESUMABLE = ("trainer.", "logger", "num_workers", "checkpoint_every", "evaluate", "init_from")
 OPTION = "of_init_from"  # what such settings are called as options of `model` and `schedule`
+
+
+def resumed_config(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
+    """The config of the run to resume, with the few keys that may change.
+
+    Raises:
+        UserError: if there is no such run, or a key is given that would make it another run.
+    """
+    if not (Path(cfg.resume) / "config.yaml").is_file():
+        raise UserError(f"resume={cfg.resume}: there is no run (no config.yaml) in that folder")
+    resumed = load_config(Path(cfg.resume))
+    changed = [o for o in overrides if not o.startswith("resume=")]
+    if wrong := [o for o in changed if not o.startswith(RESUMABLE)]:
+        raise UserError(f"a resumed run keeps its config; {wrong[0]} cannot be changed")
+    for override in changed:
+        key = override.split("=", 1)[0]
+        OmegaConf.update(resumed, key, OmegaConf.select(cfg, key))
+    with open_dict(resumed):
+        resumed.resume = cfg.resume
+    return resumed
+
+
+def load_config(run_dir: Path) -> DictConfig:
+    """The config.yaml that `save_config` wrote.
+
+    Raises:
+        UserError: if it is damaged.
+    """
+    return OmegaConf.create(read_config(run_dir))
 
 
 def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -87,7 +117,7 @@ def _settings(init_from: str) -> tuple[dict[str, Any], str] | None:
     run = Path(init_from)
     config = run / "config.yaml"
     if (run / "model").is_dir() and config.is_file():
-        saved = load_config(config)
+        saved = load_config(run)
         return {"model": saved.model, "schedule": saved.schedule}, str(config)
     described = _file_of(init_from, DESCRIPTION)
     known = json.loads(described.read_text()).get("settings") if described else None

@@ -10,10 +10,10 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from cocoa_pl.command_line import CONFIGS, compose_overrides
-from cocoa_pl.entry import register_resolvers
+from cocoa_pl.config.build import register_resolvers
+from cocoa_pl.config.command_line import CONFIGS, compose_overrides
+from cocoa_pl.config.saved import settings_of, settled
 from cocoa_pl.errors import UserError
-from cocoa_pl.settings import settings_of, settled
 
 
 @pytest.fixture(autouse=True)

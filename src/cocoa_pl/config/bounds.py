@@ -1,4 +1,4 @@
-"""A value and the annotation of the parameter it is for in, one sentence on what is wrong out.
+"""Check numbers, bools and choices against the annotations of the parameters they are for.
 
 A number says where it is declared what it may be:
 

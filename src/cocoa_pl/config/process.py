@@ -1,0 +1,172 @@
+"""Exit statuses, logging, and the other processes of a command."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import os
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning.pytorch.utilities import rank_zero_only
+from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+from rich.logging import RichHandler
+from transformers.utils import logging as transformers_logging
+
+from cocoa_pl.distributed.collectives import is_lost_peer
+from cocoa_pl.errors import UserError, first_line
+from cocoa_pl.stages.recipe import Interrupted
+
+# One process may be hours behind another; one that is gone is noticed at once.
+PATIENCE = datetime.timedelta(days=30)
+MISTAKE, LOST_PEER, INTERRUPTED = 2, 3, 130  # exit statuses
+LAUNCHER_CHECK_SECONDS = 2.0
+
+# What Lightning warns of although nobody can or should do anything about it.
+HARMLESS = (
+    ".*isinstance.treespec, LeafSpec.* is deprecated",  # its own use of torch's pytrees
+    "The number of training batches .* is smaller than the logging interval",  # a short stage
+    "It is recommended to use .*sync_dist=True",  # values are summed over ranks before
+    "You're resuming from a checkpoint that ended before",  # the sampler counts steps, not epochs
+    "FSDP2-wrapped module .* returned a view tensor",  # nothing writes into the states it returns
+)
+
+
+def guarded(
+    run: Callable[[], None], *, remedy: str = "resume=RUN goes on from the last checkpoint"
+) -> int:
+    """Run an entry point; what a user did wrong becomes one sentence and an exit status.
+
+    Args:
+        remedy: what to do when another process of the job was lost.
+    """
+    transformers_logging.disable_progress_bar()  # one line for each file it opens
+    try:
+        run()
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return MISTAKE
+    except OmegaConfBaseException as error:  # a value of the config, which is the user's
+        sys.stderr.write(f"error: {first_line(error)}\n")
+        return MISTAKE
+    except (Interrupted, KeyboardInterrupt) as stop:
+        sys.stderr.write(f"{str(stop) or 'interrupted'}\n")
+        return INTERRUPTED
+    except RuntimeError as error:
+        if not is_lost_peer(error):
+            raise
+        sys.stderr.write(
+            "error: another process of this job was killed, or ended with a message of its own; "
+            f"{remedy}\n"
+        )
+        return LOST_PEER
+    return 0
+
+
+@contextmanager
+def launched_processes() -> Iterator[None]:
+    """Join the processes that torchrun started, in a job without a trainer; one alone just runs.
+
+    Each gets a GPU of its own where there are any. They only tell each other how far they are,
+    which gloo does with GPUs too.
+
+    Raises:
+        UserError: if SLURM started several processes by itself.
+    """
+    if not TorchElasticEnvironment.detect():
+        if SLURMEnvironment.detect() and int(os.environ["SLURM_NTASKS"]) > 1:
+            raise UserError(
+                "SLURM started several processes, and each of them would do the whole work; "
+                "let one task a machine run torchrun, which starts processes that share it"
+            )
+        yield
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("gloo", timeout=PATIENCE)
+    yield
+    dist.barrier()  # nobody leaves while another still waits for him
+    dist.destroy_process_group()
+
+
+def is_first_process() -> bool:
+    """Of those that train one model together: the one that owns the folder."""
+    ranks = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "NODE_RANK")
+    return not any(int(os.environ.get(name, "0")) for name in ranks)
+
+
+def check_named(way: str) -> None:
+    """All processes of a job must agree on the run folder, which by default is a new one of each.
+
+    Raises:
+        UserError: if torchrun or SLURM started several processes.
+    """
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if SLURMEnvironment.detect():
+        several = int(os.environ["SLURM_NTASKS"]) > 1
+    elif not TorchElasticEnvironment.detect():
+        return  # the processes that Lightning starts are told
+    if several:
+        raise UserError(
+            f"several processes were started from outside and must share one run folder; "
+            f"give it as {way}"
+        )
+
+
+def end_with_launcher() -> None:
+    """A process that Lightning started on this machine ends when the one that started it is killed.
+
+    Otherwise it would wait for that one until an exchange times out. torchrun and SLURM see to it
+    themselves.
+    """
+    outside = SLURMEnvironment.detect() or TorchElasticEnvironment.detect()
+    if outside or int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        return
+    launcher = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == launcher:
+            time.sleep(LAUNCHER_CHECK_SECONDS)
+        sys.stderr.write(
+            "error: the first process of this job was killed; "
+            "resume=RUN goes on from the last checkpoint\n"
+        )
+        os._exit(LOST_PEER)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def set_up_logging(run_dir: Path) -> Console:
+    """Log lines to the console that progress bars use, and with times to the run's `log.txt`."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    console = Console() if sys.stdout.isatty() else Console(width=160)
+    screen: logging.Handler = (
+        RichHandler(console=console, show_path=False, show_time=False, show_level=False)
+        if console.is_terminal
+        else logging.StreamHandler(sys.stdout)
+    )
+    screen.setFormatter(logging.Formatter("%(message)s"))
+    file = logging.FileHandler(run_dir / "log.txt")
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    is_first: bool = rank_zero_only.rank == 0  # type: ignore[attr-defined]
+    level = logging.INFO if is_first else logging.WARNING  # of several processes one talks
+    logging.basicConfig(level=level, handlers=[screen, file], force=True)
+    for harmless in HARMLESS:
+        warnings.filterwarnings("ignore", message=harmless)
+    for chatty in ("lightning.pytorch", "lightning.fabric", "httpx", "huggingface_hub", "mteb"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    # Its one line is that it ends the job because one of the processes has died.
+    logging.getLogger("lightning.fabric.strategies.launchers.subprocess_script").setLevel(
+        logging.INFO
+    )
+    return console
