@@ -13,12 +13,12 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from cocoa_pl import checkpoint
-from cocoa_pl.checkpoint import LastCheckpoint
 from cocoa_pl.errors import UserError
 from cocoa_pl.models.adapters import LowRank
 from cocoa_pl.models.backbone import Backbone
 from cocoa_pl.models.loading import Loaded
+from cocoa_pl.stages import checkpoint
+from cocoa_pl.stages.checkpoint import LastCheckpoint
 
 LoadTiny = Callable[..., Loaded]
 

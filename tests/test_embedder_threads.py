@@ -23,8 +23,8 @@ from cocoa_pl.data import progress, tokenize
 from cocoa_pl.data.tokenize import Processor
 from cocoa_pl.embedder import Embedder
 from cocoa_pl.errors import UserError
-from cocoa_pl.fingerprint import TOLERANCE, take_fingerprint
 from cocoa_pl.items import IMAGE_SLOT, Item
+from cocoa_pl.models.exported import FINGERPRINT_TOLERANCE, take_fingerprint
 from cocoa_pl.models.loading import Loaded
 
 EVERYTHING = ("context", "eos", "target")
@@ -257,7 +257,7 @@ def test_identity_is_the_same_for_the_same_model_and_changes_with_whatever_vecto
 ) -> None:
     def identity(embedder: Embedder) -> dict[str, Any]:
         found = embedder.identity()
-        found.pop("fingerprint")
+        del found["fingerprint"], found["tolerance"]
         return found
 
     loaded = load_tiny()
@@ -303,7 +303,7 @@ def test_on_a_gpu_batches_go_over_from_pinned_memory_and_vectors_are_those_of_th
     assert torch.get_float32_matmul_precision() == "highest"
     on_cpu = Embedder(load_tiny().backbone, processor, FULL)
     embedder = Embedder(load_tiny().backbone.cuda(), processor, FULL)
-    atol = TOLERANCE["float32"] / 10
+    atol = FINGERPRINT_TOLERANCE["float32"] / 10
     laid_out = embedder._lay_out(
         [processor.encode(item, None, key=0, seed=0, row_id="toy") for item in items[:3]]
     )

@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from cocoa_pl.checkpoint import read, read_weights
 from cocoa_pl.config.command_line import CONFIGS
+from cocoa_pl.stages.checkpoint import read, read_weights
 
 ROOT = CONFIGS.parent
 STEPS = 24

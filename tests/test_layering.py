@@ -28,8 +28,7 @@ LAYERS = (
     },
     {"models", "data"},
     {
-        *("stages", "evaluation", "checkpoint", "embedder", "export", "exported", "fingerprint"),
-        *("callbacks", "loggers", "doctor", "search", "for_mteb", "mining"),
+        *("stages", "evaluation", "embedder", "export", "doctor", "search", "for_mteb", "mining"),
     },
     {
         *("cli", "sweep", "config", "run", "planning"),
@@ -307,7 +306,7 @@ BAD: list[tuple[str, str, str]] = [
 GOOD: list[tuple[str, str, str]] = [
     ("imports_go_one_way", "data.mmeb", "from cocoa_pl.items import Item\nfrom .images import x"),
     ("imports_go_one_way", "models.heads", "from cocoa_pl.attention.plan import Plan"),
-    ("imports_go_one_way", "stages.recipe", "import torch\nfrom cocoa_pl import checkpoint"),
+    ("imports_go_one_way", "stages.recipe", "import torch\nfrom cocoa_pl import models"),
     ("hydra_stays_at_the_entry_points", "sweep", "from omegaconf import OmegaConf"),
     ("modules_say_what_they_are", "items", '"""Rows in, items out."""'),
     ("nothing_prints", "items", "log.info('print this')\npprint = 1"),

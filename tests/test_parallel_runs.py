@@ -23,11 +23,11 @@ from safetensors.torch import load_file
 from torch.multiprocessing.spawn import spawn
 
 from cocoa_pl.batch import Rows
-from cocoa_pl.checkpoint import read, read_weights
 from cocoa_pl.config.build import register_resolvers
 from cocoa_pl.config.command_line import CONFIGS
 from cocoa_pl.distributed.collectives import rank
 from cocoa_pl.run import train
+from cocoa_pl.stages.checkpoint import read, read_weights
 from cocoa_pl.stages.contrastive import ContrastiveModule
 from cocoa_pl.stages.recipe import Interrupted
 

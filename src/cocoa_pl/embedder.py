@@ -19,10 +19,17 @@ from cocoa_pl.data.item_batches import item_batches
 from cocoa_pl.data.progress import Progress, bar
 from cocoa_pl.data.tokenize import Processor
 from cocoa_pl.errors import UserError, name_of
-from cocoa_pl.exported import export_folder, read_description
-from cocoa_pl.fingerprint import check_fingerprint, digest_of, digest_of_text, take_fingerprint
 from cocoa_pl.items import Item
 from cocoa_pl.models.backbone import Backbone
+from cocoa_pl.models.exported import (
+    FINGERPRINT_TOLERANCE,
+    check_fingerprint,
+    digest_of,
+    digest_of_text,
+    export_folder,
+    read_description,
+    take_fingerprint,
+)
 from cocoa_pl.models.layout import Layout
 from cocoa_pl.models.loading import load
 from cocoa_pl.objectives import matryoshka
@@ -78,9 +85,10 @@ class Embedder:
 
     def identity(self) -> dict[str, Any]:
         """What vectors depend on, for telling whether kept ones are this model's: exact digests,
-        settings, and the fingerprint, which rounding may move.
+        settings, and the fingerprint, which rounding may move by the tolerance.
         """
         processor = self.processor
+        dtype = str(self.backbone.compute_dtype).removeprefix("torch.")
         return {
             "weights": digest_of(self.backbone.state_dict()),
             "tokenizer": digest_of_text(processor.tokenizer.backend_tokenizer.to_str()),
@@ -90,7 +98,8 @@ class Embedder:
             "max_length": processor.max_length,
             "min_pixels": processor.min_pixels,
             "max_pixels": processor.max_pixels,
-            "dtype": str(self.backbone.compute_dtype).removeprefix("torch."),
+            "dtype": dtype,
+            "tolerance": FINGERPRINT_TOLERANCE[dtype],
             "fingerprint": take_fingerprint(self.encode).tolist(),
         }
 

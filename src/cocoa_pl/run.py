@@ -12,7 +12,6 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from cocoa_pl import checkpoint
 from cocoa_pl.attention import Policy
 from cocoa_pl.config.build import build, check_values
 from cocoa_pl.config.saved import load_config, settings_of
@@ -35,6 +34,7 @@ from cocoa_pl.models.backbone import Backbone
 from cocoa_pl.models.loading import Loaded, find_folder, load
 from cocoa_pl.models.tiny import Texts
 from cocoa_pl.randomness import mix
+from cocoa_pl.stages import checkpoint
 from cocoa_pl.stages.recipe import RunSettings, run_stages
 from cocoa_pl.stages.stage import Stage
 

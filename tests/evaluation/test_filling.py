@@ -21,7 +21,7 @@ from cocoa_pl.items import IMAGE_SLOT, Item
 
 DIM = 4
 BATCH = 3
-IDENTITY = {"weights": "1f00", "dtype": "float32", "fingerprint": [[1.0]]}
+IDENTITY = {"weights": "1f00", "dtype": "float32", "tolerance": 1e-3, "fingerprint": [[1.0]]}
 
 # Fills the store named by its argument and is killed in the middle of the third shard.
 KILLED = """

@@ -27,6 +27,7 @@ IDENTITY: dict[str, Any] = {
     "policy": {"name": "bidirectional"},
     "max_pixels": 3136,
     "dtype": "float32",
+    "tolerance": 1e-3,
     "fingerprint": [[1.0, 0.0], [0.0, 1.0]],
 }
 

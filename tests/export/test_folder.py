@@ -24,10 +24,9 @@ from cocoa_pl.data.tokenize import Processor
 from cocoa_pl.embedder import Embedder
 from cocoa_pl.errors import UserError
 from cocoa_pl.export.folder import export, lineage_of
-from cocoa_pl.exported import write_description
-from cocoa_pl.fingerprint import digest_of_file, take_fingerprint
 from cocoa_pl.items import IMAGE_SLOT, Item
 from cocoa_pl.models.adapters import FullTuning, LowRank
+from cocoa_pl.models.exported import digest_of_file, take_fingerprint, write_description
 from cocoa_pl.models.loading import Loaded
 
 EVERYTHING = ("context", "eos", "target")

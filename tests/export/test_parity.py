@@ -34,7 +34,7 @@ from cocoa_pl.export.parity import (
     samples,
 )
 from cocoa_pl.export.sentence_transformers import write_sentence_transformers
-from cocoa_pl.exported import described_in, write_description
+from cocoa_pl.models.exported import described_in, write_description
 from cocoa_pl.models.loading import FAMILIES, Loaded
 
 ALL = ("context", "eos", "target")

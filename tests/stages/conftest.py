@@ -20,10 +20,10 @@ from cocoa_pl.config.build import register_resolvers
 from cocoa_pl.config.command_line import CONFIGS
 from cocoa_pl.data.sources import PairsData
 from cocoa_pl.data.tokenize import Processor
-from cocoa_pl.loggers import nothing
 from cocoa_pl.models.backbone import Backbone
 from cocoa_pl.models.loading import Loaded
 from cocoa_pl.run import build_stages
+from cocoa_pl.stages.callbacks import nothing
 from cocoa_pl.stages.recipe import RunSettings, run_stages
 from cocoa_pl.stages.stage import Stage
 

@@ -16,10 +16,10 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from cocoa_pl.checkpoint import LAST
 from cocoa_pl.config.command_line import add_override
 from cocoa_pl.config.process import check_named, is_first_process
 from cocoa_pl.errors import UserError
+from cocoa_pl.stages.checkpoint import LAST
 
 CONFIG, MODEL, RESULTS = "config.yaml", "model", "results.json"
 TRAINED = (str(LAST), MODEL, "metrics.csv", RESULTS, "report.html")

@@ -25,8 +25,8 @@ from transformers import PretrainedConfig
 
 from cocoa_pl.errors import UserError, first_line
 from cocoa_pl.evaluation.runs import read_config
-from cocoa_pl.exported import DESCRIPTION
 from cocoa_pl.models.adapter_folders import base_path
+from cocoa_pl.models.exported import DESCRIPTION
 from cocoa_pl.models.loading import ADAPTER_CONFIG, find_folder
 from cocoa_pl.models.published import KNOWN, find_config
 

@@ -23,7 +23,6 @@ from cocoa_pl.errors import UserError
 from cocoa_pl.evaluation.identities import Identities
 from cocoa_pl.evaluation.shards import DRAFT, SUFFIX, DamagedShard, Shard, read_shard, write_shard
 from cocoa_pl.evaluation.vectors import Floats, Ints
-from cocoa_pl.fingerprint import TOLERANCE
 
 log = logging.getLogger(__name__)
 
@@ -198,12 +197,12 @@ def _difference(kept: dict[str, Any], mine: dict[str, Any]) -> str:
     """The first entry that tells two models apart, in words; empty if none does."""
     for name in {**mine, **kept}:
         there, here = kept.get(name), mine.get(name)
-        if name == "fingerprint" or there == here:
+        if name in ("fingerprint", "tolerance") or there == here:
             continue
         if isinstance(there, int) or (name in _SPOKEN and isinstance(there, str)):
             return f"its {name} is {there}, here it is {here}"
         return f"its {name} is another"
     apart = float(np.abs(np.subtract(kept["fingerprint"], mine["fingerprint"])).max())
-    if not apart <= TOLERANCE[mine["dtype"]]:
+    if not apart <= mine["tolerance"]:
         return f"the same inputs give other vectors, which differ by up to {apart:.2g}"
     return ""

@@ -13,7 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from cocoa_pl.evaluation.report import between, percent
 from cocoa_pl.evaluation.results import MEANS
 from cocoa_pl.export.parity import Compared
-from cocoa_pl.exported import read_description
+from cocoa_pl.models.exported import read_description
 
 
 def write_card(

@@ -14,7 +14,6 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
-from cocoa_pl import fingerprint
 from cocoa_pl.config.saved import settings_of
 from cocoa_pl.errors import UserError
 from cocoa_pl.evaluation.results import read_results
@@ -23,7 +22,13 @@ from cocoa_pl.export.card import write_card, write_vllm
 from cocoa_pl.export.folder import export, replacing
 from cocoa_pl.export.parity import TOLERANCE, Compared, check, compare, samples
 from cocoa_pl.export.sentence_transformers import write_sentence_transformers
-from cocoa_pl.exported import DESCRIPTION, described_in, export_folder, write_description
+from cocoa_pl.models.exported import (
+    DESCRIPTION,
+    FINGERPRINT_TOLERANCE,
+    described_in,
+    export_folder,
+    write_description,
+)
 from cocoa_pl.run import open_embedder
 
 LIBRARIES = {"hf": "transformers", "sentence-transformers": "sentence-transformers"}
@@ -64,7 +69,7 @@ def run(arguments: Sequence[str], console: Console) -> int:
         note = "when training ended"
         if dtype != "float32":
             note = f"{note}; adapters merged, weights rounded to {dtype}"
-        tolerance = TOLERANCE if dtype == "float32" else fingerprint.TOLERANCE[dtype]
+        tolerance = TOLERANCE if dtype == "float32" else FINGERPRINT_TOLERANCE[dtype]
         compared = (Compared("training", described["rounding"], note, tolerance), *compared)
         console.print(_table(compared))
         check(compared)

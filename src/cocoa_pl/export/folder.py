@@ -26,16 +26,16 @@ from cocoa_pl.embedder import Embedder
 from cocoa_pl.errors import UserError
 from cocoa_pl.export.chat_template import chat_template
 from cocoa_pl.export.images_only import processor_class
-from cocoa_pl.exported import (
+from cocoa_pl.models.adapters import merged
+from cocoa_pl.models.exported import (
     CHANGED,
     DESCRIPTION,
     FORMAT,
     described_in,
     differences,
+    take_fingerprint,
     write_description,
 )
-from cocoa_pl.fingerprint import take_fingerprint
-from cocoa_pl.models.adapters import merged
 
 CHAT_TEMPLATE = "chat_template.jinja"
 

@@ -24,8 +24,8 @@ from PIL.Image import Image
 from cocoa_pl.data.inputs import as_item
 from cocoa_pl.embedder import Embedder
 from cocoa_pl.errors import UserError
-from cocoa_pl.fingerprint import digest_of_text
 from cocoa_pl.items import Item
+from cocoa_pl.models.exported import digest_of_text
 
 # Tasks of mteb over data that MMEB-train holds; a model trained on it is not zero-shot there.
 MMEB_TRAIN = frozenset(
@@ -167,7 +167,8 @@ def model_meta(
     """
     check_name(name)
     stock, identity = embedder.backbone.stock, embedder.identity()
-    del identity["fingerprint"]  # rounding moves it; it follows from the rest
+    # Rounding moves the fingerprint; it follows from the rest.
+    del identity["fingerprint"], identity["tolerance"]
     embedding = stock.get_input_embeddings().weight.numel()
     half = embedder.backbone.compute_dtype == torch.bfloat16
     return ModelMeta(

@@ -18,7 +18,7 @@ from cocoa_pl.embedder import Embedder
 from cocoa_pl.errors import UserError
 from cocoa_pl.evaluation.filling import fill
 from cocoa_pl.evaluation.store import VectorStore
-from cocoa_pl.fingerprint import digest_of_text
+from cocoa_pl.models.exported import digest_of_text
 from cocoa_pl.search.folder import existing, identities_of, image_files, items_of, unreadable
 from cocoa_pl.search.neighbours import APPROXIMATE_FROM, CellIndex, digest_of, nearest
 
@@ -74,7 +74,7 @@ class ImageIndex:
         self.threads = threads
         self.exact = exact
         identity = embedder.identity()
-        exact_part = {name: value for name, value in identity.items() if name != "fingerprint"}
+        exact_part = {n: v for n, v in identity.items() if n not in ("fingerprint", "tolerance")}
         model = digest_of_text(json.dumps(exact_part, sort_keys=True))[:16]
         self.store = VectorStore(
             (kept_in or self.folder / KEPT_IN) / model,

@@ -13,9 +13,6 @@ from typing import Any, Protocol
 import lightning as L
 from rich.console import Console
 
-from cocoa_pl import checkpoint
-from cocoa_pl.callbacks import Pictures, StageProgress
-from cocoa_pl.checkpoint import LastCheckpoint
 from cocoa_pl.data.composite import DataOfStages, source_of
 from cocoa_pl.data.datamodule import StageData, check_mixing
 from cocoa_pl.data.examples import check_contrast, describing, first_of_each_subset
@@ -23,10 +20,12 @@ from cocoa_pl.data.stream import PairStream
 from cocoa_pl.data.tokenize import Processor
 from cocoa_pl.errors import UserError
 from cocoa_pl.items import Pair
-from cocoa_pl.loggers import LoggerFactory, Metrics
 from cocoa_pl.models.backbone import Backbone
 from cocoa_pl.randomness import mix
+from cocoa_pl.stages import checkpoint
 from cocoa_pl.stages.base import StageModule
+from cocoa_pl.stages.callbacks import LoggerFactory, Metrics, Pictures, StageProgress
+from cocoa_pl.stages.checkpoint import LastCheckpoint
 from cocoa_pl.stages.stage import Stage
 
 log = logging.getLogger(__name__)

@@ -27,8 +27,8 @@ from cocoa_pl.distributed.strategies import (
     trained_state,
 )
 from cocoa_pl.errors import UserError
-from cocoa_pl.fingerprint import digest_of
 from cocoa_pl.models.adapters import untouched_adapters
+from cocoa_pl.models.exported import digest_of
 
 LAST = Path("checkpoints") / "last.ckpt"  # in a run folder
 BACKBONE = "backbone."
