@@ -15,7 +15,6 @@ from benchmarks.benchmark import SECONDS, Benchmark, Task, curve
 from benchmarks.counting import Count, Counts
 from benchmarks.peers.scoring import Key, hits_row_by_row
 from benchmarks.timing import Run
-from cocoa_pl.data.candidate_rows import CandidateRows
 from cocoa_pl.evaluation.scoring import score_rows
 
 
@@ -52,7 +51,6 @@ class Scoring(Task):
             ]
         else:
             self.index = [rng.permutation(size.pool)[: size.candidates] for _ in range(size.rows)]
-        self.candidate_index = CandidateRows.of(self.index)  # as a reader makes it
         first = np.array([row[0] for row in self.index])
         noise = rng.normal(size=(size.rows, size.width))
         self.queries = unit(
@@ -77,7 +75,7 @@ class Scoring(Task):
             self.queries,
             self.candidates,
             query_index=self.query_index,
-            candidate_index=self.candidate_index,
+            candidate_index=self.index,
         )
         return hits.official.tolist()
 

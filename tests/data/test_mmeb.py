@@ -1,21 +1,18 @@
 """MMEB rows become Items exactly as published; every bad row has a name and a choice of outcome."""
 
 import logging
-import tracemalloc
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from cocoa_pl.data.cocoa_json import CocoaJsonData
-from cocoa_pl.data.mmeb import EvalSubset, read_train
-from cocoa_pl.data.mmeb_eval import MmebBenchmark, SubsetInfo, read_eval_subset
+from cocoa_pl.data.mmeb import read_train
 from cocoa_pl.data.sources import MmebData, PairsData
 from cocoa_pl.data.stream import StreamData
 from cocoa_pl.errors import UserError
@@ -305,20 +302,6 @@ def test_images_in_the_rows_are_images(root: Path, is_struct: bool) -> None:
     assert first.negatives == (Item(SLOT, (encoded[1],)), Item("n"))
     assert (second.query, second.negatives) == (Item("b"), ())
 
-    candidates = {
-        "tgt_text": ["<|image_1|>", "t"],
-        "tgt_img_path": [image(encoded[1]), image(None)],
-    }
-    queries = [("<|image_1|> a", encoded[0]), ("<|image_1|> a", encoded[1]), ("a", None)]
-    write(
-        root,
-        [{"qry_text": text, "qry_img_path": image(one), **candidates} for text, one in queries],
-        split="test",
-    )
-    subset = read_eval(root)
-    assert [item.images for item in subset.queries] == [(encoded[0],), (encoded[1],), ()]
-    assert subset.candidates == [Item(SLOT, (encoded[1],)), Item("t")]
-
 
 def test_a_column_of_anything_else_is_refused(root: Path) -> None:
     for column, value in (
@@ -329,180 +312,6 @@ def test_a_column_of_anything_else_is_refused(root: Path) -> None:
         write(root, [MSCOCO_I2T | {column: value}])
         with pytest.raises(UserError, match=rf"Set: column {column} holds .*; it must hold string"):
             read(root)
-    write(root, [REFCOCO | {"qry_img_path": 7}], split="test")
-    with pytest.raises(UserError, match="column qry_img_path holds int64; it must hold string or"):
-        read_eval(root)
-
-
-# --- evaluation --------------------------------------------------------------------------------
-
-REFCOCO = {
-    "qry_text": "<|image_1|>\nSelect the portion of the image that follows the language: the cup\n",
-    "qry_img_path": "images/a.png",
-    "tgt_text": ["<|image_1|>\nRepresent the crop", "<|image_1|>\nRepresent the crop"],
-    "tgt_img_path": ["images/b.png", "images/a.png"],
-}
-
-
-def read_eval(root: Path, **changes: Any) -> EvalSubset:
-    options: dict[str, Any] = {
-        "subset": "Set",
-        "split": "test",
-        "image_root": root,
-        "group": "grounding",
-        "in_distribution": False,
-        "on_bad_row": "fail",
-    }
-    return read_eval_subset(root, **(options | changes))
-
-
-def _classes(label: int, *, count: int = 5) -> dict[str, Any]:
-    words = [f"class {label}", *(f"class {other}" for other in range(count) if other != label)]
-    return {
-        "qry_text": "<|image_1|>\nWhat is it?",
-        "qry_img_path": "images/a.png" if label % 2 else "images/b.png",
-        "tgt_text": words,
-        "tgt_img_path": [""] * count,
-    }
-
-
-def test_evaluation_row_is_read_to_the_letter(root: Path) -> None:
-    write(root, [REFCOCO], split="test")
-    subset = read_eval(root)
-    assert (subset.name, subset.group, subset.in_distribution) == ("Set", "grounding", False)
-    assert subset.queries == [
-        Item(REFCOCO["qry_text"].replace("<|image_1|>", SLOT), (root / "images/a.png",))
-    ]
-    assert [subset.candidates[index] for index in subset.candidate_index[0]] == [
-        Item(f"{SLOT}\nRepresent the crop", (root / name,)) for name in REFCOCO["tgt_img_path"]
-    ]
-    assert subset.row_ids == ["Set row 0"]
-
-
-def test_every_distinct_side_occurs_once_and_rows_keep_their_candidates(root: Path) -> None:
-    rows = [_classes(number % 5) for number in range(150)]  # more than one batch of the reader
-    write(root, rows, split="test")
-    subset = read_eval(root)
-    assert len(subset.queries) == len(set(subset.queries)) == 2
-    assert len(subset.candidates) == len(set(subset.candidates)) == 5
-    for number, row in enumerate(rows):
-        indices = subset.candidate_index[number]
-        assert [subset.candidates[index].text for index in indices] == row["tgt_text"]
-        query = subset.queries[subset.query_index[number]]
-        assert query.images == (root / row["qry_img_path"],)
-    assert subset.query_index.dtype == subset.candidate_index[0].dtype == np.int32
-
-
-def test_rows_may_have_different_numbers_of_candidates(root: Path) -> None:
-    write(root, [_classes(0, count=3), _classes(1, count=5)], split="test")
-    assert [len(row) for row in read_eval(root).candidate_index] == [3, 5]
-
-
-def test_candidate_that_occurs_twice_in_a_row_keeps_both_places(root: Path) -> None:
-    write(
-        root, [_classes(0) | {"tgt_text": ["a", "b", "a"], "tgt_img_path": [""] * 3}], split="test"
-    )
-    assert read_eval(root).candidate_index[0].tolist() == [0, 1, 0]
-
-
-BAD_EVAL_ROWS: dict[str, tuple[dict[str, Any], str]] = {
-    "lists of two lengths": ({"tgt_img_path": [""]}, "tgt_text has 5 entries and tgt_img_path 1"),
-    "no candidates": ({"tgt_text": [], "tgt_img_path": []}, "no candidates"),
-    "null query": ({"qry_text": None}, "qry_text holds a null"),
-    "null candidate": ({"tgt_text": ["a", None, "b", "c", "d"]}, "tgt_text holds a null"),
-    "null list": ({"tgt_text": None}, "tgt_text holds a null"),
-    "missing query image": ({"qry_img_path": "images/c.png"}, "query: image .* does not exist"),
-    "missing candidate image": (
-        {"tgt_text": ["<|image_1|>"] * 5, "tgt_img_path": ["images/c.png"] * 5},
-        "candidate: image .* does not exist",
-    ),
-    "empty candidate": ({"tgt_text": ["a", "", "b", "c", "d"]}, "candidate is empty"),
-    "image without a placeholder": ({"qry_text": "What?"}, "query has image"),
-}
-
-
-@pytest.mark.parametrize(("changes", "message"), BAD_EVAL_ROWS.values(), ids=BAD_EVAL_ROWS.keys())
-def test_bad_evaluation_row_fails_or_is_skipped(
-    root: Path, changes: dict[str, Any], message: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    write(root, [_classes(0), _classes(1) | changes, _classes(2)], split="test")
-    with pytest.raises(UserError, match=message) as caught:
-        read_eval(root)
-    assert str(caught.value).startswith("Set row 1")
-    with caplog.at_level(logging.WARNING):
-        subset = read_eval(root, on_bad_row="skip")
-    assert subset.row_ids == ["Set row 0", "Set row 2"]
-    assert "skipped 1 bad row(s): Set row 1" in caplog.text
-    assert [item.text for item in subset.candidates] == [
-        "class 0", "class 1", "class 2", "class 3", "class 4",
-    ]  # fmt: skip
-    texts = [subset.candidates[index].text for index in subset.candidate_index[1]]
-    assert texts == _classes(2)["tgt_text"]
-
-
-def test_rows_that_share_a_bad_candidate_are_each_named(
-    root: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    bad = {"tgt_text": ["class 0", "<|image_1|>"], "tgt_img_path": ["", "images/c.png"]}
-    write(root, [_classes(0) | bad, _classes(1), _classes(2) | bad], split="test")
-    with caplog.at_level(logging.WARNING):
-        assert read_eval(root, on_bad_row="skip").row_ids == ["Set row 1"]
-    assert "skipped 2 bad row(s): Set row 0, candidate" in caplog.text
-    assert "Set row 2: as Set row 0, candidate" in caplog.text
-
-
-def test_evaluation_without_usable_rows_is_an_error(root: Path) -> None:
-    write(root, [_classes(0) | {"qry_img_path": "images/c.png"}], split="test")
-    with pytest.raises(UserError, match=r"no usable row .*1 skipped"):
-        read_eval(root, on_bad_row="skip")
-
-
-def test_evaluation_file_without_rows_is_an_error(root: Path) -> None:
-    schema = pa.Table.from_pylist([REFCOCO]).schema
-    (root / "Set").mkdir()
-    pq.write_table(schema.empty_table(), root / "Set" / "test-0.parquet")
-    with pytest.raises(UserError, match="holds no rows"):
-        read_eval(root)
-
-
-def test_candidates_of_a_wrong_type_are_an_error(root: Path) -> None:
-    write(root, [REFCOCO | {"tgt_text": "a", "tgt_img_path": ""}], split="test")
-    with pytest.raises(
-        UserError, match="column tgt_text holds string; it must hold list of strings"
-    ):
-        read_eval(root)
-
-
-def test_unknown_group_is_an_error(root: Path) -> None:
-    write(root, [REFCOCO], split="test")
-    with pytest.raises(UserError, match="group 'ranking' is not one of classification, vqa"):
-        read_eval(root, group="ranking")
-
-
-def test_a_million_candidates_cost_little_memory(root: Path) -> None:
-    size = 1000
-    captions = pa.array([f"caption {number}, forty characters in length" for number in range(size)])
-    offsets = pa.array(np.arange(size + 1) * size, pa.int32())
-    turns = (np.arange(size)[:, None] + np.arange(size)).ravel() % size
-    table = pa.table(
-        {
-            "qry_text": ["<|image_1|>\nFind the caption"] * size,
-            "qry_img_path": ["images/a.png", "images/b.png"] * (size // 2),
-            "tgt_text": pa.ListArray.from_arrays(offsets, captions.take(pa.array(turns))),
-            "tgt_img_path": pa.ListArray.from_arrays(offsets, pa.array([""] * size * size)),
-        }
-    )
-    (root / "Set").mkdir()
-    pq.write_table(table, root / "Set" / "test-0.parquet")
-    del table, turns
-    tracemalloc.start()
-    subset = read_eval(root)
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert len(subset.candidates) == size
-    assert sorted(subset.candidate_index[7].tolist()) == list(range(size))
-    assert [int(row[0]) for row in subset.candidate_index] == list(range(size))
-    assert peak < 20e6  # a million Items would be 100 MB and more
 
 
 # --- configs -----------------------------------------------------------------------------------
@@ -548,34 +357,6 @@ def test_the_same_share_of_every_subset_is_held_out(root: Path) -> None:
 def test_caption_subsets_must_be_among_the_subsets(root: Path) -> None:
     with pytest.raises(UserError, match=r"caption_subsets names C, not among data\.subsets"):
         make_source(root, caption_subsets=["A", "C"])
-
-
-def test_benchmark_reads_its_table_in_order_and_misses_nothing(root: Path) -> None:
-    write(root, [REFCOCO], subset="RefCOCO", split="test")
-    write(root, [_classes(0)], subset="VOC2007", split="test")
-    table: dict[str, SubsetInfo] = {
-        "VOC2007": {"group": "classification", "in_distribution": True},
-        "RefCOCO": {"group": "grounding", "in_distribution": False},
-    }
-
-    def subsets(**more: SubsetInfo) -> list[EvalSubset]:
-        return MmebBenchmark(
-            name="mine",
-            root=str(root),
-            image_root=str(root),
-            split="test",
-            table=table | more,
-            subsets=None,
-            published=[],
-            on_bad_row="skip",
-        ).subsets()
-
-    assert [(one.name, one.group, one.in_distribution) for one in subsets()] == [
-        ("VOC2007", "classification", True),
-        ("RefCOCO", "grounding", False),
-    ]
-    with pytest.raises(UserError, match="GQA: no folder"):
-        subsets(GQA={"group": "vqa", "in_distribution": False})
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cocoa_pl.data.candidate_rows import CandidateRows
 from cocoa_pl.evaluation import scoring
 from cocoa_pl.evaluation.metrics import TIE, Hits
 from cocoa_pl.evaluation.scoring import score_rows
@@ -119,51 +118,6 @@ def test_every_way_of_scoring_equals_every_score(
         assert 0 < found.strict.sum() < found.official.sum() < len(rows)
 
 
-@pytest.mark.filterwarnings("ignore:invalid value")
-@pytest.mark.parametrize("nan", [False, True], ids=["finite", "nan"])
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-@pytest.mark.parametrize("block", [1, 100, 1 << 20])
-def test_rows_that_share_lists_score_like_rows_that_spell_them_out(
-    block: int, dtype: str, nan: bool
-) -> None:
-    for seed in range(4):
-        corpus = Corpus(seed, dtype=dtype, nan=nan)
-        lists = [corpus.rng.integers(60, size=size) for size in (1, 2, 9, 9, 40)]
-        number = corpus.rng.integers(5, size=120)
-        number[:3] = [4, 4, 4]
-        lists += [corpus.rng.integers(60, size=5)]  # of one row only
-        number[7] = 5
-        rows = [corpus.rng.permutation(lists[n]) for n in number]
-        shared = CandidateRows.of(rows)
-        assert len(shared.lists) == 6
-        found = score_rows(
-            corpus.queries,
-            corpus.candidates,
-            query_index=corpus.query_index,
-            candidate_index=shared,
-            block=block,
-        )
-        assert_same(found, every_score(corpus.queries, corpus.candidates, corpus.query_index, rows))
-
-
-def test_a_single_list_is_scored_without_spelling_out_any_row(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    rng = np.random.default_rng(0)
-    queries, candidates = unit(rng.normal(size=(500, 16))), unit(rng.normal(size=(40, 16)))
-    positive = rng.integers(40, size=500).astype(np.int32)
-    rows = CandidateRows.shared(np.arange(40, dtype=np.int32), positive)
-    expected = every_score(queries, candidates, np.arange(500), list(rows))
-    spelt = []
-    original = CandidateRows.__getitem__
-    monkeypatch.setattr(
-        CandidateRows, "__getitem__", lambda self, row: (spelt.append(row), original(self, row))[1]
-    )
-    found = score_rows(queries, candidates, query_index=np.arange(500), candidate_index=rows)
-    assert_same(found, expected)
-    assert len(spelt) < 5  # close rows only
-
-
 def test_scores_use_only_the_candidates_of_the_row() -> None:
     # The best candidate of all (number 0) is not among this row's candidates.
     queries = unit(np.array([[1.0, 0.0]]))
@@ -250,21 +204,14 @@ def test_neighbours_are_read_without_a_copy_and_others_in_their_order() -> None:
     assert read(vectors, np.empty(0, np.int64)).shape == (0, 4)
 
 
-@pytest.mark.parametrize("kind", ["own", "shared"])
-def test_memory_is_bounded_by_the_block_and_not_by_the_corpus(kind: str, tmp_path: Path) -> None:
+def test_memory_is_bounded_by_the_block_and_not_by_the_corpus(tmp_path: Path) -> None:
     count, width, rows_count, each = 40_000, 64, 400, 200
     rng = np.random.default_rng(0)
     path = tmp_path / "vectors.npy"
     np.save(path, unit(rng.normal(size=(count, width))).astype(np.float16))
     vectors = np.load(path, mmap_mode="r")
-    if kind == "own":
-        rows: Sequence[np.ndarray] = [
-            rng.choice(count, size=each, replace=False).astype(np.int32) for _ in range(rows_count)
-        ]
-        query_index = np.arange(rows_count)
-    else:
-        rows = CandidateRows.shared(np.arange(each), rng.integers(each, size=count))
-        query_index = np.arange(count)
+    rows = [rng.choice(count, size=each, replace=False).astype(np.int32) for _ in range(rows_count)]
+    query_index = np.arange(rows_count)
     block = 1 << 15  # 128 KiB of float32
     tracemalloc.start()
     score_rows(vectors, vectors, query_index=query_index, candidate_index=rows, block=block)

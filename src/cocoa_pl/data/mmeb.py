@@ -28,8 +28,7 @@ class EvalSubset:
     Attributes:
         group: one of `GROUPS`.
         query_index: int32 [Q], row -> position in `queries`.
-        candidate_index: for each row int32 [C], positions in `candidates`, the positive first;
-            `CandidateRows` where rows share lists.
+        candidate_index: for each row int32 [C], positions in `candidates`, the positive first.
         row_ids: for each row its name in messages, e.g. `"RefCOCO row 17"`.
     """
 

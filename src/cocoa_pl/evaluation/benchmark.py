@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cocoa_pl.data.candidate_rows import row_lengths
 from cocoa_pl.errors import UserError, renamed
 from cocoa_pl.evaluation.metrics import Hits, chance_level, check_embeddings, row_scores
 from cocoa_pl.evaluation.results import GalleryRow, RankedCandidate, Results, SubsetScore
@@ -132,8 +131,9 @@ def check_subsets(subsets: Sequence["EvalSubset"], *, asked: Sequence[str] | Non
             raise UserError(f"{subset.name}: the subset is in the benchmark twice; keep one")
         if not len(subset.query_index):
             raise UserError(f"{subset.name}: no rows to score; check the subset's files")
-        for row in np.flatnonzero(row_lengths(subset.candidate_index) == 0):
-            raise UserError(f"{subset.row_ids[row]}: no candidates; give at least the positive")
+        for row_id, candidates in zip(subset.row_ids, subset.candidate_index, strict=True):
+            if not len(candidates):
+                raise UserError(f"{row_id}: no candidates; give at least the positive")
 
 
 def encode_once(encode: Encode, subsets: Sequence["EvalSubset"]) -> VectorsOf:

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from cocoa_pl.data.candidate_rows import row_lengths
 from cocoa_pl.errors import UserError
 from cocoa_pl.evaluation.vectors import Floats, Ints, Vectors, blocks, read
 
@@ -129,7 +128,7 @@ def row_scores(query: Floats, candidates: Vectors, index: Ints, *, block: int) -
 
 def chance_level(candidate_index: Sequence[Ints]) -> float:
     """Expected precision@1 of a blind guess: the mean of 1 / (candidates of the row)."""
-    return float(np.mean(1.0 / row_lengths(candidate_index)))
+    return float(np.mean([1.0 / len(row) for row in candidate_index]))
 
 
 def _some(bad: Bools) -> str:

@@ -2,8 +2,7 @@
 
 A peer's loop (CoCoA's and VLM2Vec's eval.py) looks up, stacks and normalises the K candidate
 vectors of every row. Here a block of rows is either one matrix product with the distinct candidates
-of the block, or reads each row's own candidates, whichever counts less; rows that share a list of
-candidates never spell it out.
+of the block, or reads each row's own candidates, whichever counts less.
 
 Shapes: U unique queries, N unique candidates, Q rows, K candidates of a row (ragged), D dimensions.
 In every row the first candidate is the positive.
@@ -14,7 +13,6 @@ from itertools import pairwise
 
 import numpy as np
 
-from cocoa_pl.data.candidate_rows import CandidateRows
 from cocoa_pl.evaluation.metrics import Hits, row_hit, rule_hits
 from cocoa_pl.evaluation.vectors import Floats, Ints, Vectors, blocks, read, widened
 
@@ -22,8 +20,6 @@ from cocoa_pl.evaluation.vectors import Floats, Ints, Vectors, blocks, read, wid
 BLOCK = 1 << 24
 # Reading a vector takes as long as multiplying it by this many queries.
 READ_COST = 12
-# Rows with the same list from which on the list is scored by itself.
-_MANY_ROWS = 8
 # Numbers of rows' own vectors that are read together, and used while the processor caches them.
 _READ, _CACHED = 1 << 20, 1 << 17
 # A float32 product may differ by this much between two equal candidates.
@@ -44,8 +40,7 @@ def score_rows(
         queries: [U, D] and candidates: [N, D], unit length, each unique item encoded once; float32,
             or float16, which is widened where it is read.
         query_index: [Q] row -> query.
-        candidate_index: per row the indices [K] of its candidates, K may differ from row to row;
-            `CandidateRows` where rows share lists.
+        candidate_index: per row the indices [K] of its candidates, K may differ from row to row.
         block: numbers held at once of each kind: queries, candidates, scores. Memory is a few
             times as many float32 and O(N + Q); only a row alone may need more, for its K scores.
     """
@@ -73,27 +68,8 @@ def _leads(
 ) -> Iterator[tuple[Ints, Floats, Floats]]:
     """Rows [B], and of each its positive's score and the best among its other candidates."""
     width = queries.shape[1]
-    apart: Ints = np.arange(len(query_index))
-    if isinstance(candidate_index, CandidateRows):
-        number = candidate_index.list_of_row
-        counts = np.bincount(number, minlength=len(candidate_index.lists))
-        for shared in np.flatnonzero(counts >= _MANY_ROWS):
-            all_rows = np.flatnonzero(number == shared)
-            for part in blocks(len(all_rows), block // width):
-                some = all_rows[part]
-                yield (
-                    some,
-                    *_shared_leads(
-                        read(queries, query_index[some]),
-                        candidates,
-                        np.unique(candidate_index.lists[shared]),
-                        candidate_index.positive[some],
-                        block=block,
-                    ),
-                )
-        apart = np.flatnonzero(counts[number] < _MANY_ROWS)
     ranks = np.empty(len(candidates), np.int32)
-    for rows, lists in _row_blocks(apart, candidate_index, width=width, block=block):
+    for rows, lists in _row_blocks(candidate_index, width=width, block=block):
         block_queries = read(queries, query_index[rows])
         flat = np.concatenate(lists)
         lengths = np.array([len(one) for one in lists])
@@ -114,25 +90,8 @@ def product_counts_less(rows: int, *, pairs: int, distinct: int) -> bool:
     return (rows + READ_COST) * distinct <= (1 + READ_COST) * pairs
 
 
-def _shared_leads(
-    queries: Floats, candidates: Vectors, distinct: Ints, positive: Ints, *, block: int
-) -> tuple[Floats, Floats]:
-    """Queries [B, D] against the same distinct, sorted candidates."""
-    first = np.full(len(queries), -np.inf, queries.dtype)
-    other = np.full(len(queries), -np.inf, queries.dtype)
-    place = np.searchsorted(distinct, positive)
-    for part in blocks(len(distinct), block // max(len(queries), queries.shape[1])):
-        scores = queries @ read(candidates, distinct[part]).T  # (B, C)
-        here = np.flatnonzero((part.start <= place) & (place < part.stop))
-        column = place[here] - part.start
-        first[here] = scores[here, column]
-        scores[here, column] = -np.inf
-        np.maximum(other, scores.max(axis=1), out=other)
-    return first, other
-
-
 def _row_blocks(
-    rows: Ints, candidate_index: Sequence[Ints], *, width: int, block: int
+    candidate_index: Sequence[Ints], *, width: int, block: int
 ) -> Iterator[tuple[Ints, list[Ints]]]:
     """Consecutive rows with their lists, at least one row at a time.
 
@@ -141,15 +100,15 @@ def _row_blocks(
     """
     lists: list[Ints] = []
     start, pairs = 0, 0
-    for number, row in enumerate(rows):
-        one = np.asarray(candidate_index[row])
+    for number, row in enumerate(candidate_index):
+        one = np.asarray(row)
         if lists and (pairs + len(one) > block // READ_COST or (len(lists) + 1) * width > block):
-            yield rows[start:number], lists
+            yield np.arange(start, number), lists
             start, lists, pairs = number, [], 0
         lists.append(one)
         pairs += len(one)
     if lists:
-        yield rows[start:], lists
+        yield np.arange(start, start + len(lists)), lists
 
 
 def _distinct(flat: Ints, ranks: Ints) -> Ints:

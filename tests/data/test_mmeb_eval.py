@@ -1,8 +1,10 @@
-"""MMEB-V1 and V2 folders as published: strings to the letter, names that collapse, few subsets."""
+"""Evaluation folders of MMEB V1 and V2 are read to the letter; every bad row is named."""
 
 from __future__ import annotations
 
 import io
+import logging
+import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cocoa_pl.data.mmeb import EvalSubset
-from cocoa_pl.data.mmeb_eval import READERS, MmebBenchmark
+from cocoa_pl.data.mmeb_eval import READERS, MmebBenchmark, read_eval_subset
 from cocoa_pl.errors import UserError
 from cocoa_pl.evaluation.benchmark import evaluate
 from cocoa_pl.evaluation.report import score_table
@@ -58,6 +60,178 @@ def read(
 
 def candidates(subset: EvalSubset, row: int = 0) -> list[Item]:
     return [subset.candidates[number] for number in subset.candidate_index[row]]
+
+
+# --- V1 ----------------------------------------------------------------------------------------
+
+REFCOCO = {
+    "qry_text": "<|image_1|>\nSelect the portion of the image that follows the language: the cup\n",
+    "qry_img_path": "a.png",
+    "tgt_text": ["<|image_1|>\nRepresent the crop", "<|image_1|>\nRepresent the crop"],
+    "tgt_img_path": ["b.png", "a.png"],
+}
+
+
+def classes(label: int, *, count: int = 5) -> dict[str, Any]:
+    words = [f"class {label}", *(f"class {other}" for other in range(count) if other != label)]
+    return {
+        "qry_text": "<|image_1|>\nWhat is it?",
+        "qry_img_path": "a.png" if label % 2 else "b.png",
+        "tgt_text": words,
+        "tgt_img_path": [""] * count,
+    }
+
+
+def read_v1(root: Path, rows: list[dict[str, Any]], **changes: Any) -> EvalSubset:
+    """Rows of a subset of one's own."""
+    (root / "Set").mkdir(exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows), root / "Set" / "test-00000-of-00001.parquet")
+    return read_set(root, **changes)
+
+
+def read_set(root: Path, **changes: Any) -> EvalSubset:
+    options: dict[str, Any] = {
+        "subset": "Set",
+        "split": "test",
+        "image_root": root,
+        "group": "grounding",
+        "in_distribution": False,
+        "on_bad_row": "fail",
+    }
+    return read_eval_subset(root, **(options | changes))
+
+
+def test_row_is_read_to_the_letter(root: Path) -> None:
+    subset = read_v1(root, [REFCOCO])
+    assert (subset.name, subset.group, subset.in_distribution) == ("Set", "grounding", False)
+    query = REFCOCO["qry_text"].replace("<|image_1|>", SLOT)
+    assert subset.queries == [Item(query, (root / "a.png",))]
+    assert candidates(subset) == [
+        Item(f"{SLOT}\nRepresent the crop", (root / name,)) for name in REFCOCO["tgt_img_path"]
+    ]
+    assert subset.row_ids == ["Set row 0"]
+
+
+def test_every_distinct_side_occurs_once_and_rows_keep_their_candidates(root: Path) -> None:
+    rows = [classes(number % 5, count=5 + number % 2) for number in range(50)]
+    rows[7] |= {"tgt_text": ["a", "class 0", "a"], "tgt_img_path": [""] * 3}  # twice in a row
+    subset = read_v1(root, rows)
+    assert len(subset.queries) == len(set(subset.queries)) == 2
+    assert len(subset.candidates) == len(set(subset.candidates)) == 7
+    for number, row in enumerate(rows):
+        assert [item.text for item in candidates(subset, number)] == row["tgt_text"]
+        query = subset.queries[subset.query_index[number]]
+        assert query.images == (root / row["qry_img_path"],)
+    assert subset.query_index.dtype == subset.candidate_index[0].dtype == np.int32
+
+
+# What `datasets` writes of an image, and plain bytes.
+@pytest.mark.parametrize("is_struct", [True, False])
+def test_images_in_the_rows_are_images(root: Path, is_struct: bool) -> None:
+    encoded = [(root / "a.png").read_bytes(), b"another"]
+
+    def image(content: bytes | None) -> Any:
+        return {"bytes": content, "path": None} if is_struct else content
+
+    targets = {"tgt_text": ["<|image_1|>", "t"], "tgt_img_path": [image(encoded[1]), image(None)]}
+    queries = [("<|image_1|> a", encoded[0]), ("<|image_1|> a", encoded[1]), ("a", None)]
+    subset = read_v1(
+        root, [{"qry_text": text, "qry_img_path": image(one), **targets} for text, one in queries]
+    )
+    assert [item.images for item in subset.queries] == [(encoded[0],), (encoded[1],), ()]
+    assert subset.candidates == [Item(SLOT, (encoded[1],)), Item("t")]
+
+
+BAD_V1_ROWS: dict[str, tuple[dict[str, Any], str]] = {
+    "lists of two lengths": ({"tgt_img_path": [""]}, "tgt_text has 5 entries and tgt_img_path 1"),
+    "no candidates": ({"tgt_text": [], "tgt_img_path": []}, "no candidates"),
+    "null query": ({"qry_text": None}, "qry_text holds a null"),
+    "null candidate": ({"tgt_text": ["a", None, "b", "c", "d"]}, "tgt_text holds a null"),
+    "null list": ({"tgt_text": None}, "tgt_text holds a null"),
+    "missing query image": ({"qry_img_path": "d.png"}, "query: image .* does not exist"),
+    "missing candidate image": (
+        {"tgt_text": ["<|image_1|>"] * 5, "tgt_img_path": ["d.png"] * 5},
+        "candidate: image .* does not exist",
+    ),
+    "empty candidate": ({"tgt_text": ["a", "", "b", "c", "d"]}, "candidate is empty"),
+    "image without a placeholder": ({"qry_text": "What?"}, "query has image"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD_V1_ROWS.values(), ids=BAD_V1_ROWS.keys())
+def test_bad_row_fails_or_is_skipped_and_counted(
+    root: Path, changes: dict[str, Any], message: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [classes(0), classes(1) | changes, classes(2)]
+    with pytest.raises(UserError, match=message) as caught:
+        read_v1(root, rows)
+    assert str(caught.value).startswith("Set row 1")
+    with caplog.at_level(logging.WARNING):
+        subset = read_v1(root, rows, on_bad_row="skip")
+    assert subset.row_ids == ["Set row 0", "Set row 2"]
+    assert "skipped 1 bad row(s): Set row 1" in caplog.text
+    assert [item.text for item in subset.candidates] == [f"class {number}" for number in range(5)]
+    assert [item.text for item in candidates(subset, 1)] == classes(2)["tgt_text"]
+
+
+def test_rows_that_share_a_bad_candidate_are_each_named(
+    root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    bad = {"tgt_text": ["class 0", "<|image_1|>"], "tgt_img_path": ["", "d.png"]}
+    rows = [classes(0) | bad, classes(1), classes(2) | bad]
+    with caplog.at_level(logging.WARNING):
+        assert read_v1(root, rows, on_bad_row="skip").row_ids == ["Set row 1"]
+    assert "skipped 2 bad row(s): Set row 0, candidate" in caplog.text
+    assert "Set row 2: as Set row 0, candidate" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"qry_img_path": "d.png"}, r"no usable row in .*\(1 skipped\)"),
+        ({"tgt_text": "a", "tgt_img_path": ""}, r"no usable row in .*\(1 skipped\)"),
+        ({"qry_img_path": 7}, r"no usable row in .*\(1 skipped\)"),
+        (None, r"no usable row in .*\(0 skipped\)"),
+    ],
+)
+def test_subset_without_a_usable_row_is_an_error(
+    root: Path, changes: dict[str, Any] | None, message: str
+) -> None:
+    rows = pa.Table.from_pylist([REFCOCO | (changes or {})]).slice(0, changes is not None)
+    (root / "Set").mkdir()
+    pq.write_table(rows, root / "Set" / "test-0.parquet")
+    with pytest.raises(UserError, match=message):
+        read_set(root, on_bad_row="skip")
+
+
+def test_unknown_group_is_an_error(root: Path) -> None:
+    with pytest.raises(UserError, match="group 'ranking' is not one of classification, vqa"):
+        read_v1(root, [REFCOCO], group="ranking")
+
+
+def test_a_million_candidates_cost_little_memory(root: Path) -> None:
+    size = 1000
+    captions = pa.array([f"caption {number}, forty characters in length" for number in range(size)])
+    offsets = pa.array(np.arange(size + 1) * size, pa.int32())
+    turns = (np.arange(size)[:, None] + np.arange(size)).ravel() % size
+    table = pa.table(
+        {
+            "qry_text": ["<|image_1|>\nFind the caption"] * size,
+            "qry_img_path": ["a.png", "b.png"] * (size // 2),
+            "tgt_text": pa.ListArray.from_arrays(offsets, captions.take(pa.array(turns))),
+            "tgt_img_path": pa.ListArray.from_arrays(offsets, pa.array([""] * size * size)),
+        }
+    )
+    (root / "Set").mkdir()
+    pq.write_table(table, root / "Set" / "test-0.parquet")
+    del table, turns
+    tracemalloc.start()
+    subset = read_set(root)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(subset.candidates) == size
+    assert [int(row[0]) for row in subset.candidate_index] == list(range(size))
+    assert peak < 20e6  # a million Items would be 100 MB and more
 
 
 # --- V2: one row of each meta-task ---------------------------------------------------------------
@@ -189,18 +363,18 @@ def test_rows_without_captions_collapse_across_the_subset_too(root: Path) -> Non
     assert found.row_ids[129] == "CIRR row 129"
 
 
-BAD_ROWS: dict[str, tuple[dict[str, Any], str]] = {
-    "lists of two lengths": ({"tgt_text": [""]}, "tgt_text has 1 entries and tgt_img_path 2"),
-    "no candidates": ({"tgt_text": [], "tgt_img_path": []}, "no candidates"),
-    "null": ({"tgt_inst": None}, "tgt_inst holds a null"),
-    "null among the captions": ({"tgt_text": ["", None]}, "tgt_text holds a null"),
-    "no query image": ({"qry_img_path": ""}, "query text holds .* names no image"),
-    "missing image": ({"tgt_img_path": ["b.png", "d.png"]}, r"image .*d\.png does not exist"),
-}
-
-
-@pytest.mark.parametrize(("changes", "message"), BAD_ROWS.values(), ids=BAD_ROWS.keys())
-def test_bad_row_is_named_or_skipped(root: Path, changes: dict[str, Any], message: str) -> None:
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tgt_text": [], "tgt_img_path": []}, "no candidates"),
+        ({"tgt_inst": None}, "tgt_inst holds a null"),
+        ({"qry_img_path": ""}, "query text holds .* names no image"),
+        ({"tgt_img_path": ["b.png", "d.png"]}, r"image .*d\.png does not exist"),
+    ],
+)
+def test_bad_row_of_v2_is_named_or_skipped(
+    root: Path, changes: dict[str, Any], message: str
+) -> None:
     rows = [image_to_image(), image_to_image() | changes, image_to_image(qry_text="other")]
     with pytest.raises(UserError, match=message) as caught:
         read(root, "NIGHTS", rows)
@@ -262,6 +436,22 @@ def benchmark(root: Path, **changes: Any) -> MmebBenchmark:
         "on_bad_row": "fail",
     }
     return MmebBenchmark(**(values | changes))
+
+
+def test_benchmark_reads_its_table_in_order_and_misses_nothing(root: Path) -> None:
+    table: dict[str, Any] = {
+        "VOC2007": {"group": "classification", "in_distribution": True},
+        "RefCOCO": {"group": "grounding", "in_distribution": False},
+    }
+    for name, row in (("RefCOCO", REFCOCO), ("VOC2007", classes(0))):
+        read(root, name, [row], benchmark="mmeb_v1")
+    found = benchmark(root, table=table).subsets()
+    assert {one.name: (one.group, one.in_distribution) for one in found} == {
+        name: (*info.values(),) for name, info in table.items()
+    }
+    assert [one.name for one in found] == list(table)
+    with pytest.raises(UserError, match="GQA: no folder"):
+        benchmark(root, table=table | {"GQA": {"group": "vqa", "in_distribution": False}}).subsets()
 
 
 def test_choice_of_subsets_is_partial_and_keeps_the_order_of_the_table(root: Path) -> None:
