@@ -23,7 +23,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cocoa_pl.items import IMAGE_SLOT, Item
+from cocoa_pl.data.items import IMAGE_SLOT, Item
 
 # transformers takes seconds to import, so only the fixtures that need it do.
 if TYPE_CHECKING:

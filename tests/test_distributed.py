@@ -20,6 +20,7 @@ from torch.multiprocessing.spawn import spawn
 from cocoa_pl.attention import Policy
 from cocoa_pl.batch import Encoded, Rows
 from cocoa_pl.data.datamodule import collate
+from cocoa_pl.data.items import Item
 from cocoa_pl.data.tokenize import Processor
 from cocoa_pl.distributed import collectives
 from cocoa_pl.distributed.collectives import (
@@ -33,7 +34,6 @@ from cocoa_pl.distributed.collectives import (
     sum_gradients,
     world_size,
 )
-from cocoa_pl.items import Item
 from cocoa_pl.models.loading import load
 from cocoa_pl.stages.base import Optimization, StageModule
 from cocoa_pl.stages.contrastive import ContrastiveModule

@@ -13,12 +13,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from cocoa_pl.attention import Policy
-from cocoa_pl.data.inputs import as_item
+from cocoa_pl.data.items import IMAGE_SLOT, Item, as_item
 from cocoa_pl.data.rows import make_item
 from cocoa_pl.data.tokenize import Processor
 from cocoa_pl.embedder import Embedder
 from cocoa_pl.errors import UserError
-from cocoa_pl.items import IMAGE_SLOT, Item
 from cocoa_pl.models.loading import Loaded
 
 EVERYTHING = ("context", "eos", "target")

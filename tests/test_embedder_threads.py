@@ -20,10 +20,10 @@ from torch import nn
 
 from cocoa_pl.attention import Policy
 from cocoa_pl.data import progress, tokenize
+from cocoa_pl.data.items import IMAGE_SLOT, Item
 from cocoa_pl.data.tokenize import Processor
 from cocoa_pl.embedder import Embedder
 from cocoa_pl.errors import UserError
-from cocoa_pl.items import IMAGE_SLOT, Item
 from cocoa_pl.models.exported import FINGERPRINT_TOLERANCE, take_fingerprint
 from cocoa_pl.models.loading import Loaded
 

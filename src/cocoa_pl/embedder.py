@@ -14,12 +14,11 @@ from numpy.typing import NDArray
 
 from cocoa_pl.attention import Policy
 from cocoa_pl.batch import Batch, Encoded, pack
-from cocoa_pl.data.inputs import Input, as_item, as_list
 from cocoa_pl.data.item_batches import item_batches
+from cocoa_pl.data.items import Input, Item, as_item, as_list
 from cocoa_pl.data.progress import Progress, bar
 from cocoa_pl.data.tokenize import Processor
 from cocoa_pl.errors import UserError, name_of
-from cocoa_pl.items import Item
 from cocoa_pl.models.backbone import Backbone
 from cocoa_pl.models.exported import (
     FINGERPRINT_TOLERANCE,

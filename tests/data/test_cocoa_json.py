@@ -14,9 +14,9 @@ from PIL import Image
 from cocoa_pl.data import cocoa_json
 from cocoa_pl.data.cocoa_json import CocoaJsonData, iterate_array, read_cocoa_json
 from cocoa_pl.data.examples import describing
+from cocoa_pl.data.items import IMAGE_SLOT, Item
 from cocoa_pl.data.pair_table import PairTable
 from cocoa_pl.errors import UserError
-from cocoa_pl.items import IMAGE_SLOT, Item
 
 CAPTION = {"image_path": "a.png", "caption": "a dog asleep on a sofa", "id": 17}
 QUERY = {
@@ -62,7 +62,7 @@ def test_captions_and_queries_become_pairs(root: Path) -> None:
 
 def test_absolute_path_below_the_image_root_is_accepted(root: Path) -> None:
     write(root, CAPTION | {"image_path": str(root / "b.png")})
-    assert read(root)[0].query.images == (root / "b.png",)
+    assert read(root)[0].query.media == (root / "b.png",)
     write(root, CAPTION | {"image_path": "/etc/hostname"})
     with pytest.raises(UserError, match=r"captions\.json row 0, image: .* is absolute"):
         read(root)
@@ -188,7 +188,7 @@ def test_source_holds_out_images_of_every_file(root: Path) -> None:
     assert (len(train), len(validation)) == (6, 6)
     for subset in ("c", "d"):
         images = [
-            {p.query.images for p in pairs if p.subset == subset} for pairs in (train, validation)
+            {p.query.media for p in pairs if p.subset == subset} for pairs in (train, validation)
         ]
         assert not images[0] & images[1]
     assert [len(one.row_ids) for one in source.validation_subsets()] == [2, 2]

@@ -12,10 +12,9 @@ from PIL import Image
 
 from cocoa_pl.data import digits, scenes
 from cocoa_pl.data.digits import DigitsBenchmark, DigitsData
-from cocoa_pl.data.mmeb import GROUPS, EvalSubset
+from cocoa_pl.data.items import GROUPS, IMAGE_SLOT, EvalSubset, Item
 from cocoa_pl.data.scenes import EMPTY, HELD_OUT_PAIRS, Layout
 from cocoa_pl.errors import UserError
-from cocoa_pl.items import IMAGE_SLOT, Item
 
 ROOT = Path(__file__).parents[2]
 WORDS = {word: digit for digit, word in enumerate(scenes.DIGIT_WORDS)}
@@ -222,7 +221,7 @@ def test_no_training_caption_shows_a_held_out_pair_or_a_test_layout(
 
 def test_splits_share_no_picture(data: DigitsData, subsets: dict[str, EvalSubset]) -> None:
     def pixels(items: list[Item]) -> set[bytes]:
-        images = {image for item in items for image in item.images}
+        images = {image for item in items for image in item.media}
         return {Image.open(image).tobytes() for image in images if isinstance(image, Path)}
 
     parts = [
@@ -252,7 +251,7 @@ def test_edit_rows_have_the_unedited_picture_as_hard_negative(data: DigitsData) 
     pairs = [pair for pair in data.train_pairs() if pair.subset == "scene_it2i"]
     for pair in pairs:
         (negative,) = pair.negatives
-        assert negative.images == pair.query.images != pair.positive.images
+        assert negative.media == pair.query.media != pair.positive.media
 
 
 def test_training_texts_are_distinct_and_without_slots(data: DigitsData) -> None:
@@ -309,20 +308,20 @@ def test_captioning_rows_have_all_scenes_as_candidates(subsets: dict[str, EvalSu
         subset = subsets[name]
         assert [len(row) for row in subset.candidate_index] == [80] * 80
         assert [int(row[0]) for row in subset.candidate_index] == list(range(80))
-    assert subsets["scene_t2i"].candidates[3].images == subsets["scene_i2t"].queries[3].images
+    assert subsets["scene_t2i"].candidates[3].media == subsets["scene_i2t"].queries[3].media
 
 
 def test_answers_agree_with_the_captions_of_their_scenes(subsets: dict[str, EvalSubset]) -> None:
     captions = subsets["scene_i2t"]
     layout_by_image = {
-        query.images: layout_of(captions.candidates[int(row[0])].text)
+        query.media: layout_of(captions.candidates[int(row[0])].text)
         for query, row in zip(captions.queries, captions.candidate_index, strict=True)
     }
     for name in ("position_cls", "count_vqa", "right_of_vqa"):
         subset = subsets[name]
         for index, row in zip(subset.query_index, subset.candidate_index, strict=True):
             query = subset.queries[index]
-            layout = layout_by_image[query.images]
+            layout = layout_by_image[query.media]
             words = query.plain_text.rstrip("?")
             if name == "position_cls":
                 place = words.removeprefix("Which digit is ")
@@ -342,15 +341,15 @@ def test_edited_scene_is_the_positive_and_the_source_a_candidate(
 ) -> None:
     captions = subsets["scene_i2t"]
     layout_by_image = {
-        query.images: layout_of(captions.candidates[int(row[0])].text)
+        query.media: layout_of(captions.candidates[int(row[0])].text)
         for query, row in zip(captions.queries, captions.candidate_index, strict=True)
     }
     subset = subsets["scene_it2i"]
     for index, row in zip(subset.query_index, subset.candidate_index, strict=True):
         query, positive = subset.queries[index], subset.candidates[int(row[0])]
-        before, after = layout_by_image[query.images], layout_by_image[positive.images]
+        before, after = layout_by_image[query.media], layout_by_image[positive.media]
         assert scenes.edit(before, after) == query.plain_text
-        assert query.images in {subset.candidates[int(other)].images for other in row[1:]}
+        assert query.media in {subset.candidates[int(other)].media for other in row[1:]}
 
 
 def test_crop_to_find_is_cut_from_the_scene_and_unlike_all_others(
@@ -359,7 +358,7 @@ def test_crop_to_find_is_cut_from_the_scene_and_unlike_all_others(
     subset = subsets["grounding"]
 
     def pixels(item: Item) -> np.ndarray:
-        (path,) = item.images
+        (path,) = item.media
         assert isinstance(path, Path)
         return np.asarray(Image.open(path))
 

@@ -14,8 +14,8 @@ from cocoa_pl.data.examples import (
     first_of_each_subset,
     sides,
 )
+from cocoa_pl.data.items import IMAGE_SLOT, Item, Pair
 from cocoa_pl.errors import UserError
-from cocoa_pl.items import IMAGE_SLOT, Item, Pair
 from cocoa_pl.randomness import mix
 
 PICTURE = Item(f"{IMAGE_SLOT}\nFind the caption", (b"picture",))
@@ -67,7 +67,7 @@ def test_bridge_rebuilds_the_same_text_from_either_source(both: Pair) -> None:
 def test_bridge_draws_its_sources_in_the_shares_asked_for(share: float) -> None:
     make, rows = BridgeExamples(sources={"query": share, "self": 1 - share}), 4000
     drawn = Counter(
-        bool(make(pair(PICTURE, CAPTION), mix(0, 0, r))[0].context.images) for r in range(rows)
+        bool(make(pair(PICTURE, CAPTION), mix(0, 0, r))[0].context.media) for r in range(rows)
     )
     assert abs(drawn[True] / rows - share) < 4 * math.sqrt(share * (1 - share) / rows)
 

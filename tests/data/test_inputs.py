@@ -17,9 +17,8 @@ import torch
 from jinja2 import Environment, Template
 from PIL import Image
 
-from cocoa_pl.data.inputs import as_item, as_list, template_source
+from cocoa_pl.data.items import IMAGE_SLOT, Item, as_item, as_list, template_source
 from cocoa_pl.errors import UserError
-from cocoa_pl.items import IMAGE_SLOT, Item
 
 S = IMAGE_SLOT
 PICTURES = tuple(Image.new("RGB", (28, 28), (number, 0, 0)) for number in range(3))
@@ -146,7 +145,7 @@ def test_an_item_keeps_its_slots_and_words_behind_an_instruction(
     text: str, instruction: str, expected: str
 ) -> None:
     item = Item(text, PICTURES[: text.count(S)])
-    assert as_item(item, instruction) == Item(expected, item.images)
+    assert as_item(item, instruction) == Item(expected, item.media)
 
 
 def test_an_instruction_names_no_image() -> None:
@@ -197,7 +196,7 @@ def test_items_are_taken_in_their_own_order(items: Any, expected: list[str] | No
 def test_four_dimensions_are_several_pictures() -> None:
     array = np.stack([np.asarray(picture) for picture in PICTURES])
     found = as_list(array)
-    assert [np.asarray(as_item(one).images[0])[0, 0, 0] for one in found] == [0, 1, 2]
+    assert [np.asarray(as_item(one).media[0])[0, 0, 0] for one in found] == [0, 1, 2]
 
 
 def test_a_data_set_is_read_item_by_item() -> None:
@@ -273,9 +272,9 @@ def test_images_that_can_be_read_once_only_are_refused() -> None:
 
 def test_arrays_of_an_item_are_one_picture_or_several() -> None:
     array = np.stack([np.asarray(picture) for picture in PICTURES])
-    assert len(as_item({"image": array}).images) == 3
-    assert len(as_item({"image": array[0]}).images) == 1
-    assert len(as_item(array[0, ..., 0]).images) == 1
+    assert len(as_item({"image": array}).media) == 3
+    assert len(as_item({"image": array[0]}).media) == 1
+    assert len(as_item(array[0, ..., 0]).media) == 1
 
 
 def test_an_item_s_images_are_a_tuple_however_they_are_written() -> None:

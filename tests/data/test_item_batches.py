@@ -18,9 +18,9 @@ from cocoa_pl.data import item_batches as module
 from cocoa_pl.data import tokenize
 from cocoa_pl.data.images import image_size, open_image
 from cocoa_pl.data.item_batches import item_batches
+from cocoa_pl.data.items import IMAGE_SLOT, Item
 from cocoa_pl.data.tokenize import Processor
 from cocoa_pl.errors import UserError
-from cocoa_pl.items import IMAGE_SLOT, Item
 
 MakeItem = Callable[..., Item]
 Batches = list[tuple[np.ndarray, list[Encoded]]]
@@ -136,7 +136,7 @@ def test_no_picture_is_decoded_to_measure_it(
         len(items), items.__getitem__, processor, list, batch_tokens=60, threads=0
     )
     numbers, _ = next(batches)
-    assert set(opened) == {f"item {number}" for number in numbers if items[number].images}
+    assert set(opened) == {f"item {number}" for number in numbers if items[number].media}
     batches.close()
 
 

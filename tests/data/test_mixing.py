@@ -12,10 +12,10 @@ from hydra import compose, initialize_config_dir
 
 from cocoa_pl.config.build import register_resolvers
 from cocoa_pl.config.command_line import CONFIGS
+from cocoa_pl.data.items import Item, Pair
 from cocoa_pl.data.mixing import CYCLE, Mixing, Schedule
 from cocoa_pl.data.sampler import AllRows, Index, MixedSubsets, StepSampler, make_order
 from cocoa_pl.errors import UserError
-from cocoa_pl.items import Item, Pair
 from cocoa_pl.run import build_stages
 
 NAMES = ["big", "middle", "small"]

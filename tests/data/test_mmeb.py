@@ -12,11 +12,11 @@ import pytest
 from PIL import Image
 
 from cocoa_pl.data.cocoa_json import CocoaJsonData
+from cocoa_pl.data.items import IMAGE_SLOT, Item, Pair
 from cocoa_pl.data.mmeb import read_train
 from cocoa_pl.data.sources import MmebData, PairsData
 from cocoa_pl.data.stream import StreamData
 from cocoa_pl.errors import UserError
-from cocoa_pl.items import IMAGE_SLOT, Item, Pair
 
 SLOT = IMAGE_SLOT
 
@@ -90,7 +90,7 @@ def test_row_without_negative_columns_has_no_negatives(root: Path) -> None:
     assert (
         pair.query.text == f"{SLOT}\nFind an image caption describing the given everyday image.\n"
     )
-    assert pair.query.images == (root / "images/a.png",)
+    assert pair.query.media == (root / "images/a.png",)
     assert pair.positive == Item(MSCOCO_I2T["pos_text"])
     assert pair.negatives == ()
 
@@ -141,7 +141,7 @@ def test_negatives_may_be_strings_lists_or_written_lists(
 ) -> None:
     write(root, [MSCOCO_I2T | {"neg_text": texts, "neg_image_path": images}])
     (pair,) = read(root)
-    found = [(item.text, item.images[0].name if item.images else None) for item in pair.negatives]
+    found = [(item.text, item.media[0].name if item.media else None) for item in pair.negatives]
     assert found == expected
 
 

@@ -18,12 +18,11 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from cocoa_pl.data.mmeb import EvalSubset
+from cocoa_pl.data.items import IMAGE_SLOT, EvalSubset, Item
 from cocoa_pl.data.mmeb_eval import READERS, MmebBenchmark, read_eval_subset
 from cocoa_pl.errors import UserError
 from cocoa_pl.evaluation.benchmark import evaluate
 from cocoa_pl.evaluation.report import score_table
-from cocoa_pl.items import IMAGE_SLOT, Item
 
 SLOT = IMAGE_SLOT
 CONFIGS = Path(__file__).parents[2] / "conf" / "benchmark"
@@ -121,7 +120,7 @@ def test_every_distinct_side_occurs_once_and_rows_keep_their_candidates(root: Pa
     for number, row in enumerate(rows):
         assert [item.text for item in candidates(subset, number)] == row["tgt_text"]
         query = subset.queries[subset.query_index[number]]
-        assert query.images == (root / row["qry_img_path"],)
+        assert query.media == (root / row["qry_img_path"],)
     assert subset.query_index.dtype == subset.candidate_index[0].dtype == np.int32
 
 
@@ -138,7 +137,7 @@ def test_images_in_the_rows_are_images(root: Path, is_struct: bool) -> None:
     subset = read_v1(
         root, [{"qry_text": text, "qry_img_path": image(one), **targets} for text, one in queries]
     )
-    assert [item.images for item in subset.queries] == [(encoded[0],), (encoded[1],), ()]
+    assert [item.media for item in subset.queries] == [(encoded[0],), (encoded[1],), ()]
     assert subset.candidates == [Item(SLOT, (encoded[1],)), Item("t")]
 
 
@@ -359,7 +358,7 @@ def test_rows_without_captions_collapse_across_the_subset_too(root: Path) -> Non
     rows[100] = image_to_image(tgt_img_path=["c.png", "a.png"])
     found = read(root, "CIRR", rows)
     assert len(found.candidates) == 3
-    assert [item.images[0].name for item in candidates(found, 100)] == ["c.png", "a.png"]
+    assert [item.media[0].name for item in candidates(found, 100)] == ["c.png", "a.png"]
     assert found.row_ids[129] == "CIRR row 129"
 
 

@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from cocoa_pl.data.items import IMAGE_SLOT
 from cocoa_pl.data.sources import MmebData
 from cocoa_pl.errors import UserError
-from cocoa_pl.items import IMAGE_SLOT
 
 DataConfig = Callable[[str], dict[str, Any]]
 Source = Callable[..., MmebData]
@@ -108,9 +108,9 @@ def test_image_is_held_out_of_both_splits(tmp_path: Path, source: Source) -> Non
     write(tmp_path, "A", rows("what is it"))
     write(tmp_path, "A", rows("tell me"), split="diverse_instruction")
     data = source(split=["original", "diverse_instruction"], validation_fraction=0.3)
-    held_out = {pair.query.images for pair in data.validation_pairs()}
+    held_out = {pair.query.media for pair in data.validation_pairs()}
     assert (len(data.validation_pairs()), len(held_out)) == (4, 2)
-    assert not held_out & {pair.query.images for pair in data.train_pairs()}
+    assert not held_out & {pair.query.media for pair in data.train_pairs()}
 
 
 def test_caps_limit_single_subsets(tmp_path: Path, source: Source) -> None:
@@ -145,7 +145,7 @@ def test_negatives_as_mined_files_hold_them(tmp_path: Path, source: Source) -> N
         "it's [third]",
         f"{IMAGE_SLOT}\nRepresent",
     ]
-    assert [len(item.images) for item in pair.negatives] == [0, 0, 1]
+    assert [len(item.media) for item in pair.negatives] == [0, 0, 1]
 
 
 def test_null_negatives_are_none(tmp_path: Path, source: Source) -> None:

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from cocoa_pl.data import pair_table
+from cocoa_pl.data.items import IMAGE_SLOT, Item, Pair
 from cocoa_pl.data.pair_table import PairTable, has_images, select, subset_codes
-from cocoa_pl.items import IMAGE_SLOT, Item, Pair
 
 
 def picture(name: str, text: str = "") -> Item:
@@ -104,7 +104,7 @@ def test_row_costs_a_few_dozen_bytes_beside_its_text() -> None:
     kept, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     text = sum(
-        len(pair.query.text.encode()) + len(str(pair.query.images[0])) for pair in rows(count)
+        len(pair.query.text.encode()) + len(str(pair.query.media[0])) for pair in rows(count)
     )
     assert (table.nbytes - text) / count < 64
     assert kept / count < 64  # beside Arrow's buffers, which hold the text

@@ -12,11 +12,11 @@ import pytest
 from PIL import Image
 
 from cocoa_pl.data.holdout import hold_out
+from cocoa_pl.data.items import IMAGE_SLOT, Item, Pair
 from cocoa_pl.data.pair_table import has_images
 from cocoa_pl.data.pairs import read_pairs
 from cocoa_pl.data.sources import PairsData
 from cocoa_pl.errors import UserError
-from cocoa_pl.items import IMAGE_SLOT, Item, Pair
 
 SLOT = IMAGE_SLOT
 _buffer = io.BytesIO()
@@ -128,7 +128,7 @@ def test_images_in_the_rows_are_images(root: Path, kind: pa.DataType) -> None:
     train, held_out = hold_out(table, fraction=0.3, seed=0, source="s")
     keys = [{pair.query.key for pair in part} for part in (train, held_out)]
     assert len(keys[0]) + len(keys[1]) == 10
-    with_image = [sum(bool(pair.query.images) for pair in part) for part in (train, held_out)]
+    with_image = [sum(bool(pair.query.media) for pair in part) for part in (train, held_out)]
     assert sorted(with_image) in ([0, 5], [1, 4])  # equal pictures stay together
 
 

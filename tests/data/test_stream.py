@@ -13,10 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from cocoa_pl.data.examples import describing, first_of_each_subset
+from cocoa_pl.data.items import Pair
 from cocoa_pl.data.stream import PairStream, StreamData
 from cocoa_pl.data.stream_reader import SubsetReader
 from cocoa_pl.errors import UserError
-from cocoa_pl.items import Pair
 
 MakeStream = Callable[..., StreamData]
 A_ROWS, B_ROWS, E_ROWS = 23, 17, 12
@@ -97,10 +97,10 @@ def test_rows_with_files_and_rows_with_embedded_images_become_pairs(
     stream = make_stream(subsets=["A", "E"]).train_pairs()
     one, other = take(reader(stream, 0)), take(reader(stream, 1))
     number = one.positive.text.removeprefix("A ")
-    assert one.query.images == (hub_folder / f"images/A{number}.png",)
+    assert one.query.media == (hub_folder / f"images/A{number}.png",)
     assert one.subset == "A"
     assert one.row_id.startswith("A (streamed, reader 1/1, window 0) row ")
-    (image,) = other.query.images
+    (image,) = other.query.media
     assert isinstance(image, bytes)
     assert image.startswith(b"\x89PNG")
 

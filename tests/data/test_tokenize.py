@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 
 from cocoa_pl.batch import Encoded
+from cocoa_pl.data.items import IMAGE_SLOT, Item
 from cocoa_pl.data.tokenize import Processor
 from cocoa_pl.errors import UserError
-from cocoa_pl.items import IMAGE_SLOT, Item
 from cocoa_pl.models.loading import Loaded
 
 SLOT = IMAGE_SLOT

@@ -14,6 +14,7 @@ from PIL import Image
 from cocoa_pl.config.build import register_resolvers
 from cocoa_pl.config.command_line import CONFIGS, compose_overrides
 from cocoa_pl.data.examples import CaptionExamples, PairExamples
+from cocoa_pl.data.items import IMAGE_SLOT, Item, Pair
 from cocoa_pl.data.tokenize import Processor
 from cocoa_pl.doctor.complaints import as_finding, heard, kind_of
 from cocoa_pl.doctor.findings import KEPT, KINDS, Finding, Findings, Severity
@@ -22,7 +23,6 @@ from cocoa_pl.doctor.lengths import StageLengths, measure
 from cocoa_pl.doctor.parallel import ordered_map
 from cocoa_pl.doctor.pictures import Gallery
 from cocoa_pl.errors import UserError
-from cocoa_pl.items import IMAGE_SLOT, Item, Pair
 from cocoa_pl.randomness import mix
 
 from .conftest import APPLE_DOUBLE, noise

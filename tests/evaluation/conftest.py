@@ -5,8 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 
-from cocoa_pl.data.mmeb import EvalSubset
-from cocoa_pl.items import Item
+from cocoa_pl.data.items import EvalSubset, Item
 
 Rows = Sequence[tuple[str, Sequence[str]]]  # query, candidates with the positive first
 

@@ -5,12 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cocoa_pl.data.mmeb import EvalSubset
+from cocoa_pl.data.items import EvalSubset, Item
 from cocoa_pl.errors import UserError
 from cocoa_pl.evaluation.benchmark import evaluate
 from cocoa_pl.evaluation.report import score_table
 from cocoa_pl.evaluation.results import Results
-from cocoa_pl.items import Item
 
 HISTOGRAMS = ("positive", "hardest_negative")
 Make = Callable[..., EvalSubset]

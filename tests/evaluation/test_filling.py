@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cocoa_pl.data.items import IMAGE_SLOT, Item
 from cocoa_pl.errors import UserError
 from cocoa_pl.evaluation import filling
 from cocoa_pl.evaluation.filling import distinct, fill
 from cocoa_pl.evaluation.identities import Identities
 from cocoa_pl.evaluation.store import VectorStore
-from cocoa_pl.items import IMAGE_SLOT, Item
 
 DIM = 4
 BATCH = 3

@@ -13,7 +13,7 @@ from PIL import Image
 from rich.console import Console
 
 from cocoa_pl.attention import Policy
-from cocoa_pl.data.mmeb import EvalSubset
+from cocoa_pl.data.items import IMAGE_SLOT, EvalSubset, Item
 from cocoa_pl.errors import UserError
 from cocoa_pl.evaluation import comparison as command
 from cocoa_pl.evaluation.benchmark import evaluate
@@ -21,7 +21,6 @@ from cocoa_pl.evaluation.comparison import difference
 from cocoa_pl.evaluation.origin import Origin
 from cocoa_pl.evaluation.report import write_report
 from cocoa_pl.evaluation.results import Results, SubsetScore
-from cocoa_pl.items import IMAGE_SLOT, Item
 
 ALL = ("context", "eos", "target")
 NAMES = ("scene_i2t", "a subset whose name is long", "vqa")

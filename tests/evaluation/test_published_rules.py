@@ -18,9 +18,9 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from cocoa_pl.data.items import IMAGE_SLOT, Item
 from cocoa_pl.data.mmeb_eval import MmebBenchmark
 from cocoa_pl.evaluation.benchmark import evaluate
-from cocoa_pl.items import IMAGE_SLOT, Item
 
 PLACEHOLDER = "<|image_1|>"
 DISTINCT = 9  # vectors: far fewer than items, so that many tie
@@ -48,7 +48,7 @@ class Encoder:
     def __call__(self, items: Sequence[Item]) -> NDArray[np.float32]:
         rows = []
         for item in items:
-            path = str(item.images[0]) if item.images else ""
+            path = str(item.media[0]) if item.media else ""
             key = (item.text.replace(IMAGE_SLOT, PLACEHOLDER), Path(path).name)
             rows.append(random.Random(repr(key)).randrange(DISTINCT))
             self.saved[key] = self.vectors[rows[-1]]

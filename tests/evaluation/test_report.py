@@ -10,14 +10,13 @@ from PIL import Image
 from rich.console import Console
 
 from cocoa_pl.attention import Policy
-from cocoa_pl.data.mmeb import EvalSubset
+from cocoa_pl.data.items import IMAGE_SLOT, EvalSubset, Item
 from cocoa_pl.errors import UserError
 from cocoa_pl.evaluation.benchmark import evaluate
 from cocoa_pl.evaluation.curves import read_panels
 from cocoa_pl.evaluation.origin import Origin
 from cocoa_pl.evaluation.report import picture, score_table, write_report
 from cocoa_pl.evaluation.results import Results
-from cocoa_pl.items import IMAGE_SLOT, Item
 
 EVIL = '<script>alert("x")</script><img src=x onerror=alert(1)> 5'
 ALL = ("context", "eos", "target")

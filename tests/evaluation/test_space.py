@@ -8,13 +8,12 @@ import numpy as np
 import pytest
 
 from cocoa_pl.attention import Policy
-from cocoa_pl.data.mmeb import EvalSubset
+from cocoa_pl.data.items import EvalSubset, Item
 from cocoa_pl.evaluation.benchmark import evaluate
 from cocoa_pl.evaluation.metrics import Hits
 from cocoa_pl.evaluation.origin import Origin, grid_rows
 from cocoa_pl.evaluation.similarities import EDGES, Similarities, counted, histogram
 from cocoa_pl.evaluation.space import MAPPED_ROWS, Mapped, flattened, sample
-from cocoa_pl.items import Item
 
 ALL = ("context", "eos", "target")
 

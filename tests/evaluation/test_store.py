@@ -14,12 +14,12 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
+from cocoa_pl.data.items import IMAGE_SLOT, Item
 from cocoa_pl.errors import UserError
 from cocoa_pl.evaluation import shards
 from cocoa_pl.evaluation.identities import Identities, file_stamp
 from cocoa_pl.evaluation.shards import DamagedShard, read_shard, write_shard
 from cocoa_pl.evaluation.store import VectorStore
-from cocoa_pl.items import IMAGE_SLOT, Item
 
 DIM = 6
 IDENTITY: dict[str, Any] = {

@@ -20,11 +20,11 @@ from torch.nn.functional import normalize
 from transformers import AutoModelForImageTextToText, AutoTokenizer, Qwen2VLImageProcessorPil
 
 from cocoa_pl.attention import Policy
+from cocoa_pl.data.items import IMAGE_SLOT, Item
 from cocoa_pl.data.tokenize import Processor
 from cocoa_pl.embedder import Embedder
 from cocoa_pl.errors import UserError
 from cocoa_pl.export.folder import export, lineage_of
-from cocoa_pl.items import IMAGE_SLOT, Item
 from cocoa_pl.models.adapters import FullTuning, LowRank
 from cocoa_pl.models.exported import digest_of_file, take_fingerprint, write_description
 from cocoa_pl.models.loading import Loaded
@@ -75,9 +75,9 @@ def by_plain_transformers(folder: Path, item: Item) -> NDArray[np.float32]:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     inputs: dict[str, Any] = {}
     text = item.text
-    if item.images:
+    if item.media:
         image_processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
-        inputs = dict(image_processor(images=list(item.images), return_tensors="pt"))
+        inputs = dict(image_processor(images=list(item.media), return_tensors="pt"))
         visual = int(inputs["image_grid_thw"].prod()) // image_processor.merge_size**2
         pad = "<|image_pad|>" * visual
         text = text.replace(IMAGE_SLOT, f"<|vision_start|>{pad}<|vision_end|>")

@@ -146,7 +146,9 @@ def test_mistakes_are_told_before_a_model_is_there(changes: dict[str, Any], said
         benchmark(**changes)
 
 
-@pytest.mark.parametrize("name", ["NoSuchTask", "cocoa_pl.nowhere.Task", "cocoa_pl.items.Task"])
+@pytest.mark.parametrize(
+    "name", ["NoSuchTask", "cocoa_pl.nowhere.Task", "cocoa_pl.data.items.Task"]
+)
 def test_an_unknown_task_is_named(name: str) -> None:
     with pytest.raises(UserError, match=name.rpartition(".")[2]):
         benchmark(tasks=[name])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from cocoa_pl.items import Item, numbered
+from cocoa_pl.data.items import Item, numbered
 from cocoa_pl.mining import choice
 from cocoa_pl.mining.choice import choose
 

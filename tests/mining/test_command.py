@@ -15,12 +15,12 @@ from rich.console import Console
 
 from cocoa_pl.attention import Policy
 from cocoa_pl.data.digits import DigitsData
+from cocoa_pl.data.items import IMAGE_SLOT, Item, Pair
 from cocoa_pl.data.mmeb import read_train
 from cocoa_pl.data.tokenize import Processor
 from cocoa_pl.embedder import Embedder
 from cocoa_pl.errors import UserError
 from cocoa_pl.export.folder import export
-from cocoa_pl.items import IMAGE_SLOT, Item, Pair
 from cocoa_pl.mining import command
 from cocoa_pl.mining.folder import image_root, write_subset
 from cocoa_pl.mining.mine import mine
@@ -119,8 +119,8 @@ def test_rows_come_back_as_they_were(
             strict=True,
         ):
             assert new.text == old.text
-            assert len(new.images) == len(old.images)
-            for kept, source in zip(new.images, old.images, strict=True):
+            assert len(new.media) == len(old.media)
+            for kept, source in zip(new.media, old.media, strict=True):
                 assert isinstance(kept, Path)
                 opened = source if isinstance(source, Image.Image) else Image.open(
                     io.BytesIO(source) if isinstance(source, bytes) else source

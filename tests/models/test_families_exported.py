@@ -9,10 +9,10 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from cocoa_pl.attention import Policy
+from cocoa_pl.data.items import Item
 from cocoa_pl.data.tokenize import Processor
 from cocoa_pl.embedder import Embedder
 from cocoa_pl.export.folder import export
-from cocoa_pl.items import Item
 from cocoa_pl.models.adapters import LowRank
 from cocoa_pl.models.loading import FAMILIES, Loaded
 
@@ -73,7 +73,7 @@ def test_plain_transformers_gives_the_same_vectors(
         tmp_path / "model", attn_implementation="eager"
     ).eval()
     sample = processor.encode(item, None, key=0, seed=0, row_id="toy")
-    pictures = processor.image_processor(list(item.images), return_tensors="pt")
+    pictures = processor.image_processor(list(item.media), return_tensors="pt")
     with torch.no_grad():
         states = stock.model(
             input_ids=sample.input_ids[None],

@@ -15,8 +15,8 @@ from transformers import AutoModelForImageTextToText
 
 from cocoa_pl.attention import Policy
 from cocoa_pl.batch import Batch, pack
+from cocoa_pl.data.items import IMAGE_SLOT, Item
 from cocoa_pl.data.tokenize import Processor
-from cocoa_pl.items import IMAGE_SLOT, Item
 from cocoa_pl.models.backbone import Backbone
 from cocoa_pl.models.loading import FAMILIES, Loaded
 from cocoa_pl.positions import mrope_positions
@@ -57,8 +57,8 @@ def stock_inputs(batch: Batch, processor: Processor, item: Item) -> dict[str, Te
         "mm_token_type_ids": batch.image_mask[None].int(),
         "attention_mask": torch.ones_like(batch.input_ids)[None],
     }
-    if item.images:
-        images = processor.image_processor(list(item.images), return_tensors="pt")
+    if item.media:
+        images = processor.image_processor(list(item.media), return_tensors="pt")
         inputs["pixel_values"] = images["pixel_values"]
         inputs["image_grid_thw"] = images["image_grid_thw"]
     return inputs
@@ -136,7 +136,7 @@ def test_stock_forward_of_padded_batches_gives_the_same_packed_states(
     def padded(values: Sequence[Tensor]) -> Tensor:  # on the left, as for generation
         return torch.stack([torch.cat([v.new_zeros(longest - len(v)), v]) for v in values])
 
-    pictures = processor.image_processor([i.images[0] for i in items], return_tensors="pt")
+    pictures = processor.image_processor([i.media[0] for i in items], return_tensors="pt")
     with torch.no_grad():
         output = stock.model(
             input_ids=padded([p.input_ids for p in pieces]),
@@ -241,7 +241,7 @@ def test_pixels_are_bit_equal_to_the_image_processor(
 ) -> None:
     item = Item(f"{IMAGE_SLOT} and {IMAGE_SLOT}", (make_image(size), make_image((56, 28), seed=1)))
     batch = pack([processor.encode(item, None, key=0, seed=0, row_id="toy")])
-    expected = processor.image_processor(list(item.images), return_tensors="pt")
+    expected = processor.image_processor(list(item.media), return_tensors="pt")
     assert torch.equal(batch.grids, expected["image_grid_thw"])
     patches = len(batch.patches)
     frames = expected["pixel_values"].view(patches, 3, 2, -1)  # channels, temporal copies

@@ -14,10 +14,10 @@ import torch
 from cocoa_pl.attention import Policy, make_plan
 from cocoa_pl.batch import pack
 from cocoa_pl.data.examples import CaptionExamples, PairExamples
+from cocoa_pl.data.items import IMAGE_SLOT, Item, Pair
 from cocoa_pl.data.pair_table import PairTable
 from cocoa_pl.data.tokenize import Processor
 from cocoa_pl.errors import UserError
-from cocoa_pl.items import IMAGE_SLOT, Item, Pair
 from cocoa_pl.planning.samples import Lengths, grid_of, grid_of_tokens, rank_batch
 from cocoa_pl.planning.work import attention_work, window_lengths
 
@@ -46,8 +46,8 @@ def test_an_assumed_sample_is_laid_out_as_the_processor_does(
 def test_fractions_of_images_spread_evenly(lengths: Lengths) -> None:
     assumed = replace(lengths, images_per_query=0.25, images_per_positive=1.5)
     pairs = [assumed.pair(row) for row in range(8)]
-    assert sum(len(pair.query.images) for pair in pairs) == 2
-    assert [len(pair.positive.images) for pair in pairs] == [1, 2] * 4
+    assert sum(len(pair.query.media) for pair in pairs) == 2
+    assert [len(pair.positive.media) for pair in pairs] == [1, 2] * 4
 
 
 def test_roles_are_packed_one_after_the_other(lengths: Lengths) -> None:

@@ -14,8 +14,8 @@ from cocoa_pl.attention import Policy
 from cocoa_pl.batch import Encoded, Rows, pack
 from cocoa_pl.corruption import Corrupted, Corruption, with_noise
 from cocoa_pl.data.datamodule import collate
+from cocoa_pl.data.items import Item
 from cocoa_pl.data.tokenize import Processor
-from cocoa_pl.items import Item
 from cocoa_pl.models.loading import FAMILIES, Loaded
 from cocoa_pl.stages.bridge import exchange_contexts
 from cocoa_pl.stages.chunks import Puzzle, ToEmbed, ToRebuild

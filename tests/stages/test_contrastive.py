@@ -12,9 +12,9 @@ from torch import Tensor
 from cocoa_pl.attention import Policy
 from cocoa_pl.batch import Encoded, Rows
 from cocoa_pl.data.datamodule import collate
+from cocoa_pl.data.items import Item
 from cocoa_pl.data.tokenize import Processor
 from cocoa_pl.errors import UserError
-from cocoa_pl.items import Item
 from cocoa_pl.live_bytes import LiveBytes
 from cocoa_pl.models.adapters import LowRank
 from cocoa_pl.models.dora import LeanDora

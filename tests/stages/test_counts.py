@@ -15,8 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from cocoa_pl.attention import Policy
 from cocoa_pl.batch import Encoded, Rows
 from cocoa_pl.data.datamodule import collate
+from cocoa_pl.data.items import Item
 from cocoa_pl.data.tokenize import Processor
-from cocoa_pl.items import Item
 from cocoa_pl.live_bytes import LiveBytes
 from cocoa_pl.models.loading import Loaded
 from cocoa_pl.stages.base import Optimization, StageModule

@@ -17,9 +17,9 @@ from torch import Tensor
 from cocoa_pl.attention import Policy
 from cocoa_pl.batch import Encoded, Rows
 from cocoa_pl.data.datamodule import collate
+from cocoa_pl.data.items import Item
 from cocoa_pl.data.tokenize import Processor
 from cocoa_pl.distributed.collectives import clip_gradients, sum_gradients
-from cocoa_pl.items import Item
 from cocoa_pl.models.adapters import FullTuning, LowRank
 from cocoa_pl.models.backbone import Backbone
 from cocoa_pl.models.loading import FAMILIES, Loaded

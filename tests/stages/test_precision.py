@@ -12,8 +12,8 @@ from torch import Tensor
 from cocoa_pl.attention import Policy
 from cocoa_pl.batch import Encoded, Rows
 from cocoa_pl.data.datamodule import collate
+from cocoa_pl.data.items import Item
 from cocoa_pl.data.tokenize import Processor
-from cocoa_pl.items import Item
 from cocoa_pl.models.adapters import FullTuning, LowRank
 from cocoa_pl.models.backbone import Backbone
 from cocoa_pl.models.loading import Loaded

@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from cocoa_pl.data.items import Item, Pair
 from cocoa_pl.data.sources import PairsData
 from cocoa_pl.data.tokenize import Processor
 from cocoa_pl.errors import UserError
-from cocoa_pl.items import Item, Pair
 from cocoa_pl.models.adapters import LowRank
 from cocoa_pl.models.backbone import Backbone
 from cocoa_pl.stages import checkpoint

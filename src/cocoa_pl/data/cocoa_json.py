@@ -15,11 +15,10 @@ from typing import Any
 
 from cocoa_pl.config.bounds import Count, Seed, ShareBelowOne
 from cocoa_pl.data.holdout import as_subsets, hold_out
-from cocoa_pl.data.mmeb import EvalSubset
+from cocoa_pl.data.items import EvalSubset, Item, Pair
 from cocoa_pl.data.pair_table import PairTable
 from cocoa_pl.data.rows import OnBadRow, collect, distinct_texts, make_item
 from cocoa_pl.errors import UserError
-from cocoa_pl.items import Item, Pair
 
 _CHUNK = 1 << 20  # characters
 _BLANKS = " \t\r\n"

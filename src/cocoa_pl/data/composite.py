@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cocoa_pl.data.mmeb import EvalSubset
+from cocoa_pl.data.items import EvalSubset
 from cocoa_pl.errors import UserError
 
 

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from cocoa_pl.batch import Encoded, Rows, pack
 from cocoa_pl.data.examples import MakeSamples
+from cocoa_pl.data.items import Pair
 from cocoa_pl.data.mixing import Mixing
 from cocoa_pl.data.sampler import Index, StepSampler, make_order
 from cocoa_pl.data.stream import PairStream
@@ -21,7 +22,6 @@ from cocoa_pl.data.tokenize import Processor
 from cocoa_pl.data.transport import Parcel
 from cocoa_pl.distributed.collectives import rank, world_size
 from cocoa_pl.errors import UserError
-from cocoa_pl.items import Pair
 from cocoa_pl.randomness import mix
 
 log = logging.getLogger(__name__)

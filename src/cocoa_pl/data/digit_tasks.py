@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cocoa_pl.data.inputs import PLACEHOLDER
+from cocoa_pl.data.items import PLACEHOLDER
 from cocoa_pl.data.scenes import (
     DIGIT_WORDS,
     EMPTY,

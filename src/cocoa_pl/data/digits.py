@@ -26,10 +26,10 @@ from cocoa_pl.data.digit_subsets import (
     training_examples,
 )
 from cocoa_pl.data.digit_writer import Studio, write_eval, write_train
-from cocoa_pl.data.mmeb import EvalSubset, read_train
+from cocoa_pl.data.items import EvalSubset, Pair
+from cocoa_pl.data.mmeb import read_train
 from cocoa_pl.data.mmeb_eval import read_eval_subset
 from cocoa_pl.data.rows import OnBadRow, distinct_texts
-from cocoa_pl.items import Pair
 
 # Part of the cache key: raise it whenever the same parameters would be drawn or worded differently.
 FORMAT_VERSION = 1

@@ -7,10 +7,10 @@ from typing import overload
 import numpy as np
 
 from cocoa_pl.config.bounds import Share, Whole
+from cocoa_pl.data.items import Item, Pair
 from cocoa_pl.data.pair_table import has_images, select, subset_codes
 from cocoa_pl.data.stream import PairStream
 from cocoa_pl.errors import UserError
-from cocoa_pl.items import Item, Pair
 from cocoa_pl.randomness import mix
 
 _SOURCE_STREAM = 4
@@ -32,9 +32,9 @@ def sides(pair: Pair) -> tuple[Item, str] | None:
 
     A pair of two texts counts its query as the first side.
     """
-    if not pair.positive.images:
+    if not pair.positive.media:
         return pair.query, pair.positive.text
-    if not pair.query.images:
+    if not pair.query.media:
         return pair.positive, pair.query.text
     return None
 
@@ -44,7 +44,7 @@ class CaptionExamples:
 
     def __call__(self, pair: Pair, seed: int) -> tuple[Sample, ...]:
         image, text = _sides(pair)
-        return (Sample(Item(f"{image.text}\n{text}", image.images), None),)
+        return (Sample(Item(f"{image.text}\n{text}", image.media), None),)
 
 
 class BridgeExamples:

@@ -8,10 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from cocoa_pl.config.bounds import ShareBelowOne
-from cocoa_pl.data.mmeb import EvalSubset
+from cocoa_pl.data.items import IMAGE_SLOT, EvalSubset, Item, Pair, numbered
 from cocoa_pl.data.pair_table import select, subset_codes
 from cocoa_pl.errors import UserError
-from cocoa_pl.items import IMAGE_SLOT, Item, Pair, numbered
 
 
 def hold_out(
@@ -49,7 +48,7 @@ def hold_out(
 
 def group_key(pair: Pair) -> int:
     """What rows have in common that must not be split between training and validation."""
-    images = pair.query.images or pair.positive.images
+    images = pair.query.media or pair.positive.media
     return Item(IMAGE_SLOT, images[:1]).key if images else pair.query.key
 
 

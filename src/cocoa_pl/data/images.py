@@ -19,7 +19,6 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, TiffImageFile
 
 from cocoa_pl.errors import UserError
-from cocoa_pl.items import ImageSource
 
 # Qwen2-VL's resizing refuses anything longer, without naming the row.
 MAX_ASPECT_RATIO = 200
@@ -39,6 +38,7 @@ _DECODING_ERRORS = (
 )
 
 
+ImageSource = Path | bytes | Image.Image
 Picture = ImageSource | str | os.PathLike[str] | NDArray[np.uint8] | Mapping[str, Any]
 
 # Pillow reads an opened file when it is first asked for pixels, and no two threads may do so at

@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 from cocoa_pl.batch import VISUAL_TOKEN_COST, Encoded, cut_by_cost
 from cocoa_pl.config.bounds import Count, Whole, check_value
 from cocoa_pl.data.images import image_size
+from cocoa_pl.data.items import IMAGE_SLOT, Item
 from cocoa_pl.data.lookahead import Lookahead
 from cocoa_pl.data.tokenize import Processor
 from cocoa_pl.errors import UserError, name_of
-from cocoa_pl.items import IMAGE_SLOT, Item
 
 WINDOW = 4096  # items that are sorted together
 
@@ -108,7 +108,7 @@ def _measure(item_at: Callable[[int], Item], number: int, processor: Processor) 
     """From the text and the images' headers; what is wrong with an item is told by encoding it."""
     try:
         item = item_at(number)
-        sizes = [image_size(image, where=name_of(number)) for image in item.images]
+        sizes = [image_size(image, where=name_of(number)) for image in item.media]
     except UserError:
         return Measure(0, math.inf)
     text = sum(processor.count_text_tokens(part) for part in item.text.split(IMAGE_SLOT) if part)

@@ -5,45 +5,15 @@ paths relative to an image root. Row numbers in messages count from 0, over the 
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from cocoa_pl.data.items import Pair
 from cocoa_pl.data.mmeb_rows import IMAGE_COLUMNS, NEGATIVE_COLUMNS, TRAIN_COLUMNS, parse_row
 from cocoa_pl.data.pair_table import PairTable
 from cocoa_pl.data.rows import OnBadRow, collect
 from cocoa_pl.data.tables import check_type, find_parquet, read_batches
 from cocoa_pl.errors import UserError
-from cocoa_pl.items import Item, Pair
-
-GROUPS = ("classification", "vqa", "retrieval", "grounding")
-
-
-@dataclass(frozen=True)
-class EvalSubset:
-    """One benchmark subset; every distinct query and candidate occurs once and is encoded once.
-
-    Attributes:
-        group: one of `GROUPS`.
-        query_index: int32 [Q], row -> position in `queries`.
-        candidate_index: for each row int32 [C], positions in `candidates`, the positive first.
-        row_ids: for each row its name in messages, e.g. `"RefCOCO row 17"`.
-    """
-
-    name: str
-    group: str
-    in_distribution: bool
-    queries: list[Item]
-    candidates: list[Item]
-    query_index: np.ndarray
-    candidate_index: Sequence[np.ndarray]
-    row_ids: list[str]
-
-    def __post_init__(self) -> None:
-        if self.group not in GROUPS:
-            raise UserError(f"{self.name}: group {self.group!r} is not one of {', '.join(GROUPS)}")
 
 
 def read_train(

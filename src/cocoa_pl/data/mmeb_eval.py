@@ -13,12 +13,10 @@ from typing import Any, Literal, NamedTuple, NotRequired, TypedDict
 import numpy as np
 
 from cocoa_pl.data.images import embedded
-from cocoa_pl.data.inputs import PLACEHOLDER
-from cocoa_pl.data.mmeb import EvalSubset
+from cocoa_pl.data.items import PLACEHOLDER, EvalSubset, Item
 from cocoa_pl.data.rows import OnBadRow, check_on_bad_row, log_skipped, make_item
 from cocoa_pl.data.tables import find_parquet, read_batches
 from cocoa_pl.errors import UserError
-from cocoa_pl.items import Item
 
 
 class SubsetInfo(TypedDict):
@@ -92,7 +90,9 @@ class Reader:
         else:
             texts = [_tight(prompt) + ("" if self.query == "image" else "\n")] * len(images)
         if self.query == "image":  # RefCOCO-Matching: objects of one image have captions
-            names = [(one, caption.strip('"')) for one, caption in zip(images, captions, strict=True)]
+            names = [
+                (one, caption.strip('"')) for one, caption in zip(images, captions, strict=True)
+            ]
             return query, Sides(names, texts, images)
         return query, Sides(images, texts, images)  # WebQA and EDIS: captions of an image collapse
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from cocoa_pl.data.images import embedded
+from cocoa_pl.data.items import Item, Pair
 from cocoa_pl.data.rows import make_item
 from cocoa_pl.errors import UserError
-from cocoa_pl.items import Item, Pair
 
 TRAIN_COLUMNS = ("qry", "qry_image_path", "pos_text", "pos_image_path")
 NEGATIVE_COLUMNS = ("neg_text", "neg_image_path")

@@ -18,7 +18,8 @@ from typing import overload
 import numpy as np
 import pyarrow as pa
 
-from cocoa_pl.items import ImageSource, Item, Pair
+from cocoa_pl.data.images import ImageSource
+from cocoa_pl.data.items import Item, Pair
 
 NO_IMAGE = -1
 _FIRST_ENCODED = -2  # and downwards: numbers of images that are bytes
@@ -244,9 +245,9 @@ class _Builder:
         )
 
     def _side(self, item: Item) -> tuple[int, int]:
-        assert len(item.images) <= 1, "readers of tables give a side one image at most"
+        assert len(item.media) <= 1, "readers of tables give a side one image at most"
         text = self._codes.setdefault(item.text, len(self._codes))
-        return text, self._image(item.images[0]) if item.images else NO_IMAGE
+        return text, self._image(item.media[0]) if item.media else NO_IMAGE
 
     def _image(self, image: ImageSource) -> int:
         if isinstance(image, Path):
@@ -271,7 +272,7 @@ def has_images(pairs: Sequence[Pair]) -> np.ndarray:
     """bool [N, 2]: whether a row's query and whether its positive holds images."""
     if isinstance(pairs, PairTable):
         return pairs.has_images()
-    held = [(bool(pair.query.images), bool(pair.positive.images)) for pair in pairs]
+    held = [(bool(pair.query.media), bool(pair.positive.media)) for pair in pairs]
     return np.array(held, dtype=bool).reshape(-1, 2)
 
 

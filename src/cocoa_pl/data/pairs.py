@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from cocoa_pl.data.items import Item, Pair
 from cocoa_pl.data.pair_table import PairTable
 from cocoa_pl.data.rows import OnBadRow, collect, make_item
 from cocoa_pl.data.tables import read_batches
 from cocoa_pl.errors import UserError
-from cocoa_pl.items import Item, Pair
 
 _COLUMNS = ("query", "query_image", "positive", "positive_image", "negatives")
 _NEGATIVE_KEYS = ("text", "image")

@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from cocoa_pl.data.images import embedded, resolve_image
-from cocoa_pl.data.inputs import PLACEHOLDER, placed
+from cocoa_pl.data.items import IMAGE_SLOT, PLACEHOLDER, Item, Pair, placed
 from cocoa_pl.data.pair_table import PairTable
 from cocoa_pl.errors import UserError
-from cocoa_pl.items import IMAGE_SLOT, Item, Pair
 
 OnBadRow = Literal["fail", "skip"]
 OnDuplicate = Literal["bad", "drop"]

@@ -12,10 +12,10 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from cocoa_pl.data.items import Pair
 from cocoa_pl.data.mixing import Mixing, Schedule
 from cocoa_pl.data.pair_table import subset_codes
 from cocoa_pl.errors import UserError
-from cocoa_pl.items import Pair
 from cocoa_pl.randomness import mix
 
 Index = tuple[int, int]  # epoch (of the data, or of the row's subset), row

@@ -13,12 +13,12 @@ from typing import Protocol
 
 from cocoa_pl.config.bounds import Count, Seed, ShareBelowOne
 from cocoa_pl.data.holdout import as_subsets, hold_out
-from cocoa_pl.data.mmeb import EvalSubset, read_train
+from cocoa_pl.data.items import EvalSubset, Pair
+from cocoa_pl.data.mmeb import read_train
 from cocoa_pl.data.pair_table import PairTable
 from cocoa_pl.data.pairs import read_pairs
 from cocoa_pl.data.rows import OnBadRow, distinct_texts
 from cocoa_pl.errors import UserError
-from cocoa_pl.items import Pair
 
 
 class MmebData:

@@ -18,11 +18,10 @@ import numpy as np
 
 from cocoa_pl.config.bounds import Count, Whole
 from cocoa_pl.data.holdout import as_subsets, group_key
-from cocoa_pl.data.mmeb import EvalSubset
+from cocoa_pl.data.items import EvalSubset, Pair
 from cocoa_pl.data.mmeb_rows import NEGATIVE_COLUMNS, TRAIN_COLUMNS, parse_row
 from cocoa_pl.data.rows import OnBadRow, check_on_bad_row, distinct_texts
 from cocoa_pl.errors import UserError
-from cocoa_pl.items import Pair
 
 log = logging.getLogger(__name__)
 

@@ -15,12 +15,12 @@ from typing import Any
 from torch.utils.data import IterableDataset, get_worker_info
 
 from cocoa_pl.batch import Encoded
+from cocoa_pl.data.items import Pair
 from cocoa_pl.data.mixing import Mixing, Schedule
 from cocoa_pl.data.sampler import check_shareable
 from cocoa_pl.data.stream import PairStream
 from cocoa_pl.data.stream_reader import SubsetReader, reset_after_fork
 from cocoa_pl.errors import UserError
-from cocoa_pl.items import Pair
 from cocoa_pl.randomness import mix
 
 LaneState = dict[str, Any]  # subset -> the state of its reader

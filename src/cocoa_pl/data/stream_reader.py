@@ -17,9 +17,9 @@ import torch
 from datasets.distributed import split_dataset_by_node
 
 from cocoa_pl.data.holdout import group_key
+from cocoa_pl.data.items import Pair
 from cocoa_pl.data.stream import PairStream
 from cocoa_pl.errors import UserError
-from cocoa_pl.items import Pair
 from cocoa_pl.randomness import mix
 
 _WINDOW_STREAM, _FILE_STREAM = 21, 22
@@ -89,7 +89,7 @@ class SubsetReader:
                 pair = self.stream.files.parse(row, row_id=row_id, subset=self.name)
             except UserError as error:
                 return str(error)
-            both_images = bool(pair.query.images and pair.positive.images)
+            both_images = bool(pair.query.media and pair.positive.media)
             if not (self.stream.only_describing and both_images) and (
                 not self.stream.held_out or group_key(pair) not in self.stream.held_out
             ):

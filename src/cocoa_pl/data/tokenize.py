@@ -18,9 +18,9 @@ from torch import Tensor
 
 from cocoa_pl.batch import Encoded
 from cocoa_pl.data.images import open_image
+from cocoa_pl.data.items import IMAGE_SLOT, Item
 from cocoa_pl.data.patches import cut, resize
 from cocoa_pl.errors import UserError
-from cocoa_pl.items import IMAGE_SLOT, Item
 from cocoa_pl.positions import mrope_positions
 
 log = logging.getLogger(__name__)
@@ -161,7 +161,7 @@ class Processor:
         parts: list[list[int] | _Patches] = []
         for rank, text in enumerate(item.text.split(IMAGE_SLOT)):
             if rank:
-                image = open_image(item.images[rank - 1], where=row_id)
+                image = open_image(item.media[rank - 1], where=row_id)
                 parts.append(self._patches(image))
             if text:
                 parts.append(self._text_ids(text))

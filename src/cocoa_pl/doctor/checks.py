@@ -8,12 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cocoa_pl.data.mmeb import EvalSubset
+from cocoa_pl.data.items import EvalSubset, Item, Pair
 from cocoa_pl.data.tokenize import Processor
 from cocoa_pl.doctor.findings import Finding, Findings
 from cocoa_pl.doctor.lengths import EOS, MARKERS, visual_tokens
 from cocoa_pl.doctor.pictures import TINY_SIDE, Gallery, file_name
-from cocoa_pl.items import Item, Pair
 
 # What other projects write where an image belongs: here it is words, unless the row has the image.
 _IMAGE_TAG = re.compile(r"<\|?(?:image|img)(?:[ _-]?\d+)?\|?>", re.IGNORECASE)
@@ -76,8 +75,8 @@ class SideCheck:
             add("special_token", "", f"the text holds {found[0]}")
         if found := _IMAGE_TAG.search(side.item.text):
             add("image_tag", "", f"the text holds {found[0]}, which is read as words")
-        numbers = [self.gallery.number(image) for image in side.item.images]
-        for number, image in zip(numbers, side.item.images, strict=True):
+        numbers = [self.gallery.number(image) for image in side.item.media]
+        for number, image in zip(numbers, side.item.media, strict=True):
             self._check_image(number, file_name(image), add)
         if self.processor and self.tokens is not None and numbers:
             tokens = self.tokens[numbers]
@@ -85,7 +84,7 @@ class SideCheck:
             if (tokens >= 0).all() and needed > self.processor.max_length:
                 add(
                     "images_exceed_length",
-                    file_name(side.item.images[0]),
+                    file_name(side.item.media[0]),
                     f"images and the end token take {needed} tokens, "
                     f"more than max_length={self.processor.max_length}",
                 )

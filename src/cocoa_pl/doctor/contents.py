@@ -10,11 +10,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from cocoa_pl.data.mmeb import EvalSubset
+from cocoa_pl.data.items import EvalSubset, Pair
 from cocoa_pl.doctor.findings import Finding, Findings
 from cocoa_pl.doctor.lengths import items_of
 from cocoa_pl.doctor.pictures import Gallery, file_name
-from cocoa_pl.items import Pair
 
 _SHOWN = 3
 
@@ -38,7 +37,7 @@ def check_negatives(
     for place, negative in enumerate(pair.negatives):
         if gallery.content_key(negative) == keys[1]:
             message = f"{pair.row_id}: negative {place} is the positive itself"
-            file = file_name(negative.images[0]) if negative.images else ""
+            file = file_name(negative.media[0]) if negative.media else ""
             findings.add(
                 Finding("negative_is_positive", part, pair.row_id, "negative", file, message)
             )
@@ -76,7 +75,7 @@ def check_identical_images(
     if repeated:
         for pair in rows:
             for item in items_of(pair):
-                for image in item.images:
+                for image in item.media:
                     if (number := gallery.number(image)) in repeated:
                         holder.setdefault(number, pair.row_id)
     for numbers in names.values():
@@ -137,7 +136,7 @@ class Exam:
         elif where := self.queries.get(keys[0]):
             add("overlap_query", "the query is", where)
         else:
-            images = [image for item in (pair.query, pair.positive) for image in item.images]
+            images = [image for item in (pair.query, pair.positive) for image in item.media]
             for image in images:
                 digest = int(self.gallery.digests[self.gallery.number(image)])
                 if where := self.images.get(digest):
@@ -150,7 +149,7 @@ class Exam:
 
     def _add_images(self, pair: Pair, row_id: str) -> None:
         for item in (pair.query, pair.positive):
-            for image in item.images:
+            for image in item.media:
                 number = self.gallery.number(image)
                 if number not in self.gallery.faults:
                     self.images.setdefault(int(self.gallery.digests[number]), row_id)

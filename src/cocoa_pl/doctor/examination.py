@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cocoa_pl.data.examples import check_contrast, describing, first_of_each_subset
+from cocoa_pl.data.items import Pair
 from cocoa_pl.data.sampler import make_order
 from cocoa_pl.data.stream import PairStream
 from cocoa_pl.data.tokenize import Processor
@@ -28,7 +29,6 @@ from cocoa_pl.doctor.lengths import StageLengths, measure, visual_tokens
 from cocoa_pl.doctor.pictures import Gallery, mac_resource_files
 from cocoa_pl.doctor.reading import TRAIN, VALIDATION, Reading, Source
 from cocoa_pl.errors import UserError
-from cocoa_pl.items import Pair
 from cocoa_pl.randomness import mix
 from cocoa_pl.stages.stage import Stage
 

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from cocoa_pl.data.examples import MakeSamples, Sample
+from cocoa_pl.data.items import IMAGE_SLOT, Item, Pair
 from cocoa_pl.data.tokenize import Processor
 from cocoa_pl.doctor.findings import Finding, Findings
 from cocoa_pl.doctor.parallel import ordered_map
 from cocoa_pl.doctor.pictures import Gallery, image_identity
-from cocoa_pl.items import IMAGE_SLOT, Item, Pair
 from cocoa_pl.randomness import mix
 from cocoa_pl.stages.stage import Stage
 
@@ -151,7 +151,7 @@ class _Counter:
         num_unknown = 0
         for pair, seed in chunk.rows:
             for sample in self.make_samples(pair, seed):
-                tokens = [chunk.visual[image_identity(i)] for i in sample.context.images]
+                tokens = [chunk.visual[image_identity(i)] for i in sample.context.media]
                 if -1 in tokens:
                     num_unknown += 1
                     continue
@@ -177,7 +177,7 @@ def _chunks(
     for start in range(0, len(rows), CHUNK):
         stop = min(start + CHUNK, len(rows))
         chunk = [(rows[row], mix(seed, _FIRST_EPOCH, row)) for row in range(start, stop)]
-        images = {image for pair, _ in chunk for item in items_of(pair) for image in item.images}
+        images = {image for pair, _ in chunk for item in items_of(pair) for image in item.media}
         visual = {image_identity(i): int(tokens[gallery.number(i)]) for i in images}
         yield _Rows(chunk, visual)
 

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import numpy as np
 
-from cocoa_pl.data.images import open_image
+from cocoa_pl.data.images import ImageSource, open_image
+from cocoa_pl.data.items import Item, as_key
 from cocoa_pl.doctor.complaints import kind_of
 from cocoa_pl.doctor.parallel import ordered_map
 from cocoa_pl.errors import UserError
-from cocoa_pl.items import ImageSource, Item, as_key
 
 CHUNK = 64  # images: a second or less of work
 TINY_SIDE = 8  # pixels; below it there is nothing to see
@@ -50,7 +50,7 @@ class Gallery:
 
     def note(self, item: Item) -> None:
         """Number the images of an item that were not met before."""
-        for image in item.images:
+        for image in item.media:
             new = len(self.sources)
             if self._numbers.setdefault(image_identity(image), new) == new:
                 self.sources.append(image)
@@ -75,7 +75,7 @@ class Gallery:
     def content_key(self, item: Item) -> int:
         """63-bit identity of text and image contents, whatever the files are called."""
         digest = hashlib.blake2b(item.text.encode(), digest_size=8)
-        for image in item.images:
+        for image in item.media:
             digest.update(b"\0" + int(self.digests[self.number(image)]).to_bytes(8, "little"))
         return as_key(digest.digest())
 

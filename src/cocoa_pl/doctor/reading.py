@@ -13,12 +13,11 @@ from itertools import chain
 from typing import Any, Protocol
 
 from cocoa_pl.data.composite import DataOfStages, source_of
-from cocoa_pl.data.mmeb import EvalSubset
+from cocoa_pl.data.items import EvalSubset, Pair
 from cocoa_pl.data.stream import PairStream
 from cocoa_pl.doctor.complaints import heard
 from cocoa_pl.doctor.findings import Finding, Findings
 from cocoa_pl.errors import UserError
-from cocoa_pl.items import Pair
 from cocoa_pl.stages.recipe import TrainingData
 from cocoa_pl.stages.stage import Stage
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from cocoa_pl.data.items import Item
 from cocoa_pl.errors import UserError, renamed
 from cocoa_pl.evaluation.metrics import Hits, chance_level, check_embeddings, row_scores
 from cocoa_pl.evaluation.results import GalleryRow, RankedCandidate, Results, SubsetScore
@@ -17,10 +18,9 @@ from cocoa_pl.evaluation.scoring import BLOCK, score_rows
 from cocoa_pl.evaluation.similarities import counted
 from cocoa_pl.evaluation.space import MAPPED_ROWS, Mapped, flattened, sample
 from cocoa_pl.evaluation.vectors import Floats, Vectors, spread
-from cocoa_pl.items import Item
 
 if TYPE_CHECKING:
-    from cocoa_pl.data.mmeb import EvalSubset
+    from cocoa_pl.data.items import EvalSubset
 
 logger = logging.getLogger(__name__)
 

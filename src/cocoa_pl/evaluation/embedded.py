@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from cocoa_pl.data.items import Item
 from cocoa_pl.distributed.collectives import all_objects, rank, world_size
 from cocoa_pl.evaluation.benchmark import VectorsOf, encode_once
 from cocoa_pl.evaluation.filling import Stream, distinct, fill
 from cocoa_pl.evaluation.identities import Identities
 from cocoa_pl.evaluation.store import StoredVectors, VectorStore
-from cocoa_pl.items import Item
 
 if TYPE_CHECKING:
-    from cocoa_pl.data.mmeb import EvalSubset
+    from cocoa_pl.data.items import EvalSubset
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from contextlib import closing
 import numpy as np
 from numpy.typing import NDArray
 
+from cocoa_pl.data.items import Item
 from cocoa_pl.evaluation.identities import Identities
 from cocoa_pl.evaluation.store import VectorStore
 from cocoa_pl.evaluation.vectors import Floats
-from cocoa_pl.items import Item
 
 log = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from cocoa_pl.data.items import Item, as_key
 from cocoa_pl.evaluation.vectors import Ints
-from cocoa_pl.items import Item, as_key
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def file_stamp(item: Item) -> int:
     which files swapped for each other keep. A file that is not there has a stamp too: embedding it
     is what tells.
     """
-    paths = [image for image in item.images if isinstance(image, Path)]
+    paths = [image for image in item.media if isinstance(image, Path)]
     if not paths:
         return 0
     digest = hashlib.blake2b(digest_size=8)

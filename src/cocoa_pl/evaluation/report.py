@@ -15,14 +15,14 @@ from PIL import Image
 from rich.markup import escape
 from rich.table import Table
 
-from cocoa_pl.data.images import open_image
+from cocoa_pl.data.images import ImageSource, open_image
+from cocoa_pl.data.items import Item
 from cocoa_pl.evaluation.curves import read_panels
 from cocoa_pl.evaluation.intervals import Interval
 from cocoa_pl.evaluation.origin import Origin
 from cocoa_pl.evaluation.published import Line, columns
 from cocoa_pl.evaluation.results import GalleryRow, Results, SubsetScore, mean_score, score_interval
 from cocoa_pl.evaluation.similarities import histogram
-from cocoa_pl.items import ImageSource, Item
 
 QUERY_BOX, CANDIDATE_BOX, MAP_BOX = 168, 112, 96  # CSS pixels
 TEXT_LIMIT = 320  # characters of an item shown in the gallery
@@ -176,7 +176,7 @@ def verdict(row: GalleryRow) -> str:
 
 def pictures(item: Item, *, box: int, where: str) -> list[Picture]:
     """The item's images, each fitted into `box` x `box` CSS pixels."""
-    return [picture(image, box=box, where=where) for image in item.images]
+    return [picture(image, box=box, where=where) for image in item.media]
 
 
 def picture(source: ImageSource, *, box: int, where: str) -> Picture:

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cocoa_pl.data.items import Item
 from cocoa_pl.errors import UserError
 from cocoa_pl.evaluation.intervals import CONFIDENCE, Interval, interval, resampled
 from cocoa_pl.evaluation.similarities import Similarities
 from cocoa_pl.evaluation.space import Space
-from cocoa_pl.items import Item
 
 MEANS = ("overall", "in_distribution", "out_of_distribution")  # as results.json names them
 # Of what mteb scores: by rules of each task's own, so nothing is precision@1 and nothing is a mean.

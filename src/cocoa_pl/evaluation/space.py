@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from cocoa_pl.data.items import Item
 from cocoa_pl.evaluation.vectors import Floats, Vectors, read, spread
-from cocoa_pl.items import Item
 
 if TYPE_CHECKING:
-    from cocoa_pl.data.mmeb import EvalSubset
+    from cocoa_pl.data.items import EvalSubset
 
 MAPPED_ROWS = 160  # of all subsets together
 

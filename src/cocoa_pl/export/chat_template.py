@@ -11,7 +11,7 @@ tokenizer appends it, behind what is left of a text that had to be cut.
 
 from collections.abc import Sequence
 
-from cocoa_pl.data.inputs import template_source
+from cocoa_pl.data.items import template_source
 
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 

@@ -15,7 +15,7 @@ from mteb.abstasks.task_metadata import TaskMetadata
 from mteb.abstasks.zeroshot_classification import AbsTaskZeroShotClassification
 
 from cocoa_pl.data.digits import DigitsBenchmark
-from cocoa_pl.data.mmeb import EvalSubset
+from cocoa_pl.data.items import EvalSubset
 from cocoa_pl.data.scenes import DIGIT_WORDS
 
 CACHE_DIR = ".cache"
@@ -63,7 +63,7 @@ class DigitScenes(AbsTaskRetrieval):
         corpus = Dataset.from_dict(
             {
                 "id": [f"d{number}" for number in range(len(subset.candidates))],
-                "image": [str(item.images[0]) for item in subset.candidates],
+                "image": [str(item.media[0]) for item in subset.candidates],
             }
         ).cast_column("image", Image())
         asking = {"id": list(relevant), "text": queries}
@@ -103,7 +103,7 @@ class DigitCount(AbsTaskZeroShotClassification):
             LABELS.index(subset.candidates[candidates[0]].text)
             for candidates in subset.candidate_index
         ]
-        pictures = [str(subset.queries[query].images[0]) for query in subset.query_index]
+        pictures = [str(subset.queries[query].media[0]) for query in subset.query_index]
         rows = Dataset.from_dict({"image": pictures, "label": answers})
         self.dataset = {"test": rows.cast_column("image", Image())}
         self.data_loaded = True

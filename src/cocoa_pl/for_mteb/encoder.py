@@ -21,10 +21,9 @@ from mteb.types import OutputDType, PromptType
 from numpy.typing import NDArray
 from PIL.Image import Image
 
-from cocoa_pl.data.inputs import as_item
+from cocoa_pl.data.items import Item, as_item
 from cocoa_pl.embedder import Embedder
 from cocoa_pl.errors import UserError
-from cocoa_pl.items import Item
 from cocoa_pl.models.exported import digest_of_text
 
 # Tasks of mteb over data that MMEB-train holds; a model trained on it is not zero-shot there.
@@ -108,7 +107,7 @@ class CocoaEncoder(AbsEncoder):
             items = [
                 as_item(
                     item,
-                    self.instruction(task_metadata, prompt_type, has_image=bool(item.images)),
+                    self.instruction(task_metadata, prompt_type, has_image=bool(item.media)),
                 )
                 for item in some
             ]

@@ -13,9 +13,9 @@ from rich.table import Table
 
 from cocoa_pl.config.build import build, register_resolvers
 from cocoa_pl.config.command_line import compose_overrides
+from cocoa_pl.data.items import Item
 from cocoa_pl.data.stream import PairStream
 from cocoa_pl.errors import UserError
-from cocoa_pl.items import Item
 from cocoa_pl.mining.folder import image_root, write_subset
 from cocoa_pl.mining.mine import Mined, mine
 from cocoa_pl.run import open_embedder

@@ -17,10 +17,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from cocoa_pl.data.images import real_path
-from cocoa_pl.data.inputs import PLACEHOLDER
+from cocoa_pl.data.images import ImageSource, real_path
+from cocoa_pl.data.items import IMAGE_SLOT, PLACEHOLDER, Item, Pair
 from cocoa_pl.errors import UserError
-from cocoa_pl.items import IMAGE_SLOT, ImageSource, Item, Pair
 
 SPLIT = "train"
 FILE = f"{SPLIT}-00000-of-00001.parquet"
@@ -33,7 +32,7 @@ def image_root(pairs: Sequence[Pair], *, folder: Path) -> Path:
         os.path.dirname(real_path(str(source))) if isinstance(source, Path) else here
         for pair in pairs
         for item in (pair.query, pair.positive, *pair.negatives)
-        for source in item.images
+        for source in item.media
     }
     return Path(os.path.commonpath(folders or {here}))
 
@@ -71,16 +70,16 @@ _COLUMNS = ("qry", "qry_image_path", "pos_text", "pos_image_path", "neg_text", "
 
 
 def _text(item: Item, pair: Pair) -> str:
-    if len(item.images) > 1:
+    if len(item.media) > 1:
         raise UserError(f"{pair.row_id}: MMEB's layout holds one image on a side, not several")
     return item.text.replace(IMAGE_SLOT, PLACEHOLDER)
 
 
 def _path(item: Item, folder: Path, root: Path) -> str:
     """Relative to the root; an embedded image becomes a file first."""
-    if not item.images:
+    if not item.media:
         return ""
-    source = item.images[0]
+    source = item.media[0]
     file = source if isinstance(source, Path) else _as_file(source, folder / "images")
     return str(Path(real_path(str(file))).relative_to(root))
 

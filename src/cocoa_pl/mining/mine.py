@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cocoa_pl.config.bounds import Count, ShareAboveZero
+from cocoa_pl.data.items import Item, Pair, numbered
 from cocoa_pl.errors import UserError, renamed
-from cocoa_pl.items import Item, Pair, numbered
 from cocoa_pl.mining.choice import choose
 
 Encode = Callable[[Sequence[Item]], NDArray[np.float32]]

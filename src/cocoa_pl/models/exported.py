@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from cocoa_pl.data.items import IMAGE_SLOT, Item
 from cocoa_pl.errors import UserError
-from cocoa_pl.items import IMAGE_SLOT, Item
 from cocoa_pl.models.loading import ADAPTER_CONFIG, find_folder
 
 Encode = Callable[[Sequence[Item]], NDArray[np.float32]]

@@ -14,8 +14,8 @@ import torch
 
 from cocoa_pl.batch import Batch, Encoded, pack
 from cocoa_pl.data.examples import MakeSamples, Sample
+from cocoa_pl.data.items import IMAGE_SLOT, Item, Pair
 from cocoa_pl.errors import UserError
-from cocoa_pl.items import IMAGE_SLOT, Item, Pair
 from cocoa_pl.randomness import mix
 
 BLANK_IMAGE = b""
@@ -111,7 +111,7 @@ def _encode(sample: Sample, lengths: Lengths, *, merge_size: int, seed: int) -> 
     kinds = _kinds(sample.context, lengths)
     target = [] if sample.target is None else [1] * len(sample.target.split())
     kind = torch.tensor([*kinds, 0, *target])
-    count = len(sample.context.images)
+    count = len(sample.context.media)
     height, width = (side * merge_size for side in lengths.grid)
     return Encoded(
         input_ids=torch.zeros(len(kind), dtype=torch.int64),

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from cocoa_pl.data.images import open_image
+from cocoa_pl.data.items import IMAGE_SLOT, Item, as_key
 from cocoa_pl.errors import UserError
 from cocoa_pl.evaluation.identities import Identities, file_stamp
-from cocoa_pl.items import IMAGE_SLOT, Item, as_key
 
 SUFFIXES = frozenset(
     (".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
@@ -74,7 +74,7 @@ def unreadable(items: Sequence[Item], *, threads: int) -> dict[int, str]:
 
     def complaint(item: Item) -> str | None:
         try:
-            open_image(item.images[0], where="left out")
+            open_image(item.media[0], where="left out")
         except UserError as error:
             return str(error)
         return None

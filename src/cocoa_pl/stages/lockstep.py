@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 
 from cocoa_pl.batch import Batch, pack
+from cocoa_pl.data.items import IMAGE_SLOT, Item
 from cocoa_pl.data.tokenize import Processor
 from cocoa_pl.distributed.collectives import global_max
-from cocoa_pl.items import IMAGE_SLOT, Item
 from cocoa_pl.stages.chunks import AnyChunk, Preparation
 
 

@@ -16,10 +16,10 @@ from rich.console import Console
 from cocoa_pl.data.composite import DataOfStages, source_of
 from cocoa_pl.data.datamodule import StageData, check_mixing
 from cocoa_pl.data.examples import check_contrast, describing, first_of_each_subset
+from cocoa_pl.data.items import Pair
 from cocoa_pl.data.stream import PairStream
 from cocoa_pl.data.tokenize import Processor
 from cocoa_pl.errors import UserError
-from cocoa_pl.items import Pair
 from cocoa_pl.models.backbone import Backbone
 from cocoa_pl.randomness import mix
 from cocoa_pl.stages import checkpoint
