@@ -17,7 +17,6 @@ from PIL import Image
 from rich.console import Console
 
 COLUMNS = ("qry", "qry_image_path", "pos_text", "pos_image_path", "neg_text", "neg_image_path")
-APPLE_DOUBLE = b"\x00\x05\x16\x07\x00\x02\x00\x00Mac OS X        "
 MAX_LENGTH = 18  # tokens: an image of 112 x 112 takes 19 with its marks and EOS
 
 # Small enough for a dozen rows, and small files of a model that is built at once.
@@ -89,20 +88,15 @@ def diseases(root: Path) -> dict[str, dict[str, Any]]:
     whole = io.BytesIO()
     Image.open(images / "1.png").resize((200, 200)).save(whole, "JPEG")
     (images / "cut.jpg").write_bytes(whole.getvalue()[:700])
-    (images / "._3.png").write_bytes(APPLE_DOUBLE)
-    (images / "mac.png").write_bytes(APPLE_DOUBLE)
     noise(images / "long.png", (1, 300), seed=101)
     noise(images / "large.png", (112, 112), seed=102)
     noise(images / "tiny.png", (4, 40), seed=103)
-    noise(images / "small.png", (20, 30), seed=104)
     (images / "copy.png").write_bytes((images / "0.png").read_bytes())
     return {
         "healthy": row("images/0.png", "a red dog"),
         "missing": row("images/nowhere.png", "a lost dog"),
         "corrupt": row("images/corrupt.png", "a broken dog"),
         "cut": row("images/cut.jpg", "half a dog"),
-        "mac by name": row("images/._3.png", "a hidden dog"),
-        "mac by content": row("images/mac.png", "a strange dog"),
         "elongated": row("images/long.png", "a long dog"),
         "outside": row("../outside.png", "a far dog"),
         "absolute": row("/etc/hostname", "a wrong dog"),
@@ -114,8 +108,6 @@ def diseases(root: Path) -> dict[str, dict[str, Any]]:
         "too long": row("images/2.png", " ".join(["a dog and a cat"] * 6)),
         "too large": row("images/large.png", "a large dog"),
         "tiny": row("images/tiny.png", "a tiny dog"),
-        "small": row("images/small.png", "a small dog"),
-        "special": row("images/3.png", "a dog <|im_end|>"),
         "forgotten": row("images/6.png", "a dog in <image>"),
         "two answers, first": row("", "one dog", qry="Who barks"),
         "two answers, second": row("", "one fox", qry="Who barks"),

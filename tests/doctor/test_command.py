@@ -69,7 +69,6 @@ def test_without_the_model_lengths_are_not_checked_and_the_rest_is(
     assert "not checked: token lengths" in found.text
     assert (found.status, found.report["lengths"]) == (0, [])
     assert found.report["images"]["count"] == 8
-    assert not (found.out / "lengths.png").exists()
 
 
 def test_a_folder_that_is_no_model_is_the_users_mistake(

@@ -20,8 +20,7 @@ from cocoa_pl.errors import UserError
 from cocoa_pl.evaluation.results import Results, SubsetScore
 from cocoa_pl.export import command
 from cocoa_pl.export.folder import export
-from cocoa_pl.export.images_only import images_only
-from cocoa_pl.export.parity import Compared
+from cocoa_pl.export.parity import Compared, images_only
 from cocoa_pl.models.loading import Loaded
 
 ALL = ("context", "eos", "target")
@@ -94,10 +93,6 @@ def test_the_card_tells_recipe_scores_and_parity(run_folder: Path, console: Cons
     assert "_target_: Mine\nstages:\n  warmup:\n    rows: 3\n```" in card
     assert "/home/somebody" not in card
     assert "SentenceTransformer" not in card
-    assert "Not verified" in card
-    settings = json.loads((out / "vllm.json").read_text())
-    assert settings["hf_overrides"] == {"is_causal": False}
-    assert settings["pooler_config"] == {"pooling_type": "LAST", "normalize": True}
     assert not (out / "modules.json").exists()
 
 

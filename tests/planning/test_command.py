@@ -99,13 +99,9 @@ def test_a_mistake_is_one_sentence(overrides: list[str], told: str) -> None:
 @pytest.mark.parametrize(
     ("overrides", "told"),
     [
-        (["mfu=much"], "this key needs a value like"),
         (["trainer.precision=bf16-mixed"], "trainer.precision=bf16-mixed cannot be planned"),
-        (["mfu=2"], "mfu=2 is a share of the peak"),
-        (["gpus=0"], "gpus must be positive"),
-        (["lengths.text=-1"], "lengths.text must not be negative"),
+        (["gpus=0"], "gpus=0 must be a whole number of at least 1 or null"),
         (["lengths.text=900"], "more than model.max_length=256"),
-        (["model.dtype=float16"], "model.dtype=float16; there are float32, bfloat16"),
         (["model.source.family=llava"], "model.source.family: there is no llava"),
         (
             [f"{key}={value}" for key, value in EPOCHS.items()],

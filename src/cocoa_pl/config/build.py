@@ -6,7 +6,7 @@ Nothing below the entry points knows Hydra or OmegaConf.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Literal, get_type_hints
 
@@ -36,6 +36,7 @@ VALUES: dict[str, Any] = {
     "evaluate": bool,
     **{"trainer.log_every_n_steps": Count, "trainer.num_nodes": Count},
     "on_bad_row": OnBadRow,
+    "stage.order": Sequence[str],
     "model.dtype": Literal["float32", "bfloat16"],
     "model.gradient_checkpointing": bool,
     "model.max_length": Count,

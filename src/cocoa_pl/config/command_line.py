@@ -24,7 +24,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from cocoa_pl.config.build import check_values
@@ -177,7 +177,7 @@ def check_overrides(
                 _check_name(group, name, options(group))
         for override in first:
             if not options(override.key_or_group):
-                _check_kind(chosen, override, choices)
+                _check_group(chosen, override, choices)
         if any(o.key_or_group in SETTING for o in groups):
             rest = [o.input_line for o in groups if o.key_or_group not in SETTING]
             _check_set(chosen, composed((*rest, *search)))
@@ -246,26 +246,19 @@ def _check_set(cfg: DictConfig, without: DictConfig) -> None:
                 raise UserError(f"unknown key {key}{_nearest(key, known)}, in an experiment's file")
 
 
-def _check_kind(cfg: DictConfig, override: Override, choices: Iterable[str]) -> None:
-    """A number stays a number, a list a list, and a group of values is not one value."""
-    key, value, text = override.key_or_group, override.value(), override.input_line
-    if override.is_add() or override.is_delete():
+def _check_group(cfg: DictConfig, override: Override, choices: Iterable[str]) -> None:
+    """A group of values is not one value."""
+    key, value = override.key_or_group, override.value()
+    if override.is_add() or override.is_delete() or str(value).startswith("${"):
         return
     try:
         default = OmegaConf.select(cfg, key)
     except OmegaConfBaseException:  # has no value yet
         return
-    if isinstance(value, str) and value.startswith("${"):
-        return
     if isinstance(default, DictConfig) and not isinstance(value, dict):
         placed = next((group for group in choices if group.endswith(f"@{key}")), None)
         hint = f"{placed}={value}" if placed else f"{key}.{next(iter(default))!s}=..."
         raise UserError(f"{key} holds several values; did you mean {hint}?")
-    if isinstance(default, ListConfig) and not isinstance(value, list):
-        raise UserError(f"{key} is a list; write {key}=[{value}]")
-    numbers = isinstance(default, int | float)
-    if numbers and not (value is None or isinstance(value, int | float)):
-        raise UserError(f"{text}: this key needs a value like {default}")
 
 
 def _explain(error: Exception, keys: Sequence[str]) -> str:

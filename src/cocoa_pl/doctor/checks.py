@@ -61,8 +61,6 @@ class SideCheck:
         self.gallery = gallery
         self.processor = processor
         self.tokens = visual_tokens(gallery, processor) if processor else None
-        names = sorted(processor.tokenizer.all_special_tokens) if processor else []
-        self.special = re.compile("|".join(map(re.escape, names))) if names else None
 
     def __call__(self, side: Side, findings: Findings, *, part: str) -> None:
         """Add what is wrong with one side of a row."""
@@ -71,8 +69,6 @@ class SideCheck:
             said = f"{side.row_id}, {side.role}: {message}"
             findings.add(Finding(kind, part, side.row_id, side.role, file, said))
 
-        if self.special and (found := self.special.search(side.item.text)):
-            add("special_token", "", f"the text holds {found[0]}")
         if found := _IMAGE_TAG.search(side.item.text):
             add("image_tag", "", f"the text holds {found[0]}, which is read as words")
         numbers = [self.gallery.number(image) for image in side.item.media]
@@ -95,9 +91,6 @@ class SideCheck:
             add(fault.kind, file, fault.message)
             return
         width, height = self.gallery.sizes[number].tolist()
-        size = f"image {file} is {width} x {height} pixels".replace("  ", " ")
         if min(width, height) < TINY_SIDE:
+            size = f"image {file} is {width} x {height} pixels".replace("  ", " ")
             add("tiny_image", file, size)
-        elif self.processor and width * height < self.processor.min_pixels:
-            limit = self.processor.min_pixels
-            add("enlarged_image", file, f"{size}, fewer than min_pixels={limit}")

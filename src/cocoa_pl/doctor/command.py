@@ -20,7 +20,6 @@ from cocoa_pl.data.sources import HeldOutBenchmark
 from cocoa_pl.data.tokenize import Processor
 from cocoa_pl.doctor.examination import Settings, Watch, examine
 from cocoa_pl.doctor.findings import Findings
-from cocoa_pl.doctor.histogram import draw_lengths
 from cocoa_pl.doctor.reading import Pieces, Reading, read
 from cocoa_pl.doctor.report import show, write_json
 from cocoa_pl.errors import UserError
@@ -70,12 +69,7 @@ def run(overrides: Sequence[str], console: Console) -> int:
         out = new_folder(out)
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "doctor.json", examination, not_checked=not_checked)
-    written = [out / "doctor.json"]
-    (out / "lengths.png").unlink(missing_ok=True)  # of a check before
-    if examination.lengths:
-        draw_lengths(out / "lengths.png", examination.lengths, examination.visual)
-        written.append(out / "lengths.png")
-    console.print(f"written: {', '.join(map(str, written))}", soft_wrap=True, highlight=False)
+    console.print(f"written: {out / 'doctor.json'}", soft_wrap=True, highlight=False)
     return SICK if findings.stops_training else 0
 
 

@@ -5,17 +5,13 @@ Pictures count by the hash of their files, so that a copy under another name is 
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 
 import numpy as np
 
 from cocoa_pl.data.items import EvalSubset, Pair
 from cocoa_pl.doctor.findings import Finding, Findings
-from cocoa_pl.doctor.lengths import items_of
 from cocoa_pl.doctor.pictures import Gallery, file_name
-
-_SHOWN = 3
 
 
 def pair_keys(rows: Sequence[Pair], gallery: Gallery) -> np.ndarray:
@@ -43,50 +39,16 @@ def check_negatives(
             )
 
 
-def check_repetitions(
+def check_several_positives(
     rows: Sequence[Pair], keys: np.ndarray, findings: Findings, *, part: str
 ) -> None:
-    """Rows with the same content, and queries to which several positives are right."""
-    _, first, codes = np.unique(keys, axis=0, return_index=True, return_inverse=True)
-    codes = codes.reshape(-1)
-    for row in np.flatnonzero(first[codes] != np.arange(len(keys))).tolist():
-        row_id, of = rows[row].row_id, rows[int(first[codes[row]])].row_id
-        message = f"{row_id}: query and positive hold the same as {of}"
-        findings.add(Finding("repeated_content", part, row_id, "", "", message))
-    distinct = keys[np.sort(first)]
-    queries, counts = np.unique(distinct[:, 0], return_counts=True)
+    """Queries to which several positives are right."""
+    queries, counts = np.unique(np.unique(keys, axis=0)[:, 0], return_counts=True)
     positives = dict(zip(queries[counts > 1].tolist(), counts[counts > 1].tolist(), strict=True))
     for row in np.flatnonzero(np.isin(keys[:, 0], queries[counts > 1])).tolist():
         row_id, count = rows[row].row_id, positives[int(keys[row, 0])]
         message = f"{row_id}: its query has {count} different positives"
         findings.add(Finding("several_positives", part, row_id, "query", "", message))
-
-
-def check_identical_images(
-    rows: Sequence[Pair], gallery: Gallery, findings: Findings, *, part: str
-) -> None:
-    """Files with the same bytes under several names; one finding for each set of them."""
-    names: dict[int, list[int]] = defaultdict(list)
-    _, inverse, counts = np.unique(gallery.digests, return_inverse=True, return_counts=True)
-    for number in np.flatnonzero(counts[inverse] > 1).tolist():
-        names[int(inverse[number])].append(number)
-    repeated = {number for numbers in names.values() for number in numbers}
-    holder: dict[int, str] = {}  # image -> first row that holds it
-    if repeated:
-        for pair in rows:
-            for item in items_of(pair):
-                for image in item.media:
-                    if (number := gallery.number(image)) in repeated:
-                        holder.setdefault(number, pair.row_id)
-    for numbers in names.values():
-        here = [number for number in numbers if number in holder]
-        if len(here) < 2:
-            continue
-        files = [file_name(gallery.sources[number]) or "embedded bytes" for number in here]
-        more = f" and {len(files) - _SHOWN} more" if len(files) > _SHOWN else ""
-        message = f"{holder[here[0]]}: one picture under {len(files)} names: "
-        message += ", ".join(files[:_SHOWN]) + more
-        findings.add(Finding("identical_images", part, holder[here[0]], "", files[0], message))
 
 
 class Exam:

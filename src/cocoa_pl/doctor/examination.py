@@ -19,14 +19,13 @@ from cocoa_pl.data.tokenize import Processor
 from cocoa_pl.doctor.checks import SideCheck, sides_of_pair, sides_of_subset
 from cocoa_pl.doctor.contents import (
     Exam,
-    check_identical_images,
     check_negatives,
-    check_repetitions,
+    check_several_positives,
     pair_keys,
 )
 from cocoa_pl.doctor.findings import Finding, Findings
 from cocoa_pl.doctor.lengths import StageLengths, measure, visual_tokens
-from cocoa_pl.doctor.pictures import Gallery, mac_resource_files
+from cocoa_pl.doctor.pictures import Gallery
 from cocoa_pl.doctor.reading import TRAIN, VALIDATION, Reading, Source
 from cocoa_pl.errors import UserError
 from cocoa_pl.randomness import mix
@@ -82,9 +81,6 @@ def examine(
     lengths = _check_stages(reading, settings, gallery, findings, watch)
     _check_sides(reading, settings, gallery, findings, watch)
     _check_contents(reading, gallery, findings, watch)
-    for folder, count in mac_resource_files(gallery.sources):
-        message = f"{folder} holds {count} macOS resource files (._*)"
-        findings.add(Finding("mac_resource_files", TRAIN, "", "", str(folder), message))
     readable = gallery.sizes[:, 0] > 0
     processor = settings.processor
     visual = visual_tokens(gallery, processor)[readable] if processor else np.empty(0, np.int64)
@@ -191,8 +187,7 @@ def _check_contents(reading: Reading, gallery: Gallery, findings: Findings, watc
             check_negatives(pair, row_keys, gallery, findings, part=part)
             for exam in exams:
                 exam.check(pair, (int(row_keys[0]), int(row_keys[1])), findings, part=part)
-        check_repetitions(rows, keys, findings, part=part)
-        check_identical_images(rows, gallery, findings, part=part)
+        check_several_positives(rows, keys, findings, part=part)
 
 
 def _told(rows: Sequence[Pair], advance: Callable[[int], None]) -> Iterator[Pair]:

@@ -45,11 +45,6 @@ KINDS = {
         _STOPS, "image path leaves the root", "write paths relative to image_root"
     ),
     "corrupt_image": Kind(_STOPS, "image corrupt or cut off", "fetch the file again"),
-    "mac_resource_image": Kind(
-        _STOPS,
-        "macOS resource file in place of an image",
-        "unpack the archive again without its ._* files",
-    ),
     "elongated_image": Kind(_STOPS, "image too elongated", "crop it or drop the row"),
     "placeholder_mismatch": Kind(
         _STOPS,
@@ -81,26 +76,11 @@ KINDS = {
         "query with several positives",
         "in one batch they are false negatives of each other",
     ),
-    "repeated_content": Kind(
-        _INFORMS, "same pair in other rows or files", "counts twice in training; drop one"
-    ),
-    "identical_images": Kind(
-        _INFORMS, "same image under several names", "one file would do; equal images are not masked"
-    ),
     "tiny_image": Kind(_INFORMS, "image of a few pixels", "often a placeholder; look at it"),
-    "enlarged_image": Kind(
-        _INFORMS, "image below min_pixels, enlarged", "lower min_pixels to save tokens"
-    ),
-    "special_token": Kind(
-        _INFORMS, "text holds a special token's name", "it is spelt out, never obeyed"
-    ),
     "image_tag": Kind(
         _INFORMS,
         "text holds the placeholder of an image",
         "it is read as words; is the image missing?",
-    ),
-    "mac_resource_files": Kind(
-        _INFORMS, "macOS resource files lie around", "no row uses them; they may be deleted"
     ),
 }
 

@@ -6,8 +6,7 @@ Every file is read and decoded once, by the code that training uses.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,8 +21,6 @@ from cocoa_pl.errors import UserError
 CHUNK = 64  # images: a second or less of work
 TINY_SIDE = 8  # pixels; below it there is nothing to see
 
-# The first bytes of AppleDouble and AppleSingle files, which macOS packs beside the real ones.
-_MAC_MAGIC = (b"\x00\x05\x16\x07", b"\x00\x05\x16\x00")
 _WHERE = "image"
 
 
@@ -85,15 +82,6 @@ def file_name(image: ImageSource) -> str:
     return str(image) if isinstance(image, Path) else ""
 
 
-def mac_resource_files(images: Iterable[ImageSource]) -> Iterator[tuple[Path, int]]:
-    """Folders of these images, in name order, with the number of other `._*` files in each."""
-    used = {image for image in images if isinstance(image, Path)}
-    for folder in sorted({image.parent for image in used}):
-        count = sum(path not in used for path in folder.glob("._*")) if folder.is_dir() else 0
-        if count:
-            yield folder, count
-
-
 @dataclass(frozen=True)
 class _Examined:
     sizes: np.ndarray
@@ -110,29 +98,11 @@ def _examine(sources: Sequence[ImageSource]) -> _Examined:
             sizes[place] = open_image(source, where=_WHERE).size
             digests[place] = _digest(_content(source))
         except (UserError, OSError) as error:
-            faults[place] = _fault(source, str(error).removeprefix(f"{_WHERE}: "))
+            message = str(error).removeprefix(f"{_WHERE}: ")
+            faults[place] = Fault(kind_of(message)[0], message)
             # Something of its own: two unreadable files are not the same picture.
             digests[place] = _digest(b"unreadable\0" + str(source).encode(errors="replace"))
     return _Examined(sizes, digests, faults)
-
-
-def _fault(source: ImageSource, message: str) -> Fault:
-    kind = kind_of(message)[0]
-    if kind == "corrupt_image" and _is_mac_resource(source):
-        return Fault("mac_resource_image", f"{message}; it is a macOS resource file")
-    return Fault(kind, message)
-
-
-def _is_mac_resource(source: ImageSource) -> bool:
-    if isinstance(source, bytes):
-        return source[:4] in _MAC_MAGIC
-    if not isinstance(source, Path):
-        return False
-    if source.name.startswith("._"):
-        return True
-    with suppress(OSError), source.open("rb") as file:
-        return file.read(4) in _MAC_MAGIC
-    return False  # it may not be read at all
 
 
 def _content(source: ImageSource) -> bytes:

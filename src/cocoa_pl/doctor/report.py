@@ -15,7 +15,7 @@ from rich.table import Table
 
 from cocoa_pl.doctor.examination import Examination
 from cocoa_pl.doctor.findings import KINDS, Findings, Severity
-from cocoa_pl.doctor.histogram import NUM_BINS, make_bins, percentiles, text_histogram
+from cocoa_pl.doctor.histogram import make_bins, percentiles, text_histogram
 from cocoa_pl.doctor.lengths import StageLengths
 
 FORMAT_VERSION = 1
@@ -163,7 +163,7 @@ def _image_facts(examination: Examination) -> dict[str, Any]:
 
 
 def _length_facts(one: StageLengths) -> dict[str, Any]:
-    bins = make_bins(one.totals, count=NUM_BINS)
+    bins = make_bins(one.totals)
     return {
         "stages": [stage.name for stage in one.stages],
         "rows": one.num_rows,

@@ -1,4 +1,4 @@
-"""What is known of an exported model in, its model card (README.md) and settings for vLLM out."""
+"""The model card (README.md) of an exported folder."""
 
 from __future__ import annotations
 
@@ -59,17 +59,6 @@ def write_card(
         **{key: described[key] for key in ("dtype", "max_length", "min_pixels", "max_pixels")},
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
-
-
-def write_vllm(folder: Path, *, causal: bool) -> None:
-    """Arguments of `vllm serve` for its pooling runner, by their names in its Python interface."""
-    settings: dict[str, Any] = {
-        "runner": "pooling",
-        "convert": "embed",
-        "pooler_config": {"pooling_type": "LAST", "normalize": True},
-        "hf_overrides": {"is_causal": causal},
-    }
-    (folder / "vllm.json").write_text(json.dumps(settings, indent=1))
 
 
 def _public(data: Mapping[str, Any]) -> str:

@@ -18,7 +18,7 @@ from cocoa_pl.config.saved import settings_of
 from cocoa_pl.errors import UserError
 from cocoa_pl.evaluation.results import read_results
 from cocoa_pl.evaluation.runs import read_config
-from cocoa_pl.export.card import write_card, write_vllm
+from cocoa_pl.export.card import write_card
 from cocoa_pl.export.folder import export, replacing
 from cocoa_pl.export.parity import TOLERANCE, Compared, check, compare, samples
 from cocoa_pl.export.sentence_transformers import write_sentence_transformers
@@ -82,7 +82,6 @@ def run(arguments: Sequence[str], console: Console) -> int:
             data=data,
             results=results,
         )
-        write_vllm(fresh, causal=exported.policy.causal)
         write_description(fresh, described)
     console.print(f"exported {out}", soft_wrap=True)
     return 0

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 from tokenizers.processors import TemplateProcessing
+from transformers.models.auto.auto_mappings import PROCESSOR_MAPPING_NAMES
 from transformers.utils import PROCESSOR_NAME
 
 from cocoa_pl.attention import TEXT_ATTENTION, VISION_ATTENTION
@@ -25,7 +26,6 @@ from cocoa_pl.data.tokenize import Processor
 from cocoa_pl.embedder import Embedder
 from cocoa_pl.errors import UserError
 from cocoa_pl.export.chat_template import chat_template
-from cocoa_pl.export.images_only import processor_class
 from cocoa_pl.models.adapters import merged
 from cocoa_pl.models.exported import (
     CHANGED,
@@ -183,7 +183,7 @@ def save_inputs(processor: Processor, model_type: str, folder: Path) -> None:
     }
     image_processor.save_pretrained(folder)
     (folder / CHAT_TEMPLATE).write_text(chat_template(list(tokenizer.added_tokens_encoder)))
-    if name := processor_class(model_type):
+    if name := PROCESSOR_MAPPING_NAMES.get(model_type):
         (folder / PROCESSOR_NAME).write_text(json.dumps({"processor_class": name}, indent=1))
 
 

@@ -7,12 +7,15 @@ positions, attention, pooling.
 from __future__ import annotations
 
 import gc
+import importlib
 import importlib.util
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -21,11 +24,12 @@ from PIL import Image
 from PIL.ExifTags import Base
 from torch.nn.functional import normalize
 from transformers import AutoModel, AutoProcessor
+from transformers.models.auto.auto_mappings import PROCESSOR_MAPPING_NAMES
 
 from cocoa_pl.data.images import open_image
 from cocoa_pl.embedder import Embedder
 from cocoa_pl.errors import UserError
-from cocoa_pl.export.images_only import has_torchvision, images_only
+from cocoa_pl.models.loading import FAMILIES
 
 TOLERANCE = 1e-4  # largest difference of a vector's component
 
@@ -127,7 +131,7 @@ def compare(
         ),
         "transformers": lambda: by_transformers(folder, asked),
     }
-    note = "" if has_torchvision() else "without torchvision, inside images_only()"
+    note = "" if _installed("torchvision") else "without torchvision, inside images_only()"
     notes = {"transformers": note, "sentence-transformers": note}
     missing = with_sentence_transformers and not _installed("sentence_transformers")
     if with_sentence_transformers and not missing:
@@ -210,6 +214,41 @@ def by_sentence_transformers(folder: Path, asked: Sequence[Asked]) -> list[Vecto
         )
         for one in asked
     ]
+
+
+@contextmanager
+def images_only() -> Iterator[None]:
+    """Within it, `AutoProcessor` and `SentenceTransformer` open folders of these families without
+    torchvision, which upstream's processors need for videos alone.
+
+    What they open stays usable after, and reads no videos. Where torchvision is installed nothing
+    is changed.
+    """
+    with ExitStack() as patches:
+        for model_type in () if _installed("torchvision") else FAMILIES:
+            if name := PROCESSOR_MAPPING_NAMES.get(model_type):
+                module = importlib.import_module(f"transformers.models.{model_type}")
+                without = _without_videos(getattr(module, name))
+                patches.enter_context(patch.object(module, name, without))
+        yield
+
+
+def _without_videos(hf_processor: Any) -> Any:
+    """The same processor; what it consists of is read off the arguments of its constructor."""
+
+    def construct(
+        self: Any,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        chat_template: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        hf_processor.__init__(
+            self, image_processor, tokenizer, None, chat_template=chat_template, **kwargs
+        )
+
+    attributes = {"__init__": construct, "__module__": hf_processor.__module__}
+    return type(hf_processor.__name__, (hf_processor,), attributes)
 
 
 def _read(case: Sample) -> Sample:

@@ -112,8 +112,6 @@ def _model(cfg: DictConfig) -> tuple[PretrainedConfig, str]:
 
 
 def _setup(cfg: DictConfig, shape: ModelShape) -> Setup:
-    if cfg.model.dtype not in WIDTHS:
-        raise UserError(f"model.dtype={cfg.model.dtype}; there are {', '.join(WIDTHS)}")
     if cfg.trainer.precision != "32-true":
         raise UserError(
             f"trainer.precision={cfg.trainer.precision} cannot be planned; leave it at 32-true, "
