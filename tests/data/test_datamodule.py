@@ -15,7 +15,7 @@ from cocoa_pl.batch import Batch, Encoded, Rows
 from cocoa_pl.data.datamodule import EncodedRows, StageData, collate, validation_batches
 from cocoa_pl.data.examples import BridgeExamples, PairExamples
 from cocoa_pl.data.items import IMAGE_SLOT, Item, Pair
-from cocoa_pl.data.mixing import Mixing
+from cocoa_pl.data.sampler import Mixing
 from cocoa_pl.data.tokenize import Processor
 from cocoa_pl.errors import UserError
 

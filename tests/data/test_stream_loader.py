@@ -19,7 +19,7 @@ from cocoa_pl.config.build import register_resolvers
 from cocoa_pl.config.command_line import CONFIGS
 from cocoa_pl.data.datamodule import Encoder, StageData, check_mixing, collate
 from cocoa_pl.data.examples import PairExamples
-from cocoa_pl.data.mixing import Mixing
+from cocoa_pl.data.sampler import Mixing
 from cocoa_pl.data.stream import StreamData
 from cocoa_pl.data.stream_loader import LaneState, StreamBatches, Streamed
 from cocoa_pl.data.tokenize import Processor
@@ -109,9 +109,8 @@ def test_weights_decide_where_sizes_are_unknown(
 ) -> None:
     def count(*, rows: dict[str, int] | None = None, **changes: Any) -> list[int]:
         source = make_stream(rows=rows)
-        data = stage_data(source, processor, batch_size=32, mixing=mixing(**changes))
-        schedule = data.train_dataloader().dataset.schedule
-        drawn = [subset for step in range(32) for subset in schedule.subsets(step)]
+        data = stage_data(source, processor, batch_size=32, mixing=mixing(**changes), steps=32)
+        drawn = data.train_dataloader().dataset.subsets.ravel().tolist()
         return [drawn.count(0), drawn.count(1)]
 
     assert count() == [512, 512]

@@ -14,8 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from cocoa_pl.batch import Encoded, Rows, pack
 from cocoa_pl.data.examples import MakeSamples
 from cocoa_pl.data.items import Pair
-from cocoa_pl.data.mixing import Mixing
-from cocoa_pl.data.sampler import Index, StepSampler, make_order
+from cocoa_pl.data.sampler import Index, Mixing, StepSampler, make_order
 from cocoa_pl.data.stream import PairStream
 from cocoa_pl.data.stream_loader import LaneState, StreamBatches, Streamed
 from cocoa_pl.data.tokenize import Processor

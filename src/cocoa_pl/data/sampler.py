@@ -1,33 +1,112 @@
-"""A step number in, the rows of this rank's share of that step's global batch out; no state at all.
+"""The rows of every step, and how they are mixed from subsets: a function of seed and step alone.
 
-The order depends on the seed alone: not on the number of workers, and a run resumed at step k draws
-what the uninterrupted run would have drawn.
+Workers, ranks and interruptions change nothing: a run resumed at step k draws what the
+uninterrupted run would have drawn.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 
+from cocoa_pl.config.bounds import Count, NotNegative
 from cocoa_pl.data.items import Pair
-from cocoa_pl.data.mixing import Mixing, Schedule
 from cocoa_pl.data.pair_table import subset_codes
 from cocoa_pl.errors import UserError
 from cocoa_pl.randomness import mix
 
 Index = tuple[int, int]  # epoch (of the data, or of the row's subset), row
+Composition = Literal["shuffled", "one_subset", "interleaved"]
+
+_CYCLE = 1024  # sub-batches over which shares hold
+_SUBSETS, _ROWS = 1, 2  # streams of random numbers
 
 
-class Order(Protocol):
-    """The rows of every global batch."""
+@dataclass(frozen=True)
+class Mixing:
+    """How a stage composes its batches.
 
-    batch_size: int
+    Args:
+        composition: `shuffled` draws every row on its own, `one_subset` whole batches, and
+            `interleaved` equal sub-batches from one subset each (VLM2Vec-V2, arXiv 2507.04590).
+        sub_batches: of a global batch, for `interleaved`.
+        exponent: a subset of n rows has a share in proportion to weight x n^exponent. 1 is by
+            rows, 0 all alike; T5's temperature T (arXiv 1910.10683) is exponent 1/T, and XLM-R and
+            mT5 (arXiv 1911.02116, 2010.11934) take 0.3.
+        weights: of subsets, 1 where none is given; 0 leaves one out; None for no weights.
 
-    def batches(self, start: int, stop: int) -> Iterator[Sequence[Index]]:
-        """The global batches of the steps from `start` to before `stop`."""
+    Raises:
+        UserError: for sub-batches without or apart from `interleaved`.
+    """
+
+    composition: Composition
+    sub_batches: Count | None
+    exponent: NotNegative
+    weights: Mapping[str, NotNegative] | None
+
+    def __post_init__(self) -> None:
+        if (self.composition == "interleaved") != (self.sub_batches is not None):
+            raise UserError("mixing.sub_batches is for composition=interleaved, and needed there")
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether every row of the data is as likely as any other, apart from its batch."""
+        return self.composition == "shuffled" and self.exponent == 1 and not self.weights
+
+    def shares(self, names: Sequence[str], sizes: np.ndarray) -> np.ndarray:
+        """float64 [S], the share of each subset; they add up to one.
+
+        Raises:
+            UserError: for a weight of an unknown subset, or if all weights are 0 or too large.
+        """
+        given = self.weights or {}
+        if unknown := [name for name in given if name not in names]:
+            raise UserError(
+                f"mixing.weights names {unknown[0]}, but the stage's data has {', '.join(names)}"
+            )
+        weights = np.array([given.get(name, 1.0) for name in names], dtype=np.float64)
+        with np.errstate(over="ignore"):
+            wanted = weights * np.asarray(sizes, dtype=np.float64) ** self.exponent
+            total = wanted.sum()
+        if not total > 0:
+            raise UserError("mixing.weights are all 0; give at least one subset a positive weight")
+        if not np.isfinite(total):
+            raise UserError("mixing.exponent or mixing.weights are too large to give shares")
+        return wanted / total
+
+    def sub_batch_rows(self, batch_size: int) -> int:
+        """Rows of a sub-batch of a global batch.
+
+        Raises:
+            UserError: if the batch cannot be cut into equal sub-batches.
+        """
+        count = {"shuffled": batch_size, "one_subset": 1}.get(self.composition, self.sub_batches)
+        assert count is not None
+        if batch_size % count:
+            raise UserError(
+                f"a batch of {batch_size} cannot be cut into {count} equal sub-batches; "
+                "change mixing.sub_batches"
+            )
+        return batch_size // count
+
+
+def draw_subsets(shares: np.ndarray, *, count: int, seed: int) -> np.ndarray:
+    """int64 [count], the subset of each sub-batch; a longer draw begins with the shorter one.
+
+    In every 1024 sub-batches a subset of share p occurs 1024 p times, rounded up or down at random
+    so that the mean is exact (systematic sampling), in random order.
+    """
+    cycles = []
+    for cycle in range(-(-count // _CYCLE)):
+        rng = np.random.default_rng([seed, _SUBSETS, cycle])
+        points = (np.arange(_CYCLE) + rng.random()) / _CYCLE
+        subsets = np.searchsorted(np.cumsum(shares)[:-1], points, side="right")
+        cycles.append(rng.permutation(subsets))
+    return np.concatenate(cycles)[:count]
 
 
 def make_order(pairs: Sequence[Pair], mixing: Mixing, *, batch_size: int, seed: int) -> Order:
@@ -56,7 +135,8 @@ class AllRows:
         self.batch_size = batch_size
         self.seed = seed
 
-    def batches(self, start: int, stop: int) -> Iterator[Sequence[Index]]:
+    def batches(self, start: int, stop: int) -> Iterator[list[Index]]:
+        """The global batches of the steps from `start` to before `stop`."""
         per_epoch = self.num_rows // self.batch_size
         epoch, order = -1, torch.empty(0)
         for step in range(start, stop):
@@ -69,7 +149,7 @@ class AllRows:
 
 
 class MixedSubsets:
-    """Sub-batches from subsets as a `Schedule` says; each subset has epochs of its own.
+    """Sub-batches from subsets by their shares; each subset has epochs of its own.
 
     Every row of a subset is used once before any is used again. A batch shows no row twice, unless
     a subset has fewer than three batches of rows.
@@ -83,76 +163,55 @@ class MixedSubsets:
         self, names: Sequence[str], codes: np.ndarray, mixing: Mixing, *, batch_size: int, seed: int
     ) -> None:
         sizes = np.bincount(codes, minlength=len(names))
-        shares = mixing.shares(names, sizes)
         self.batch_size = batch_size
-        self.sub_batch_rows = mixing.sub_batch_rows(batch_size)
-        for name, size, share in zip(names, sizes, shares, strict=True):
-            if share and size < self.sub_batch_rows:
+        self.seed = mix(seed)
+        self._shares = mixing.shares(names, sizes)
+        self._each = mixing.sub_batch_rows(batch_size)
+        for name, size, share in zip(names, sizes, self._shares, strict=True):
+            if share and size < self._each:
                 raise UserError(
-                    f"{name} has {size} rows, fewer than one sub-batch of {self.sub_batch_rows}; "
+                    f"{name} has {size} rows, fewer than one sub-batch of {self._each}; "
                     "raise mixing.sub_batches, lower the stage's batch_size, "
                     f"or set mixing.weights.{name}=0"
                 )
-        self.schedule = Schedule(
-            shares, sub_batches=batch_size // self.sub_batch_rows, seed=mix(seed)
-        )
-        self._subsets = [
-            _SubsetOrder(np.flatnonzero(codes == code), apart=batch_size, seed=mix(seed, code))
-            for code in range(len(names))
-        ]
+        self._rows = [np.flatnonzero(codes == code) for code in range(len(names))]
+        self._orders: dict[int, tuple[int, np.ndarray]] = {}  # subset -> its epoch at hand
 
-    def batches(self, start: int, stop: int) -> Iterator[Sequence[Index]]:
-        used = self.schedule.count_before(start)
-        for step in range(start, stop):
+    def batches(self, start: int, stop: int) -> Iterator[list[Index]]:
+        """The global batches of the steps from `start` to before `stop`."""
+        count = self.batch_size // self._each
+        drawn = draw_subsets(self._shares, count=stop * count, seed=self.seed).reshape(-1, count)
+        used = np.bincount(drawn[:start].ravel(), minlength=len(self._rows)) * self._each
+        for subsets in drawn[start:].tolist():
             batch: list[Index] = []
-            for subset in self.schedule.subsets(step).tolist():
-                position = int(used[subset]) * self.sub_batch_rows
-                batch += self._subsets[subset].take(position, self.sub_batch_rows)
-                used[subset] += 1
+            for subset in subsets:
+                batch += [self._index(subset, used[subset] + place) for place in range(self._each)]
+                used[subset] += self._each
             yield batch
 
+    def _index(self, subset: int, position: int) -> Index:
+        """Place `position` in the endless sequence of a subset's epochs."""
+        epoch, place = divmod(int(position), len(self._rows[subset]))
+        if self._orders.get(subset, (None,))[0] != epoch:
+            self._orders[subset] = (epoch, self._order(subset, epoch))
+        return epoch, int(self._orders[subset][1][place])
 
-class _SubsetOrder:
-    """An endless sequence of a subset's rows: one permutation after the other.
+    def _order(self, subset: int, epoch: int) -> np.ndarray:
+        order = self._permutation(subset, epoch)
+        # No row twice in a batch that begins in one epoch and ends in the next: rows that the last
+        # batch of the epoch before has shown come after as many others. Only the first two thirds
+        # change for it, so no order depends on more than the one before.
+        apart = min(self.batch_size, len(order) // 3)
+        start = order[: 2 * apart]
+        is_late = np.isin(start, self._permutation(subset, epoch - 1)[-apart:])
+        return np.concatenate([start[~is_late], start[is_late], order[2 * apart :]])
 
-    The first rows of a permutation are none of the last ones of the permutation before: any
-    `apart` rows in a row are different (a third of the subset, if that is less). Only the first two
-    thirds are changed for it, so that no permutation depends on more than the one before.
-    """
+    def _permutation(self, subset: int, epoch: int) -> np.ndarray:
+        rng = np.random.default_rng([self.seed, _ROWS, subset, epoch + 1])
+        return rng.permutation(self._rows[subset])
 
-    def __init__(self, rows: np.ndarray, *, apart: int, seed: int) -> None:
-        self.rows = rows
-        self.apart = min(apart, len(rows) // 3)
-        self.seed = seed
-        self._known: tuple[int, np.ndarray] = (-1, rows)
 
-    def take(self, position: int, count: int) -> list[Index]:
-        """Rows from this place of the sequence on."""
-        found: list[Index] = []
-        while len(found) < count:
-            epoch, place = divmod(position + len(found), len(self.rows))
-            stop = min(len(self.rows), place + count - len(found))
-            found += [(epoch, row) for row in self._order(epoch)[place:stop].tolist()]
-        return found
-
-    def _order(self, epoch: int) -> np.ndarray:
-        if self._known[0] != epoch:
-            self._known = (epoch, self._separated(epoch))
-        return self._known[1]
-
-    def _separated(self, epoch: int) -> np.ndarray:
-        order = self._permutation(epoch)
-        if not epoch or not self.apart:
-            return order
-        just_used = self._permutation(epoch - 1)[-self.apart :]
-        start = order[: 2 * self.apart]
-        free = np.flatnonzero(~np.isin(start, just_used))[: self.apart]
-        rest = np.delete(start, free)
-        return np.concatenate([start[free], rest, order[2 * self.apart :]])
-
-    def _permutation(self, epoch: int) -> np.ndarray:
-        generator = torch.Generator().manual_seed(mix(self.seed, epoch))
-        return self.rows[torch.randperm(len(self.rows), generator=generator).numpy()]
+Order = AllRows | MixedSubsets
 
 
 class StepSampler:
@@ -182,7 +241,7 @@ class StepSampler:
     def __iter__(self) -> Iterator[list[Index]]:
         for batch in self.order.batches(self.start_step, self.steps):
             # Every world_size-th row: ranks share each sub-batch.
-            yield list(batch[self.rank :: self.world_size])
+            yield batch[self.rank :: self.world_size]
 
 
 def check_shareable(batch_size: int, world_size: int) -> None:

@@ -16,8 +16,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from cocoa_pl.batch import Encoded
 from cocoa_pl.data.items import Pair
-from cocoa_pl.data.mixing import Mixing, Schedule
-from cocoa_pl.data.sampler import check_shareable
+from cocoa_pl.data.sampler import Mixing, check_shareable, draw_subsets
 from cocoa_pl.data.stream import PairStream
 from cocoa_pl.data.stream_reader import SubsetReader, reset_after_fork
 from cocoa_pl.errors import UserError
@@ -76,11 +75,10 @@ class StreamBatches(IterableDataset[Streamed]):
         self.encode = encode
         self.collate = collate
         self.sub_batch_rows = mixing.sub_batch_rows(batch_size)
-        self.schedule = Schedule(
-            mixing.shares(stream.names, stream.sizes),
-            sub_batches=batch_size // self.sub_batch_rows,
-            seed=mix(seed),
-        )
+        sub_batches = batch_size // self.sub_batch_rows
+        shares = mixing.shares(stream.names, stream.sizes)
+        self.subsets = draw_subsets(shares, count=steps * sub_batches, seed=mix(seed))
+        self.subsets = self.subsets.reshape(steps, sub_batches)
         self.positions = range(rank, batch_size, world_size)
         self.steps, self.start_step = steps, start_step
         self.seed = seed
@@ -99,7 +97,7 @@ class StreamBatches(IterableDataset[Streamed]):
         state: Mapping[str, Any] = self.states[lane] or {}
         readers = {name: self._reader(name, lane, state[name]) for name in state}
         for step in range(first, self.steps, self.lanes):
-            subsets = self.schedule.subsets(step)
+            subsets = self.subsets[step]
             rows = []
             for position in self.positions:
                 name = self.stream.names[int(subsets[position // self.sub_batch_rows])]
