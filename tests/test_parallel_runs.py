@@ -7,6 +7,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,13 +20,14 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from rich.console import Console
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.multiprocessing.spawn import spawn
 
 from cocoa_pl.batch import Rows
 from cocoa_pl.config.build import register_resolvers
 from cocoa_pl.config.command_line import CONFIGS
 from cocoa_pl.distributed.collectives import rank
+from cocoa_pl.errors import UserError
 from cocoa_pl.run import train
 from cocoa_pl.stages.checkpoint import read, read_weights
 from cocoa_pl.stages.contrastive import ContrastiveModule
@@ -35,6 +37,11 @@ STAGES = ("warmup", "reconstruct", "contrast")
 TUNINGS = {
     "full": ["adapter=none"],
     "dora": ["adapter=dora", "adapter.dropout=0", "model.gradient_checkpointing=true"],
+}
+# Parts that never get a gradient: an untied vocabulary head in contrast, the vision tower on texts.
+UNUSED = {
+    "untied": ["adapter=none", "stage.order=[contrast]"],
+    "texts": ["adapter=lora", "adapter.dropout=0", "stage.order=[contrast]"],
 }
 MORE = {  # adapters without DoRA; windows in the vision tower; DeepStack
     "lora": ["adapter=lora", "adapter.dropout=0"],
@@ -95,6 +102,17 @@ def work(index: int, world: int, meeting: str, jobs: list[Job]) -> None:
     dist.destroy_process_group()
 
 
+def save_untied(folder: Path, target: Path) -> None:
+    """The model with a vocabulary head of its own, as all published ones of 7B and 8B have."""
+    shutil.copytree(folder, target)
+    config = json.loads((target / "config.json").read_text())
+    config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"] = False
+    (target / "config.json").write_text(json.dumps(config))
+    weights = load_file(target / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"] + 0.1
+    save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
+
+
 @pytest.fixture(scope="module")
 def compose_run(
     tiny_folder: Path,
@@ -111,6 +129,15 @@ def compose_run(
         query = {"query_image": f"{number}.png"} if number % 3 else {"query": f"the {number}"}
         rows.append(query | {"positive": text})
     (folder / "pairs.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    texts = [
+        {"query": f"the {number}", "positive": row["positive"]} for number, row in enumerate(rows)
+    ]
+    (folder / "texts.jsonl").write_text("\n".join(json.dumps(row) for row in texts))
+    save_untied(tiny_folder, folder / "untied")
+    paths = {
+        "untied": [f"init_from={folder}/untied"],
+        "texts": [f"data.path={folder}/texts.jsonl"],
+    }
     shared = [
         f"init_from={tiny_folder}",
         "data=pairs",
@@ -134,7 +161,7 @@ def compose_run(
         register_resolvers()
         trainer = [f"trainer={strategy}", f"trainer.devices={world}"]
         with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            chosen = (TUNINGS | MORE)[tuning]
+            chosen = [*(TUNINGS | UNUSED | MORE)[tuning], *paths.get(tuning, [])]
             cfg = compose("train", [*shared, f"cache_dir={folder}", *chosen, *trainer])
         path = folder / f"{strategy}-{tuning}-{world}.yaml"
         OmegaConf.save(cfg, path, resolve=True)
@@ -176,7 +203,7 @@ def jobs_of_two(names: list[str], make_job: Callable[..., Job]) -> list[Job]:
 @pytest.fixture(scope="module")
 def runs(make_job: Callable[..., Job], folder: Path) -> Path:
     """Runs of one and of two processes; one of two is stopped and goes on."""
-    for tuning in TUNINGS:
+    for tuning in (*TUNINGS, *UNUSED):
         run(make_job("cpu", tuning, 1))
     jobs = jobs_of_two(OF_TWO, make_job)
     spawn(work, args=(2, str(folder / "meeting2"), jobs), nprocs=2)
@@ -205,7 +232,7 @@ def runs_of_four(runs: Path, make_job: Callable[..., Job]) -> Path:
     return runs
 
 
-OF_TWO = ["ddp-full-2", "fsdp-dora-2", "again-full"]
+OF_TWO = ["ddp-full-2", "fsdp-dora-2", "again-full", *(f"again-{tuning}" for tuning in UNUSED)]
 MORE_OF_TWO = ["ddp-dora-2", "fsdp-full-2", *(f"fsdp-{tuning}-2" for tuning in MORE), "again-dora"]
 OF_FOUR = [
     *(f"{strategy}-{tuning}-4" for strategy in STRATEGIES for tuning in TUNINGS),
@@ -260,6 +287,14 @@ def test_a_folder_of_shards_holds_the_weights_that_a_file_holds(runs: Path) -> N
     file, shards = (read_weights(path, read(path)) for path in paths)
     assert paths[1].is_dir()
     assert_same(shards, file)
+
+
+def test_a_folder_that_lacks_a_shard_is_said_by_path(runs: Path, tmp_path: Path) -> None:
+    kept = (runs / "again-full" / "checkpoints" / "last.ckpt").resolve()
+    folder = shutil.copytree(kept, tmp_path / "best.shards")
+    next(folder.glob("*.distcp")).unlink()
+    with pytest.raises(UserError, match=r"best\.shards cannot be read as a checkpoint: .*distcp"):
+        read_weights(folder, read(folder))
 
 
 def test_only_the_newest_shards_are_kept(runs: Path) -> None:

@@ -17,9 +17,9 @@ from cocoa_pl.errors import UserError
 from cocoa_pl.models.adapters import (
     FullTuning,
     LowRank,
+    check_trained,
     merged,
     trainable_line,
-    untouched_adapters,
 )
 from cocoa_pl.models.backbone import Backbone
 from cocoa_pl.models.loading import FAMILIES, Loaded
@@ -145,15 +145,19 @@ def test_model_without_adapters_is_merged_already(loaded: Loaded) -> None:
     assert merged(loaded.backbone) is loaded.backbone
 
 
-def test_untouched_adapters_are_named(load_tiny: LoadTiny) -> None:
+def test_adapters_that_never_trained_are_told_from_those_of_an_unused_part(
+    load_tiny: LoadTiny, caplog: pytest.LogCaptureFixture
+) -> None:
     fresh = low_rank(use_dora=True)(load_tiny().backbone).state_dict()
-    names = untouched_adapters(fresh)
-    assert len(names) == 2 * len(TEXT + VISION["qwen2_vl"])
-    assert all(".lora_B." in name for name in names)
+    names = sorted(name for name in fresh if ".lora_B." in name)
+    with pytest.raises(UserError, match="FILE was never trained: all lora_B are zero"):
+        check_trained(fresh, where="FILE")
     state = adapted(load_tiny, use_dora=True).state_dict()
-    assert untouched_adapters(state) == []
+    check_trained(state, where="FILE")
+    assert not caplog.text
     state[names[3]] = torch.zeros_like(state[names[3]])
-    assert untouched_adapters(state) == [names[3]]
+    check_trained(state, where="FILE")
+    assert f"FILE: 1 of {len(names)} lora_B are zero, first {names[3]}" in caplog.text
 
 
 @pytest.mark.parametrize("targets", [[*TARGETS, r".*\.no_such_layer"], [TARGETS[0].rstrip("j")]])

@@ -12,8 +12,10 @@ more than its share and one block (torch.distributed.fsdp.fully_shard; ZeRO, arX
 
 from __future__ import annotations
 
+import pickle
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from itertools import chain
 from pathlib import Path
@@ -23,9 +25,11 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, StrategyRegistry
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
@@ -34,8 +38,10 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
 from cocoa_pl.distributed.collectives import rank
+from cocoa_pl.errors import UserError
 
 META = "meta.pt"  # of a checkpoint folder: all that is not a tensor of the model or the optimizer
 MODEL, OPTIMIZER = "state_dict", "optimizer_0"
@@ -113,13 +119,31 @@ class FullySharded(ModelParallelStrategy):
         found = set(meta.pop("names"))
         mine = self.lightning_module_state_dict()
         # Only what both have; the caller compares the names and refuses what does not match.
-        load_shards({MODEL: {n: mine[n] for n in found & set(mine)}}, checkpoint_id=path)
+        with _readable(path):
+            load_shards({MODEL: {n: mine[n] for n in found & set(mine)}}, checkpoint_id=path)
         if found == set(mine):
             for optimizer in self.optimizers:
-                state = {OPTIMIZER: get_optimizer_state_dict(self._whole, optimizer)}
-                load_shards(state, checkpoint_id=path)
-                set_optimizer_state_dict(self._whole, optimizer, optim_state_dict=state[OPTIMIZER])
+                self._load_optimizer(optimizer, path)
         return meta | {"state_dict": dict.fromkeys(found)}
+
+    def _load_optimizer(self, optimizer: Optimizer, path: Path) -> None:
+        """Load the state of the parameters that had one: AdamW makes it at the first gradient, and
+        some never get any (an untied vocabulary head in contrast, the vision tower on texts alone).
+        """
+        # Here each parameter has one.
+        state: dict[str, Any] = get_optimizer_state_dict(self._whole, optimizer)
+        with _readable(path):
+            saved = FileSystemReader(path).read_metadata().state_dict_metadata
+            prefix = f"{OPTIMIZER}.state."
+            had = {k.removeprefix(prefix).rpartition(".")[0] for k in saved if k.startswith(prefix)}
+            state["state"] = {name: state["state"][name] for name in had}
+            load_shards({OPTIMIZER: state}, checkpoint_id=path)
+        set_optimizer_state_dict(
+            self._whole,
+            optimizer,
+            optim_state_dict=state,
+            options=StateDictOptions(strict=False),  # the others begin at their first gradient
+        )
 
     @property
     def _whole(self) -> nn.Module:
@@ -214,5 +238,22 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         for name, entry in known.items()
         if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
     }
-    load_shards({MODEL: empty}, checkpoint_id=folder, no_dist=True)
+    with _readable(folder):
+        load_shards({MODEL: empty}, checkpoint_id=folder, no_dist=True)
     return empty
+
+
+def first_reason(error: BaseException) -> str:
+    """What lies at the bottom of a failed read or write, in one line."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    return (str(error) or type(error).__name__).strip().splitlines()[0]
+
+
+@contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (CheckpointException, OSError, EOFError, pickle.UnpicklingError) as error:
+        reason = first_reason(error)
+        raise UserError(f"{folder} cannot be read as a checkpoint: {reason}") from error

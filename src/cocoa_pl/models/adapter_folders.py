@@ -29,7 +29,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from cocoa_pl.errors import UserError
-from cocoa_pl.models.adapters import untouched_adapters
+from cocoa_pl.models.adapters import check_trained
 from cocoa_pl.models.loading import ADAPTER_CONFIG, Loaded, load
 
 log = logging.getLogger(__name__)
@@ -123,7 +123,7 @@ def merge(model: nn.Module, folder: Path) -> nn.Module:
     weights = _read_weights(folder)
     parts = _parts(weights, where=folder)
     _check_places(parts, config, model, where=folder)
-    _check_trained(weights, where=folder)
+    check_trained(weights, where=folder)
     adapted: Any = peft.get_peft_model(model, _exact(config, parts, weights))
     waiting = {name: p for name, p in adapted.named_parameters() if ".lora_" in name}
     for module, keys in parts.items():
@@ -245,15 +245,6 @@ def _targets(
     if config.target_modules is None:
         return []
     return [n for n in map(rename, names) if check_target_module_exists(config, n)]
-
-
-def _check_trained(weights: dict[str, Tensor], *, where: Path) -> None:
-    matrices = {key: value for key, value in weights.items() if ".lora_B." in key}
-    untouched = untouched_adapters(matrices)
-    if len(untouched) == len(matrices):
-        raise UserError(f"{where} was never trained: all lora_B are zero, first {untouched[0]}")
-    if untouched:
-        log.warning("%s: %d lora_B are zero, first %s", where, len(untouched), untouched[0])
 
 
 def _exact(

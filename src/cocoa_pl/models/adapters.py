@@ -3,13 +3,14 @@
 import copy
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import peft
 import torch
 from peft.tuners.lora import LoraLayer
-from torch import nn
+from torch import Tensor, nn
 
 from cocoa_pl.config.bounds import Count, ShareBelowOne
 from cocoa_pl.errors import UserError
@@ -112,9 +113,22 @@ def merged(backbone: Backbone) -> Backbone:
     return plain
 
 
-def untouched_adapters(state: dict[str, torch.Tensor]) -> list[str]:
-    """Names of LoRA `B` matrices that are still all zero: never trained, or never loaded."""
-    return [name for name, value in state.items() if ".lora_B." in name and not value.any()]
+def check_trained(state: Mapping[str, Tensor], *, where: Path | str) -> None:
+    """Tell adapters that never trained from those of a part that the data never used, such as the
+    vision tower on texts alone.
+
+    Raises:
+        UserError: if every LoRA `B`, which is zero at first, is zero still.
+    """
+    matrices = {name: value for name, value in state.items() if ".lora_B." in name}
+    untouched = sorted(name for name, value in matrices.items() if not value.any())
+    if untouched and len(untouched) == len(matrices):
+        raise UserError(f"{where} was never trained: all lora_B are zero, first {untouched[0]}")
+    if untouched:
+        log.warning(
+            "%s: %d of %d lora_B are zero, first %s: no data ever used them",
+            *(where, len(untouched), len(matrices), untouched[0]),
+        )
 
 
 def _require_match(backbone: Backbone, expression: str) -> None:

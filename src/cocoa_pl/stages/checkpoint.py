@@ -22,12 +22,13 @@ from torch.distributed.checkpoint.api import CheckpointException
 from cocoa_pl.distributed.strategies import (
     META,
     FullySharded,
+    first_reason,
     read_meta,
     read_tensors,
     trained_state,
 )
 from cocoa_pl.errors import UserError
-from cocoa_pl.models.adapters import untouched_adapters
+from cocoa_pl.models.adapters import check_trained
 from cocoa_pl.models.exported import digest_of
 
 LAST = Path("checkpoints") / "last.ckpt"  # in a run folder
@@ -99,23 +100,20 @@ def load_backbone(backbone: nn.Module, weights: dict[str, Tensor], *, where: str
     """Put a checkpoint's trained weights into a backbone, all of them or none.
 
     Raises:
-        UserError: for missing, unexpected or untouched (all-zero) adapter weights, by name.
+        UserError: for missing or unexpected weights, by name, or adapters that were never trained.
     """
     state = {
         name.removeprefix(BACKBONE): value
         for name, value in weights.items()
         if name.startswith(BACKBONE)
     }
+    check_trained(state, where=where)
     load_trained(backbone, state, where=where)
 
 
 def load_trained(backbone: nn.Module, state: dict[str, Tensor], *, where: str) -> None:
-    """As `load_backbone`, of weights that are named as in the backbone itself."""
+    """Put weights that are named as in the backbone itself into it, all of them or none."""
     check_names(set(trained_state(backbone)), set(state), where=where)
-    if untouched := untouched_adapters(state):
-        raise UserError(
-            f"{where}: {len(untouched)} adapters were never trained, first {untouched[0]}"
-        )
     backbone.load_state_dict(state, strict=False)
 
 
@@ -213,13 +211,6 @@ class LastCheckpoint(L.Callback):
             )
         if trainer.is_global_zero:
             _put_in_place(partial, self.path)
-
-
-def first_reason(error: BaseException) -> str:
-    """What lies at the bottom of a failed write, in one line."""
-    if isinstance(error, CheckpointException) and error.failures:
-        error = next(iter(error.failures.values()))[0]
-    return (str(error) or type(error).__name__).strip().splitlines()[0]
 
 
 def _put_in_place(partial: Path, path: Path) -> None:
