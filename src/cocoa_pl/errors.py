@@ -34,13 +34,12 @@ def first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0]
 
 
-def extra(package: str, *, of: str, wanted_by: str, otherwise: str = "") -> Any:
+def extra(package: str, *, of: str, wanted_by: str) -> Any:
     """Import a package only where it is used.
 
     Args:
         of: the extra of this project that brings it.
         wanted_by: what needs it.
-        otherwise: what else a user may do.
 
     Raises:
         UserError: without it.
@@ -48,6 +47,4 @@ def extra(package: str, *, of: str, wanted_by: str, otherwise: str = "") -> Any:
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise UserError(
-            f"{wanted_by} needs {package}: pip install 'cocoa_pl[{of}]'{otherwise}"
-        ) from error
+        raise UserError(f"{wanted_by} needs {package}: pip install 'cocoa_pl[{of}]'") from error

@@ -24,7 +24,7 @@ from benchmarks.page import write_page
 
 # Of a bare machine, which has what gpu_check packs and what transformers and lightning bring.
 MISSING = (
-    *("mteb", "faiss", "flask", "waitress", "selenium", "sentence_transformers", "submitit"),
+    *("mteb", "flask", "waitress", "selenium", "sentence_transformers", "submitit"),
     *("hydra_plugins", "mkdocs", "mkdocstrings", "codespell_lib", "mypy", "pip"),
 )
 

@@ -48,6 +48,6 @@ def folder(tmp_path: Path, make_image: Callable[..., Image.Image]) -> Path:
 
 @pytest.fixture
 def index(folder: Path, embedder: Embedder) -> ImageIndex:
-    index = ImageIndex(folder, embedder, kept_in=None, threads=2, exact=False)
+    index = ImageIndex(folder, embedder, kept_in=None, threads=2)
     index.update()
     return index

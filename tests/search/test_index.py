@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,16 +14,14 @@ from PIL import Image
 
 from cocoa_pl.embedder import Embedder
 from cocoa_pl.errors import UserError
-from cocoa_pl.search import index as index_module
 from cocoa_pl.search.folder import image_files
-from cocoa_pl.search.index import ImageIndex
-from cocoa_pl.search.neighbours import CellIndex, nearest
+from cocoa_pl.search.index import ImageIndex, nearest
 
 READABLE = 8  # of the folder's pictures
 
 
 def again(folder: Path, embedder: Embedder, **choices: Any) -> ImageIndex:
-    given: dict[str, Any] = {"kept_in": None, "threads": 2, "exact": False}
+    given: dict[str, Any] = {"kept_in": None, "threads": 2}
     return ImageIndex(folder, embedder, **(given | choices))
 
 
@@ -136,49 +133,3 @@ def test_nearest_is_a_sort_and_the_first_of_equals_wins() -> None:
     assert numbers.tolist() == expected[:11].tolist()
     assert (np.diff(scores) <= 0).all()
     assert len(nearest(query, vectors, 1000)[0]) == 100
-
-
-def test_cells_find_nearly_what_an_exact_search_finds(tmp_path: Path) -> None:
-    pytest.importorskip("faiss")
-    vectors = unit(5000, 32, 3).astype(np.float16)
-    cells = CellIndex(vectors, file=tmp_path / "cells.faiss", digest="one")
-    hits = 0
-    for query in unit(50, 32, 4):
-        exact, _ = nearest(query, vectors, 10)
-        numbers, scores = cells.nearest(query, 10)
-        np.testing.assert_allclose(scores, vectors[numbers].astype(np.float32) @ query, atol=5e-3)
-        hits += len(set(exact.tolist()) & set(numbers.tolist()))
-    assert hits >= 0.95 * 500
-    assert len(cells.nearest(unit(1, 32, 5)[0], 10_000)[0]) <= 5000
-
-
-def test_cells_are_kept_and_made_anew_for_other_vectors(
-    index: ImageIndex, embedder: Embedder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("faiss")
-    monkeypatch.setattr(index_module, "APPROXIMATE_FROM", 2)
-    built: list[int] = []
-    build = CellIndex._built
-    monkeypatch.setattr(CellIndex, "_built", lambda s, v: (built.append(len(v)), build(s, v))[1])
-    for _ in range(2):
-        found = again(index.folder, embedder)
-        found.update()
-    assert built == [READABLE]
-    vector = embedder.encode([index.folder / "1.png"])[0]
-    assert found.search(vector, 1)[0].file == Path("1.png")
-    (index.folder / "2.JPG").unlink()
-    found.update()
-    assert built == [READABLE, READABLE - 1]
-    assert len(list(found.store.folder.glob("*.faiss"))) == 1
-    exact = again(index.folder, embedder, exact=True)
-    exact.update()
-    assert len(built) == 2
-
-
-def test_without_faiss_the_extra_is_named(
-    index: ImageIndex, embedder: Embedder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(index_module, "APPROXIMATE_FROM", 2)
-    monkeypatch.setitem(sys.modules, "faiss", None)
-    with pytest.raises(UserError, match=r"cocoa_pl\[search\].*--exact"):
-        again(index.folder, embedder).update()

@@ -1,1 +1,1 @@
-"""A folder of images in, those that are nearest to a text or an image out."""
+"""Search of a folder of images by a text, an image, or both."""

@@ -1,4 +1,4 @@
-"""`cocoa search`: a folder of images and a query in, the nearest images out, here or on a page."""
+"""`cocoa search`: the images of a folder that are nearest to a query, on the terminal or a page."""
 
 from __future__ import annotations
 
@@ -30,22 +30,21 @@ def run(arguments: Sequence[str], console: Console) -> int:
     parsed = _parser().parse_args(arguments)
     if parsed.top < 1:
         raise UserError(f"--top is at least 1, not {parsed.top}")
-    folder = existing(Path(parsed.folder))  # a wrong one is told before a model is loaded
+    folder = existing(Path(parsed.folder))  # a wrong one is refused before a model is loaded
     embedder = Embedder.load(parsed.model, device=parsed.device)
     index = ImageIndex(
         folder,
         embedder,
         kept_in=Path(parsed.index) if parsed.index else None,
         threads=parsed.threads,
-        exact=parsed.exact,
     )
     update = index.update()
-    told = Console(stderr=True) if parsed.json else console
-    told.print(f"{len(index.files):,} images, {update.embedded:,} of them new", soft_wrap=True)
+    log = Console(stderr=True) if parsed.json else console
+    log.print(f"{len(index.files):,} images, {update.embedded:,} of them new", soft_wrap=True)
     for file, why in list(update.unreadable.items())[:SHOWN]:
-        told.print(f"{printable(file)} {why}", soft_wrap=True, markup=False)
+        log.print(f"{printable(file)} {why}", soft_wrap=True, markup=False)
     if len(update.unreadable) > SHOWN:
-        told.print(f"... and {len(update.unreadable) - SHOWN} more left out")
+        log.print(f"... and {len(update.unreadable) - SHOWN} more left out")
     if parsed.serve:
         _serve(index, parsed, console)
     elif parsed.text or parsed.image:
@@ -70,7 +69,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--top", type=int, default=10, help="images that are shown (default: 10)")
     parser.add_argument("--instruction", help="before the query's words, as in training")
     parser.add_argument("--index", metavar="DIR", help="where vectors are kept instead")
-    parser.add_argument("--exact", action="store_true", help="look at every vector of a million")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     parser.add_argument("--serve", action="store_true", help="a page in the browser instead")
     parser.add_argument("--host", default="127.0.0.1", help="of the page (default: this machine)")

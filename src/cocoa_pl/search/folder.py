@@ -1,4 +1,4 @@
-"""A folder in, the image files below it out, and why some of them cannot be shown."""
+"""The image files below a folder, and why some of them cannot be read."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def identities_of(files: Sequence[Path], items: Sequence[Item]) -> Identities:
 def unreadable(items: Sequence[Item], *, threads: int) -> dict[int, str]:
     """By place, why an image cannot be embedded; each of them is decoded for this."""
 
-    def complaint(item: Item) -> str | None:
+    def reason(item: Item) -> str | None:
         try:
             open_image(item.media[0], where="left out")
         except UserError as error:
@@ -80,7 +80,7 @@ def unreadable(items: Sequence[Item], *, threads: int) -> dict[int, str]:
         return None
 
     with ThreadPoolExecutor(max(threads, 1)) as pool:
-        found = enumerate(pool.map(complaint, items))
+        found = enumerate(pool.map(reason, items))
         return {place: text for place, text in found if text is not None}
 
 

@@ -1,4 +1,4 @@
-"""A folder of images and a model in, what is nearest to a query out.
+"""An index of the images below a folder: their vectors, and the nearest ones to a query.
 
 Vectors are kept in the folder's `.cocoa`, one store for each model: what is new or has changed is
 embedded, a killed run goes on, and what is gone is not found any more.
@@ -18,12 +18,12 @@ from cocoa_pl.embedder import Embedder
 from cocoa_pl.errors import UserError
 from cocoa_pl.evaluation.filling import fill
 from cocoa_pl.evaluation.store import VectorStore
+from cocoa_pl.evaluation.vectors import Vectors, blocks, read
 from cocoa_pl.models.exported import digest_of_text
 from cocoa_pl.search.folder import existing, identities_of, image_files, items_of, unreadable
-from cocoa_pl.search.neighbours import APPROXIMATE_FROM, CellIndex, digest_of, nearest
 
 KEPT_IN = ".cocoa"
-CELLS = "cells.faiss"
+BLOCK = 1 << 14  # vectors that are float32 at once
 
 
 @dataclass(frozen=True)
@@ -60,22 +60,20 @@ class ImageIndex:
         folder: of images.
         kept_in: folder for vectors; None for `.cocoa` in the folder itself.
         threads: that read images.
-        exact: look at every vector, however many there are.
 
     Raises:
         UserError: if the folder is none, or its vectors cannot be kept.
     """
 
     def __init__(
-        self, folder: Path, embedder: Embedder, *, kept_in: Path | None, threads: int, exact: bool
+        self, folder: Path, embedder: Embedder, *, kept_in: Path | None, threads: int
     ) -> None:
         self.folder = existing(folder)
         self.embedder = embedder
         self.threads = threads
-        self.exact = exact
         identity = embedder.identity()
-        exact_part = {n: v for n, v in identity.items() if n not in ("fingerprint", "tolerance")}
-        model = digest_of_text(json.dumps(exact_part, sort_keys=True))[:16]
+        exact = {n: v for n, v in identity.items() if n not in ("fingerprint", "tolerance")}
+        model = digest_of_text(json.dumps(exact, sort_keys=True))[:16]
         self.store = VectorStore(
             (kept_in or self.folder / KEPT_IN) / model,
             identity=identity,
@@ -84,7 +82,6 @@ class ImageIndex:
         )
         self.files: list[Path] = []
         self._vectors: Any = np.empty((0, embedder.dim), np.float16)
-        self._cells: CellIndex | None = None
 
     def update(self) -> Update:
         """Look at the folder, embed what is new or has changed, forget what is gone.
@@ -112,20 +109,29 @@ class ImageIndex:
         self.store.reload()
         self.files = [files[n] for n in good.tolist()]
         self._vectors = self.store.vectors(identities[good])
-        self._cells = None
-        if len(self.files) >= APPROXIMATE_FROM and not self.exact:
-            self._cells = CellIndex(
-                self._vectors,
-                file=self.store.folder / CELLS,
-                digest=digest_of(identities[good].both),
-            )
         return Update(embedded, left_out)
 
     def search(self, query: NDArray[np.float32], top: int) -> list[Found]:
         """The images nearest to a unit vector [D], the best first."""
-        if self._cells is None:
-            numbers, scores = nearest(query, self._vectors, top)
-        else:
-            numbers, scores = self._cells.nearest(query, top)
+        numbers, scores = nearest(query, self._vectors, top)
         pairs = zip(numbers.tolist(), scores.tolist(), strict=True)
         return [Found(number, self.files[number], score) for number, score in pairs]
+
+
+def nearest(
+    query: NDArray[np.float32], vectors: Vectors, top: int
+) -> tuple[NDArray[np.intp], NDArray[np.float32]]:
+    """Numbers [K] and cosines [K] of the vectors nearest to a query, the best first; the first of
+    equals comes first. K = min(top, N).
+
+    Every vector is read: 200,000 of them take well under a second.
+
+    Args:
+        query: [D] and vectors: [N, D], of unit length.
+    """
+    scores = np.empty(len(vectors), np.float32)
+    for part in blocks(len(vectors), BLOCK):
+        scores[part] = read(vectors, part) @ query
+    top = min(top, len(scores))
+    order = np.argsort(-scores, kind="stable")[:top]
+    return order, scores[order]

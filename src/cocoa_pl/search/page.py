@@ -1,4 +1,4 @@
-"""An index in, a small page to search it with out.
+"""A small web page that searches an index.
 
 Images are asked for by their number in the index, never by a path, and a file that by now lies
 outside of the folder is not served.
