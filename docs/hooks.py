@@ -24,8 +24,8 @@ from cocoa_pl.batch import pack
 from cocoa_pl.config.build import register_resolvers
 from cocoa_pl.config.command_line import compose_overrides
 from cocoa_pl.corruption import Corrupted, Corruption, noise_of, with_noise
+from cocoa_pl.data.digit_scenes import caption, compose, draw
 from cocoa_pl.data.items import IMAGE_SLOT, Item
-from cocoa_pl.data.scenes import caption, compose, draw
 from cocoa_pl.data.tokenize import Processor
 from cocoa_pl.run import make_processor, open_model
 from cocoa_pl.stages.pictures import unpatchify

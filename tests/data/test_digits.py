@@ -1,7 +1,6 @@
 """The embedded data set: reproducible, without leaks, its captions true to what is drawn."""
 
 from collections import Counter
-from dataclasses import replace
 from itertools import chain, product
 from pathlib import Path
 
@@ -10,10 +9,11 @@ import pytest
 import yaml
 from PIL import Image
 
-from cocoa_pl.data import digits, scenes
+from cocoa_pl.data import digit_scenes as scenes
+from cocoa_pl.data import digits
+from cocoa_pl.data.digit_scenes import EMPTY, HELD_OUT_PAIRS, Layout
 from cocoa_pl.data.digits import DigitsBenchmark, DigitsData
 from cocoa_pl.data.items import GROUPS, IMAGE_SLOT, EvalSubset, Item
-from cocoa_pl.data.scenes import EMPTY, HELD_OUT_PAIRS, Layout
 from cocoa_pl.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -82,11 +82,13 @@ def test_handwriting_is_real_and_in_exactly_one_split() -> None:
     shares = [len(part) / 1797 for part in parts.values()]
     assert shares == pytest.approx([0.60, 0.15, 0.25], abs=0.01)
     assert all(len(own) >= 20 for split in handwriting.by_split.values() for own in split)
+    scene = scenes.compose((1, 2, 3, 4) * 20, split="validation", rng=np.random.default_rng(0))
+    assert set(scene.glyphs) <= set(parts["validation"])
 
 
 def test_layouts_are_in_exactly_one_split_and_held_out_pairs_in_none() -> None:
     parts = [scenes.layouts(split) for split in ("train", "validation", "test")]
-    together = [*chain.from_iterable(parts), *scenes.held_out_layouts(), (EMPTY,) * 4]
+    together = [*chain.from_iterable(parts), *scenes.layouts("held_out"), (EMPTY,) * 4]
     assert Counter(together) == Counter(product(range(EMPTY, 10), repeat=4))
     shown = {layout[cell : cell + 2] for layout in chain(*parts) for cell in (0, 2)}
     assert not shown & HELD_OUT_PAIRS
@@ -94,11 +96,8 @@ def test_layouts_are_in_exactly_one_split_and_held_out_pairs_in_none() -> None:
 
 
 def test_caption_determines_its_layout() -> None:
-    everything = [*scenes.layouts("train"), *scenes.layouts("test"), *scenes.held_out_layouts()]
+    everything = [*scenes.layouts("train"), *scenes.layouts("test"), *scenes.layouts("held_out")]
     assert [layout_of(scenes.caption(layout)) for layout in everything] == everything
-
-
-def test_ring_caption_determines_its_layout() -> None:
     rings = scenes.ring_layouts(np.random.default_rng(0), count=200)
     assert len(set(rings)) == 200
     places = scenes.RING_PLACES
@@ -137,14 +136,6 @@ def test_drawing_puts_each_digit_into_its_cell() -> None:
     down, right = scene.offsets[3]
     glyph = scenes.load_handwriting().ink[scene.glyphs[3]]
     assert np.array_equal(255 - picture[28 + down : 52 + down, 28 + right : 52 + right], glyph)
-
-
-def test_handwriting_of_a_scene_is_its_splits_own() -> None:
-    rng = np.random.default_rng(0)
-    own = np.concatenate(scenes.load_handwriting().by_split["validation"])
-    for _ in range(50):
-        scene = scenes.compose((1, 2, 3, 4), split="validation", rng=rng)
-        assert set(scene.glyphs) <= set(own)
 
 
 # --- written folders -----------------------------------------------------------------------------
@@ -239,7 +230,7 @@ def test_scenes_beyond_the_layouts_repeat_them_in_new_handwriting(
     few = scenes.layouts("train")[:30]
     known = scenes.layouts
     monkeypatch.setattr(
-        "cocoa_pl.data.digit_subsets.layouts",
+        "cocoa_pl.data.digits.layouts",
         lambda split: few if split == "train" else known(split),
     )
     pairs = [p for p in make_data(tmp_path).train_pairs() if p.subset == "scene_i2t"]
@@ -382,8 +373,3 @@ def test_configs_name_every_argument_and_nothing_else() -> None:
         config = yaml.safe_load((ROOT / "conf" / f"{file}.yaml").read_text())
         assert config.pop("_target_") == f"{kind.__module__}.{kind.__name__}"
         kind(**config)
-
-
-def test_scenes_are_values() -> None:
-    scene = scenes.compose((1, 2, 3, 4), split="test", rng=np.random.default_rng(0))
-    assert replace(scene, layout=scene.layout) == scene

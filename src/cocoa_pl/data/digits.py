@@ -12,30 +12,72 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from cocoa_pl.config.bounds import Count, Seed
-from cocoa_pl.data.digit_subsets import (
-    GROUP_OF,
-    IN_DISTRIBUTION,
-    evaluation_tasks,
-    out_of_distribution_tasks,
-    training_examples,
+from cocoa_pl.data.digit_scenes import (
+    ANSWERS,
+    DIGIT_WORDS,
+    Example,
+    Layout,
+    Scene,
+    Side,
+    Studio,
+    about,
+    count_digits,
+    filled,
+    find_caption,
+    find_crop,
+    find_edited,
+    find_image,
+    layouts,
+    name_digit,
+    name_neighbour,
+    ring_layouts,
+    target,
 )
-from cocoa_pl.data.digit_writer import Studio, write_eval, write_train
 from cocoa_pl.data.items import EvalSubset, Pair
 from cocoa_pl.data.mmeb import read_train
 from cocoa_pl.data.mmeb_eval import read_eval_subset
 from cocoa_pl.data.rows import OnBadRow, distinct_texts
+from cocoa_pl.errors import UserError
+
+# Subset -> task group, in the order of reports.
+IN_DISTRIBUTION = {
+    "scene_i2t": "retrieval",
+    "scene_t2i": "retrieval",
+    "scene_i2i": "retrieval",
+    "scene_it2i": "retrieval",
+    "position_cls": "classification",
+    "count_vqa": "vqa",
+    "right_of_vqa": "vqa",
+    "grounding": "grounding",
+}
+OUT_OF_DISTRIBUTION = {
+    "grid3_i2t": "retrieval",
+    "grid3_t2i": "retrieval",
+    "inverted_i2t": "retrieval",
+    "inverted_cls": "classification",
+    "heldout_i2t": "retrieval",
+    "heldout_t2i": "retrieval",
+    "heldout_vqa": "vqa",
+}
+GROUP_OF = IN_DISTRIBUTION | OUT_OF_DISTRIBUTION
 
 # Part of the cache key: raise it whenever the same parameters would be drawn or worded differently.
 FORMAT_VERSION = 1
 
 _MARKER = "complete.json"  # written last: a folder without it was interrupted
 _EVAL_SPLIT = "test"
+_GROUNDING_CANDIDATES = 100
 
 _log = logging.getLogger(__name__)
 
@@ -79,42 +121,35 @@ class DigitsData:
 
     def train_pairs(self) -> Sequence[Pair]:
         """All training rows, subset after subset."""
-        return self._train
+        return self._pairs["train"]
 
     def validation_pairs(self) -> Sequence[Pair]:
         """Validation rows in training format, for validation losses."""
-        return self._validation
+        return self._pairs["validation"]
 
     def validation_subsets(self) -> list[EvalSubset]:
         """Validation rows with candidates, for choices that precision@1 should make."""
         root = self.prepare()
-        return [
-            _read_eval(root, folder="validation", subset=subset, on_bad_row=self.on_bad_row)
-            for subset in IN_DISTRIBUTION
-        ]
+        return _read_eval(root, folder="validation", groups=IN_DISTRIBUTION, bad=self.on_bad_row)
 
     def training_texts(self) -> list[str]:
         """All distinct training texts without image slots, sorted: a tokenizer learns from them."""
         return distinct_texts(self.train_pairs())
 
     @cached_property
-    def _train(self) -> Sequence[Pair]:
-        return self._pairs("train")
-
-    @cached_property
-    def _validation(self) -> Sequence[Pair]:
-        return self._pairs("validation")
-
-    def _pairs(self, split: str) -> Sequence[Pair]:
+    def _pairs(self) -> dict[str, Sequence[Pair]]:
         root = self.prepare()
-        return read_train(
-            root / "train",
-            subsets=tuple(IN_DISTRIBUTION),
-            split=split,
-            image_root=root,
-            on_bad_row=self.on_bad_row,
-            max_rows=None,
-        )
+        return {
+            split: read_train(
+                root / "train",
+                subsets=tuple(IN_DISTRIBUTION),
+                split=split,
+                image_root=root,
+                on_bad_row=self.on_bad_row,
+                max_rows=None,
+            )
+            for split in ("train", "validation")
+        }
 
 
 class DigitsBenchmark:
@@ -150,46 +185,24 @@ class DigitsBenchmark:
 
     def subsets(self) -> list[EvalSubset]:
         """All subsets, in distribution first."""
-        root = self.prepare()
-        return [
-            _read_eval(root, folder="test", subset=subset, on_bad_row=self.on_bad_row)
-            for subset in GROUP_OF
-        ]
+        return _read_eval(self.prepare(), folder="test", groups=GROUP_OF, bad=self.on_bad_row)
 
 
-def write_training(
-    root: Path, *, seed: int, scenes: int, task_rows: int, validation_rows: int
-) -> None:
-    """Training columns of both splits under `train/`, evaluation columns under `validation/`."""
-    studio = Studio(root, split="train", seed=seed)
-    for name, examples in training_examples(studio, scenes=scenes, task_rows=task_rows).items():
-        write_train(root / "train" / name, examples, split="train")
-    studio = Studio(root, split="validation", seed=seed)
-    for task in evaluation_tasks(studio, scenes=validation_rows, task_rows=validation_rows):
-        write_train(root / "train" / task.name, task.examples, split="validation")
-        write_eval(root / "validation" / task.name, task, split=_EVAL_SPLIT)
-
-
-def write_benchmark(root: Path, *, seed: int, scenes: int, task_rows: int) -> None:
-    """All test subsets under `test/`."""
-    studio = Studio(root, split="test", seed=seed)
-    for task in (
-        *evaluation_tasks(studio, scenes=scenes, task_rows=task_rows),
-        *out_of_distribution_tasks(studio, rows=task_rows),
-    ):
-        write_eval(root / "test" / task.name, task, split=_EVAL_SPLIT)
-
-
-def _read_eval(root: Path, *, folder: str, subset: str, on_bad_row: OnBadRow) -> EvalSubset:
-    return read_eval_subset(
-        root / folder,
-        subset=subset,
-        split=_EVAL_SPLIT,
-        image_root=root,
-        group=GROUP_OF[subset],
-        in_distribution=subset in IN_DISTRIBUTION,
-        on_bad_row=on_bad_row,
-    )
+def _read_eval(
+    root: Path, *, folder: str, groups: Mapping[str, str], bad: OnBadRow
+) -> list[EvalSubset]:
+    return [
+        read_eval_subset(
+            root / folder,
+            subset=name,
+            split=_EVAL_SPLIT,
+            image_root=root,
+            group=group,
+            in_distribution=name in IN_DISTRIBUTION,
+            on_bad_row=bad,
+        )
+        for name, group in groups.items()
+    ]
 
 
 def _cached(cache_dir: Path, *, name: str, write: Callable[..., None], **parameters: int) -> Path:
@@ -215,3 +228,197 @@ def _cached(cache_dir: Path, *, name: str, write: Callable[..., None], **paramet
             if not (root / _MARKER).is_file():
                 raise
     return root
+
+
+# --- Subsets -------------------------------------------------------------------------------------
+
+
+class Task(NamedTuple):
+    """Rows, and for each its candidates: int [C] positions in `pool`, the positive first."""
+
+    name: str
+    examples: list[Example]
+    pool: list[Side]
+    candidates: list[np.ndarray]
+
+
+def write_training(
+    root: Path, *, seed: int, scenes: int, task_rows: int, validation_rows: int
+) -> None:
+    """Training columns of both splits under `train/`, evaluation columns under `validation/`."""
+    studio = Studio(root, split="train", seed=seed)
+    known = layouts("train")  # with more scenes than layouts, layouts repeat in new handwriting
+    drawn = studio.draw([known[n % len(known)] for n in range(scenes)], name="scene")
+    cells = _cells_to_find(studio, drawn, rows=task_rows)
+    crops = {(scene, cell): studio.crop(scene, cell=cell) for scene, cell in cells}
+    examples = _examples(studio, drawn, rows=task_rows)
+    examples["grounding"] = [find_crop(s, c, crops[s, c], studio.rng) for s, c in cells]
+    for name, rows in examples.items():
+        _write_train(root / "train" / name, rows, split="train")
+    studio = Studio(root, split="validation", seed=seed)
+    for task in _evaluation_tasks(studio, scenes=validation_rows, task_rows=validation_rows):
+        _write_train(root / "train" / task.name, task.examples, split="validation")
+        _write_eval(root / "validation" / task.name, task)
+
+
+def write_benchmark(root: Path, *, seed: int, scenes: int, task_rows: int) -> None:
+    """All test subsets under `test/`: those of training, and out of distribution 3 x 3 grids, light
+    ink on dark paper, and pairs of neighbours that training never shows.
+    """
+    studio = Studio(root, split="test", seed=seed)
+    tasks = _evaluation_tasks(studio, scenes=scenes, task_rows=task_rows)
+    ring = studio.draw(ring_layouts(studio.rng, count=task_rows), name="grid3")
+    known = _first(layouts("test"), task_rows, what="task_rows")
+    inverted = studio.draw(known, name="inverted", inverted=True)
+    known = _first(layouts("held_out"), task_rows, what="task_rows")
+    held_out = studio.draw(known, name="heldout")
+    neighbours = _rows(name_neighbour(s, studio.rng, only_held_out=True) for s in held_out)
+    tasks += [
+        _task("grid3_i2t", map(find_caption, ring)),
+        _task("grid3_t2i", map(find_image, ring)),
+        _task("inverted_i2t", map(find_caption, inverted)),
+        _task("inverted_cls", [name_digit(s, studio.rng) for s in inverted], words=DIGIT_WORDS),
+        _task("heldout_i2t", map(find_caption, held_out)),
+        _task("heldout_t2i", map(find_image, held_out)),
+        _task("heldout_vqa", neighbours, words=ANSWERS),
+    ]
+    for task in tasks:
+        _write_eval(root / "test" / task.name, task)
+
+
+def _examples(studio: Studio, drawn: list[Scene], *, rows: int) -> dict[str, list[Example]]:
+    """Every in-distribution subset but grounding, which needs crops."""
+    rng, by_layout = studio.rng, {scene.layout: scene for scene in drawn}
+    asked = studio.shuffled(drawn)[:rows]
+    others = studio.draw([scene.layout for scene in asked], name="other")
+    return {
+        "scene_i2t": [find_caption(scene) for scene in drawn],
+        "scene_t2i": [find_image(scene) for scene in drawn],
+        "scene_i2i": [
+            Example(about(scene, "Find the same digits in other handwriting"), target(other))
+            for scene, other in zip(asked, others, strict=True)
+        ],
+        "scene_it2i": _rows(find_edited(s, by_layout, rng) for s in studio.shuffled(drawn))[:rows],
+        "position_cls": [name_digit(scene, rng) for scene in studio.shuffled(drawn)[:rows]],
+        "count_vqa": [count_digits(s) for s in _counts_in_turn(studio.shuffled(drawn))[:rows]],
+        "right_of_vqa": _rows(name_neighbour(s, rng) for s in studio.shuffled(drawn))[:rows],
+    }
+
+
+def _evaluation_tasks(studio: Studio, *, scenes: int, task_rows: int) -> list[Task]:
+    """The in-distribution subsets with their candidates; every scene has a layout of its own."""
+    drawn = studio.draw(_first(layouts(studio.split), scenes, what="scenes"), name="scene")
+    cells = _cells_to_find(studio, drawn, rows=task_rows)
+    crops = {
+        (scene, cell): studio.crop(scene, cell=cell)
+        for scene, _ in cells
+        for cell in filled(scene.layout)
+    }
+    grounding = [find_crop(s, cell, crops[s, cell], studio.rng) for s, cell in cells]
+    examples = _examples(studio, drawn, rows=task_rows)
+    words = {"position_cls": DIGIT_WORDS, "count_vqa": ANSWERS, "right_of_vqa": ANSWERS}
+    pools = {"scene_it2i": [target(scene) for scene in drawn]}
+    return [
+        *(_task(n, rows, words=words.get(n), pool=pools.get(n)) for n, rows in examples.items()),
+        Task("grounding", grounding, list(map(target, crops.values())), _rivals(cells, crops)),
+    ]
+
+
+def _task(
+    name: str,
+    examples: Iterable[Example],
+    *,
+    words: Sequence[str] | None = None,
+    pool: list[Side] | None = None,
+) -> Task:
+    """Every row against all words, or all of the pool, or the positives of all rows."""
+    examples = list(examples)
+    if not examples:
+        raise UserError(f"digits: so few scenes make no row of {name}; ask for more of them")
+    pool = pool or [Side(word) for word in words or ()] or [row.positive for row in examples]
+    assert len(set(pool)) == len(pool), f"{name}: two candidates are the same"
+    number = {side: index for index, side in enumerate(pool)}
+    positives = [number[example.positive] for example in examples]
+    everything = np.arange(len(pool))
+    return Task(name, examples, pool, [np.r_[p, np.delete(everything, p)] for p in positives])
+
+
+def _rivals(
+    cells: Sequence[tuple[Scene, int]], crops: Mapping[tuple[Scene, int], str]
+) -> list[np.ndarray]:
+    """For each cell to find its crop, those of the same scene, then of the next scenes.
+
+    A crop with the positive's own piece of handwriting is never its rival.
+    """
+    places = list(crops)
+    glyphs = np.array([scene.glyphs[cell] for scene, cell in places])
+    candidates = []
+    for scene, cell in cells:
+        positive = places.index((scene, cell))
+        first = places.index((scene, filled(scene.layout)[0]))
+        order = np.roll(np.arange(len(places)), -first)
+        rivals = order[glyphs[order] != glyphs[positive]]
+        candidates.append(np.r_[positive, rivals[: _GROUNDING_CANDIDATES - 1]])
+    return candidates
+
+
+def _first(known: Sequence[Layout], count: int, *, what: str) -> Sequence[Layout]:
+    if count > len(known):
+        raise UserError(
+            f"digits: {what}={count}, but only {len(known)} different layouts exist there; "
+            "candidates must differ, so ask for fewer"
+        )
+    return known[:count]
+
+
+def _cells_to_find(studio: Studio, drawn: list[Scene], *, rows: int) -> list[tuple[Scene, int]]:
+    asked = studio.shuffled(drawn)[:rows]
+    return [(scene, int(studio.rng.choice(filled(scene.layout)))) for scene in asked]
+
+
+def _counts_in_turn(scenes: Sequence[Scene]) -> list[Scene]:
+    """Scenes with one, two, three and four digits in turn, as long as there are any of each."""
+    seen: dict[int, int] = defaultdict(int)
+    turns = []
+    for scene in scenes:
+        turns.append(seen[len(filled(scene.layout))])
+        seen[len(filled(scene.layout))] += 1
+    return [scenes[index] for index in np.argsort(turns, kind="stable")]
+
+
+def _rows(examples: Iterable[Example | None]) -> list[Example]:
+    return [example for example in examples if example]
+
+
+# --- MMEB's row format; equal rows give equal bytes ----------------------------------------------
+
+
+def _write_train(folder: Path, examples: Sequence[Example], *, split: str) -> None:
+    """MMEB's training columns; the negative ones only where there are negatives."""
+    columns = _columns("qry", "qry_image_path", [row.query for row in examples])
+    columns |= _columns("pos_text", "pos_image_path", [row.positive for row in examples])
+    negatives = [row.negative for row in examples]
+    if any(map(any, negatives)):
+        columns |= _columns("neg_text", "neg_image_path", negatives)
+    _write(columns, folder, split=split)
+
+
+def _write_eval(folder: Path, task: Task) -> None:
+    """MMEB's evaluation columns; element 0 of each target list is the positive."""
+    flat = pa.array(np.concatenate(task.candidates))
+    offsets = pa.array(np.cumsum([0, *map(len, task.candidates)]), pa.int32())
+    # Arrow takes the strings: 1000 rows x 1000 candidates never become Python lists.
+    pool = _columns("tgt_text", "tgt_img_path", task.pool).items()
+    targets = {n: pa.ListArray.from_arrays(offsets, pa.array(v).take(flat)) for n, v in pool}
+    queries = _columns("qry_text", "qry_img_path", [row.query for row in task.examples])
+    _write(queries | targets, folder, split=_EVAL_SPLIT)
+
+
+def _columns(text: str, image: str, sides: Sequence[Side]) -> dict[str, Any]:
+    return {text: [side.text for side in sides], image: [side.image for side in sides]}
+
+
+def _write(columns: dict[str, Any], folder: Path, *, split: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{split}-00000-of-00001.parquet"
+    pq.write_table(pa.table(columns), path, compression="zstd")

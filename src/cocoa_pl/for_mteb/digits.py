@@ -14,9 +14,9 @@ from mteb.abstasks.retrieval import AbsTaskRetrieval
 from mteb.abstasks.task_metadata import TaskMetadata
 from mteb.abstasks.zeroshot_classification import AbsTaskZeroShotClassification
 
+from cocoa_pl.data.digit_scenes import DIGIT_WORDS
 from cocoa_pl.data.digits import DigitsBenchmark
 from cocoa_pl.data.items import EvalSubset
-from cocoa_pl.data.scenes import DIGIT_WORDS
 
 CACHE_DIR = ".cache"
 ASKED = "Find the image of"

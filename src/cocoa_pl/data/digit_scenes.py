@@ -1,4 +1,4 @@
-"""Real handwritten digits in, grid scenes with captions out.
+"""Scenes of real handwritten digits: their pictures, their captions, and questions about them.
 
 A layout is a grid of digits and empty cells; its caption says exactly what is where, so equal
 captions mean equal layouts. A scene is a layout drawn with particular pieces of handwriting.
@@ -6,14 +6,17 @@ Handwriting and layouts are divided into train, validation and test once and for
 bring a test digit into training.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
-from typing import Literal
+from pathlib import Path
+from typing import Literal, NamedTuple
 
 import numpy as np
 from PIL import Image
+
+from cocoa_pl.data.items import PLACEHOLDER
 
 Split = Literal["train", "validation", "test"]
 Layout = tuple[int, ...]  # row-major, EMPTY or 0-9 for each cell
@@ -43,12 +46,14 @@ _PAPER = 255
 class Scene:
     """A layout, and for each cell the handwriting (its index, or EMPTY) and where it lies.
 
-    `offsets` are (down, right) in pixels, 0 to CELL - 24.
+    `offsets` are (down, right) in pixels, 0 to CELL - 24. `image` is the path of the picture, below
+    the image root; empty until it is written.
     """
 
     layout: Layout
     glyphs: tuple[int, ...]
     offsets: tuple[tuple[int, int], ...]
+    image: str = ""
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,7 @@ class Handwriting:
 @cache
 def load_handwriting() -> Handwriting:
     """The digits and their division; every piece belongs to exactly one split."""
-    # Costs a second, and only whoever draws scenes needs it.
+    # Costs a second, and only drawing needs it.
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -79,14 +84,14 @@ def load_handwriting() -> Handwriting:
         ]
     )
     order = np.random.default_rng(_DIVISION_SEED).permutation(len(ink))
-    by_split: dict[Split, list[np.ndarray]] = {"train": [], "validation": [], "test": []}
+    by_split: dict[Split, tuple[np.ndarray, ...]] = {"train": (), "validation": (), "test": ()}
     for digit in range(10):
         own = order[digits.target[order] == digit]
         first = round(len(own) * _HANDWRITING_SHARES["train"])
         second = first + round(len(own) * _HANDWRITING_SHARES["validation"])
         for split, part in zip(by_split, np.split(own, [first, second]), strict=True):
-            by_split[split].append(part)
-    return Handwriting(ink=ink, by_split={split: tuple(parts) for split, parts in by_split.items()})
+            by_split[split] += (part,)
+    return Handwriting(ink=ink, by_split=by_split)
 
 
 def has_held_out_pair(layout: Layout) -> bool:
@@ -95,32 +100,24 @@ def has_held_out_pair(layout: Layout) -> bool:
 
 
 @cache
-def layouts(split: Split) -> tuple[Layout, ...]:
-    """The 2 x 2 layouts of a split in a fixed random order; disjoint, and none is held out."""
+def layouts(split: Split | Literal["held_out"]) -> tuple[Layout, ...]:
+    """The 2 x 2 layouts of a split, or those with a held-out pair: disjoint, in a fixed order."""
     known = [
         layout
         for layout in product(range(EMPTY, 10), repeat=4)
-        if any(digit != EMPTY for digit in layout) and not has_held_out_pair(layout)
+        if any(digit != EMPTY for digit in layout)
+        and has_held_out_pair(layout) == (split == "held_out")
     ]
     order = np.random.default_rng(_DIVISION_SEED).permutation(len(known))
     test = _RESERVED_LAYOUTS["test"]
     validation = test + _RESERVED_LAYOUTS["validation"]
     part = {
+        "held_out": order,
         "test": order[:test],
         "validation": order[test:validation],
         "train": order[validation:],
     }
     return tuple(known[index] for index in part[split])
-
-
-@cache
-def held_out_layouts() -> tuple[Layout, ...]:
-    """All 2 x 2 layouts with a held-out pair, in a fixed random order."""
-    held_out = [
-        layout for layout in product(range(EMPTY, 10), repeat=4) if has_held_out_pair(layout)
-    ]
-    order = np.random.default_rng(_DIVISION_SEED).permutation(len(held_out))
-    return tuple(held_out[index] for index in order)
 
 
 def ring_layouts(rng: np.random.Generator, *, count: int) -> list[Layout]:
@@ -193,11 +190,138 @@ def crop(picture: np.ndarray, *, cell: int) -> np.ndarray:
     return picture[top : top + CELL, left : left + CELL]
 
 
-def only_occurrence(layout: Layout, digit: int) -> bool:
-    """Whether `digit` names one cell of the layout without doubt."""
-    return digit != EMPTY and layout.count(digit) == 1
-
-
 def filled(layout: Sequence[int]) -> list[int]:
     """The cells that hold a digit."""
     return [cell for cell, digit in enumerate(layout) if digit != EMPTY]
+
+
+class Studio:
+    """Draws scenes of one split, with its handwriting only, into PNG files.
+
+    Args:
+        root: data folder; pictures go to `images/<split>/` below it.
+    """
+
+    def __init__(self, root: Path, *, split: Split, seed: int) -> None:
+        self.root = root
+        self.split = split
+        # A stream for each split: the size of one does not change the scenes of another.
+        self.rng = np.random.default_rng([seed, ("train", "validation", "test").index(split)])
+
+    def draw(self, layouts: Sequence[Layout], *, name: str, inverted: bool = False) -> list[Scene]:
+        """Each layout in new handwriting, its picture in `<name>_<number>.png`."""
+        scenes = [compose(layout, split=self.split, rng=self.rng) for layout in layouts]
+        return [
+            replace(scene, image=self._save(draw(scene, inverted=inverted), f"{name}_{n:05d}"))
+            for n, scene in enumerate(scenes)
+        ]
+
+    def crop(self, scene: Scene, *, cell: int) -> str:
+        """Write one cell of a scene; the path of the crop."""
+        return self._save(crop(draw(scene), cell=cell), f"{Path(scene.image).stem}_crop{cell}")
+
+    def shuffled(self, scenes: Sequence[Scene]) -> list[Scene]:
+        return [scenes[number] for number in self.rng.permutation(len(scenes))]
+
+    def _save(self, picture: np.ndarray, name: str) -> str:
+        path = self.root / "images" / self.split / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture).save(path, compress_level=1)
+        return path.relative_to(self.root).as_posix()
+
+
+# --- Questions: training and benchmark ask in the same words -------------------------------------
+
+ANSWERS = (*DIGIT_WORDS, "nothing")
+
+
+class Side(NamedTuple):
+    """A text, and the path of an image below the data folder, `""` for none."""
+
+    text: str
+    image: str = ""
+
+
+class Example(NamedTuple):
+    """One row; a negative without text and image is none."""
+
+    query: Side
+    positive: Side
+    negative: Side = Side("")
+
+
+def find_caption(scene: Scene) -> Example:
+    return Example(about(scene, "Find the caption of the image"), Side(caption(scene.layout)))
+
+
+def find_image(scene: Scene) -> Example:
+    return Example(Side(f"Find the image of {caption(scene.layout)}"), target(scene))
+
+
+def find_edited(
+    scene: Scene, by_layout: Mapping[Layout, Scene], rng: np.random.Generator
+) -> Example | None:
+    """Find the picture that an edit leads to; the unedited picture is the hard negative.
+
+    None if no single edit leads to another one of these scenes.
+    """
+    before = scene.layout
+    changed = (
+        (*before[:cell], digit, *before[cell + 1 :])
+        for cell in range(len(before))
+        for digit in range(EMPTY, 10)
+        if digit != before[cell]
+    )
+    reachable = [layout for layout in changed if layout in by_layout]
+    if not reachable:
+        return None
+    after = reachable[rng.integers(len(reachable))]
+    query = about(scene, str(edit(before, after)))
+    return Example(query, target(by_layout[after]), target(scene))
+
+
+def name_digit(scene: Scene, rng: np.random.Generator) -> Example:
+    cell = rng.choice(filled(scene.layout))
+    answer = Side(DIGIT_WORDS[scene.layout[cell]])
+    return Example(about(scene, f"Which digit is {PLACES[cell]}?"), answer)
+
+
+def count_digits(scene: Scene) -> Example:
+    answer = Side(DIGIT_WORDS[len(filled(scene.layout))])
+    return Example(about(scene, "How many digits are there?"), answer)
+
+
+def name_neighbour(
+    scene: Scene, rng: np.random.Generator, *, only_held_out: bool = False
+) -> Example | None:
+    """Name the right neighbour of a digit that occurs once; None for a scene without one."""
+    layout = scene.layout
+    cells = [
+        cell
+        for cell in (0, 2)
+        if layout[cell] != EMPTY
+        and layout.count(layout[cell]) == 1
+        and (not only_held_out or layout[cell : cell + 2] in HELD_OUT_PAIRS)
+    ]
+    if not cells:
+        return None
+    cell = rng.choice(cells)
+    question = f"Which digit is right of {DIGIT_WORDS[layout[cell]]}?"
+    return Example(about(scene, question), Side(ANSWERS[layout[cell + 1]]))  # EMPTY: the last one
+
+
+def find_crop(scene: Scene, cell: int, crop: str, rng: np.random.Generator) -> Example:
+    """Find the crop that a place, or a digit that occurs once, names."""
+    digit = scene.layout[cell]
+    by_digit = scene.layout.count(digit) == 1 and rng.random() < 0.5
+    words = f"digit {DIGIT_WORDS[digit]}" if by_digit else f"{PLACES[cell]} digit"
+    return Example(about(scene, f"Find the {words}"), target(crop))
+
+
+def about(scene: Scene, words: str) -> Side:
+    return Side(f"{PLACEHOLDER}\n{words}", scene.image)
+
+
+def target(picture: Scene | str) -> Side:
+    image = picture if isinstance(picture, str) else picture.image
+    return Side(f"{PLACEHOLDER}\nRepresent the image", image)
