@@ -1,4 +1,4 @@
-"""The `cocoa` command: the first word in, the sub-command of that name run, its exit status out.
+"""The `cocoa` command: runs the sub-command that its first word names.
 
 A sub-command is imported only when it is asked for: torch and transformers take seconds.
 """

@@ -209,7 +209,7 @@ def test_memory_is_bounded_by_the_block_and_not_by_the_corpus(tmp_path: Path) ->
     rng = np.random.default_rng(0)
     path = tmp_path / "vectors.npy"
     np.save(path, unit(rng.normal(size=(count, width))).astype(np.float16))
-    vectors = np.load(path, mmap_mode="r")
+    vectors = np.load(path, mmap_mode="c")
     rows = [rng.choice(count, size=each, replace=False).astype(np.int32) for _ in range(rows_count)]
     query_index = np.arange(rows_count)
     block = 1 << 15  # 128 KiB of float32

@@ -1,11 +1,14 @@
-"""What a folder keeps of vectors: whole or not at all, found by content, and only this model's."""
+"""A store holds what was embedded, whole or not at all, of this model and the files as they are."""
 
 from __future__ import annotations
 
 import json
 import logging
 import os
-import time
+import signal
+import subprocess
+import sys
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +19,10 @@ from safetensors.numpy import load_file, save_file
 
 from cocoa_pl.data.items import IMAGE_SLOT, Item
 from cocoa_pl.errors import UserError
-from cocoa_pl.evaluation import shards
-from cocoa_pl.evaluation.identities import Identities, file_stamp
-from cocoa_pl.evaluation.shards import DamagedShard, read_shard, write_shard
-from cocoa_pl.evaluation.store import VectorStore
+from cocoa_pl.evaluation import store as store_module
+from cocoa_pl.evaluation.store import VectorStore, cache_keys, embed_missing, file_state
 
-DIM = 6
+DIM, BATCH = 6, 3
 IDENTITY: dict[str, Any] = {
     "weights": "1f00",
     "policy": {"name": "bidirectional"},
@@ -30,6 +31,40 @@ IDENTITY: dict[str, Any] = {
     "tolerance": 1e-3,
     "fingerprint": [[1.0, 0.0], [0.0, 1.0]],
 }
+
+# Fills the store named by its argument and is killed in the middle of the third file.
+KILLED = """
+import sys
+from pathlib import Path
+sys.path.insert(0, str(Path(sys.argv[2])))
+import test_store as toy
+toy.store_module.FILE_VECTORS = 6
+toy.fill(toy.open_store(Path(sys.argv[1])), toy.texts(*range(30)), toy.Model(kill_at=16))
+"""
+
+
+class Model:
+    """Vectors from the keys of items, in batches out of order; counts what it embeds."""
+
+    def __init__(self, *, kill_at: int | None = None) -> None:
+        self.embedded: list[str] = []
+        self.kill_at = kill_at
+
+    def stream(self, items: Sequence[Item]) -> Generator[tuple[np.ndarray, np.ndarray]]:
+        order = np.arange(len(items))[::-1]
+        for start in range(0, len(items), BATCH):
+            places = order[start : start + BATCH]
+            for place in places:
+                if items[place].text == "bad":
+                    raise UserError("item 7: bad")
+                self.embedded.append(items[place].text)
+                if len(self.embedded) == self.kill_at:
+                    signal.raise_signal(signal.SIGKILL)
+            yield places, np.stack([vector_of(items[place]) for place in places])
+
+
+def vector_of(item: Item) -> np.ndarray:
+    return vectors_of(1, seed=item.key)[0]
 
 
 def open_store(
@@ -47,116 +82,46 @@ def texts(*numbers: int) -> list[Item]:
     return [Item(f"text {number}") for number in numbers]
 
 
-@pytest.fixture
-def shard(tmp_path: Path) -> Path:
-    keys = np.arange(5)
-    return write_shard(tmp_path, keys, keys * 10, vectors_of(5).astype(np.float16))
+def fill(store: VectorStore, items: Sequence[Item], model: Model, **share: int) -> int:
+    return embed_missing(store, items, cache_keys(items), model.stream, **share)
 
 
-# --- shards ------------------------------------------------------------------------------------
-
-
-def test_a_shard_gives_back_what_was_written_as_a_map(shard: Path) -> None:
-    read = read_shard(shard, dim=DIM, dtype="float16")
-    assert read.keys.tolist() == [0, 1, 2, 3, 4]
-    assert read.stamps.tolist() == [0, 10, 20, 30, 40]
-    np.testing.assert_array_equal(read.vectors, vectors_of(5).astype(np.float16))
-    assert isinstance(read.vectors, np.memmap)
-
-
-def test_any_safetensors_reader_opens_a_shard(shard: Path) -> None:
-    arrays = load_file(shard)
-    assert {name: (a.dtype.name, a.shape) for name, a in arrays.items()} == {
-        "keys": ("int64", (5,)),
-        "stamps": ("int64", (5,)),
-        "vectors": ("float16", (5, DIM)),
-    }
-
-
-@pytest.mark.parametrize("kept", [0, 7, 60, -1])
-def test_a_shard_that_was_cut_off_is_damaged(kept: int, shard: Path) -> None:
-    shard.write_bytes(shard.read_bytes()[:kept])
-    with pytest.raises(DamagedShard):
-        read_shard(shard, dim=DIM, dtype="float16")
-
-
-def test_a_single_flipped_bit_anywhere_is_noticed(shard: Path) -> None:
-    whole = shard.read_bytes()
-    for place in range(8, len(whole), 3):
-        shard.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
-        with pytest.raises(DamagedShard):
-            read_shard(shard, dim=DIM, dtype="float16")
-
-
-@pytest.mark.parametrize(
-    ("arrays", "told"),
-    [
-        ({"weights": np.zeros(3)}, "it holds weights"),
-        ({"keys": np.arange(2), "stamps": np.arange(2), "vectors": np.zeros((2, 3))}, "F64"),
-        (
-            {"keys": np.arange(2), "stamps": np.arange(2), "vectors": np.zeros((2, 3), "f2")},
-            r"float16 \(2, 3\)",
-        ),
-        (
-            {"keys": np.arange(1), "stamps": np.arange(2), "vectors": np.zeros((2, DIM), "f2")},
-            r"float16 \(2, 6\)",
-        ),
-        (
-            {"keys": np.arange(2), "stamps": np.arange(2), "vectors": np.zeros((2, DIM), "f2")},
-            "checksum",
-        ),
-    ],
-)
-def test_another_file_is_no_shard(arrays: dict[str, Any], told: str, tmp_path: Path) -> None:
-    save_file(arrays, tmp_path / "x.safetensors")
-    with pytest.raises(DamagedShard, match=told):
-        read_shard(tmp_path / "x.safetensors", dim=DIM, dtype="float16")
-
-
-def test_a_shard_has_its_name_only_when_all_of_it_is_on_the_disk(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def power_failure(file: int) -> None:
-        assert list(tmp_path.glob("*.safetensors")) == []
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr(shards.os, "fsync", power_failure)
-    with pytest.raises(OSError, match="no space"):
-        write_shard(tmp_path, np.arange(5), np.arange(5), vectors_of(5))
-    assert list(tmp_path.glob("*.safetensors")) == []
+def assert_holds(store: VectorStore, items: Sequence[Item]) -> None:
+    expected = np.stack([vector_of(item) for item in items])
+    np.testing.assert_array_equal(store.vectors(cache_keys(items)), expected.astype(store.dtype))
 
 
 # --- what is found -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_what_was_written_is_found_again_in_any_order(dtype: str, tmp_path: Path) -> None:
-    vectors = vectors_of(10)
+def test_what_was_added_is_found_again_in_any_order(dtype: str, tmp_path: Path) -> None:
+    vectors, keys = vectors_of(10), cache_keys(texts(*range(10)))
     store = open_store(tmp_path / "store", stored_as=dtype)
     for part in (slice(0, 4), slice(4, 5), slice(5, 10)):
-        store.write(Identities.of(texts(*range(10)))[part], vectors[part])
+        store.add(keys[part], vectors[part])
     for again in (store, open_store(tmp_path / "store", stored_as=dtype)):
-        again.reload()
         assert len(again) == 10
-        wanted = [7, 0, 9, 4, 4, 1]
-        found = again.vectors(Identities.of(texts(*wanted)))
-        assert found.shape == (6, DIM)
-        expected = vectors[wanted].astype(dtype)
-        np.testing.assert_array_equal(found[0:6], expected)
-        np.testing.assert_array_equal(found[np.array([5, 1, 1])], expected[[5, 1, 1]])
-        np.testing.assert_array_equal(found[np.array([3, 4])], expected[[3, 4]])  # of one shard
-        assert found[np.array([], int)].shape == found[2:2].shape == (0, DIM)
-        assert found[0:1].dtype == dtype
+        for wanted in ([7, 0, 9, 4, 4, 1], [4], []):
+            found = again.vectors(keys[wanted])
+            assert (found.shape, found.dtype) == ((len(wanted), DIM), dtype)
+            np.testing.assert_array_equal(found, vectors[wanted].astype(dtype))
 
 
 def test_what_is_not_there_is_missing_and_no_vector_is_made_up(tmp_path: Path) -> None:
-    store = open_store(tmp_path)
-    assert store.find(Identities.of(texts(0, 1))).tolist() == [-1, -1]
-    store.write(Identities.of(texts(0, 2)), vectors_of(2))
-    store.reload()
-    assert (store.find(Identities.of(texts(0, 1, 2))) < 0).tolist() == [False, True, False]
+    store, keys = open_store(tmp_path), cache_keys(texts(0, 1, 2))
+    assert store.missing(keys).tolist() == [0, 1, 2]
+    store.add(keys[[0, 2]], vectors_of(2))
+    assert store.missing(keys).tolist() == [1]
     with pytest.raises(UserError, match="lacks 1 of 3 vectors; run the same command again"):
-        store.vectors(Identities.of(texts(0, 1, 2)))
+        store.vectors(keys)
+
+
+def test_any_safetensors_reader_opens_a_file(tmp_path: Path) -> None:
+    open_store(tmp_path).add(np.arange(5), vectors_of(5))
+    (path,) = tmp_path.glob("*.safetensors")
+    arrays = {name: (a.dtype.name, a.shape) for name, a in load_file(path).items()}
+    assert arrays == {"keys": ("int64", (5,)), "vectors": ("float16", (5, DIM))}
 
 
 def test_a_changed_image_file_is_another_vector(tmp_path: Path) -> None:
@@ -165,20 +130,17 @@ def test_a_changed_image_file_is_another_vector(tmp_path: Path) -> None:
     other.write_bytes(b"1234")
     item = Item(f"{IMAGE_SLOT}a{IMAGE_SLOT}", (picture, other))
     store = open_store(tmp_path / "store")
-    store.write(Identities.of([item, *texts(1)]), vectors_of(2))
-    store.reload()
-    before = file_stamp(item)
-    assert store.find(Identities.of([item])).tolist() == [0]
+    store.add(cache_keys([item]), vectors_of(1))
+    before = file_state(item)
+    assert not len(store.missing(cache_keys([item])))
     os.utime(other, ns=(1, 10**18))  # the same size, another time
-    touched = file_stamp(item)
-    assert store.find(Identities.of([item])).tolist() == [-1]
-    assert store.count_changed(Identities.of([item])) == 1
-    assert store.count_changed(Identities.of(texts(1, 2))) == 1  # known, for all it knows
+    touched = file_state(item)
+    assert len(store.missing(cache_keys([item])))
     other.write_bytes(b"12345")
     os.utime(other, ns=(1, 10**18))  # the same time, another size
-    longer = file_stamp(item)
+    longer = file_state(item)
     other.unlink()
-    assert len({before, touched, longer, file_stamp(item), 0}) == 5
+    assert len({before, touched, longer, file_state(item), 0}) == 5
 
 
 def test_files_swapped_for_each_other_are_other_vectors(tmp_path: Path) -> None:
@@ -188,11 +150,11 @@ def test_files_swapped_for_each_other_are_other_vectors(tmp_path: Path) -> None:
         path.write_bytes(path.stem.encode())
         os.utime(path, ns=(1, 10**18))
     items = [Item(IMAGE_SLOT, (path,)) for path in (first, second)]
-    before = Identities.of(items).both
+    before = cache_keys(items)
     first.rename(tmp_path / "3.png")
     second.rename(first)
     (tmp_path / "3.png").rename(second)
-    assert not np.isin(Identities.of(items).both, before).any()
+    assert not np.isin(cache_keys(items), before).any()
 
 
 def test_pictures_of_the_same_bytes_are_told_apart() -> None:
@@ -207,43 +169,106 @@ def test_pictures_of_the_same_bytes_are_told_apart() -> None:
 
 
 def test_only_files_have_a_state(tmp_path: Path) -> None:
-    assert file_stamp(Item("text")) == 0
-    assert file_stamp(Item(IMAGE_SLOT, (b"bytes",))) == 0
+    assert file_state(Item("text")) == 0
+    assert file_state(Item(IMAGE_SLOT, (b"bytes",))) == 0
+
+
+# --- what is embedded --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("file_vectors", "files"), [(1, 7), (6, 4), (1000, 1)])
+def test_only_what_is_missing_is_embedded_and_equal_items_once(
+    file_vectors: int, files: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_module, "FILE_VECTORS", file_vectors)
+    store, model = open_store(tmp_path), Model()
+    assert fill(store, texts(*range(20), 3, 4), model) == 20
+    assert len(list(tmp_path.glob("*.safetensors"))) == files
+    for expected in (4, 0):
+        model = Model()
+        assert fill(store, texts(*range(24)), model) == expected == len(model.embedded)
+        assert_holds(store, texts(*range(24)))
+        store = open_store(tmp_path)
+
+
+def test_a_killed_run_goes_on_with_what_it_had_finished(tmp_path: Path) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path), str(Path(__file__).parent)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    store, model = open_store(tmp_path), Model()
+    assert len(store) == 12  # two files of six; the rest of sixteen died with it
+    assert fill(store, texts(*range(30)), model) == 18 == len(set(model.embedded))
+    assert_holds(store, texts(*range(30)))
+
+
+def test_what_was_finished_before_an_error_is_kept(tmp_path: Path) -> None:
+    items = [*texts(0, 1, 2), Item("bad"), *texts(*range(3, 12))]
+    with pytest.raises(UserError, match="bad"):
+        fill(open_store(tmp_path), items, Model())
+    assert len(open_store(tmp_path)) == 9
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_processes_share_the_items_and_none_is_embedded_twice(
+    world_size: int, tmp_path: Path
+) -> None:
+    items = texts(*range(60))
+    # All of them opened the store before any wrote into it, as they may.
+    stores = [open_store(tmp_path) for _ in range(world_size)]
+    models = [Model() for _ in range(world_size)]
+    for rank, (store, model) in enumerate(zip(stores, models, strict=True)):
+        fill(store, items, model, rank=rank, world_size=world_size)
+    embedded = [text for model in models for text in model.embedded]
+    assert sorted(embedded) == sorted(item.text for item in items)
+    assert min(len(model.embedded) for model in models) > 60 / world_size / 3
+    stores[0].reload()
+    assert_holds(stores[0], items)
+
+
+def test_a_run_goes_on_with_another_number_of_processes(tmp_path: Path) -> None:
+    items = texts(*range(60))
+    done = fill(open_store(tmp_path), items, Model(), rank=1, world_size=3)
+    rest = [fill(open_store(tmp_path), items, Model(), rank=r, world_size=2) for r in range(2)]
+    assert 0 < done == 60 - sum(rest)
+    assert_holds(open_store(tmp_path), items)
 
 
 # --- damage ------------------------------------------------------------------------------------
 
 
-def test_a_damaged_shard_is_named_and_its_items_are_missing(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("kept", [0, 7, 60, -5])
+def test_a_file_that_was_cut_off_is_named_and_its_items_are_embedded_again(
+    kept: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    store = open_store(tmp_path)
-    store.write(Identities.of(texts(0, 1)), vectors_of(2))
-    store.write(Identities.of(texts(2, 3)), vectors_of(2, seed=1))
-    first, second = sorted(tmp_path.glob("*.safetensors"))
-    content = bytearray(first.read_bytes())
-    content[-1] ^= 1
-    first.write_bytes(content)
+    fill(open_store(tmp_path), texts(0, 1), Model())
+    (first,) = tmp_path.glob("*.safetensors")
+    fill(open_store(tmp_path), texts(2, 3), Model())
+    first.write_bytes(first.read_bytes()[:kept])
     caplog.set_level(logging.WARNING)
     store = open_store(tmp_path)
     assert len(store) == 2
-    assert f"{first} is damaged (its content does not have its checksum)" in caplog.text
-    assert str(second) not in caplog.text
-    assert (store.find(Identities.of(texts(0, 1, 2, 3))) < 0).sum() == 2
+    assert f"{first} is damaged" in caplog.text
     assert first.exists()  # nothing is deleted unasked
+    assert fill(store, texts(0, 1, 2, 3), Model()) == 2
 
 
-def test_half_written_files_are_neither_read_nor_kept_for_ever(tmp_path: Path) -> None:
-    open_store(tmp_path)
-    living, dead = tmp_path / f"{'a' * 32}.draft", tmp_path / f"{'b' * 32}.draft"
-    somebodys = tmp_path / "chapter.draft"
-    for draft in (living, dead, somebodys):
-        draft.write_bytes(b"half")
-        os.utime(draft, (0, time.time() - 7200 * (draft != living)))
-    assert len(open_store(tmp_path)) == 0
-    assert living.exists()
-    assert somebodys.exists()
-    assert not dead.exists()
+def test_a_file_has_its_name_only_when_all_of_it_is_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(tmp_path)
+
+    def power_failure(file: int) -> None:
+        assert list(tmp_path.glob("*.safetensors")) == []
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(store_module.os, "fsync", power_failure)
+    with pytest.raises(UserError, match=f"store {tmp_path} cannot be written: .*No space left"):
+        store.add(cache_keys(texts(0)), vectors_of(1))
+    assert list(tmp_path.glob("*.safetensors")) == []
 
 
 # --- whose vectors -----------------------------------------------------------------------------
@@ -265,7 +290,7 @@ def test_another_models_vectors_are_refused(
     changes: dict[str, Any], told: str, tmp_path: Path
 ) -> None:
     store = open_store(tmp_path)
-    store.write(Identities.of(texts(0)), vectors_of(1))
+    store.add(cache_keys(texts(0)), vectors_of(1))
     with pytest.raises(UserError, match=f"{tmp_path} holds vectors of another model.*{told}"):
         open_store(tmp_path, **changes)
     assert len(open_store(tmp_path)) == 1
@@ -300,18 +325,7 @@ def test_what_is_no_store_is_left_alone(tmp_path: Path) -> None:
         open_store(tmp_path / "file")
 
 
-def test_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = open_store(tmp_path)
-
-    def full(file: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(shards.os, "fsync", full)
-    with pytest.raises(UserError, match=f"store {tmp_path} cannot be written: .*No space left"):
-        store.write(Identities.of(texts(0)), vectors_of(1))
-
-
 def test_the_store_says_in_a_file_whose_vectors_it_holds(tmp_path: Path) -> None:
     open_store(tmp_path)
     written = json.loads((tmp_path / "store.json").read_text())
-    assert written == {"format": 2, "dim": DIM, "stored_as": "float16", **IDENTITY}
+    assert written == {"format": 3, "dim": DIM, "stored_as": "float16", **IDENTITY}

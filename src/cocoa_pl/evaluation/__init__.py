@@ -1,1 +1,1 @@
-"""Evaluation: an `encode` callable and subsets -> scores -> results.json, report, summaries."""
+"""Scores of a model on a benchmark, their files and their pages."""

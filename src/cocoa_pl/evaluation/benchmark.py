@@ -1,4 +1,4 @@
-"""An `encode` callable, or vectors wherever they lie, and evaluation subsets in, `Results` out.
+"""Score the vectors of evaluation subsets, which an `encode` callable or a store gives.
 
 The scorer never sees a model. Every unique item is encoded once, also across subsets.
 A benchmark never averages over fewer subsets than it was asked for: what cannot be scored raises.
@@ -17,7 +17,7 @@ from cocoa_pl.evaluation.results import GalleryRow, RankedCandidate, Results, Su
 from cocoa_pl.evaluation.scoring import BLOCK, score_rows
 from cocoa_pl.evaluation.similarities import counted
 from cocoa_pl.evaluation.space import MAPPED_ROWS, Mapped, flattened, sample
-from cocoa_pl.evaluation.vectors import Floats, Vectors, spread
+from cocoa_pl.evaluation.vectors import Floats, evenly_spaced
 
 if TYPE_CHECKING:
     from cocoa_pl.data.items import EvalSubset
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 Encode = Callable[[Sequence[Item]], Floats]  # items -> float32 [N, D], unit length
 # A subset's number -> vectors of its queries and of its candidates; asked in the subsets' order.
-VectorsOf = Callable[[int], tuple[Vectors, Vectors]]
+VectorsOf = Callable[[int], tuple[Floats, Floats]]
 
 
 def evaluate(
@@ -195,7 +195,7 @@ def _sample_rows(hits: Hits, *, count: int) -> list[int]:
     rows: list[int] = []
     for wanted in (False, True):
         found = np.flatnonzero(hits.strict == wanted)
-        rows.extend(int(row) for row in found[spread(len(found), count=count)])
+        rows.extend(int(row) for row in found[evenly_spaced(len(found), count=count)])
     return sorted(rows)
 
 
@@ -204,8 +204,8 @@ def _gallery_row(
     row: int,
     hits: Hits,
     *,
-    queries: Vectors,
-    candidates: Vectors,
+    queries: Floats,
+    candidates: Floats,
     top: int = 5,
 ) -> GalleryRow:
     query, index = subset.query_index[row], subset.candidate_index[row]

@@ -1,4 +1,4 @@
-"""Folders of scored runs in, one page that sets them side by side out.
+"""`cocoa report`: a page that compares scored runs.
 
 Whether two scores differ is told by an interval of their difference: runs answer the same queries,
 but which of them each answered is not kept, so the interval takes them as independent and is wider

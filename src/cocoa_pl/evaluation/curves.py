@@ -1,4 +1,4 @@
-"""A run's metrics.csv in, small panels of loss curves out, ready to be drawn as inline SVG.
+"""Loss curves of runs' metrics.csv, as inline SVG.
 
 metrics.csv is long: a row `stage,step,name,value` per logged number, with names like
 `train/loss_mntp`.

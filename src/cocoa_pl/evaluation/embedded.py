@@ -1,7 +1,4 @@
-"""A model and evaluation subsets in, the subsets' vectors out: in memory, or read from a store.
-
-A store is filled by all processes of the job and scored by one.
-"""
+"""Vectors of evaluation subsets: in memory, or in a store that all processes of a job fill."""
 
 from __future__ import annotations
 
@@ -17,9 +14,7 @@ from numpy.typing import NDArray
 from cocoa_pl.data.items import Item
 from cocoa_pl.distributed.collectives import all_objects, rank, world_size
 from cocoa_pl.evaluation.benchmark import VectorsOf, encode_once
-from cocoa_pl.evaluation.filling import Stream, distinct, fill
-from cocoa_pl.evaluation.identities import Identities
-from cocoa_pl.evaluation.store import StoredVectors, VectorStore
+from cocoa_pl.evaluation.store import VectorStore, cache_keys, embed_missing
 
 if TYPE_CHECKING:
     from cocoa_pl.data.items import EvalSubset
@@ -31,7 +26,7 @@ class VectorSettings:
 
     Attributes:
         batch_tokens: that go through the model together.
-        threads: that read and encode ahead of it.
+        threads: that read and tokenize ahead of it.
         store: folder that keeps the vectors; None has them in memory, in float32.
         store_dtype: of the vectors in it.
     """
@@ -70,33 +65,16 @@ def embedded(model: Model, subsets: Sequence[EvalSubset], settings: VectorSettin
     store = VectorStore(
         settings.store, identity=model.identity(), dim=model.dim, dtype=settings.store_dtype
     )
-    stored = StoredSubsets(store, subsets)
-    stored.fill(partial(model.stream, **given), rank=rank(), world_size=world_size())
-    all_objects("done")  # nobody scores before everybody has filled his share
-    store.reload()
-    return stored.vectors_of
-
-
-class StoredSubsets:
-    """The items of subsets in a store; image files are looked at once, when this is made."""
-
-    def __init__(self, store: VectorStore, subsets: Sequence[EvalSubset]) -> None:
-        self.store = store
-        self.items = [item for subset in subsets for item in (*subset.queries, *subset.candidates)]
-        self.identities = Identities.of(self.items)
-        self._sizes = [(len(subset.queries), len(subset.candidates)) for subset in subsets]
-
-    def fill(self, stream: Stream, *, rank: int, world_size: int) -> int:
-        """Embed this process's share of what is missing (`filling.fill`)."""
-        items, identities = distinct(self.items, self.identities)
-        return fill(self.store, items, identities, stream, rank=rank, world_size=world_size)
-
-    def vectors_of(self, number: int) -> tuple[StoredVectors, StoredVectors]:
-        """A subset's query and candidate vectors, once all processes have filled the store."""
-        start = sum(sum(sizes) for sizes in self._sizes[:number])
-        queries, candidates = self._sizes[number]
-        middle, end = start + queries, start + queries + candidates
-        return (
-            self.store.vectors(self.identities[start:middle]),
-            self.store.vectors(self.identities[middle:end]),
+    keys = [(cache_keys(subset.queries), cache_keys(subset.candidates)) for subset in subsets]
+    for subset, both in zip(subsets, keys, strict=True):
+        embed_missing(
+            store,
+            [*subset.queries, *subset.candidates],
+            np.concatenate(both),
+            partial(model.stream, **given),
+            rank=rank(),
+            world_size=world_size(),
         )
+    all_objects("done")  # scoring waits until every process has embedded its share
+    store.reload()
+    return lambda number: (store.vectors(keys[number][0]), store.vectors(keys[number][1]))

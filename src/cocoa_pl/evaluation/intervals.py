@@ -1,4 +1,4 @@
-"""Subset scores in, the intervals that another draw of as many queries would leave them in, out.
+"""Bootstrap intervals of scores over queries (Efron 1979).
 
 A bootstrap over queries (Efron 1979). Rows score 0 or 1, so how many of a resample's rows are hits
 is binomial, and no resample has to be drawn row by row. Which subsets a benchmark has is not drawn:

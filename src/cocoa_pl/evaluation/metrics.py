@@ -1,4 +1,4 @@
-"""Scores in, hits out: precision@1 by MMEB's and a strict rule; and which embeddings are refused.
+"""Precision@1 by MMEB's rule and a strict one, and the embeddings that are refused.
 
 Shapes: N embeddings, Q rows, B rows of a block, K candidates of a row (ragged), D dimensions. In
 every row the first candidate is the positive.
@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cocoa_pl.errors import UserError
-from cocoa_pl.evaluation.vectors import Floats, Ints, Vectors, blocks, read
+from cocoa_pl.evaluation.vectors import Floats, Ints, blocks, read
 
 Bools = NDArray[np.bool_]
 
@@ -53,7 +53,7 @@ class Hits:
         return float(self.strict.mean())
 
 
-def check_embeddings(embeddings: Vectors, *, name: str) -> None:
+def check_embeddings(embeddings: Floats, *, name: str) -> None:
     """Refuse embeddings [N, D] that would make a score meaningless; `name` says whose they are.
 
     A NaN or a constant vector makes all candidates tie, and ties count for the positive: unchecked,
@@ -104,7 +104,7 @@ def rule_hits(first: Floats, other: Floats) -> tuple[Bools, Bools]:
         return official, (first > other + TIE) & np.isfinite(first)
 
 
-def row_hit(query: Floats, candidates: Vectors, index: Ints, *, block: int) -> tuple[bool, bool]:
+def row_hit(query: Floats, candidates: Floats, index: Ints, *, block: int) -> tuple[bool, bool]:
     """Both rules for one row, exactly: its query [D], and the candidates `index` [K] names."""
     scores = row_scores(query, candidates, index, block=block)
     others = scores[np.asarray(index) != index[0]]
@@ -112,7 +112,7 @@ def row_hit(query: Floats, candidates: Vectors, index: Ints, *, block: int) -> t
     return bool(official[0]), bool(strict[0])
 
 
-def row_scores(query: Floats, candidates: Vectors, index: Ints, *, block: int) -> Floats:
+def row_scores(query: Floats, candidates: Floats, index: Ints, *, block: int) -> Floats:
     """Cosines [K] of one query [D] in float64; equal candidates get bit-equal scores.
 
     Args:

@@ -1,4 +1,4 @@
-"""Results and published rows of the same benchmark in, one table of both out.
+"""A run's means beside published ones of the same benchmark.
 
 Only a whole benchmark stands beside them: a mean over a choice of subsets compares with nothing.
 """

@@ -1,4 +1,4 @@
-"""`Results` in; one self-contained report.html and a score table for the terminal out.
+"""The self-contained report.html of a scored run, and its score table for the terminal.
 
 The page loads nothing: its style is inline, its images are data URIs, its curves inline SVG. All
 text from datasets is escaped by the template engine, and the page's own policy forbids scripts.

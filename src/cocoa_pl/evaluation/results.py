@@ -1,6 +1,4 @@
-"""Scores and examples of one evaluated benchmark; `Results.to_json` is what results.json holds, and
-`read_results` what is read out of it.
-"""
+"""Scores and example rows of one evaluated benchmark, written to and read from results.json."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Run folders in, `Run`s out: what was overridden for each, and its scores or why it has none."""
+"""Run folders: their overrides, configs and scores, or why they have none."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Embeddings and each row's candidates in, hits out: blocked, in bounded memory, equal to a loop.
+"""Hits of queries against each row's candidates, in blocks of bounded memory.
 
 A peer's loop (CoCoA's and VLM2Vec's eval.py) looks up, stacks and normalises the K candidate
 vectors of every row. Here a block of rows is either one matrix product with the distinct candidates
@@ -14,7 +14,7 @@ from itertools import pairwise
 import numpy as np
 
 from cocoa_pl.evaluation.metrics import Hits, row_hit, rule_hits
-from cocoa_pl.evaluation.vectors import Floats, Ints, Vectors, blocks, read, widened
+from cocoa_pl.evaluation.vectors import Floats, Ints, blocks, read, to_float32
 
 # Numbers held at once of each kind (queries, candidates, scores): 64 MiB of float32.
 BLOCK = 1 << 24
@@ -27,8 +27,8 @@ _ROUNDING = 1e-5
 
 
 def score_rows(
-    queries: Vectors,
-    candidates: Vectors,
+    queries: Floats,
+    candidates: Floats,
     *,
     query_index: Ints,
     candidate_index: Sequence[Ints],
@@ -38,7 +38,7 @@ def score_rows(
 
     Args:
         queries: [U, D] and candidates: [N, D], unit length, each unique item encoded once; float32,
-            or float16, which is widened where it is read.
+            or float16, which is to_float32 where it is read.
         query_index: [Q] row -> query.
         candidate_index: per row the indices [K] of its candidates, K may differ from row to row.
         block: numbers held at once of each kind: queries, candidates, scores. Memory is a few
@@ -60,8 +60,8 @@ def score_rows(
 
 
 def _leads(
-    queries: Vectors,
-    candidates: Vectors,
+    queries: Floats,
+    candidates: Floats,
     query_index: Ints,
     candidate_index: Sequence[Ints],
     block: int,
@@ -120,7 +120,7 @@ def _distinct(flat: Ints, ranks: Ints) -> Ints:
     return distinct
 
 
-def _product(queries: Floats, candidates: Vectors, distinct: Ints, *, block: int) -> Floats:
+def _product(queries: Floats, candidates: Floats, distinct: Ints, *, block: int) -> Floats:
     """Scores of all queries [B, D] with all of these candidates: [B, M]."""
     scores = np.empty((len(queries), len(distinct)), queries.dtype)
     for part in blocks(len(distinct), block // queries.shape[1]):
@@ -129,7 +129,7 @@ def _product(queries: Floats, candidates: Vectors, distinct: Ints, *, block: int
 
 
 def _own_scores(
-    queries: Floats, candidates: Vectors, flat: Ints, lengths: Ints, *, block: int
+    queries: Floats, candidates: Floats, flat: Ints, lengths: Ints, *, block: int
 ) -> Floats:
     """Scores of each query [B, D] with its own candidates only: [sum of K]."""
     width = queries.shape[1]
@@ -138,7 +138,7 @@ def _own_scores(
     for part in blocks(len(flat), min(_READ, block) // width):
         vectors = np.asarray(candidates[flat[part]])
         for piece in blocks(len(vectors), _CACHED // width):
-            wide = widened(vectors[piece])
+            wide = to_float32(vectors[piece])
             rows = row_of[part][piece]
             cuts = [0, *(np.flatnonzero(np.diff(rows)) + 1).tolist(), len(rows)]
             for start, stop in pairwise(cuts):

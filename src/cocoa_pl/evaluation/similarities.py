@@ -1,4 +1,4 @@
-"""Cosines of positives and of hardest negatives in, histograms of both out, also as bars to draw.
+"""Histograms of cosines with positives and with hardest negatives.
 
 How far they lie apart says whether the right one wins by a hair or clearly.
 """

@@ -1,4 +1,4 @@
-"""Vectors of some queries and their positives in, a map of them in the plane out.
+"""A map of some queries and their positives: their vectors' principal components.
 
 Principal components: the plane in which the points lie farthest apart, the same at every call and
 without a setting. Distances in it are those of the vectors, flattened; it says how much is lost.
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from cocoa_pl.data.items import Item
-from cocoa_pl.evaluation.vectors import Floats, Vectors, read, spread
+from cocoa_pl.evaluation.vectors import Floats, evenly_spaced, read
 
 if TYPE_CHECKING:
     from cocoa_pl.data.items import EvalSubset
@@ -51,9 +51,9 @@ class Space:
     shares: tuple[float, float]
 
 
-def sample(subset: EvalSubset, queries: Vectors, candidates: Vectors, *, rows: int) -> list[Mapped]:
+def sample(subset: EvalSubset, queries: Floats, candidates: Floats, *, rows: int) -> list[Mapped]:
     """Some rows, at least one, spread evenly over the subset."""
-    rows_shown = spread(len(subset.query_index), count=max(rows, 1))
+    rows_shown = evenly_spaced(len(subset.query_index), count=max(rows, 1))
     query = subset.query_index[rows_shown]
     positive = np.array([subset.candidate_index[row][0] for row in rows_shown])
     vectors = np.stack([read(queries, query), read(candidates, positive)], axis=1)  # (rows, 2, D)

@@ -1,66 +1,68 @@
-"""Items in, the vectors of one model that a folder keeps of them out.
+"""A folder that keeps the vectors of one model, for evaluations that go on or share their work.
 
-A run that was killed finds here what it had finished; several processes write into one folder. A
-vector is found by its item's key and by the state of the item's image files: when one of them has
-changed, the vector is of something else.
+It holds safetensors files with `keys` int64 [n] and `vectors` float16 or float32 [n, D]. A file has
+its name once all of it is on the disk, so that a killed run leaves none that is half written.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
-import time
+import os
 import uuid
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import load_file, save
 
+from cocoa_pl.data.items import Item, as_key
 from cocoa_pl.errors import UserError
-from cocoa_pl.evaluation.identities import Identities
-from cocoa_pl.evaluation.shards import DRAFT, SUFFIX, DamagedShard, Shard, read_shard, write_shard
-from cocoa_pl.evaluation.vectors import Floats, Ints
+from cocoa_pl.evaluation.vectors import Floats
 
 log = logging.getLogger(__name__)
 
-FORMAT = 2  # how models and items are told apart, too
+FORMAT = 3  # of models' and items' identities, too
 DTYPES = ("float16", "float32")
 META = "store.json"
+SUFFIX = ".safetensors"
+FILE_VECTORS = 4096  # of one file: at most so many are embedded again after a kill
 
-_SPOKEN = ("stored_as", "dtype")  # entries that say something to a person
-_DEAD_DRAFT_SECONDS = 3600.0  # writing a shard takes seconds
+Keys = NDArray[np.int64]
+# Items -> their places and vectors, batch after batch (`Embedder.stream`).
+Stream = Callable[[Sequence[Item]], Generator[tuple[NDArray[np.intp], Floats]]]
+
+_SHOWN = ("stored_as", "dtype")  # text entries that mean something to a person
 
 
-class StoredVectors:
-    """Vectors [N, D] of a store, in any order; what is asked for is read from the shards' maps."""
+def cache_keys(items: Sequence[Item]) -> Keys:
+    """int64 [N]: what the vectors of items are found by, their content and their files' states."""
+    return np.array([item.key ^ file_state(item) for item in items], np.int64)
 
-    def __init__(self, shards: Sequence[Floats], rows: NDArray[np.int64], *, dim: int) -> None:
-        self._shards = shards
-        self._starts = np.cumsum([0, *map(len, shards)])
-        self._rows = rows  # of each vector, counted through all shards
-        self.shape = (len(rows), dim)
 
-    def __len__(self) -> int:
-        return len(self._rows)
+def file_state(item: Item) -> int:
+    """A 63-bit hash of the sizes and times of the item's image files; 0 if it has none.
 
-    def __getitem__(self, rows: Ints | slice) -> Floats:
-        wanted = self._rows[rows]
-        shard_of = np.searchsorted(self._starts, wanted, side="right") - 1
-        used = np.unique(shard_of)
-        if len(used) == 1:
-            found: Floats = np.asarray(self._shards[used[0]][wanted - self._starts[used[0]]])
-            return found
-        order = np.argsort(shard_of, kind="stable")
-        bounds = np.searchsorted(shard_of[order], [*used, len(self._shards)])
-        dtype = self._shards[0].dtype if self._shards else np.float32
-        vectors = np.empty((len(wanted), self.shape[1]), dtype)
-        for shard, start, stop in zip(used, bounds[:-1], bounds[1:], strict=True):
-            places = order[start:stop]
-            vectors[places] = self._shards[shard][wanted[places] - self._starts[shard]]
-        return vectors
+    The time of change counts beside that of modification, which archives and `cp -p` set back, and
+    which files swapped for each other keep. A missing file has a state too: embedding it raises.
+    """
+    paths = [image for image in item.media if isinstance(image, Path)]
+    if not paths:
+        return 0
+    digest = hashlib.blake2b(digest_size=8)
+    for path in paths:
+        try:
+            state = path.stat()
+        except OSError:
+            digest.update(b"missing ")
+            continue
+        digest.update(f"{state.st_size} {state.st_mtime_ns} {state.st_ctime_ns} ".encode())
+    return as_key(digest.digest())
 
 
 class VectorStore:
@@ -72,8 +74,7 @@ class VectorStore:
         dim: components of a vector.
         dtype: a name in `DTYPES`.
 
-    Shards that are damaged are named in the log and left alone; what they held counts as missing
-    and is embedded again, which costs time but never a score.
+    Files that cannot be read are named in the log and left alone; what they held is missing.
 
     Raises:
         UserError: if the folder cannot be written, holds another model's vectors, or another dtype.
@@ -88,79 +89,76 @@ class VectorStore:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._check_model({"format": FORMAT, "dim": dim, "stored_as": dtype, **identity})
-            self._drop_dead_drafts()
         except OSError as error:
             raise UserError(f"store {folder}: {error}") from error
         self.reload()
 
     def reload(self) -> None:
-        """Read what there is by now, other processes' shards included."""
-        self._shards = list(filter(None, map(self._read, sorted(self.folder.glob(f"*{SUFFIX}")))))
-        empty = np.empty(0, np.int64)
-        known = Identities(
-            np.concatenate([empty, *(shard.keys for shard in self._shards)]),
-            np.concatenate([empty, *(shard.stamps for shard in self._shards)]),
-        )
-        self._order = np.argsort(known.both, kind="stable")
-        self._sorted = known.both[self._order]
-        self._keys = np.unique(known.keys)
+        """Find all files, those that other processes have written included."""
+        self._files: list[Path] = []
+        self._place: dict[int, tuple[int, int]] = {}  # key -> file, row
+        for path in sorted(self.folder.glob(f"*{SUFFIX}")):
+            try:
+                with safe_open(path, framework="numpy") as file:
+                    self._note(path, file.get_tensor("keys"))
+            except (SafetensorError, OSError) as error:
+                log.warning(
+                    "%s is damaged (%s): what it held is embedded again; the file can be deleted",
+                    path,
+                    error,
+                )
 
     def __len__(self) -> int:
-        return len(self._sorted)
+        return len(self._place)
 
-    def find(self, wanted: Identities) -> NDArray[np.int64]:
-        """Where vectors of these items lie: int64 [N], -1 for those that are missing."""
-        if not len(self._sorted):
-            return np.full(len(wanted), -1, np.int64)
-        both = wanted.both
-        place = np.minimum(np.searchsorted(self._sorted, both), len(self._sorted) - 1)
-        found: NDArray[np.int64] = np.where(
-            self._sorted[place] == both, self._order[place], np.int64(-1)
-        )
-        return found
+    def missing(self, keys: Keys) -> NDArray[np.intp]:
+        """Places of the keys that have no vector."""
+        return np.flatnonzero([key not in self._place for key in keys.tolist()])
 
-    def count_changed(self, missing: Identities) -> int:
-        """How many of these are known but for an image file that has changed since."""
-        return int(np.isin(missing.keys, self._keys).sum())
-
-    def vectors(self, wanted: Identities) -> StoredVectors:
-        """The vectors of these items.
+    def vectors(self, keys: Keys) -> Floats:
+        """The vectors [N, D] of these keys.
 
         Raises:
             UserError: if one is not there.
         """
-        rows = self.find(wanted)
-        if missing := int((rows < 0).sum()):
+        if count := len(self.missing(keys)):
             raise UserError(
-                f"store {self.folder} lacks {missing} of {len(rows)} vectors; "
+                f"store {self.folder} lacks {count} of {len(keys)} vectors; "
                 "run the same command again, which embeds what is missing"
             )
-        return StoredVectors([shard.vectors for shard in self._shards], rows, dim=self.dim)
+        places = np.array([self._place[key] for key in keys.tolist()]).reshape(-1, 2)
+        found = np.empty((len(keys), self.dim), self.dtype)
+        for number in np.unique(places[:, 0]).tolist():
+            here = places[:, 0] == number
+            found[here] = load_file(self._files[number])["vectors"][places[here, 1]]
+        return found
 
-    def write(self, identities: Identities, vectors: Floats) -> None:
-        """Add a shard on the disk; `reload` makes it known here.
+    def add(self, keys: Keys, vectors: Floats) -> None:
+        """Write a file of vectors [n, D].
 
         Raises:
             UserError: if the disk does not take it.
         """
+        arrays = {"keys": keys, "vectors": np.ascontiguousarray(vectors, self.dtype)}
         try:
-            kept = vectors.astype(self.dtype)
-            write_shard(self.folder, identities.keys, identities.stamps, kept)
+            self._note(self._write(f"{uuid.uuid4().hex}{SUFFIX}", save(arrays)), keys)
         except OSError as error:
             raise UserError(f"store {self.folder} cannot be written: {error}") from error
 
-    def _read(self, path: Path) -> Shard | None:
-        try:
-            return read_shard(path, dim=self.dim, dtype=self.dtype)
-        except DamagedShard as error:
-            log.warning(
-                "%s is damaged (%s): what it held is embedded again; the file can be deleted",
-                path,
-                error,
-            )
-            return None
+    def _note(self, path: Path, keys: Keys) -> None:
+        rows = ((len(self._files), row) for row in range(len(keys)))
+        self._place |= zip(keys.tolist(), rows, strict=True)
+        self._files.append(path)
 
-    def _check_model(self, mine: dict[str, Any]) -> None:
+    def _write(self, name: str, content: bytes) -> Path:
+        draft = self.folder / f"{uuid.uuid4().hex}.draft"
+        with draft.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())  # the name must not reach the disk before the content
+        return draft.rename(self.folder / name)
+
+    def _check_model(self, own: dict[str, Any]) -> None:
         """Compare with the model that the folder belongs to, or make it this one's."""
         path = self.folder / META
         if not path.is_file():
@@ -169,40 +167,82 @@ class VectorStore:
                     f"{self.folder} holds {SUFFIX} files but no {META}: it is no store; "
                     "give another folder"
                 )
-            draft = self.folder / f"{uuid.uuid4().hex}{DRAFT}"
-            draft.write_text(json.dumps(mine, indent=1))
-            draft.rename(path)  # several processes of one job write the same
+            self._write(META, json.dumps(own, indent=1).encode())  # processes of a job write alike
             return
         try:
             kept = json.loads(path.read_text())
         except ValueError as error:
             raise UserError(f"{path} is not valid JSON: {error}") from error
-        if difference := _difference(kept, mine):
+        if difference := _difference(kept, own):
             raise UserError(
                 f"store {self.folder} holds vectors of another model ({difference}); "
                 "give another folder, or delete this one"
             )
 
-    def _drop_dead_drafts(self) -> None:
-        """What killed runs left half written, by its kind of name: others may keep drafts here,
-        too. A living one's draft is seconds old.
-        """
-        for draft in self.folder.glob(f"{'[0-9a-f]' * 32}{DRAFT}"):
-            with suppress(FileNotFoundError):  # it has just become a shard
-                if time.time() - draft.stat().st_mtime > _DEAD_DRAFT_SECONDS:
-                    draft.unlink()
+
+def embed_missing(
+    store: VectorStore,
+    items: Sequence[Item],
+    keys: Keys,
+    stream: Stream,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+) -> int:
+    """Embed those items of this process's share that the store lacks.
+
+    A share follows from the key alone: no two processes embed the same item, and a run may go on
+    with another number of processes.
+
+    Args:
+        keys: int64 [N], of the items; of equal ones the first is embedded.
+
+    Returns:
+        How many were embedded.
+
+    Raises:
+        UserError: for an item that cannot be embedded; what was finished before it is kept.
+    """
+    first = np.sort(np.unique(keys, return_index=True)[1])
+    own = first[keys[first] % world_size == rank]
+    todo = own[store.missing(keys[own])]
+    log.info(
+        "%s of %s vectors are in %s; embedding %s%s",
+        f"{len(own) - len(todo):,}",
+        f"{len(own):,}",
+        store.folder,
+        f"{len(todo):,}",
+        f" in process {rank + 1} of {world_size}" if world_size > 1 else "",
+    )
+    batches: list[tuple[NDArray[np.intp], Floats]] = []
+
+    def write() -> None:
+        if batches:
+            places, vectors = (np.concatenate(parts) for parts in zip(*batches, strict=True))
+            store.add(keys[todo[places]], vectors)
+            batches.clear()
+
+    with closing(stream([items[place] for place in todo.tolist()])) as stream_of_todo:
+        try:
+            for batch in stream_of_todo:
+                batches.append(batch)
+                if sum(len(places) for places, _ in batches) >= FILE_VECTORS:
+                    write()
+        finally:  # what is finished is kept, whatever ended the rest
+            write()
+    return len(todo)
 
 
-def _difference(kept: dict[str, Any], mine: dict[str, Any]) -> str:
+def _difference(kept: dict[str, Any], own: dict[str, Any]) -> str:
     """The first entry that tells two models apart, in words; empty if none does."""
-    for name in {**mine, **kept}:
-        there, here = kept.get(name), mine.get(name)
+    for name in {**own, **kept}:
+        there, here = kept.get(name), own.get(name)
         if name in ("fingerprint", "tolerance") or there == here:
             continue
-        if isinstance(there, int) or (name in _SPOKEN and isinstance(there, str)):
+        if isinstance(there, int) or (name in _SHOWN and isinstance(there, str)):
             return f"its {name} is {there}, here it is {here}"
         return f"its {name} is another"
-    apart = float(np.abs(np.subtract(kept["fingerprint"], mine["fingerprint"])).max())
-    if not apart <= mine["tolerance"]:
+    apart = float(np.abs(np.subtract(kept["fingerprint"], own["fingerprint"])).max())
+    if not apart <= own["tolerance"]:
         return f"the same inputs give other vectors, which differ by up to {apart:.2g}"
     return ""

@@ -1,4 +1,4 @@
-"""Finished runs in; mean and deviation over seeds out: a table, summary.csv, summary.md and a plot.
+"""Mean and deviation over the seeds of finished runs: a table, summary.csv, summary.md and a plot.
 
 Runs that differ in nothing but their seed form one line. A run without results is listed as
 missing, never left out in silence.

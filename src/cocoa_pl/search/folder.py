@@ -13,7 +13,7 @@ import numpy as np
 from cocoa_pl.data.images import open_image
 from cocoa_pl.data.items import IMAGE_SLOT, Item, as_key
 from cocoa_pl.errors import UserError
-from cocoa_pl.evaluation.identities import Identities, file_stamp
+from cocoa_pl.evaluation.store import Keys, file_state
 
 SUFFIXES = frozenset(
     (".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
@@ -61,12 +61,12 @@ def items_of(folder: Path, files: Sequence[Path]) -> list[Item]:
     return [Item(IMAGE_SLOT, (folder.resolve() / file,)) for file in files]
 
 
-def identities_of(files: Sequence[Path], items: Sequence[Item]) -> Identities:
-    """By names relative to the folder, which may move with all that is known of it."""
-    return Identities(
-        np.array([_key(file) for file in files], np.int64),
-        np.array([file_stamp(item) for item in items], np.int64),
-    )
+def cache_keys(files: Sequence[Path], items: Sequence[Item]) -> Keys:
+    """int64 [N], by names relative to the folder, which may move with its vectors."""
+    names = (os.fsencode(file.as_posix()) for file in files)  # a name need not be text
+    digests = (as_key(hashlib.blake2b(name, digest_size=8).digest()) for name in names)
+    states = map(file_state, items)
+    return np.array([a ^ b for a, b in zip(digests, states, strict=True)], np.int64)
 
 
 def unreadable(items: Sequence[Item], *, threads: int) -> dict[int, str]:
@@ -82,8 +82,3 @@ def unreadable(items: Sequence[Item], *, threads: int) -> dict[int, str]:
     with ThreadPoolExecutor(max(threads, 1)) as pool:
         found = enumerate(pool.map(reason, items))
         return {place: text for place, text in found if text is not None}
-
-
-def _key(file: Path) -> int:
-    name = os.fsencode(file.as_posix())  # a name need not be text
-    return as_key(hashlib.blake2b(name, digest_size=8).digest())

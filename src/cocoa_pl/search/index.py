@@ -1,6 +1,6 @@
 """An index of the images below a folder: their vectors, and the nearest ones to a query.
 
-Vectors are kept in the folder's `.cocoa`, one store for each model: what is new or has changed is
+Floats are kept in the folder's `.cocoa`, one store for each model: what is new or has changed is
 embedded, a killed run goes on, and what is gone is not found any more.
 """
 
@@ -16,11 +16,10 @@ from numpy.typing import NDArray
 
 from cocoa_pl.embedder import Embedder
 from cocoa_pl.errors import UserError
-from cocoa_pl.evaluation.filling import fill
-from cocoa_pl.evaluation.store import VectorStore
-from cocoa_pl.evaluation.vectors import Vectors, blocks, read
+from cocoa_pl.evaluation.store import FORMAT, VectorStore, embed_missing
+from cocoa_pl.evaluation.vectors import Floats, blocks, read
 from cocoa_pl.models.exported import digest_of_text
-from cocoa_pl.search.folder import existing, identities_of, image_files, items_of, unreadable
+from cocoa_pl.search.folder import cache_keys, existing, image_files, items_of, unreadable
 
 KEPT_IN = ".cocoa"
 BLOCK = 1 << 14  # vectors that are float32 at once
@@ -73,7 +72,7 @@ class ImageIndex:
         self.threads = threads
         identity = embedder.identity()
         exact = {n: v for n, v in identity.items() if n not in ("fingerprint", "tolerance")}
-        model = digest_of_text(json.dumps(exact, sort_keys=True))[:16]
+        model = digest_of_text(json.dumps([FORMAT, exact], sort_keys=True))[:16]
         self.store = VectorStore(
             (kept_in or self.folder / KEPT_IN) / model,
             identity=identity,
@@ -91,24 +90,21 @@ class ImageIndex:
         """
         files = image_files(self.folder)
         items = items_of(self.folder, files)
-        identities = identities_of(files, items)
-        new = np.flatnonzero(self.store.find(identities) < 0)
+        keys = cache_keys(files, items)
+        new = self.store.missing(keys)
         bad = unreadable([items[n] for n in new.tolist()], threads=self.threads)
         left_out = {files[new[place]]: text for place, text in bad.items()}
         good = np.setdiff1d(np.arange(len(files)), new[list(bad)])
         if not len(good):
             raise UserError(f"{self.folder} holds no image that can be read")
-        embedded = fill(
+        embedded = embed_missing(
             self.store,
             [items[n] for n in good.tolist()],
-            identities[good],
+            keys[good],
             lambda some: self.embedder.stream(some, threads=self.threads),
-            rank=0,
-            world_size=1,
         )
-        self.store.reload()
         self.files = [files[n] for n in good.tolist()]
-        self._vectors = self.store.vectors(identities[good])
+        self._vectors = self.store.vectors(keys[good])
         return Update(embedded, left_out)
 
     def search(self, query: NDArray[np.float32], top: int) -> list[Found]:
@@ -119,7 +115,7 @@ class ImageIndex:
 
 
 def nearest(
-    query: NDArray[np.float32], vectors: Vectors, top: int
+    query: NDArray[np.float32], vectors: Floats, top: int
 ) -> tuple[NDArray[np.intp], NDArray[np.float32]]:
     """Numbers [K] and cosines [K] of the vectors nearest to a query, the best first; the first of
     equals comes first. K = min(top, N).
