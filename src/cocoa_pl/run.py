@@ -28,8 +28,7 @@ from cocoa_pl.evaluation.published import lines, published_table
 from cocoa_pl.evaluation.report import score_table, write_report
 from cocoa_pl.export.folder import export, lineage_of, untouched
 from cocoa_pl.for_mteb.benchmark import MtebBenchmark
-from cocoa_pl.models.adapter_folders import base_path, is_adapter, load_adapter
-from cocoa_pl.models.adapters import trainable_line
+from cocoa_pl.models.adapters import base_path, is_adapter, load_adapter, trainable_line
 from cocoa_pl.models.backbone import Backbone
 from cocoa_pl.models.loading import Loaded, find_folder, load
 from cocoa_pl.models.tiny import Texts

@@ -110,6 +110,17 @@ def test_a_model_that_tells_no_settings_needs_one_of_the_options_that_fit(
         started(*overrides)
 
 
+def test_an_adapter_whose_base_lies_elsewhere_fits_a_copy_of_it(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    described = {"base_model_name_or_path": f"/their/{tiny_folder.name}", "peft_type": "LORA"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(described))
+    words = [f"init_from={tmp_path}", "model=qwen2vl"]
+    assert started(*words, f"model.source.path={tiny_folder}").model.source.path == str(tiny_folder)
+    with pytest.raises(UserError, match=f"is not here; pass a copy as .*{tiny_folder.name}$"):
+        started(*words)
+
+
 def halves(word: str) -> tuple[str, str, str]:
     return word.partition("=")
 

@@ -19,7 +19,7 @@ from cocoa_pl.attention import Policy
 from cocoa_pl.batch import Batch, Encoded, pack
 from cocoa_pl.embedder import Embedder
 from cocoa_pl.errors import UserError
-from cocoa_pl.models.adapter_folders import base_path, is_adapter, load_adapter
+from cocoa_pl.models.adapters import base_path, is_adapter, load_adapter
 from cocoa_pl.models.backbone import Backbone
 from cocoa_pl.models.loading import FAMILIES, Loaded, find_folder, load
 from cocoa_pl.run import open_model
@@ -203,21 +203,27 @@ def repeat_current(weights: dict[str, Tensor]) -> None:
 
 
 DAMAGES: dict[str, tuple[Change, str]] = {
-    "a missing matrix": (lambda w: w.pop(f"{V}.lora_B.weight"), rf"misses {re.escape(V)}\.lora_B"),
+    "a missing matrix": (
+        lambda w: w.pop(f"{V}.lora_B.weight"),
+        rf"misses {re.escape(current(V))}\.lora_B",
+    ),
     "a missing magnitude": (
         lambda w: w.pop(f"{V}.lora_magnitude_vector"),
-        rf"misses {re.escape(V)}\.lora_magnitude_vector",
+        rf"misses {re.escape(current(V))}\.lora_magnitude_vector",
     ),
-    "a missing layer": (drop_layer, r"misses model\.language_model\.layers\.1\.self_attn\.v_proj"),
+    "a missing layer": (
+        drop_layer,
+        r"misses .*model\.language_model\.layers\.1\.self_attn\.v_proj",
+    ),
     "a layer too many": (
         lambda w: w.update(
             {key.replace("v_proj", "k_proj"): w[key].clone() for key in list(w) if V in key}
         ),
-        r"holds model\.language_model\.layers\.1\.self_attn\.k_proj, which target_modules does not",
+        r"holds .*\.layers\.1\.self_attn\.k_proj\.lora_A\.weight, which target_modules does not",
     ),
     "no such layer": (
         lambda w: w.update({key.replace("layers.1", "layers.7"): w[key] + 0 for key in list(w)}),
-        r"layers\.7\.mlp\.down_proj\.lora_A\.weight has no place in the model",
+        r"holds .*layers\.7\.mlp\.down_proj\.lora_A\.weight, which target_modules does not ask for",
     ),
     "another kind of weight": (
         lambda w: w.update({"base_model.model.lm_head.weight": torch.ones(2)}),
@@ -225,19 +231,22 @@ DAMAGES: dict[str, tuple[Change, str]] = {
     ),
     "another prefix": (
         lambda w: w.update({"encoder.model.layers.0.lora_A.weight": torch.ones(2)}),
-        r"encoder\.model\.layers\.0\.lora_A\.weight belongs to no",
+        r"holds encoder\.model\.layers\.0\.lora_A\.weight, which",
     ),
-    "the same layer twice": (repeat_current, "which are the same layer"),
+    "the same layer twice": (
+        repeat_current,
+        "holds weights twice, under their older and their current names",
+    ),
     "another size": (
         lambda w: w.update({f"{V}.lora_A.weight": torch.ones(2, 33)}),
-        rf"{re.escape(V)}\.lora_A\.weight has the shape \(2, 33\), not \(2, 32\)",
+        rf"size mismatch for {re.escape(current(V))}\.lora_A.*\[2, 33\].*\[2, 32\].* is its base",
     ),
     "an untrained one": (zero, "was never trained: all lora_B are zero"),
     "values that are none": (
         lambda w: w[f"{V}.lora_B.weight"].fill_(float("nan")),
         "cannot be merged",
     ),
-    "an empty file": (lambda w: w.clear(), "is empty"),
+    "an empty file": (lambda w: w.clear(), "misses .*, which target_modules asks for"),
 }
 
 
@@ -255,13 +264,13 @@ def test_what_does_not_fit_is_refused_by_name(damage: str, folder: Path, tiny_fo
     ("key", "value", "told"),
     [
         ("peft_type", "IA3", "IA3 adapters are not supported, only LoRA and DoRA"),
-        ("use_dora", False, "lora_magnitude_vector is unexpected: use_dora is off"),
+        ("use_dora", False, "holds .*lora_magnitude_vector.*, which target_modules"),
         ("init_lora_weights", "pissa", "changed the base's weights"),
         ("ensure_weight_tying", True, "ensure_weight_tying=True is not understood"),
         ("layer_replication", [[0, 2], [1, 2]], "layer_replication=.* is not understood"),
         ("invented_later", {"a": 1}, "invented_later=.* is not understood"),
-        ("target_modules", None, "which target_modules does not ask for"),
-        ("target_modules", [*TARGETS, "k_proj"], r"misses .*k_proj, which target_modules asks for"),
+        ("target_modules", None, "target_modules matches no module of the model"),
+        ("target_modules", [*TARGETS, "k_proj"], r"misses .*k_proj.*, which target_modules asks"),
     ],
 )
 def test_config_that_does_not_fit_is_refused(
@@ -282,7 +291,21 @@ def test_unreadable_config_is_refused(text: str, folder: Path, tiny_folder: Path
 
 def test_missing_weights_are_refused(folder: Path, tiny_folder: Path) -> None:
     (folder / WEIGHTS).unlink()
-    with pytest.raises(UserError, match=r"adapter_model\.safetensors cannot be loaded"):
+    with pytest.raises(
+        UserError, match=r"neither adapter_model\.safetensors nor adapter_model\.bin"
+    ):
+        open_adapter(folder, tiny_folder)
+
+
+def test_weights_of_older_releases_of_peft_are_read(folder: Path, tiny_folder: Path) -> None:
+    expected = open_adapter(folder, tiny_folder).backbone.state_dict()
+    weights = load_file(folder / WEIGHTS)
+    (folder / WEIGHTS).unlink()
+    torch.save(weights, folder / "adapter_model.bin")
+    found = open_adapter(folder, tiny_folder).backbone.state_dict()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    torch.save({"code": Path}, folder / "adapter_model.bin")
+    with pytest.raises(UserError, match="its weights cannot be loaded: Weights only load failed"):
         open_adapter(folder, tiny_folder)
 
 
@@ -301,7 +324,7 @@ def test_matrices_that_stayed_zero_are_told(
     weights[f"{V}.lora_B.weight"].zero_()
     save_file(weights, folder / WEIGHTS)
     open_adapter(folder, tiny_folder)
-    assert f"1 of 10 lora_B are zero, first {V}.lora_B.weight" in caplog.text
+    assert f"1 of 10 lora_B are zero, first {current(V)}.lora_B.weight" in caplog.text
 
 
 # --- Where the base is -----------------------------------------------------------------------
@@ -315,15 +338,27 @@ def test_base_is_the_one_that_the_adapter_names(folder: Path, tiny_folder: Path)
     assert base_path(folder, copy="Qwen/Qwen2-VL-2B-Instruct") == str(tiny_folder)
 
 
-def test_local_copy_of_the_base_counts_by_its_name(folder: Path) -> None:
+@pytest.mark.parametrize("copy", ["Qwen/Qwen2.5-VL-3B-Instruct", "/data/Qwen2.5-VL-3B-Instruct/"])
+@pytest.mark.parametrize(
+    "base",
+    [
+        "Qwen/Qwen2.5-VL-3B-Instruct",
+        "/their/disk/Qwen2.5-VL-3B-Instruct",
+        "/home/me/.cache/huggingface/hub/models--Qwen--Qwen2.5-VL-3B-Instruct/snapshots/66285546d",
+        "/home/me/.cache/modelscope/hub/models/Qwen/Qwen2___5-VL-3B-Instruct",
+        r"C:\models\Qwen2.5-VL-3B-Instruct",
+        "D:/models/Qwen2.5-VL-3B-Instruct",
+    ],
+)
+def test_copy_of_the_base_counts_by_its_name(base: str, copy: str, folder: Path) -> None:
     config = json.loads((folder / CONFIG).read_text())
-    for base, copy, expected in (
-        ("Qwen/Qwen2-VL-2B-Instruct", "/data/Qwen2-VL-2B-Instruct", "/data/Qwen2-VL-2B-Instruct"),
-        ("Qwen/Qwen2-VL-2B-Instruct", "/data/other", "Qwen/Qwen2-VL-2B-Instruct"),
-        ("/their/disk/tiny", "/data/tiny", "/data/tiny"),
-    ):
-        (folder / CONFIG).write_text(json.dumps({**config, "base_model_name_or_path": base}))
-        assert base_path(folder, copy=copy) == expected
+    (folder / CONFIG).write_text(json.dumps({**config, "base_model_name_or_path": base}))
+    assert base_path(folder, copy=copy) == copy
+    if base.startswith("Qwen/"):
+        assert base_path(folder, copy="/data/other") == base
+    else:
+        with pytest.raises(UserError, match=r"not here.*path=/path/to/Qwen2\.5-VL-3B-Instruct$"):
+            base_path(folder, copy="/data/other")
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from transformers import PretrainedConfig
 
 from cocoa_pl.errors import UserError, first_line
 from cocoa_pl.evaluation.runs import read_config
-from cocoa_pl.models.adapter_folders import base_path
+from cocoa_pl.models.adapters import base_path
 from cocoa_pl.models.exported import DESCRIPTION
 from cocoa_pl.models.loading import ADAPTER_CONFIG, find_folder
 from cocoa_pl.models.published import KNOWN, find_config
@@ -95,7 +95,7 @@ def settled(cfg: DictConfig, config_name: str, overrides: Sequence[str]) -> Dict
     if told is None:
         raise UserError(
             f"init_from={cfg.init_from} does not tell which pixels, lengths and learning rates go "
-            f"with it; add {_fitting(cfg.init_from)}"
+            f"with it; add {_fitting(cfg)}"
         )
     found, where = told
     options = ConfigStore.instance()
@@ -139,17 +139,17 @@ def _file_of(init_from: str, name: str) -> Path | None:
         return None
 
 
-def _architecture(init_from: str) -> PretrainedConfig:
-    """Of a model, or of the base of an adapter."""
-    if adapter := _file_of(init_from, ADAPTER_CONFIG):
-        return find_config(base_path(adapter.parent, copy=None))
-    config = _file_of(init_from, "config.json")
-    return find_config(str(config.parent) if config else init_from)
+def _architecture(cfg: DictConfig) -> PretrainedConfig:
+    """Of the model that `init_from` names, or of the base of that adapter."""
+    if adapter := _file_of(cfg.init_from, ADAPTER_CONFIG):
+        return find_config(base_path(adapter.parent, copy=cfg.model.source.get("path")))
+    config = _file_of(cfg.init_from, "config.json")
+    return find_config(str(config.parent) if config else cfg.init_from)
 
 
-def _fitting(init_from: str) -> str:
+def _fitting(cfg: DictConfig) -> str:
     """Options of `model` for this architecture: of its own size, or else of its family."""
-    wanted = _architecture(init_from)
+    wanted = _architecture(cfg)
     search = GlobalHydra.instance().config_loader().get_search_path().get_path()
     folders = [Path(str(place.path).removeprefix("file://")) / "model" for place in search]
     of_family, of_size = [], []
@@ -168,12 +168,12 @@ def _check_fits(cfg: DictConfig, name: str) -> None:
     """Settings are for a family; those of small models, with rates for random weights, for these
     alone.
     """
-    wanted, source = _architecture(cfg.init_from), cfg.model.source
+    wanted, source = _architecture(cfg), cfg.model.source
     is_published = any(_size(known.config()) == _size(wanted) for known in KNOWN.values())
     if _family(source) in (None, wanted.model_type) and not ("family" in source and is_published):
         return
     tells = _settings(cfg.init_from) is not None
-    advice = "leave it out" if tells else f"add {_fitting(cfg.init_from)}"
+    advice = "leave it out" if tells else f"add {_fitting(cfg)}"
     raise UserError(
         f"model={name} does not fit init_from={cfg.init_from}, a {wanted.model_type} of width "
         f"{wanted.get_text_config().hidden_size}; {advice}"

@@ -24,7 +24,7 @@ from cocoa_pl.doctor.reading import Pieces, Reading, read
 from cocoa_pl.doctor.report import show, write_json
 from cocoa_pl.errors import UserError
 from cocoa_pl.for_mteb.benchmark import MtebBenchmark
-from cocoa_pl.models.adapter_folders import base_path, is_adapter
+from cocoa_pl.models.adapters import base_path, is_adapter
 from cocoa_pl.models.loading import find_folder, load_inputs
 from cocoa_pl.run import build_stages, choose_end_token, model_folder
 from cocoa_pl.stages.stage import Stage

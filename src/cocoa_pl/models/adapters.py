@@ -1,23 +1,48 @@
-"""A backbone in; the same backbone with the parameters that shall train out."""
+"""What trains in a backbone: all of it, or adapters of peft; and adapters that others published.
+
+Loaders that ignore names they do not know drop a published adapter without a word. Here one weight
+that is missing or left over stops the loading.
+"""
 
 import copy
+import dataclasses
+import json
 import logging
+import pickle
 import re
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import peft
 import torch
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from peft.utils.other import get_pattern_key
+from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dict
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from cocoa_pl.config.bounds import Count, ShareBelowOne
-from cocoa_pl.errors import UserError
+from cocoa_pl.errors import UserError, first_line
 from cocoa_pl.models.backbone import Backbone
 from cocoa_pl.models.dora import make_lean
+from cocoa_pl.models.loading import ADAPTER_CONFIG, Loaded, load
 
 log = logging.getLogger(__name__)
+
+_PREFIX = "base_model.model."  # of names in a file of peft
+# Fields of adapter_config.json that change nothing here or are obeyed; any other must say nothing.
+_UNDERSTOOD = {
+    *("peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path"),
+    *("revision", "inference_mode", "r", "lora_alpha", "lora_dropout", "rank_pattern"),
+    *("alpha_pattern", "target_modules", "exclude_modules", "layers_to_transform"),
+    *("layers_pattern", "modules_to_save", "fan_in_fan_out", "use_rslora", "use_dora"),
+    *("init_lora_weights", "loftq_config", "eva_config", "corda_config", "runtime_config"),
+}
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(peft.LoraConfig)}
+_HARMLESS_INITS = (True, False, "gaussian", "orthogonal", "eva")  # leave the base as it is
 
 
 class FullTuning:
@@ -134,3 +159,195 @@ def check_trained(state: Mapping[str, Tensor], *, where: Path | str) -> None:
 def _require_match(backbone: Backbone, expression: str) -> None:
     if not any(re.fullmatch(expression, name) for name, _ in backbone.model.named_modules()):
         raise UserError(f"adapter.target_modules: {expression!r} matches no module of the model")
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter and no model of its own."""
+    return (folder / ADAPTER_CONFIG).is_file()
+
+
+def base_path(folder: Path, *, copy: str | None) -> str:
+    """Where the model is that an adapter was trained on: a folder or a name on the hub.
+
+    Args:
+        copy: another place of it; it counts if it ends in the base's own name.
+
+    Raises:
+        UserError: if `adapter_config.json` cannot be read or does not name the base, or names a
+            folder that is not here, or one of several revisions.
+    """
+    config = read_config(folder)
+    base, revision = config.base_model_name_or_path, config.revision
+    if not base:
+        raise UserError(f"{folder / ADAPTER_CONFIG} does not name its base_model_name_or_path")
+    name = _model_name(base)
+    if copy is not None and _model_name(copy) == name:
+        return copy
+    is_path = base.startswith((".", "/", "~")) or "\\" in base or base.count("/") != 1
+    if not Path(base).exists() and is_path:
+        raise UserError(
+            f"{folder} is an adapter for {base}, which is not here; "
+            f"pass a copy as model.source.path=/path/to/{name}"
+        )
+    if revision not in (None, "main") and not Path(base).exists():
+        raise UserError(
+            f"{folder} is an adapter for revision {revision} of {base}; fetch it, hf download "
+            f"{base} --revision {revision} --local-dir {name}, and pass model.source.path={name}"
+        )
+    return str(base)
+
+
+def _model_name(path: str) -> str:
+    """The model's own name in a hub id or a path on any system.
+
+    The hub's cache holds `models--Qwen--Qwen2.5-VL-3B-Instruct/snapshots/<revision>`, ModelScope's
+    `Qwen/Qwen2___5-VL-3B-Instruct`.
+    """
+    parts = PureWindowsPath(path).parts  # knows both kinds of slashes
+    of_hub = [part.split("--", 2)[2] for part in parts if part.startswith("models--")]
+    return (of_hub or parts)[-1].replace("___", ".")
+
+
+def load_adapter(
+    folder: Path, *, base: Path, kernel: str, dtype: str, gradient_checkpointing: bool
+) -> Loaded:
+    """A base with a published adapter folded into its weights, as VLM2Vec (arXiv 2410.05160) and
+    CoCoA publish theirs; tokenizer and images as for the base.
+
+    Args:
+        base: a model folder.
+        kernel, dtype, gradient_checkpointing: as for `load`.
+
+    Raises:
+        UserError: if a weight of the adapter has no place in the base or a place has no weight, if
+            shapes differ, if it was never trained, if it is of a kind that is not LoRA or DoRA, or
+            if the folder holds a whole model too.
+    """
+    if whole := sorted(folder.glob("model*.safetensors")):
+        raise UserError(
+            f"{folder} holds a model ({whole[0].name}) and an adapter ({ADAPTER_CONFIG}); remove "
+            "the one that is not meant"
+        )
+    config, weights = read_config(folder), _read_weights(folder)
+    check_trained(weights, where=folder)
+    loaded = load(base, kernel=kernel, dtype=dtype, gradient_checkpointing=gradient_checkpointing)
+    backbone = loaded.backbone
+    config = _for_model(config, backbone.model, weights, where=folder)
+    adapted: Any = peft.get_peft_model(backbone.model, config)
+    # peft drops weights that have no place, and leaves places without weights as they were made.
+    try:
+        loading: Any = set_peft_model_state_dict(adapted, weights)
+    except RuntimeError as error:
+        told = str(error).splitlines()[1].strip()  # on the first wrong shape
+        raise UserError(f"{folder}: {told} {base} is its base") from error
+    if missing := sorted(name for name in loading.missing_keys if ".lora_" in name):
+        name = missing[0].replace(".default", "")
+        raise UserError(f"{folder} misses {name}, which target_modules asks for")
+    if extra := sorted(loading.unexpected_keys):
+        raise UserError(f"{folder} holds {extra[0]}, which target_modules does not ask for")
+    try:
+        backbone.model = adapted.merge_and_unload(safe_merge=True)
+    except ValueError as error:  # NaN
+        raise UserError(f"{folder} cannot be merged: {error}") from error
+    backbone.model.requires_grad_(True)  # as a model that was just loaded
+    log.info("%s was merged into %s", folder, base)
+    return dataclasses.replace(loaded, folder=folder)
+
+
+def read_config(folder: Path) -> peft.LoraConfig:
+    """The folder's `adapter_config.json`.
+
+    Raises:
+        UserError: if it cannot be read or is not of LoRA or DoRA as they are understood here.
+    """
+    file = folder / ADAPTER_CONFIG
+    try:
+        described = json.loads(file.read_text())
+        kind = described["peft_type"]
+        config = peft.PeftConfig.from_pretrained(str(folder))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} cannot be read as an adapter's config: {error!r}") from error
+    if not isinstance(config, peft.LoraConfig):
+        raise UserError(f"{file}: {kind} adapters are not supported, only LoRA and DoRA")
+    for name in sorted(set(described) - _UNDERSTOOD):
+        if described[name] and described[name] != _DEFAULTS.get(name):
+            raise UserError(
+                f"{file}: {name}={described[name]} is not understood; "
+                "merge the adapter with peft and pass the merged model"
+            )
+    if config.init_lora_weights not in _HARMLESS_INITS:
+        raise UserError(
+            f"{file}: init_lora_weights={config.init_lora_weights} changed the base's weights; "
+            "merge the adapter with peft and pass the merged model"
+        )
+    return config
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    """`adapter_model.safetensors`, or the `.bin` of older releases, under the model's own names.
+
+    Until transformers 4.51 these were `model.layers.0` and `visual.blocks.0`; since then they are
+    `model.language_model.layers.0` and `model.visual.blocks.0`.
+    """
+    names = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
+    if not any((folder / name).is_file() for name in names):  # peft would ask the hub for them
+        raise UserError(f"{folder} holds an adapter's config and neither {' nor '.join(names)}")
+    try:
+        found = load_peft_weights(str(folder), device="cpu")
+    except (OSError, SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise UserError(f"{folder}: its weights cannot be loaded: {first_line(error)}") from error
+    if foreign := sorted(name for name in found if ".lora_" not in name):
+        raise UserError(f"{folder}: {foreign[0]} belongs to no LoRA or DoRA layer")
+    current = {}
+    for name, weight in found.items():
+        name = re.sub(rf"^{_PREFIX}visual\.", f"{_PREFIX}model.visual.", name)
+        text = rf"^{_PREFIX}model\.(?!language_model\.|visual\.)"
+        current[re.sub(text, f"{_PREFIX}model.language_model.", name)] = weight
+    if len(current) < len(found):
+        raise UserError(f"{folder} holds weights twice, under their older and their current names")
+    return current
+
+
+def _older(module: str) -> str:
+    """A module's name in the older layout."""
+    module = re.sub(r"^model\.visual\.", "visual.", module)
+    return re.sub(r"^model\.language_model\.", "model.", module)
+
+
+def _for_model(
+    config: peft.LoraConfig, model: nn.Module, weights: Iterable[str], *, where: Path
+) -> peft.LoraConfig:
+    """The config with modules by their full names, each with its own rank and scale: what a
+    published one says may be meant for names of the older layout.
+    """
+    in_file = {name.removeprefix(_PREFIX).partition(".lora_")[0] for name in weights}
+    names = [name for name, _ in model.named_modules()] if config.target_modules else []
+    as_meant = [
+        {name for name in names if check_target_module_exists(config, rename(name))}
+        for rename in (str, _older)
+    ]
+    targets = sorted(max(as_meant, key=lambda modules: len(in_file.intersection(modules))))
+    if not targets:
+        raise UserError(f"{where / ADAPTER_CONFIG}: target_modules matches no module of the model")
+
+    def each(patterns: dict[str, int] | None, default: int) -> dict[str, int]:
+        known = patterns or {}
+        found = dict.fromkeys(targets, default)
+        for name in targets:
+            for called in (name, _older(name)):
+                found[name] = known.get(get_pattern_key(list(known), called), found[name])
+        return {re.escape(name): value for name, value in found.items()}
+
+    return dataclasses.replace(
+        config,
+        base_model_name_or_path=None,  # it may be a copy of it
+        target_modules=targets,
+        rank_pattern=each(config.rank_pattern, config.r),
+        alpha_pattern=each(config.alpha_pattern, config.lora_alpha),
+        exclude_modules=None,
+        layers_to_transform=None,
+        layers_pattern=None,
+        modules_to_save=None,
+        init_lora_weights=True,
+        inference_mode=False,
+    )

@@ -27,7 +27,7 @@ FAMILIES: dict[str, type[Backbone]] = {
     "qwen3_vl": Qwen3VLBackbone,
 }
 
-ADAPTER_CONFIG = "adapter_config.json"  # of a folder that holds an adapter (`adapter_folders.py`)
+ADAPTER_CONFIG = "adapter_config.json"  # of a folder that holds an adapter (`adapters.py`)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
