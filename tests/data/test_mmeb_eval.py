@@ -146,7 +146,7 @@ BAD_V1_ROWS: dict[str, tuple[dict[str, Any], str]] = {
     "no candidates": ({"tgt_text": [], "tgt_img_path": []}, "no candidates"),
     "null query": ({"qry_text": None}, "qry_text holds a null"),
     "null candidate": ({"tgt_text": ["a", None, "b", "c", "d"]}, "tgt_text holds a null"),
-    "null list": ({"tgt_text": None}, "tgt_text holds a null"),
+    "null list": ({"tgt_text": None}, "tgt_text must be a list"),
     "missing query image": ({"qry_img_path": "d.png"}, "query: image .* does not exist"),
     "missing candidate image": (
         {"tgt_text": ["<|image_1|>"] * 5, "tgt_img_path": ["d.png"] * 5},
@@ -181,26 +181,32 @@ def test_rows_that_share_a_bad_candidate_are_each_named(
     with caplog.at_level(logging.WARNING):
         assert read_v1(root, rows, on_bad_row="skip").row_ids == ["Set row 1"]
     assert "skipped 2 bad row(s): Set row 0, candidate" in caplog.text
-    assert "Set row 2: as Set row 0, candidate" in caplog.text
+    assert "; Set row 2, candidate: image" in caplog.text
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"qry_img_path": "d.png"}, r"no usable row in .*\(1 skipped\)"),
-        ({"tgt_text": "a", "tgt_img_path": ""}, r"no usable row in .*\(1 skipped\)"),
-        ({"qry_img_path": 7}, r"no usable row in .*\(1 skipped\)"),
-        (None, r"no usable row in .*\(0 skipped\)"),
+        ({"qry_img_path": "d.png"}, r"d\.png does not exist"),
+        ({"tgt_text": "a", "tgt_img_path": ""}, "tgt_text must be a list"),
+        ({"qry_text": b"a"}, "qry_text holds bytes; write a string"),
+        ({"qry_img_path": 7}, "qry_img_path holds int; write a string"),
+        ({"qry_img_path": ["a.png"]}, "qry_img_path holds list"),
+        ({"tgt_img_path": [{"url": "x"}]}, "tgt_img_path holds dict"),
     ],
 )
-def test_subset_without_a_usable_row_is_an_error(
-    root: Path, changes: dict[str, Any] | None, message: str
-) -> None:
-    rows = pa.Table.from_pylist([REFCOCO | (changes or {})]).slice(0, changes is not None)
-    (root / "Set").mkdir()
-    pq.write_table(rows, root / "Set" / "test-0.parquet")
-    with pytest.raises(UserError, match=message):
+def test_subset_of_bad_rows_is_an_error(root: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=f"Set row 0.*{message}"):
+        read_v1(root, [REFCOCO | changes])
+    with pytest.raises(UserError, match=r"no usable row in .*\(1 skipped\)"):
         read_set(root, on_bad_row="skip")
+
+
+def test_file_without_rows_is_an_error(root: Path) -> None:
+    (root / "Set").mkdir()
+    pq.write_table(pa.Table.from_pylist([REFCOCO]).slice(0, 0), root / "Set" / "test-0.parquet")
+    with pytest.raises(UserError, match=r"no usable row in .*\(0 skipped\)"):
+        read_set(root)
 
 
 def test_unknown_group_is_an_error(root: Path) -> None:

@@ -40,7 +40,6 @@ class Sides(NamedTuple):
     @classmethod
     def plain(cls, texts: Sequence[Any], images: Sequence[Any]) -> "Sides":
         """Known by all that they hold."""
-        images = [one if isinstance(one, str) else embedded(one) or "" for one in images]
         return cls(list(zip(texts, images, strict=True)), texts, images)
 
 
@@ -209,7 +208,7 @@ def read_eval_subset(
     files = find_parquet(root, subset=subset, split=split)
     for row_id, row in _rows(files, subset=subset, columns=reader.columns if reader else columns):
         try:
-            _check_lists(row, row_id=row_id)
+            row = _checked(row, row_id=row_id)
             if reader is None:
                 query = Sides.plain([row["qry_text"]], [row["qry_img_path"]])
                 targets = Sides.plain(row["tgt_text"], row["tgt_img_path"])
@@ -249,17 +248,12 @@ class _Items:
     def __init__(self, *, role: str, image_root: Path) -> None:
         self._role, self._image_root = role, image_root
         self._items: dict[Hashable, Item] = {}
-        self._errors: dict[Hashable, UserError] = {}
         self._numbers: dict[Hashable, int] = {}
 
     def check(self, sides: Sides, *, row_id: str) -> None:
         """Raises UserError for the first side that is no item."""
         for name, text, image in zip(*sides, strict=True):
-            if name in self._items:
-                continue
-            if name in self._errors:
-                raise UserError(f"{row_id}: as {self._errors[name]}")
-            try:
+            if name not in self._items:
                 self._items[name] = make_item(
                     text,
                     image,
@@ -268,9 +262,6 @@ class _Items:
                     image_root=self._image_root,
                     add_missing_slot=False,
                 )
-            except UserError as error:
-                self._errors[name] = error
-                raise
 
     def numbers(self, sides: Sides) -> np.ndarray:
         """int32 [N], for sides that were checked."""
@@ -293,15 +284,23 @@ def _rows(
             number += 1
 
 
-def _check_lists(row: Mapping[str, Any], *, row_id: str) -> None:
-    """Refuses a row with a null, no candidates, or lists of unequal length."""
+def _checked(row: Mapping[str, Any], *, row_id: str) -> dict[str, Any]:
+    """The row with every image as a path or bytes; refuses values of other types, nulls where an
+    empty string belongs, no candidates, and lists of unequal length.
+    """
+    checked = {}
     for name, value in row.items():
-        has_null = value is None or (isinstance(value, list) and None in value)
-        if has_null and not name.endswith("img_path"):  # images in the rows have no other word
-            raise UserError(f"{row_id}: {name} holds a null; write an empty string for none")
-        if name.startswith("tgt_") and name != "tgt_inst" and not isinstance(value, list):
+        is_list, is_image = name in ("tgt_text", "tgt_img_path"), name.endswith("img_path")
+        values = value if is_list else [value]
+        if not isinstance(values, list):
             raise UserError(f"{row_id}: {name} must be a list, an entry for each candidate")
-    texts, images = row["tgt_text"], row.get("tgt_img_path", row["tgt_text"])
+        if is_image:
+            values = [one if isinstance(one, str) else embedded(one) or "" for one in values]
+        if wrong := set(map(type, values)) - ({str, bytes} if is_image else {str}):
+            kind = "a null" if None in values else wrong.pop().__name__
+            raise UserError(f"{row_id}: {name} holds {kind}; write a string, empty for none")
+        checked[name] = values if is_list else values[0]
+    texts, images = checked["tgt_text"], checked.get("tgt_img_path", checked["tgt_text"])
     if len(texts) != len(images):
         raise UserError(
             f"{row_id}: tgt_text has {len(texts)} entries and tgt_img_path {len(images)}; "
@@ -309,6 +308,7 @@ def _check_lists(row: Mapping[str, Any], *, row_id: str) -> None:
         )
     if not texts:
         raise UserError(f"{row_id}: no candidates; fill tgt_text or drop the row")
+    return checked
 
 
 def _tight(text: str) -> str:
