@@ -1,4 +1,4 @@
-"""A small MMEB folder with one of each disease, and `cocoa doctor` run on a folder."""
+"""A small MMEB folder with a row for each kind of issue, and `cocoa doctor` run on a folder."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def write_rows(root: Path, rows: list[dict[str, Any]], *, subset: str = "Set") -
     return root
 
 
-def diseases(root: Path) -> dict[str, dict[str, Any]]:
+def issues(root: Path) -> dict[str, dict[str, Any]]:
     """Disease -> the row that has it; files are written below `root`."""
     images = root / "images"
     for number in range(12):

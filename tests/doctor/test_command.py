@@ -49,7 +49,7 @@ def test_digits_are_healthy(check_up: Callable[..., Checkup]) -> None:
     assert measured == [["pretrain", "warmup"], ["reconstruct"], ["contrast"]]
 
 
-def test_rows_of_mteb_are_said_to_be_unchecked(
+def test_rows_of_mteb_are_listed_as_not_checked(
     healthy: Path, check_up: Callable[..., Checkup]
 ) -> None:
     tasks = "benchmark.tasks=[cocoa_pl.for_mteb.digits.DigitCount]"
@@ -80,7 +80,7 @@ def test_a_folder_that_is_no_model_is_the_users_mistake(
 
 
 @pytest.mark.parametrize(
-    ("overrides", "told"),
+    ("overrides", "message"),
     [
         (["data=mmmeb"], "data=mmmeb does not exist (did you mean mmeb?)"),
         (["data=mmeb"], "data.root has no value; give it as data.root=..."),
@@ -90,12 +90,12 @@ def test_a_folder_that_is_no_model_is_the_users_mistake(
     ],
 )
 def test_a_mistake_is_one_sentence_and_status_2(
-    overrides: list[str], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    overrides: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.run(["doctor", f"out={tmp_path}", *overrides]) == MISTAKE
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
-    assert told in line
+    assert message in line
 
 
 def test_a_stream_is_refused_with_what_to_do(

@@ -1,4 +1,4 @@
-"""What the doctor is made of: lengths that equal the encoder's, ordered work, bars, complaints."""
+"""Parts of the doctor: lengths that equal the processor's, ordered work, bars, row errors."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from cocoa_pl.config.command_line import CONFIGS, compose_overrides
 from cocoa_pl.data.examples import CaptionExamples, PairExamples
 from cocoa_pl.data.items import IMAGE_SLOT, Item, Pair
 from cocoa_pl.data.tokenize import Processor
-from cocoa_pl.doctor.complaints import as_finding, heard, kind_of
 from cocoa_pl.doctor.findings import KEPT, KINDS, Finding, Findings, Severity
-from cocoa_pl.doctor.histogram import NUM_BINS, bar, make_bins
+from cocoa_pl.doctor.images import DistinctImages
 from cocoa_pl.doctor.lengths import measure
 from cocoa_pl.doctor.parallel import ordered_map
-from cocoa_pl.doctor.pictures import Gallery
+from cocoa_pl.doctor.report import NUM_BINS, bar, make_bins
+from cocoa_pl.doctor.row_errors import as_finding, collect_row_errors, kind_of
 from cocoa_pl.errors import UserError
 from cocoa_pl.randomness import mix
 
@@ -55,16 +55,16 @@ def test_lengths_are_those_of_the_encoder(
     make_samples: Any, processor: Processor, tmp_path: Path
 ) -> None:
     """Counted from sizes and texts alone, they equal what is encoded from the opened pictures."""
-    pairs, gallery = random_pairs(tmp_path, 30), Gallery()
+    pairs, images = random_pairs(tmp_path, 30), DistinctImages()
     for pair in pairs:
-        gallery.note(pair.query)
-    gallery.open_all(workers=0, advance=lambda done: None)
+        images.note(pair.query)
+    images.open_all(workers=0, advance=lambda done: None)
     stages: Any = [OneStage(make_samples)]
     measured = measure(
         stages,
         pairs,
         processor,
-        gallery,
+        images,
         Findings(),
         seed=3,
         workers=0,
@@ -99,7 +99,7 @@ def test_work_comes_back_in_order_and_is_bounded() -> None:
     assert [0, *results] == [number**2 for number in range(40)]
 
 
-def test_a_killed_worker_is_told_in_one_sentence() -> None:
+def test_a_killed_worker_is_one_sentence() -> None:
     with pytest.raises(UserError, match=r"ran out; use fewer than workers=2"):
         list(ordered_map(_die, range(8), workers=2))
 
@@ -117,14 +117,14 @@ def _die(number: int) -> int:
 def test_embedded_images_are_told_apart_by_their_bytes(tmp_path: Path) -> None:
     content = noise(tmp_path / "a.png", (20, 30), seed=0).read_bytes()
     items = [Item(IMAGE_SLOT, (image,)) for image in (content, bytes(content), b"no picture")]
-    gallery = Gallery()
+    images = DistinctImages()
     for item in items:
-        gallery.note(item)
-    gallery.open_all(workers=0, advance=lambda done: None)
-    assert gallery.sizes.tolist() == [[20, 30], [0, 0]]
-    assert [fault.kind for fault in gallery.faults.values()] == ["corrupt_image"]
-    assert gallery.content_key(items[0]) == gallery.content_key(items[1])
-    assert gallery.content_key(items[0]) != gallery.content_key(items[2])
+        images.note(item)
+    images.open_all(workers=0, advance=lambda done: None)
+    assert images.sizes.tolist() == [[20, 30], [0, 0]]
+    assert [fault.kind for fault in images.faults.values()] == ["corrupt_image"]
+    assert images.content_key(items[0]) == images.content_key(items[1])
+    assert images.content_key(items[0]) != images.content_key(items[2])
 
 
 @pytest.mark.parametrize(
@@ -146,21 +146,21 @@ def test_embedded_images_are_told_apart_by_their_bytes(tmp_path: Path) -> None:
         ("no row at all", "bad_row", "", "", ""),
     ],
 )
-def test_a_complaint_is_taken_apart(
+def test_a_row_error_is_taken_apart(
     message: str, kind: str, row_id: str, role: str, file: str
 ) -> None:
     assert as_finding(message, part="train") == Finding(kind, "train", row_id, role, file, message)
     assert kind_of(message) == (kind, file)
 
 
-def test_complaints_are_heard_once_and_do_not_reach_the_log(
+def test_row_errors_are_collected_once_and_do_not_reach_the_log(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     from cocoa_pl.data.rows import log_skipped
 
     findings = Findings()
     messages = [f"Set row {number}: wrong" for number in range(5)]
-    with heard(findings, part="train"):
+    with collect_row_errors(findings, part="train"):
         log_skipped(messages, source="Set")
     assert caplog.records == []
     assert [finding.message for finding in findings.kept("bad_row")] == messages

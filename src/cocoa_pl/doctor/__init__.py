@@ -1,1 +1,1 @@
-"""Training data in, everything that is wrong with them out: what `cocoa doctor` runs."""
+"""Checks of training data before training: what `cocoa doctor` runs."""

@@ -1,4 +1,4 @@
-"""`cocoa doctor`: the configuration of a training run in, what is wrong with its data out."""
+"""`cocoa doctor`: check the data that a training run would read."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from cocoa_pl.config.folders import new_folder
 from cocoa_pl.data.rows import distinct_texts
 from cocoa_pl.data.sources import HeldOutBenchmark
 from cocoa_pl.data.tokenize import Processor
-from cocoa_pl.doctor.examination import Settings, Watch, examine
+from cocoa_pl.doctor.check_data import Settings, Watch, check_data
 from cocoa_pl.doctor.findings import Findings
 from cocoa_pl.doctor.reading import Pieces, Reading, read
 from cocoa_pl.doctor.report import show, write_json
@@ -29,7 +29,7 @@ from cocoa_pl.models.loading import find_folder, load_inputs
 from cocoa_pl.run import build_stages, choose_end_token, model_folder
 from cocoa_pl.stages.stage import Stage
 
-SICK = 1  # exit status: something would stop training
+WOULD_STOP = 1  # exit status: something would stop training
 
 
 def run(overrides: Sequence[str], console: Console) -> int:
@@ -43,7 +43,7 @@ def run(overrides: Sequence[str], console: Console) -> int:
     """
     register_resolvers()
     cfg = compose_overrides("doctor", overrides)
-    _tell_readers_to_go_on(cfg)
+    _skip_bad_rows(cfg)
     out = Path(cfg.out)
     findings = Findings()
     with console.status("reading rows"):
@@ -60,21 +60,21 @@ def run(overrides: Sequence[str], console: Console) -> int:
         workers=os.cpu_count() or 1 if cfg.workers is None else cfg.workers,
     )
     with _progress(console) as progress:
-        examination = examine(reading, settings, findings, watch=_watch(progress, console))
+        checked = check_data(reading, settings, findings, watch=_watch(progress, console))
     not_checked = [reason] if reason else []
     if isinstance(benchmark, MtebBenchmark):
         not_checked.append("rows of the benchmark: mteb alone reads those of its tasks")
-    show(console, examination, not_checked=not_checked)
+    show(console, checked, not_checked=not_checked)
     if not any(override.startswith("out=") for override in overrides):
         out = new_folder(out)
     out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "doctor.json", examination, not_checked=not_checked)
+    write_json(out / "doctor.json", checked, not_checked=not_checked)
     console.print(f"written: {out / 'doctor.json'}", soft_wrap=True, highlight=False)
-    return SICK if findings.stops_training else 0
+    return WOULD_STOP if findings.stops_training else 0
 
 
-def _tell_readers_to_go_on(cfg: DictConfig) -> None:
-    """Bad rows are complained about and left out, so that one does not hide the next."""
+def _skip_bad_rows(cfg: DictConfig) -> None:
+    """Bad rows are reported and left out, so that one does not hide the next."""
     cfg.on_bad_row = "skip"
     for group in ("data", "benchmark"):
         if "on_bad_row" in cfg[group]:

@@ -1,6 +1,6 @@
-"""Rows of a stage in, the token length of every sample that the stage makes of them out.
+"""Token lengths of the samples that a stage makes of its rows.
 
-No picture is opened again: its visual tokens follow from its size.
+No image is opened again: its visual tokens follow from its size.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from cocoa_pl.data.examples import MakeSamples, Sample
 from cocoa_pl.data.items import IMAGE_SLOT, Item, Pair
 from cocoa_pl.data.tokenize import Processor
 from cocoa_pl.doctor.findings import Finding, Findings
+from cocoa_pl.doctor.images import DistinctImages, image_identity
 from cocoa_pl.doctor.parallel import ordered_map
-from cocoa_pl.doctor.pictures import Gallery, image_identity
 from cocoa_pl.randomness import mix
 from cocoa_pl.stages.stage import Stage
 
@@ -67,9 +67,9 @@ class StageLengths:
         return self.tokens_per_step(stage) / stage.token_budget
 
 
-def visual_tokens(gallery: Gallery, processor: Processor) -> np.ndarray:
+def visual_tokens(images: DistinctImages, processor: Processor) -> np.ndarray:
     """int64 [N] visual tokens of each distinct image; -1 for those that cannot be read."""
-    distinct, inverse = np.unique(gallery.sizes, axis=0, return_inverse=True)
+    distinct, inverse = np.unique(images.sizes, axis=0, return_inverse=True)
     counts = [processor.count_visual_tokens(w, h) if w else -1 for w, h in distinct.tolist()]
     return np.array(counts, dtype=np.int64)[inverse.reshape(-1)]
 
@@ -78,7 +78,7 @@ def measure(
     stages: Sequence[Stage],
     rows: Sequence[Pair],
     processor: Processor,
-    gallery: Gallery,
+    images: DistinctImages,
     findings: Findings,
     *,
     seed: int,
@@ -90,12 +90,12 @@ def measure(
     Args:
         stages: make the same samples; the first one's name stands in findings.
         seed: of the first stage, as in training.
-        advance: is told how many rows are done.
+        advance: is called with the number of rows that are done.
     """
-    tokens = visual_tokens(gallery, processor)
+    tokens = visual_tokens(images, processor)
     counted = ordered_map(
         _Counter(processor, stages[0].make_samples),
-        _chunks(rows, gallery, tokens, seed=seed),
+        _chunks(rows, images, tokens, seed=seed),
         workers=workers,
     )
     text: list[np.ndarray] = [np.empty(0, np.int64)]
@@ -172,13 +172,13 @@ class _Counter:
 
 
 def _chunks(
-    rows: Sequence[Pair], gallery: Gallery, tokens: np.ndarray, *, seed: int
+    rows: Sequence[Pair], images: DistinctImages, tokens: np.ndarray, *, seed: int
 ) -> Iterator[_Rows]:
     for start in range(0, len(rows), CHUNK):
         stop = min(start + CHUNK, len(rows))
         chunk = [(rows[row], mix(seed, _FIRST_EPOCH, row)) for row in range(start, stop)]
-        images = {image for pair, _ in chunk for item in items_of(pair) for image in item.media}
-        visual = {image_identity(i): int(tokens[gallery.number(i)]) for i in images}
+        used = {image for pair, _ in chunk for item in items_of(pair) for image in item.media}
+        visual = {image_identity(i): int(tokens[images.number(i)]) for i in used}
         yield _Rows(chunk, visual)
 
 

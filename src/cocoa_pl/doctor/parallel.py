@@ -1,4 +1,4 @@
-"""Chunks of work in, their results in the same order out, from a bounded number of processes."""
+"""Map chunks of work in their order over a bounded number of processes."""
 
 from __future__ import annotations
 

@@ -15,8 +15,8 @@ from typing import Any, Protocol
 from cocoa_pl.data.composite import DataOfStages, source_of
 from cocoa_pl.data.items import EvalSubset, Pair
 from cocoa_pl.data.stream import PairStream
-from cocoa_pl.doctor.complaints import heard
 from cocoa_pl.doctor.findings import Finding, Findings
+from cocoa_pl.doctor.row_errors import collect_row_errors
 from cocoa_pl.errors import UserError
 from cocoa_pl.stages.recipe import TrainingData
 from cocoa_pl.stages.stage import Stage
@@ -125,7 +125,7 @@ def _read(
 ) -> Any:
     """All rows, or those of the pieces that can be read."""
     complaints = Findings()
-    with heard(complaints, part=part):
+    with collect_row_errors(complaints, part=part):
         try:
             rows = whole()
         except UserError as error:

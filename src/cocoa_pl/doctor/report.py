@@ -1,10 +1,10 @@
-"""An examination in, what a person reads on the terminal and a machine in JSON out."""
+"""The doctor's report: tables for the terminal, and doctor.json."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,27 +13,30 @@ from rich.console import Console, Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from cocoa_pl.doctor.examination import Examination
+from cocoa_pl.doctor.check_data import CheckedData
 from cocoa_pl.doctor.findings import KINDS, Findings, Severity
-from cocoa_pl.doctor.histogram import make_bins, percentiles, text_histogram
 from cocoa_pl.doctor.lengths import StageLengths
 
 FORMAT_VERSION = 1
 SHOWN_ROWS = 3
+PERCENTILES = (50, 90, 99)
+NUM_BINS = 12
+NICE_STEPS = (1, 2, 4, 5, 8)  # times a power of ten
+EIGHTHS = " ▏▎▍▌▋▊▉█"
 
 _LEGEND = "tokens of a sample; samples cut; tokens of a step over all GPUs, in passes"
 _COLOURS = {Severity.STOPS: "red", Severity.LOSES: "yellow", Severity.INFORMS: "cyan"}
 
 
-def show(console: Console, examination: Examination, *, not_checked: Sequence[str]) -> None:
+def show(console: Console, checked: CheckedData, *, not_checked: Sequence[str]) -> None:
     """Print the whole report: what was read, lengths, findings, verdict."""
-    parts: list[RenderableType] = [_inventory(examination)]
-    if examination.lengths:
-        parts += ["", text_histogram(examination.lengths, width=console.width)]
-        parts += ["", _length_table(examination.lengths), f"[dim]{_LEGEND}[/]"]
-    parts += ["", _summary(examination.findings)]
+    parts: list[RenderableType] = [_inventory(checked)]
+    if checked.lengths:
+        parts += ["", text_histogram(checked.lengths, width=console.width)]
+        parts += ["", _length_table(checked.lengths), f"[dim]{_LEGEND}[/]"]
+    parts += ["", _summary(checked.findings)]
     parts += [f"[yellow]not checked[/]: {escape(sentence)}" for sentence in not_checked]
-    parts.append(verdict(examination.findings))
+    parts.append(verdict(checked.findings))
     console.print(Group(*parts), highlight=False)
 
 
@@ -46,13 +49,13 @@ def verdict(findings: Findings) -> str:
     return f"[bold green]nothing would stop training[/]{lost}; {informs:,} for your information"
 
 
-def write_json(path: Path, examination: Examination, *, not_checked: Sequence[str]) -> None:
+def write_json(path: Path, checked: CheckedData, *, not_checked: Sequence[str]) -> None:
     """The machine-readable report: counts of every kind, the first findings of each in full."""
-    findings = examination.findings
+    findings = checked.findings
     content = {
         "format": FORMAT_VERSION,
         "stops_training": findings.stops_training,
-        "rows": examination.rows,
+        "rows": checked.rows,
         "kinds": {
             kind: {
                 "severity": KINDS[kind].severity.name.lower(),
@@ -64,31 +67,31 @@ def write_json(path: Path, examination: Examination, *, not_checked: Sequence[st
             for kind in findings.kinds()
         },
         "findings": [asdict(f) for kind in findings.kinds() for f in findings.kept(kind)],
-        "images": _image_facts(examination),
-        "lengths": [_length_facts(one) for one in examination.lengths],
+        "images": _image_facts(checked),
+        "lengths": [_length_facts(one) for one in checked.lengths],
         "not_checked": list(not_checked),
     }
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
-def _inventory(examination: Examination) -> Table:
+def _inventory(checked: CheckedData) -> Table:
     grid = Table.grid(padding=(0, 2))
-    rows = ", ".join(f"{part} {count:,}" for part, count in examination.rows.items())
+    rows = ", ".join(f"{part} {count:,}" for part, count in checked.rows.items())
     grid.add_row("[bold]rows[/]", escape(rows))
-    sizes = examination.sizes
+    sizes = checked.sizes
     if not len(sizes):
-        count = examination.num_images
-        said = f"{count:,}, none of which can be read" if count else "none"
-        grid.add_row("[bold]images[/]", said)
+        count = checked.num_images
+        text = f"{count:,}, none of which can be read" if count else "none"
+        grid.add_row("[bold]images[/]", text)
         return grid
     areas = sizes.prod(axis=1)
     small, large = sizes[areas.argmin()].tolist(), sizes[areas.argmax()].tolist()
-    unreadable = examination.num_images - len(sizes)
-    said = f"{examination.num_images:,}, from {small[0]} x {small[1]} to {large[0]} x {large[1]}"
-    said += f" pixels; {unreadable:,} cannot be read" if unreadable else " pixels"
-    grid.add_row("[bold]images[/]", said)
-    if len(examination.visual):
-        found = percentiles(examination.visual)
+    unreadable = checked.num_images - len(sizes)
+    text = f"{checked.num_images:,}, from {small[0]} x {small[1]} to {large[0]} x {large[1]}"
+    text += f" pixels; {unreadable:,} cannot be read" if unreadable else " pixels"
+    grid.add_row("[bold]images[/]", text)
+    if len(checked.visual):
+        found = percentiles(checked.visual)
         each = ", ".join(f"{name} {found[name]:,.0f}" for name in ("p50", "p90", "p99", "max"))
         grid.add_row("", f"visual tokens of an image: {each}")
     return grid
@@ -147,17 +150,17 @@ def _examples(findings: Findings, kind: str) -> str:
     return ", ".join(rows[:SHOWN_ROWS]) + (", ..." if more else "")
 
 
-def _image_facts(examination: Examination) -> dict[str, Any]:
-    sizes = examination.sizes
+def _image_facts(checked: CheckedData) -> dict[str, Any]:
+    sizes = checked.sizes
     facts: dict[str, Any] = {
-        "count": examination.num_images,
-        "unreadable": examination.num_images - len(sizes),
+        "count": checked.num_images,
+        "unreadable": checked.num_images - len(sizes),
     }
     if len(sizes):
         facts["width"] = {"min": int(sizes[:, 0].min()), **percentiles(sizes[:, 0])}
         facts["height"] = {"min": int(sizes[:, 1].min()), **percentiles(sizes[:, 1])}
-    if len(examination.visual):
-        visual = examination.visual
+    if len(checked.visual):
+        visual = checked.visual
         facts["visual_tokens"] = {"min": int(visual.min()), **percentiles(visual)}
     return facts
 
@@ -182,3 +185,76 @@ def _length_facts(one: StageLengths) -> dict[str, Any]:
             for stage in one.stages
         },
     }
+
+
+@dataclass(frozen=True)
+class Bins:
+    """Equal bins from zero; the last one also holds everything longer.
+
+    Attributes:
+        edges: int64 [B + 1]; bin b holds lengths from edges[b] to edges[b + 1] - 1.
+        is_open: whether anything is longer than the last edge.
+    """
+
+    edges: np.ndarray
+    is_open: bool
+
+    def counts(self, lengths: np.ndarray) -> np.ndarray:
+        """int64 [B], how many lengths are in each bin."""
+        places = np.minimum(lengths // self.edges[1], len(self.edges) - 2)
+        return np.bincount(places, minlength=len(self.edges) - 1)
+
+    @property
+    def labels(self) -> list[str]:
+        starts, ends = self.edges[:-1].tolist(), (self.edges[1:] - 1).tolist()
+        spans = [f"{a}-{b}" if a < b else f"{a}" for a, b in zip(starts, ends, strict=True)]
+        return [*spans[:-1], f"{starts[-1]}+"] if self.is_open else spans
+
+
+def make_bins(lengths: np.ndarray) -> Bins:
+    """At most `NUM_BINS` bins with round edges, of which the last may be open: 0.5 % are longer."""
+    longest = int(lengths.max(initial=1))
+    reach = int(np.quantile(lengths, 0.995)) if len(lengths) else 1
+    reach = longest if longest <= 1.25 * reach else max(1, reach)
+    step = next(
+        nice
+        for power in range(20)
+        for nice in (s * 10**power for s in NICE_STEPS)
+        if nice * NUM_BINS > reach
+    )
+    num_bins = min(NUM_BINS, reach // step + 1)
+    return Bins(np.arange(num_bins + 1) * step, longest >= num_bins * step)
+
+
+def percentiles(values: np.ndarray) -> dict[str, float]:
+    """`{"p50", "p90", "p99", "max", "mean"}` of a non-empty array."""
+    found = {f"p{p}": float(np.percentile(values, p)) for p in PERCENTILES}
+    return {**found, "max": float(values.max()), "mean": float(values.mean())}
+
+
+def bar(share: float, *, width: int) -> str:
+    """A bar of eighths of a character; anything above zero is seen."""
+    eighths = max(1, round(share * width * 8)) if share > 0 else 0
+    whole, rest = divmod(eighths, 8)
+    return "█" * whole + (EIGHTHS[rest] if rest else "")
+
+
+def text_histogram(lengths: Sequence[StageLengths], *, width: int) -> Table:
+    """One column of bars for each kind of stage, in `width` characters altogether."""
+    bins = make_bins(np.concatenate([one.totals for one in lengths]))
+    label = max(map(len, bins.labels))
+    room = max(4, min(30, (width - label - 2) // len(lengths) - 8))
+    table = Table(box=None, padding=(0, 2, 0, 0), title_justify="left", pad_edge=False)
+    table.add_column("tokens", justify="right", no_wrap=True, style="dim")
+    for one in lengths:
+        table.add_column(one.name, no_wrap=True, max_width=room + 6, overflow="ellipsis")
+    counts = [bins.counts(one.totals) for one in lengths]
+    tops = [max(1, int(count.max())) for count in counts]
+    for row, name in enumerate(bins.labels):
+        cells = []
+        for count, top in zip(counts, tops, strict=True):
+            share = 100 * count[row] / max(1, count.sum())
+            text = "" if not count[row] else "<1 %" if share < 1 else f"{share:.0f} %"
+            cells.append(f"[cyan]{bar(count[row] / top, width=room)}[/] [dim]{text}[/]")
+        table.add_row(name, *cells)
+    return table

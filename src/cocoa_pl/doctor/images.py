@@ -1,6 +1,6 @@
-"""Distinct images in, what is known of each out: its size, the hash of its content, what is wrong.
+"""Every distinct image of the data: its size, the hash of its content, or why it cannot be used.
 
-Every file is read and decoded once, by the code that training uses.
+Each file is read and decoded once, by the code that training uses.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import numpy as np
 
 from cocoa_pl.data.images import ImageSource, open_image
 from cocoa_pl.data.items import Item, as_key
-from cocoa_pl.doctor.complaints import kind_of
 from cocoa_pl.doctor.parallel import ordered_map
+from cocoa_pl.doctor.row_errors import kind_of
 from cocoa_pl.errors import UserError
 
 CHUNK = 64  # images: a second or less of work
@@ -32,7 +32,7 @@ class Fault:
     message: str
 
 
-class Gallery:
+class DistinctImages:
     """All distinct images of the data, numbered in the order in which they are first met."""
 
     def __init__(self) -> None:
@@ -56,11 +56,11 @@ class Gallery:
         return self._numbers[image_identity(image)]
 
     def open_all(self, *, workers: int, advance: Callable[[int], None]) -> None:
-        """Decode every image; `advance` is told how many are done."""
+        """Decode every image; `advance` is called with the number of those that are done."""
         sizes: list[np.ndarray] = []
         digests: list[np.ndarray] = []
         done = 0
-        for result in ordered_map(_examine, _chunks(self.sources), workers=workers):
+        for result in ordered_map(_open_chunk, _chunks(self.sources), workers=workers):
             sizes.append(result.sizes)
             digests.append(result.digests)
             self.faults |= {done + place: fault for place, fault in result.faults.items()}
@@ -83,13 +83,13 @@ def file_name(image: ImageSource) -> str:
 
 
 @dataclass(frozen=True)
-class _Examined:
+class _Opened:
     sizes: np.ndarray
     digests: np.ndarray
     faults: dict[int, Fault]
 
 
-def _examine(sources: Sequence[ImageSource]) -> _Examined:
+def _open_chunk(sources: Sequence[ImageSource]) -> _Opened:
     sizes = np.zeros((len(sources), 2), dtype=np.int64)
     digests = np.zeros(len(sources), dtype=np.uint64)
     faults: dict[int, Fault] = {}
@@ -100,9 +100,9 @@ def _examine(sources: Sequence[ImageSource]) -> _Examined:
         except (UserError, OSError) as error:
             message = str(error).removeprefix(f"{_WHERE}: ")
             faults[place] = Fault(kind_of(message)[0], message)
-            # Something of its own: two unreadable files are not the same picture.
+            # A digest of its own: two unreadable files are not the same image.
             digests[place] = _digest(b"unreadable\0" + str(source).encode(errors="replace"))
-    return _Examined(sizes, digests, faults)
+    return _Opened(sizes, digests, faults)
 
 
 def _content(source: ImageSource) -> bytes:

@@ -1,7 +1,7 @@
-"""Data, stages and a processor in, everything found out: the whole check in the order of the data.
+"""Check everything that a training run would read, in the order of the data.
 
-Rows are read by the training readers, pictures opened once each, lengths counted by the model's own
-processor; what comes out does not depend on the number of workers.
+Rows are read by the training readers, images opened once each, lengths counted by the model's own
+processor; the result does not depend on the number of workers.
 """
 
 from __future__ import annotations
@@ -16,16 +16,18 @@ from cocoa_pl.data.items import Pair
 from cocoa_pl.data.sampler import make_order
 from cocoa_pl.data.stream import PairStream
 from cocoa_pl.data.tokenize import Processor
-from cocoa_pl.doctor.checks import SideCheck, sides_of_pair, sides_of_subset
-from cocoa_pl.doctor.contents import (
-    Exam,
+from cocoa_pl.doctor.checks import (
+    LeakageCheck,
+    SideCheck,
     check_negatives,
     check_several_positives,
     pair_keys,
+    sides_of_pair,
+    sides_of_subset,
 )
 from cocoa_pl.doctor.findings import Finding, Findings
+from cocoa_pl.doctor.images import DistinctImages
 from cocoa_pl.doctor.lengths import StageLengths, measure, visual_tokens
-from cocoa_pl.doctor.pictures import Gallery
 from cocoa_pl.doctor.reading import TRAIN, VALIDATION, Reading, Source
 from cocoa_pl.errors import UserError
 from cocoa_pl.randomness import mix
@@ -33,7 +35,7 @@ from cocoa_pl.stages.stage import Stage
 
 BLOCK = 1024  # rows between two reports of progress
 
-Watch = Callable[[str, int], Callable[[int], None]]  # label, total -> tell how many more are done
+Watch = Callable[[str, int], Callable[[int], None]]  # label, total -> advance by so many
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Examination:
+class CheckedData:
     """The result: findings, images and lengths.
 
     Attributes:
@@ -73,37 +75,37 @@ class Examination:
     lengths: Sequence[StageLengths]
 
 
-def examine(
+def check_data(
     reading: Reading, settings: Settings, findings: Findings, *, watch: Watch
-) -> Examination:
+) -> CheckedData:
     """Check what was read."""
-    gallery = _open_images(reading, settings, watch)
-    lengths = _check_stages(reading, settings, gallery, findings, watch)
-    _check_sides(reading, settings, gallery, findings, watch)
-    _check_contents(reading, gallery, findings, watch)
-    readable = gallery.sizes[:, 0] > 0
+    images = _open_images(reading, settings, watch)
+    lengths = _check_stages(reading, settings, images, findings, watch)
+    _check_sides(reading, settings, images, findings, watch)
+    _check_contents(reading, images, findings, watch)
+    readable = images.sizes[:, 0] > 0
     processor = settings.processor
-    visual = visual_tokens(gallery, processor)[readable] if processor else np.empty(0, np.int64)
+    visual = visual_tokens(images, processor)[readable] if processor else np.empty(0, np.int64)
     rows = {name: len(rows) for source in reading.sources for name, rows in source.parts}
     if reading.benchmark_name:
         rows[reading.benchmark_name] = sum(len(s.row_ids) for s in reading.subsets)
-    return Examination(findings, rows, len(gallery), gallery.sizes[readable], visual, lengths)
+    return CheckedData(findings, rows, len(images), images.sizes[readable], visual, lengths)
 
 
-def _open_images(reading: Reading, settings: Settings, watch: Watch) -> Gallery:
-    gallery = Gallery()
+def _open_images(reading: Reading, settings: Settings, watch: Watch) -> DistinctImages:
+    images = DistinctImages()
     for pair in reading.pairs:
         for side in sides_of_pair(pair):
-            gallery.note(side.item)
+            images.note(side.item)
     for subset in reading.subsets:
         for item in (*subset.queries, *subset.candidates):
-            gallery.note(item)
-    gallery.open_all(workers=settings.workers, advance=watch("images", len(gallery)))
-    return gallery
+            images.note(item)
+    images.open_all(workers=settings.workers, advance=watch("images", len(images)))
+    return images
 
 
 def _check_stages(
-    reading: Reading, settings: Settings, gallery: Gallery, findings: Findings, watch: Watch
+    reading: Reading, settings: Settings, images: DistinctImages, findings: Findings, watch: Watch
 ) -> list[StageLengths]:
     """Each stage's rows and their lengths; stages that read alike are measured once."""
     rows_of: dict[int, Sequence[Pair]] = {}
@@ -124,7 +126,7 @@ def _check_stages(
             stages,
             rows,
             settings.processor,
-            gallery,
+            images,
             findings,
             seed=mix(settings.seed, indices[0]),
             workers=settings.workers,
@@ -138,7 +140,7 @@ def _rows_of_stage(stage: Stage, source: Source, findings: Findings) -> Sequence
     """The rows that the stage would train on, and a finding if they are not enough."""
     usable: Sequence[Pair] = []
     if not len(source.train):
-        return usable  # said before
+        return usable  # the reader's error is a finding
     try:
         rows: Sequence[Pair] | PairStream = source.train
         if stage.describing:
@@ -157,41 +159,43 @@ def _rows_of_stage(stage: Stage, source: Source, findings: Findings) -> Sequence
 
 
 def _check_sides(
-    reading: Reading, settings: Settings, gallery: Gallery, findings: Findings, watch: Watch
+    reading: Reading, settings: Settings, images: DistinctImages, findings: Findings, watch: Watch
 ) -> None:
-    check = SideCheck(gallery, settings.processor)
+    check = SideCheck(images, settings.processor)
     parts = [part for source in reading.sources for part in source.parts]
     advance = watch("rows", sum(len(rows) for _, rows in parts))
     for name, rows in parts:
-        for pair in _told(rows, advance):
+        for pair in _counted(rows, advance):
             for side in sides_of_pair(pair):
                 check(side, findings, part=name)
-    check = SideCheck(gallery, settings.eval_processor)
+    check = SideCheck(images, settings.eval_processor)
     for subset in reading.subsets:
         for side in sides_of_subset(subset):
             check(side, findings, part=reading.benchmark_name)
 
 
-def _check_contents(reading: Reading, gallery: Gallery, findings: Findings, watch: Watch) -> None:
-    exams = [
-        Exam.of_pairs(VALIDATION + source.suffix, source.validation, gallery)
+def _check_contents(
+    reading: Reading, images: DistinctImages, findings: Findings, watch: Watch
+) -> None:
+    leaks = [
+        LeakageCheck.of_pairs(VALIDATION + source.suffix, source.validation, images)
         for source in reading.sources
     ]
     if reading.benchmark_name:
-        exams.append(Exam.of_subsets(reading.benchmark_name, reading.subsets, gallery))
+        leaks.append(LeakageCheck.of_subsets(reading.benchmark_name, reading.subsets, images))
     advance = watch("overlap", sum(len(source.train) for source in reading.sources))
     for source in reading.sources:
         part, rows = source.parts[0]
-        keys = pair_keys(rows, gallery)
-        for pair, row_keys in zip(_told(rows, advance), keys, strict=True):
-            check_negatives(pair, row_keys, gallery, findings, part=part)
-            for exam in exams:
-                exam.check(pair, (int(row_keys[0]), int(row_keys[1])), findings, part=part)
+        keys = pair_keys(rows, images)
+        for pair, row_keys in zip(_counted(rows, advance), keys, strict=True):
+            check_negatives(pair, row_keys, images, findings, part=part)
+            for leak in leaks:
+                leak.check(pair, (int(row_keys[0]), int(row_keys[1])), findings, part=part)
         check_several_positives(rows, keys, findings, part=part)
 
 
-def _told(rows: Sequence[Pair], advance: Callable[[int], None]) -> Iterator[Pair]:
-    """The rows; `advance` is told of them in blocks, because a million times would be slow."""
+def _counted(rows: Sequence[Pair], advance: Callable[[int], None]) -> Iterator[Pair]:
+    """The rows; `advance` is called once a block, because a million calls would be slow."""
     for start in range(0, len(rows), BLOCK):
         stop = min(start + BLOCK, len(rows))
         yield from (rows[row] for row in range(start, stop))

@@ -1,4 +1,4 @@
-"""One row with each disease: the doctor names it and its severity, and says nothing of others."""
+"""One row with each issue: the doctor names it and its severity, and says nothing of others."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from cocoa_pl.doctor.lengths import items_of
 from cocoa_pl.errors import UserError
 from cocoa_pl.models.qwen2_vl import Qwen2VLBackbone
 
-from .conftest import MAX_LENGTH, Checkup, diseases, mmeb, noise, row, write_rows
+from .conftest import MAX_LENGTH, Checkup, issues, mmeb, noise, row, write_rows
 
-# Kind -> the rows that have it, by their names in `diseases`; kinds that are not here are absent.
+# Kind -> the rows that have it, by their names in `issues`; kinds that are not here are absent.
 EXPECTED = {
     "missing_image": ["missing"],
     "path_outside_root": ["outside", "absolute"],
@@ -42,20 +42,20 @@ EXPECTED = {
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a row of each disease."""
+    """A folder with a row of each issue."""
     root = tmp_path_factory.mktemp("diseased") / "root"
-    return write_rows(root, list(diseases(root).values()))
+    return write_rows(root, list(issues(root).values()))
 
 
 @pytest.fixture(scope="module")
 def numbers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Name of a disease -> number of its row."""
-    named = diseases(tmp_path_factory.mktemp("names") / "root")
+    """Name of a issue -> number of its row."""
+    named = issues(tmp_path_factory.mktemp("names") / "root")
     return {name: str(number) for number, name in enumerate(named)}
 
 
 @pytest.fixture(scope="module")
-def sick(root: Path, check_up: Callable[..., Checkup]) -> Checkup:
+def checkup(root: Path, check_up: Callable[..., Checkup]) -> Checkup:
     return check_up(*mmeb(root), f"cache_dir={root.parent / 'cache'}")
 
 
@@ -72,16 +72,16 @@ def test_every_disease_is_expected_somewhere(numbers: dict[str, str]) -> None:
 
 @pytest.mark.parametrize("kind", EXPECTED)
 def test_a_disease_is_found_in_its_rows_and_no_other(
-    kind: str, sick: Checkup, numbers: dict[str, str]
+    kind: str, checkup: Checkup, numbers: dict[str, str]
 ) -> None:
-    assert sick.rows(kind) == [numbers[name] for name in EXPECTED[kind]]
+    assert checkup.rows(kind) == [numbers[name] for name in EXPECTED[kind]]
 
 
-def test_nothing_else_is_found(sick: Checkup) -> None:
-    assert set(sick.report["kinds"]) == set(EXPECTED)
-    for kind, about in sick.report["kinds"].items():
+def test_nothing_else_is_found(checkup: Checkup) -> None:
+    assert set(checkup.report["kinds"]) == set(EXPECTED)
+    for kind, about in checkup.report["kinds"].items():
         assert about["severity"] == KINDS[kind].severity.name.lower()
-        assert about["count"] == about["listed"] == len(sick.findings(kind))
+        assert about["count"] == about["listed"] == len(checkup.findings(kind))
 
 
 @pytest.mark.parametrize(
@@ -101,9 +101,9 @@ def test_nothing_else_is_found(sick: Checkup) -> None:
     ],
 )
 def test_a_finding_says_where_and_what(
-    kind: str, role: str, file: str, message: str, sick: Checkup
+    kind: str, role: str, file: str, message: str, checkup: Checkup
 ) -> None:
-    found = sick.findings(kind)[0]
+    found = checkup.findings(kind)[0]
     assert (found["part"], found["role"]) == ("train", role)
     assert found["file"].endswith(file)
     assert bool(found["file"]) == bool(file)
@@ -111,16 +111,16 @@ def test_a_finding_says_where_and_what(
     assert found["message"].startswith(found["row_id"])
 
 
-def test_the_exit_status_says_that_training_would_stop(sick: Checkup) -> None:
-    assert sick.status == 1
-    assert sick.report["stops_training"] is True
-    assert sick.report["rows"] == {"train": 13, "validation": 0}
-    assert "11 finding(s) would stop training" in sick.text
+def test_the_exit_status_says_that_training_would_stop(checkup: Checkup) -> None:
+    assert checkup.status == 1
+    assert checkup.report["stops_training"] is True
+    assert checkup.report["rows"] == {"train": 13, "validation": 0}
+    assert "11 finding(s) would stop training" in checkup.text
 
 
 @pytest.mark.parametrize("width", [80, 120])
-def test_the_report_fits_the_terminal(width: int, sick: Checkup, by_three: Checkup) -> None:
-    shown = {80: by_three, 120: sick}[width].text
+def test_the_report_fits_the_terminal(width: int, checkup: Checkup, by_three: Checkup) -> None:
+    shown = {80: by_three, 120: checkup}[width].text
     lines = [line for line in shown.splitlines() if not line.startswith("written: ")]
     assert max(map(len, lines)) <= width
     unwrapped = re.sub(r"\s+", " ", shown)
@@ -134,13 +134,13 @@ def test_the_report_fits_the_terminal(width: int, sick: Checkup, by_three: Check
 
 
 def test_the_report_does_not_depend_on_the_number_of_workers(
-    sick: Checkup, by_three: Checkup
+    checkup: Checkup, by_three: Checkup
 ) -> None:
-    assert by_three.report == sick.report
+    assert by_three.report == checkup.report
 
 
 def test_a_row_stops_training_exactly_if_the_doctor_says_so(
-    sick: Checkup, numbers: dict[str, str], root: Path, tmp_path: Path
+    checkup: Checkup, numbers: dict[str, str], root: Path, tmp_path: Path
 ) -> None:
     """Each row is read and encoded on its own, by what training uses, and must raise or not."""
     (folder,) = (root.parent / "cache").glob("tiny-*")
@@ -170,17 +170,17 @@ def test_a_row_stops_training_exactly_if_the_doctor_says_so(
             return True
         return False
 
-    said = {
+    expected = {
         finding["row_id"].rpartition(" ")[2]
-        for finding in sick.report["findings"]
+        for finding in checkup.report["findings"]
         if KINDS[finding["kind"]].severity is Severity.STOPS
     }
     alone = tmp_path / "root"
-    found = set()
-    for name, content in diseases(alone).items():
+    stopped = set()
+    for name, content in issues(alone).items():
         if stops(write_rows(alone, [content])):
-            found.add(numbers[name])
-    assert found == said
+            stopped.add(numbers[name])
+    assert stopped == expected
 
 
 def test_healthy_rows_are_healthy(tmp_path: Path, check_up: Callable[..., Checkup]) -> None:
@@ -195,16 +195,16 @@ def test_healthy_rows_are_healthy(tmp_path: Path, check_up: Callable[..., Checku
 
 
 def test_a_folder_without_a_subset_is_checked_all_the_same(
-    root: Path, sick: Checkup, check_up: Callable[..., Checkup]
+    root: Path, checkup: Checkup, check_up: Callable[..., Checkup]
 ) -> None:
     found = check_up(*mmeb(root), "data.subsets=[Gone,Set]")
     (missing,) = found.findings("unreadable_source")
     assert missing["message"].startswith("Gone: no folder ")
     assert found.report["kinds"].keys() - {"unreadable_source"} == set(EXPECTED)
-    assert found.report["rows"] == sick.report["rows"]
+    assert found.report["rows"] == checkup.report["rows"]
 
 
-def test_a_stage_that_finds_no_captions_is_told_and_the_others_are_measured(
+def test_a_stage_that_finds_no_captions_is_named_and_the_others_are_measured(
     tmp_path: Path, check_up: Callable[..., Checkup]
 ) -> None:
     rows = []
@@ -214,8 +214,8 @@ def test_a_stage_that_finds_no_captions_is_told_and_the_others_are_measured(
         both = {"pos_image_path": f"images/{number}b.png"}
         rows.append(row(f"images/{number}.png", f"<|image_1|> of dog {number}", **both))
     found = check_up(*mmeb(write_rows(tmp_path, rows)))
-    told = [finding["message"].partition(":")[0] for finding in found.findings("too_few_rows")]
-    assert told == ["stage pretrain", "stage warmup", "stage reconstruct"]
+    stages = [finding["message"].partition(":")[0] for finding in found.findings("too_few_rows")]
+    assert stages == ["stage pretrain", "stage warmup", "stage reconstruct"]
     assert [one["stages"] for one in found.report["lengths"]] == [["contrast"]]
     assert found.status == 1
 

@@ -1,7 +1,7 @@
-"""What the training readers say about rows in, findings out.
+"""Row errors of the training readers, as findings.
 
-The rules for rows live in the readers alone. Told to skip bad rows, they log each complaint in a
-record's `complaints` (and left-out repetitions in `repeated`); here they are heard and sorted.
+The rules for rows live in the readers alone. With `on_bad_row=skip` they log each error in a
+record's `complaints` (and left-out repetitions in `repeated`); a handler collects and sorts them.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ _ROW = re.compile(r"^(?P<row>.*? (?:row|line) \d+)(?:, (?P<role>\w+))?: (?:as (?
 _ROLE = re.compile(r"\bthe (query|positive|negative|candidate)\b")
 
 
-class Listener(logging.Handler):
-    """Hears complaints of the readers and keeps them as findings of one part of the data."""
+class RowErrorHandler(logging.Handler):
+    """Keeps the readers' row errors as findings of one part of the data."""
 
     def __init__(self, findings: Findings, *, part: str) -> None:
         super().__init__(level=logging.INFO)
@@ -44,28 +44,32 @@ class Listener(logging.Handler):
             self.findings.add(as_finding(message, part=self.part))
         for message in record.__dict__.get("repeated", ()):
             row_id, _, first = message.partition(" as ")
-            said = f"{row_id}: same query and positive as {first}; left out"
-            self.findings.add(Finding("repeated_row", self.part, row_id, "", "", said))
+            text = f"{row_id}: same query and positive as {first}; left out"
+            self.findings.add(Finding("repeated_row", self.part, row_id, "", "", text))
 
 
 @contextmanager
-def heard(findings: Findings, *, part: str) -> Iterator[None]:
-    """Inside, what readers complain about becomes findings instead of lines in the log."""
+def collect_row_errors(findings: Findings, *, part: str) -> Iterator[None]:
+    """Within this, row errors of the readers become findings instead of lines in the log."""
     logger = logging.getLogger(rows.__name__)
-    listener, level, propagate = Listener(findings, part=part), logger.level, logger.propagate
-    logger.addHandler(listener)
+    handler, level, propagate = (
+        RowErrorHandler(findings, part=part),
+        logger.level,
+        logger.propagate,
+    )
+    logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     logger.propagate = False
     try:
         yield
     finally:
-        logger.removeHandler(listener)
+        logger.removeHandler(handler)
         logger.setLevel(level)
         logger.propagate = propagate
 
 
 def as_finding(message: str, *, part: str) -> Finding:
-    """A reader's complaint with its kind, row, role and file told apart."""
+    """A reader's message, taken apart into kind, row, role and file."""
     kind, file = kind_of(message)
     place = _ROW.match(message)
     row_id = place["row"] if place else ""
@@ -75,7 +79,7 @@ def as_finding(message: str, *, part: str) -> Finding:
 
 
 def kind_of(message: str) -> tuple[str, str]:
-    """The kind of a complaint and the image file it is about, if any."""
+    """The kind of a reader's message, and the image file that it is about, if any."""
     for kind, pattern in _PATTERNS:
         if found := pattern.search(message):
             return kind, found.groupdict().get("file") or ""
