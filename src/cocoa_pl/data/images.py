@@ -1,7 +1,4 @@
-"""An image source in, an upright 8-bit RGB picture out, or an error that names row and file.
-
-No image is ever made up: what cannot be read exactly is refused.
-"""
+"""Images are decoded to upright 8-bit RGB; what cannot be read exactly is refused."""
 
 import io
 import os
@@ -84,8 +81,7 @@ def open_image(source: Picture, *, where: str = "open_image") -> Image.Image:
     """Decode one image: RGB, EXIF rotation applied, transparency over white, first frame (of an
     opened one the frame at hand).
 
-    16-bit greyscale is scaled to 8 bits; CMYK and palettes are converted. What full brightness is
-    follows from the file's format, never from the values.
+    16-bit greyscale is scaled to 8 bits by its format's full brightness, never by its values.
 
     Args:
         source: a path, an encoded image's bytes, an opened image, or a uint8 array.
@@ -191,7 +187,7 @@ def _real_folder(folder: str) -> str:
 
 
 def _decode(source: ImageSource) -> Image.Image | None:
-    """An upright picture in RGB; None where nothing says what full brightness is."""
+    """An upright picture in RGB; None where full brightness is undefined."""
     if isinstance(source, Image.Image):
         with _LOADING[id(source) // 64 % len(_LOADING)]:
             image, ends = ImageOps.exif_transpose(source), _black_and_white(source)
@@ -204,12 +200,13 @@ def _decode(source: ImageSource) -> Image.Image | None:
     if image.has_transparency_data:
         # Pillow knows no way from premultiplied grey to colours.
         straight = image.convert("LA") if image.mode == "La" else image
-        return _over_white(straight.convert("RGBA"))
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, straight.convert("RGBA")).convert("RGB")
     return image if image.mode == "RGB" else image.convert("RGB")  # which would copy
 
 
 def _black_and_white(image: Image.Image) -> tuple[int, int] | None:
-    """Both ends of the brightness of wide grey pixels, as the file's format has them."""
+    """Both ends of the brightness of wide grey pixels in the file's format; None if undefined."""
     if isinstance(image, TiffImageFile) and image.mode.startswith("I;16"):
         white = 2 ** image.tag_v2[BITSPERSAMPLE][0] - 1  # 12 bits are not scaled to 16
         white_is_zero = image.tag_v2.get(PHOTOMETRIC_INTERPRETATION, 0) == 0
@@ -225,11 +222,6 @@ def _narrowed(image: Image.Image, black: int, white: int) -> Image.Image:
     if isinstance(transparent, int):
         values[values == transparent] = white
     return Image.fromarray(np.rint((values - black) * 255 / (white - black)).astype(np.uint8))
-
-
-def _over_white(image: Image.Image) -> Image.Image:
-    white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-    return Image.alpha_composite(white, image).convert("RGB")
 
 
 def _why(error: Exception) -> str:
