@@ -5,6 +5,7 @@ tiny model with samples for it: Qwen2-VL, or any family in the modules that run 
 from __future__ import annotations
 
 import gc
+import json
 import os
 
 # Before torch is imported, and for the processes that tests start. Tests compute on small tensors,
@@ -161,6 +162,34 @@ def make_source(
 def tiny_folder(make_source: Callable[..., TinySource], texts: list[str]) -> Path:
     """The folder of a model of two layers."""
     return make_source().folder(lambda: texts)
+
+
+@pytest.fixture(scope="session")
+def untied_folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with a vocabulary head of its own, as all published ones of 7B and 8B have."""
+    from safetensors.torch import load_file, save_file
+
+    folder = Path(shutil.copytree(tiny_folder, tmp_path_factory.mktemp("untied") / "model"))
+    config = json.loads((folder / "config.json").read_text())
+    config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"] = False
+    (folder / "config.json").write_text(json.dumps(config))
+    weights = load_file(folder / "model.safetensors")
+    (embedding,) = (value for name, value in weights.items() if "embed_tokens" in name)
+    weights["lm_head.weight"] = embedding + 0.1
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def headless_folder(untied_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same without it, as models that only embed are published."""
+    from safetensors.torch import load_file, save_file
+
+    folder = Path(shutil.copytree(untied_folder, tmp_path_factory.mktemp("headless") / "model"))
+    weights = load_file(folder / "model.safetensors")
+    del weights["lm_head.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
 
 
 @pytest.fixture(scope="session")

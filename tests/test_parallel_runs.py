@@ -20,7 +20,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from rich.console import Console
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch.multiprocessing.spawn import spawn
 
 from cocoa_pl.batch import Rows
@@ -102,20 +102,10 @@ def work(index: int, world: int, meeting: str, jobs: list[Job]) -> None:
     dist.destroy_process_group()
 
 
-def save_untied(folder: Path, target: Path) -> None:
-    """The model with a vocabulary head of its own, as all published ones of 7B and 8B have."""
-    shutil.copytree(folder, target)
-    config = json.loads((target / "config.json").read_text())
-    config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"] = False
-    (target / "config.json").write_text(json.dumps(config))
-    weights = load_file(target / "model.safetensors")
-    weights["lm_head.weight"] = weights["model.embed_tokens.weight"] + 0.1
-    save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
-
-
 @pytest.fixture(scope="module")
 def compose_run(
     tiny_folder: Path,
+    untied_folder: Path,
     tmp_path_factory: pytest.TempPathFactory,
     make_image: Callable[..., Image.Image],
 ) -> Callable[..., Path]:
@@ -133,9 +123,8 @@ def compose_run(
         {"query": f"the {number}", "positive": row["positive"]} for number, row in enumerate(rows)
     ]
     (folder / "texts.jsonl").write_text("\n".join(json.dumps(row) for row in texts))
-    save_untied(tiny_folder, folder / "untied")
     paths = {
-        "untied": [f"init_from={folder}/untied"],
+        "untied": [f"init_from={untied_folder}"],
         "texts": [f"data.path={folder}/texts.jsonl"],
     }
     shared = [

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 from cocoa_pl.attention import Policy
@@ -57,6 +58,25 @@ def test_saved_and_loaded_model_gives_the_same_vectors(
     after = Embedder.load(str(tmp_path / "model"), device="cpu").encode(items)
     np.testing.assert_allclose(after, before, rtol=0, atol=1e-5)
     np.testing.assert_allclose(embedder.encode(items), before, rtol=0, atol=1e-6)
+
+
+def test_model_without_a_vocabulary_head_embeds_and_is_exported_without_one(
+    load_tiny: Callable[..., Loaded],
+    untied_folder: Path,
+    headless_folder: Path,
+    processor: Processor,
+    make_item: Callable[..., Item],
+    tmp_path: Path,
+) -> None:
+    items = [make_item(seed, images=seed % 3) for seed in range(3)]
+    whole, headless = (
+        Embedder(load_tiny(folder=folder).backbone, processor, POLICY)
+        for folder in (untied_folder, headless_folder)
+    )
+    export(headless, tmp_path / "model", lineage=[])
+    exported = Embedder.load(str(tmp_path / "model"), device="cpu")
+    assert "lm_head.weight" not in load_file(tmp_path / "model" / "model.safetensors")
+    assert np.array_equal(exported.encode(items), whole.encode(items))
 
 
 def test_plain_transformers_gives_the_same_vectors(

@@ -402,6 +402,21 @@ def texts_alike(positives: str, *, queries: str = "abcdefgh") -> FewPairs:
 ONLY_CONTRAST = ("stage.order=[contrast]", "schedule.validate_every=500")
 
 
+def test_stages_that_predict_words_refuse_a_model_without_a_vocabulary_head(
+    make_stages: MakeStages,
+    load_tiny: Callable[..., Any],
+    headless_folder: Path,
+    processor: Processor,
+) -> None:
+    *generative, contrast = make_stages("stage=recipe")
+    assert len(generative) == 3
+    backbone = load_tiny(folder=headless_folder).backbone
+    assert contrast.make_module(backbone, processor, steps=1, seed=0)
+    for stage in generative:
+        with pytest.raises(UserError, match="needs a vocabulary head, and the model's files hold"):
+            stage.make_module(backbone, processor, steps=1, seed=0)
+
+
 @pytest.mark.parametrize(
     ("few", "overrides", "told"),
     [

@@ -1,4 +1,4 @@
-"""A Hugging Face folder or hub id in, a backbone with its tokenizer and image processor out."""
+"""Models of a Hugging Face folder or hub id, with their tokenizers and image processors."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +10,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
 from cocoa_pl.attention import TEXT_ATTENTION
@@ -30,6 +31,15 @@ FAMILIES: dict[str, type[Backbone]] = {
 ADAPTER_CONFIG = "adapter_config.json"  # of a folder that holds an adapter (`adapters.py`)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class NoVocabularyHead(nn.Module):
+    """In the place of an untied vocabulary head that the files lack, as those of models that others
+    trained to embed and no more; to embed needs none, and one at random is nothing to export.
+    """
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        raise UserError("the model's files hold no vocabulary head (lm_head.weight)")
 
 
 class ModelSource(Protocol):
@@ -123,7 +133,9 @@ def load(folder: Path, *, kernel: str, dtype: str, gradient_checkpointing: bool)
     model, info = loaded
     mismatched = [name for name, *_ in info["mismatched_keys"]]
     wrong = sorted([*info["missing_keys"], *info["unexpected_keys"], *mismatched])
-    if wrong:
+    if wrong == ["lm_head.weight"] and info["missing_keys"]:
+        model.set_output_embeddings(NoVocabularyHead())
+    elif wrong:
         raise UserError(
             f"{folder}: weights do not fit the config, first {wrong[0]} of {len(wrong)}"
         )

@@ -14,9 +14,11 @@ from cocoa_pl.attention.gather import on_device
 from cocoa_pl.config.bounds import NotNegative, Share, ShareAboveZero
 from cocoa_pl.corruption import Corruption, with_noise
 from cocoa_pl.distributed.collectives import global_sum
+from cocoa_pl.errors import UserError
 from cocoa_pl.models.backbone import Backbone
 from cocoa_pl.models.dora import shared_norms
 from cocoa_pl.models.heads import ImageDecoder, token_pixels
+from cocoa_pl.models.loading import NoVocabularyHead
 from cocoa_pl.objectives import masked_next_token, rebuilt_patches
 from cocoa_pl.stages.base import StageModule
 from cocoa_pl.stages.chunks import Puzzle, Rebuilt, Step, ToRebuild
@@ -48,6 +50,11 @@ class ReconstructionModule(StageModule[Puzzle]):
         **shared: Any,
     ) -> None:
         super().__init__(backbone, **shared)
+        if isinstance(backbone.stock.get_output_embeddings(), NoVocabularyHead):
+            raise UserError(
+                "a stage that predicts words needs a vocabulary head, and the model's files hold "
+                "none (lm_head.weight); start from the generative model, or with stage=contrast"
+            )
         self.text_ratio = text_ratio
         self.text_segment = text_segment
         self.patch_ratio = patch_ratio
