@@ -23,7 +23,7 @@ from cocoa_pl.distributed.collectives import world_size
 from cocoa_pl.errors import UserError
 from cocoa_pl.evaluation.embedded import VectorSettings
 from cocoa_pl.for_mteb.benchmark import MtebBenchmark
-from cocoa_pl.run import open_embedder, origin_of_run, score
+from cocoa_pl.run import open_embedder, provenance_of_run, score
 
 
 @hydra.main(config_path="conf", config_name="evaluate", version_base="1.3")
@@ -50,7 +50,7 @@ def main(cfg: DictConfig) -> None:
                 run_dir,
                 console,
                 checkpoint_name=cfg.ckpt,
-                origin=origin_of_run(
+                provenance=provenance_of_run(
                     Path(cfg.ckpt),
                     facts={"attention": embedder.policy.name, "vectors": _kept_as(cfg)},
                     policy=embedder.policy,

@@ -22,7 +22,7 @@ from cocoa_pl.cli import run as cocoa
 from cocoa_pl.config.command_line import CONFIGS
 from cocoa_pl.data.digits import DigitsBenchmark
 from cocoa_pl.errors import UserError
-from cocoa_pl.evaluation.origin import Origin
+from cocoa_pl.evaluation.report import Provenance
 from cocoa_pl.run import open_embedder, score
 from tests.small import SMALL_BENCHMARK, SMALL_DIGITS, SMALL_TRAINING, STAGES
 
@@ -190,7 +190,7 @@ def test_parts_of_a_run_score_as_the_run(
         tmp_path,
         Console(quiet=True),
         checkpoint_name=part,
-        origin=Origin(),
+        provenance=Provenance(),
     )
     assert scores(tmp_path) == scores(finished[0])
 

@@ -23,9 +23,13 @@ from cocoa_pl.embedder import Embedder, chosen_device
 from cocoa_pl.errors import UserError
 from cocoa_pl.evaluation.benchmark import check_subsets, score_subsets
 from cocoa_pl.evaluation.embedded import IN_MEMORY, VectorSettings, embedded
-from cocoa_pl.evaluation.origin import Origin
-from cocoa_pl.evaluation.published import lines, published_table
-from cocoa_pl.evaluation.report import score_table, write_report
+from cocoa_pl.evaluation.report import (
+    Provenance,
+    published_rows,
+    published_table,
+    score_table,
+    write_report,
+)
 from cocoa_pl.export.folder import export, lineage_of, untouched
 from cocoa_pl.for_mteb.benchmark import MtebBenchmark
 from cocoa_pl.models.adapters import base_path, is_adapter, load_adapter, trainable_line
@@ -100,7 +104,9 @@ def train(cfg: DictConfig, run_dir: Path, console: Console) -> None:
             run_dir,
             console,
             checkpoint_name=str(run_dir),
-            origin=origin_of_run(run_dir, facts=_facts(cfg, stages), policy=embedder.policy),
+            provenance=provenance_of_run(
+                run_dir, facts=_facts(cfg, stages), policy=embedder.policy
+            ),
         )
 
 
@@ -220,7 +226,7 @@ def score(
     console: Console,
     *,
     checkpoint_name: str,
-    origin: Origin,
+    provenance: Provenance,
     vectors: VectorSettings = IN_MEMORY,
 ) -> None:
     """Evaluate, write results.json and report.html, and show the table.
@@ -254,13 +260,13 @@ def score(
         is_partial=benchmark.is_partial,
     )
     results.write_json(run_dir / "results.json")
-    beside = lines(results, benchmark.published)
+    beside = published_rows(results, benchmark.published)
     write_report(
         run_dir / "report.html",
         results,
         title=f"cocoa_pl on {benchmark.name}",
         date=datetime.date.today().isoformat(),
-        origin=origin,
+        provenance=provenance,
         published=beside,
     )
     console.print(score_table(results))
@@ -269,7 +275,7 @@ def score(
     console.print(f"report: {run_dir / 'report.html'}", soft_wrap=True)
 
 
-def origin_of_run(run: Path, *, facts: dict[str, Any], policy: Policy) -> Origin:
+def provenance_of_run(run: Path, *, facts: dict[str, Any], policy: Policy) -> Provenance:
     """What is known of a model by the folder it lies in: of a run, stages, config and losses.
 
     Args:
@@ -281,7 +287,7 @@ def origin_of_run(run: Path, *, facts: dict[str, Any], policy: Policy) -> Origin
     if text is not None:
         stages = load_config(run).stage
         policies = {name: build(stages[name].policy) for name in stages.order}
-    return Origin(
+    return Provenance(
         facts=facts,
         lineage=lineage_of(str(run / "model" if (run / "model").is_dir() else run)),
         policies=policies,

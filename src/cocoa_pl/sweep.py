@@ -24,8 +24,14 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from cocoa_pl.evaluation.runs import Run, collect, find_runs, missing_run, parse_overrides
-from cocoa_pl.evaluation.summary import write_summary
+from cocoa_pl.evaluation.summary import (
+    Run,
+    collect,
+    find_runs,
+    missing_run,
+    parse_overrides,
+    write_summary,
+)
 
 logger = logging.getLogger(__name__)
 

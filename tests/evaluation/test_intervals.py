@@ -7,8 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from cocoa_pl.evaluation.intervals import interval, resampled
-from cocoa_pl.evaluation.results import Results, SubsetScore, score_interval
+from cocoa_pl.evaluation.results import Results, SubsetScore, interval, resampled, score_interval
 
 SUBSET = SubsetScore("scene_i2t", "retrieval", True, 0.7, 0.7, 200, 50, 0.02)
 OTHER = replace(SUBSET, name="scene_t2i", precision_at_1=0.4, num_queries=1000)

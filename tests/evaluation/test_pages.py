@@ -18,8 +18,7 @@ from cocoa_pl.errors import UserError
 from cocoa_pl.evaluation import comparison as command
 from cocoa_pl.evaluation.benchmark import evaluate
 from cocoa_pl.evaluation.comparison import difference
-from cocoa_pl.evaluation.origin import Origin
-from cocoa_pl.evaluation.report import write_report
+from cocoa_pl.evaluation.report import Provenance, write_report
 from cocoa_pl.evaluation.results import Results, SubsetScore
 
 ALL = ("context", "eos", "target")
@@ -62,7 +61,7 @@ def results(
 def opened(results: Results, chromium: Any, tmp_path: Path) -> Any:
     metrics = tmp_path / "metrics.csv"
     metrics.write_text("stage,step,name,value\ns,0,train/loss,2\ns,9,train/loss,1\n")
-    origin = Origin(
+    provenance = Provenance(
         facts={"seed": 1},
         policies={"contrast": Policy("all", ALL, ALL, ALL, causal=False)},
         config="seed: 1\n" + "long: " + "x" * 300,
@@ -72,7 +71,7 @@ def opened(results: Results, chromium: Any, tmp_path: Path) -> Any:
         ],
     )
     path = tmp_path / "report.html"
-    write_report(path, results, title="Report", date="today", origin=origin)
+    write_report(path, results, title="Report", date="today", provenance=provenance)
     chromium.get_log("browser")
     chromium.get(path.as_uri())
     return chromium

@@ -11,9 +11,13 @@ import yaml
 from rich.console import Console
 
 from cocoa_pl.errors import UserError
-from cocoa_pl.evaluation.origin import Origin
-from cocoa_pl.evaluation.published import OWN, lines, published_table
-from cocoa_pl.evaluation.report import write_report
+from cocoa_pl.evaluation.report import (
+    OWN,
+    Provenance,
+    published_rows,
+    published_table,
+    write_report,
+)
 from cocoa_pl.evaluation.results import Results, SubsetScore
 
 CONF = Path(__file__).parents[2] / "conf" / "benchmark"
@@ -35,7 +39,7 @@ def rows(name: str = "mmeb_v1") -> list[dict[str, Any]]:
 
 
 def test_the_runs_own_line_is_last_and_holds_its_means() -> None:
-    *others, own = lines(results(), rows())
+    *others, own = published_rows(results(), rows())
     assert [line.model for line in others] == [row["model"] for row in rows()]
     assert (own.model, own.is_own) == (OWN, True)
     assert own.scores == pytest.approx((0.8, 0.5, 0.6, 0.9, 0.7, 0.7, 0.7))
@@ -60,9 +64,9 @@ def test_published_means_agree_with_their_own_groups() -> None:
 
 
 def test_a_choice_of_subsets_stands_beside_nothing() -> None:
-    assert lines(results(SUBSETS[:2], is_partial=True), rows()) == []
-    assert lines(results(is_partial=True), rows()) == []
-    assert lines(results(), []) == []
+    assert published_rows(results(SUBSETS[:2], is_partial=True), rows()) == []
+    assert published_rows(results(is_partial=True), rows()) == []
+    assert published_rows(results(), []) == []
 
 
 def test_rules_that_give_other_numbers_have_no_rows() -> None:
@@ -79,19 +83,19 @@ def test_rules_that_give_other_numbers_have_no_rows() -> None:
 )
 def test_a_row_that_does_not_fit_is_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        lines(results(), [{**rows()[0], "model": "X", **change}])
+        published_rows(results(), [{**rows()[0], "model": "X", **change}])
 
 
 def test_terminal_and_report_show_the_same(tmp_path: Path) -> None:
-    table = published_table(results(), lines(results(), rows()))
+    table = published_table(results(), published_rows(results(), rows()))
     console = Console(file=io.StringIO(), width=200)
     console.print(table)
     assert isinstance(console.file, io.StringIO)
     shown = console.file.getvalue()
     assert "CoCoA Qwen2-VL 2B" in shown
     page = tmp_path / "report.html"
-    given: dict[str, Any] = {"title": "t", "date": "d", "origin": Origin()}
-    write_report(page, results(), **given, published=lines(results(), rows()))
+    given: dict[str, Any] = {"title": "t", "date": "d", "provenance": Provenance()}
+    write_report(page, results(), **given, published=published_rows(results(), rows()))
     html = page.read_text()
     for text in (OWN, "70.0", "66.0", "60.7", "MoCa Qwen2.5-VL 7B"):
         assert text in shown

@@ -14,8 +14,7 @@ from cocoa_pl.data.items import IMAGE_SLOT, EvalSubset, Item
 from cocoa_pl.errors import UserError
 from cocoa_pl.evaluation.benchmark import evaluate
 from cocoa_pl.evaluation.curves import read_panels
-from cocoa_pl.evaluation.origin import Origin
-from cocoa_pl.evaluation.report import picture, score_table, write_report
+from cocoa_pl.evaluation.report import Provenance, picture, score_table, write_report
 from cocoa_pl.evaluation.results import Results
 
 EVIL = '<script>alert("x")</script><img src=x onerror=alert(1)> 5'
@@ -66,7 +65,7 @@ def page(results: Results, tmp_path: Path) -> str:
         results,
         title="Tiny & small",
         date="2026-01-02",
-        origin=Origin(
+        provenance=Provenance(
             facts={"attention": "bidirectional", "note": "<b>bold</b>"},
             lineage=LINEAGE,
             policies=POLICIES,
@@ -134,8 +133,15 @@ def test_report_without_metrics_or_gallery_leaves_them_out(
 ) -> None:
     bare = Results(results.benchmark, results.checkpoint, results.subsets, gallery=())
     path = tmp_path / "r.html"
-    write_report(path, bare, title="t", date="d", origin=Origin())
-    for absent in ('id="gallery"', 'id="map"', 'id="training"', 'id="origin"', "<details", "<img"):
+    write_report(path, bare, title="t", date="d", provenance=Provenance())
+    for absent in (
+        'id="gallery"',
+        'id="map"',
+        'id="training"',
+        'id="provenance"',
+        "<details",
+        "<img",
+    ):
         assert absent not in path.read_text()
 
 

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from cocoa_pl.evaluation import scoring
-from cocoa_pl.evaluation.metrics import TIE, Hits
-from cocoa_pl.evaluation.scoring import score_rows
+from cocoa_pl.evaluation.scoring import TIE, Hits, score_rows
 from cocoa_pl.evaluation.vectors import read
 
 

@@ -10,8 +10,8 @@ import pytest
 from cocoa_pl.attention import Policy
 from cocoa_pl.data.items import EvalSubset, Item
 from cocoa_pl.evaluation.benchmark import evaluate
-from cocoa_pl.evaluation.metrics import Hits
-from cocoa_pl.evaluation.origin import Origin, grid_rows
+from cocoa_pl.evaluation.report import Provenance, grid_rows
+from cocoa_pl.evaluation.scoring import Hits
 from cocoa_pl.evaluation.similarities import EDGES, Similarities, counted, histogram
 from cocoa_pl.evaluation.space import MAPPED_ROWS, Mapped, flattened, sample
 
@@ -113,7 +113,7 @@ def test_bars_are_those_of_the_filled_bins() -> None:
 def test_grids_show_each_policy_once_and_who_uses_it() -> None:
     bidirectional = Policy("both ways", ALL, ALL, ALL, causal=False)
     bridge = Policy("bridge", ("context", "eos"), ALL, ("eos", "target"), causal=False)
-    grids = Origin(policies={"a": bidirectional, "b": bridge, "c": bidirectional}).grids
+    grids = Provenance(policies={"a": bidirectional, "b": bridge, "c": bidirectional}).grids
     assert [grid.name for grid in grids] == ["both ways: a, c", "bridge: b"]
     assert grids[0].rows == ("AAAAEBBB",) * 8
     assert grid_rows(bridge) == (*("AAAAE   ",) * 4, "AAAAEBBB", *("    EBBB",) * 3)

@@ -11,8 +11,14 @@ from rich.console import Console
 
 from cocoa_pl.errors import UserError
 from cocoa_pl.evaluation.results import read_results
-from cocoa_pl.evaluation.runs import collect, find_runs, parse_overrides
-from cocoa_pl.evaluation.summary import Stat, summarise, write_summary
+from cocoa_pl.evaluation.summary import (
+    Stat,
+    collect,
+    find_runs,
+    parse_overrides,
+    summarise,
+    write_summary,
+)
 
 
 def make_run(folder: Path, overrides: list[str], *, overall: float | None) -> None:

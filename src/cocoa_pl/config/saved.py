@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from transformers import PretrainedConfig
 
 from cocoa_pl.errors import UserError, first_line
-from cocoa_pl.evaluation.runs import read_config
+from cocoa_pl.evaluation.results import read_config
 from cocoa_pl.models.adapters import base_path
 from cocoa_pl.models.exported import DESCRIPTION
 from cocoa_pl.models.loading import ADAPTER_CONFIG, find_folder

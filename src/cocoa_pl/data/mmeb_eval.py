@@ -118,7 +118,7 @@ class MmebBenchmark:
         split: which files of a subset to read, `<split>-*.parquet`.
         table: subset -> its group, and whether its training data is in the training set.
         subsets: the ones to score, all of the table if None; means over a choice are not reported.
-        published: rows of papers to stand beside (`evaluation.published`); empty for none.
+        published: rows of papers to stand beside (`evaluation.report`); empty for none.
 
     Raises:
         UserError: for an unknown subset or reader.

@@ -12,9 +12,15 @@ import numpy as np
 
 from cocoa_pl.data.items import Item
 from cocoa_pl.errors import UserError, renamed
-from cocoa_pl.evaluation.metrics import Hits, chance_level, check_embeddings, row_scores
 from cocoa_pl.evaluation.results import GalleryRow, RankedCandidate, Results, SubsetScore
-from cocoa_pl.evaluation.scoring import BLOCK, score_rows
+from cocoa_pl.evaluation.scoring import (
+    BLOCK,
+    Hits,
+    chance_level,
+    check_embeddings,
+    row_scores,
+    score_rows,
+)
 from cocoa_pl.evaluation.similarities import counted
 from cocoa_pl.evaluation.space import MAPPED_ROWS, Mapped, flattened, sample
 from cocoa_pl.evaluation.vectors import Floats, evenly_spaced

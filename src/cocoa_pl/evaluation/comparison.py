@@ -24,10 +24,8 @@ from rich.table import Table
 
 from cocoa_pl.errors import UserError
 from cocoa_pl.evaluation.curves import Panel, read_panels
-from cocoa_pl.evaluation.intervals import CONFIDENCE, Interval
 from cocoa_pl.evaluation.report import templates
-from cocoa_pl.evaluation.results import MEANS, read_results
-from cocoa_pl.evaluation.runs import read_config
+from cocoa_pl.evaluation.results import CONFIDENCE, MEANS, Interval, read_config, read_results
 
 MAX_RUNS = 6  # that curves can be told apart
 SIGN = {"": " ", "above": "+", "below": "-"}

@@ -4,28 +4,41 @@ The page loads nothing: its style is inline, its images are data URIs, its curve
 text from datasets is escaped by the template engine, and the page's own policy forbids scripts.
 """
 
+from __future__ import annotations
+
 import base64
 import io
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 from rich.markup import escape
 from rich.table import Table
 
+from cocoa_pl.attention import Policy, dense_mask, segment_letters
 from cocoa_pl.data.images import ImageSource, open_image
 from cocoa_pl.data.items import Item
+from cocoa_pl.errors import UserError
 from cocoa_pl.evaluation.curves import read_panels
-from cocoa_pl.evaluation.intervals import Interval
-from cocoa_pl.evaluation.origin import Origin
-from cocoa_pl.evaluation.published import Line, columns
-from cocoa_pl.evaluation.results import GalleryRow, Results, SubsetScore, mean_score, score_interval
+from cocoa_pl.evaluation.results import (
+    GalleryRow,
+    Interval,
+    Results,
+    SubsetScore,
+    mean_score,
+    score_interval,
+)
 from cocoa_pl.evaluation.similarities import histogram
 
 QUERY_BOX, CANDIDATE_BOX, MAP_BOX = 168, 112, 96  # CSS pixels
 TEXT_LIMIT = 320  # characters of an item shown in the gallery
+GRID_LENGTHS = (4, 1, 3)  # CONTEXT, EOS, TARGET of the sample that grids show
+COLUMN_MEANS = ("in_distribution", "out_of_distribution", "overall")  # as papers have them
+OWN = "this run"
 
 
 @dataclass(frozen=True)
@@ -50,14 +63,52 @@ class Picture:
     pixelated: bool
 
 
+@dataclass(frozen=True)
+class Grid:
+    """Who sees whom: `rows[row][column]` is the letter of what is seen, or a blank."""
+
+    name: str
+    rows: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where the scored model comes from; what is empty is left out of the report.
+
+    Attributes:
+        facts: what a reader should know first, e.g. `{"attention": "causal", "seed": 1}`.
+        lineage: what each stage that made the weights left in `cocoa.json`.
+        policies: attention by what it is used for, such as a stage's name.
+        config: the run's configuration, as YAML.
+        metrics_csv: the run's logged numbers, drawn as loss curves.
+    """
+
+    facts: Mapping[str, object] = field(default_factory=dict)
+    lineage: Sequence[Mapping[str, Any]] = ()
+    policies: Mapping[str, Policy] = field(default_factory=dict)
+    config: str | None = None
+    metrics_csv: Path | None = None
+
+    @property
+    def grids(self) -> list[Grid]:
+        """Each policy once, named after all that use it."""
+        users: dict[str, tuple[Policy, list[str]]] = {}
+        for user, policy in self.policies.items():
+            users.setdefault(policy.name, (policy, []))[1].append(user)
+        return [
+            Grid(f"{name}: {', '.join(names)}", grid_rows(policy))
+            for name, (policy, names) in users.items()
+        ]
+
+
 def write_report(
     path: Path,
     results: Results,
     *,
     title: str,
     date: str,
-    origin: Origin,
-    published: Sequence[Line] = (),
+    provenance: Provenance,
+    published: Sequence[ModelScores] = (),
 ) -> None:
     """Write the whole report to `path`.
 
@@ -70,7 +121,7 @@ def write_report(
         .render(
             title=title,
             date=date,
-            origin=origin,
+            provenance=provenance,
             results=results,
             numbers={subset.name: number for number, subset in enumerate(results.subsets)},
             histograms={
@@ -91,7 +142,7 @@ def write_report(
             query_box=QUERY_BOX,
             candidate_box=CANDIDATE_BOX,
             map_box=MAP_BOX,
-            panels=read_panels({"": origin.metrics_csv}) if origin.metrics_csv else [],
+            panels=read_panels({"": provenance.metrics_csv}) if provenance.metrics_csv else [],
         )
     )
     path.write_text(page, encoding="utf-8")
@@ -162,6 +213,69 @@ def split_scores(results: Results) -> list[Score]:
 def group_scores(results: Results) -> list[Score]:
     """The unweighted mean of every group."""
     return [_score(name, subsets) for name, subsets in results.groups.items()]
+
+
+@dataclass(frozen=True)
+class ModelScores:
+    """One model's means in [0, 1], in the order of the columns."""
+
+    model: str
+    scores: tuple[float, ...]
+    is_own: bool
+
+
+def columns(results: Results) -> tuple[str, ...]:
+    """Groups in the benchmark's order, then the means over splits and over all."""
+    return (*results.groups, *COLUMN_MEANS)
+
+
+def published_rows(
+    results: Results, published: Sequence[Mapping[str, object]]
+) -> list[ModelScores]:
+    """Published rows as they are listed, and the run's own last; none for a choice of subsets.
+
+    Args:
+        published: rows with `model`, and every column in percent, as papers have them.
+
+    Raises:
+        UserError: if a row lacks a column or has one more.
+    """
+    if results.is_partial or not published:
+        return []
+    names = columns(results)
+    found = []
+    for row in published:
+        if different := set(row) ^ {"model", *names}:
+            raise UserError(
+                f"benchmark.published: the row of {row.get('model')} must have model, "
+                f"{', '.join(names)}; see {', '.join(sorted(different))}"
+            )
+        scores = tuple(_fraction(row, name) for name in names)
+        found.append(ModelScores(str(row["model"]), scores, is_own=False))
+    content = results.to_json()
+    means = {**content["groups"], **{name: content[name] for name in COLUMN_MEANS}}
+    return [*found, ModelScores(OWN, tuple(means[name] for name in names), is_own=True)]
+
+
+def published_table(results: Results, rows: Sequence[ModelScores]) -> Table:
+    """`published_rows` for a terminal, in percent."""
+    table = Table(title="Beside published results, in %", title_justify="left")
+    table.add_column("model")
+    for name in columns(results):
+        table.add_column(name.replace("_", " "), justify="right")
+    for row in rows:
+        cells = [f"{100 * score:.1f}" for score in row.scores]
+        table.add_row(escape(row.model), *cells, style="bold" if row.is_own else "")
+    return table
+
+
+def _fraction(row: Mapping[str, object], name: str) -> float:
+    value = row[name]
+    if not isinstance(value, int | float) or not 0 <= value <= 100:
+        raise UserError(
+            f"benchmark.published: {name} of {row['model']} is {value!r}, not a percentage"
+        )
+    return value / 100
 
 
 def verdict(row: GalleryRow) -> str:
@@ -239,3 +353,13 @@ def _heading(label: str) -> str:
 
 def _shorten(text: str) -> str:
     return text if len(text) <= TEXT_LIMIT else text[: TEXT_LIMIT - 1].rstrip() + "…"
+
+
+def grid_rows(policy: Policy) -> tuple[str, ...]:
+    """The policy's mask of one short sample, a string for each row."""
+    mask = dense_mask(policy, torch.tensor([GRID_LENGTHS]))
+    columns = segment_letters(GRID_LENGTHS)
+    return tuple(
+        "".join(letter if seen else " " for letter, seen in zip(columns, row, strict=True))
+        for row in mask.tolist()
+    )

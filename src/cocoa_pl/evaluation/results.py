@@ -7,12 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+
 from cocoa_pl.data.items import Item
 from cocoa_pl.errors import UserError
-from cocoa_pl.evaluation.intervals import CONFIDENCE, Interval, interval, resampled
 from cocoa_pl.evaluation.similarities import Similarities
 from cocoa_pl.evaluation.space import Space
 
+CONFIDENCE = 0.95
+RESAMPLES = 10_000
+Interval = tuple[float, float]
 MEANS = ("overall", "in_distribution", "out_of_distribution")  # as results.json names them
 # Of what mteb scores: by rules of each task's own, so nothing is precision@1 and nothing is a mean.
 OF_MTEB: dict[str, Any] = {**dict.fromkeys(MEANS), "groups": {}, "subsets": {}}
@@ -189,6 +195,21 @@ def read_results(path: Path) -> dict[str, Any]:
     return content
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """The configuration that a run saved; empty for a folder without one.
+
+    Raises:
+        UserError: if it is damaged.
+    """
+    path = folder / "config.yaml"
+    if not path.is_file():
+        return {}
+    try:
+        return dict(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
+    except (yaml.YAMLError, ValueError, TypeError, OSError) as error:
+        raise UserError(f"{path} is damaged: {' '.join(str(error).split())}") from error
+
+
 def mean_score(subsets: Sequence[SubsetScore], *, strict: bool = False) -> float:
     """Unweighted mean of precision@1 over at least one subset."""
     scores = [s.precision_at_1_strict if strict else s.precision_at_1 for s in subsets]
@@ -196,5 +217,28 @@ def mean_score(subsets: Sequence[SubsetScore], *, strict: bool = False) -> float
 
 
 def score_interval(subsets: Sequence[SubsetScore]) -> Interval:
-    """Of the unweighted mean of precision@1 over at least one subset."""
+    """Interval of the unweighted mean of precision@1 over at least one subset."""
     return interval([resampled(s.precision_at_1, s.num_queries, name=s.name) for s in subsets])
+
+
+def resampled(score: float, count: int, *, name: str) -> NDArray[np.float64]:
+    """[RESAMPLES] scores of as many rows drawn with replacement: a bootstrap over queries (Efron
+    1979).
+
+    Rows score 0 or 1, so how many of a resample's rows are hits is binomial, and none is drawn row
+    by row. Which subsets a benchmark has is not drawn: an interval covers no other data sets.
+
+    Args:
+        name: of the subset; the draws follow from it, so that a subset has the same interval in
+            any choice of them.
+    """
+    seed = int.from_bytes(name.encode(), "little")
+    drawn = np.random.default_rng(seed).binomial(count, score, size=RESAMPLES)
+    return drawn / count
+
+
+def interval(parts: Sequence[NDArray[np.float64]]) -> Interval:
+    """Interval of the unweighted mean over subsets, from the resamples [RESAMPLES] of each."""
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(np.mean(parts, axis=0), [tail, 1 - tail])
+    return float(low), float(high)

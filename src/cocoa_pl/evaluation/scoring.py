@@ -1,21 +1,33 @@
-"""Hits of queries against each row's candidates, in blocks of bounded memory.
+"""Precision@1 of rows by MMEB's rule and a strict one, in blocks of bounded memory.
 
 A peer's loop (CoCoA's and VLM2Vec's eval.py) looks up, stacks and normalises the K candidate
 vectors of every row. Here a block of rows is either one matrix product with the distinct candidates
 of the block, or reads each row's own candidates, whichever counts less.
 
-Shapes: U unique queries, N unique candidates, Q rows, K candidates of a row (ragged), D dimensions.
-In every row the first candidate is the positive.
+Shapes: U unique queries, N unique candidates, Q rows, B rows of a block, K candidates of a row
+(ragged), D dimensions. In every row the first candidate is the positive.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
+from numpy.typing import NDArray
 
-from cocoa_pl.evaluation.metrics import Hits, row_hit, rule_hits
+from cocoa_pl.errors import UserError
 from cocoa_pl.evaluation.vectors import Floats, Ints, blocks, read, to_float32
 
+Bools = NDArray[np.bool_]
+
+# Embeddings normalised in bfloat16 miss unit length by up to about 0.004.
+UNIT_TOLERANCE = 1e-2
+# Unit vectors closer than this have a cosine above 1 - 5e-7, which float32 cannot tell from 1.
+COLLAPSE_DISTANCE = 1e-3
+# Cosines of float32 unit vectors carry no information below this.
+TIE = 1e-6
+# Components of embeddings that are checked at once: 16 MiB of float32.
+_CHECKED = 1 << 22
 # Numbers held at once of each kind (queries, candidates, scores): 64 MiB of float32.
 BLOCK = 1 << 24
 # Reading a vector takes as long as multiplying it by this many queries.
@@ -24,6 +36,34 @@ READ_COST = 12
 _READ, _CACHED = 1 << 20, 1 << 17
 # A float32 product may differ by this much between two equal candidates.
 _ROUNDING = 1e-5
+
+
+@dataclass(frozen=True)
+class Hits:
+    """Which rows found their positive, bool [Q], and by how much.
+
+    Attributes:
+        positive: [Q] cosine of query and positive.
+        hardest: [Q] the best cosine among the other candidates; -inf if there are none.
+    """
+
+    official: Bools
+    strict: Bools
+    positive: Floats
+    hardest: Floats
+
+    @property
+    def num_without_choice(self) -> int:
+        """Rows whose positive is the only candidate: hits, whatever the model says."""
+        return int(np.isneginf(self.hardest).sum())
+
+    @property
+    def precision_at_1(self) -> float:
+        return float(self.official.mean())
+
+    @property
+    def precision_at_1_strict(self) -> float:
+        return float(self.strict.mean())
 
 
 def score_rows(
@@ -136,7 +176,7 @@ def _own_scores(
     row_of = np.repeat(np.arange(len(lengths)), lengths)
     scores = np.empty(len(flat), queries.dtype)
     for part in blocks(len(flat), min(_READ, block) // width):
-        vectors = np.asarray(candidates[flat[part]])
+        vectors = candidates[flat[part]]
         for piece in blocks(len(vectors), _CACHED // width):
             wide = to_float32(vectors[piece])
             rows = row_of[part][piece]
@@ -157,3 +197,86 @@ def _best(scores: Floats, flat: Ints, lengths: Ints) -> tuple[Floats, Floats]:
     is_other = flat != np.repeat(flat[starts], lengths)
     others = np.where(is_other, scores, -np.inf)
     return scores[starts], np.maximum.reduceat(others, starts)
+
+
+def check_embeddings(embeddings: Floats, *, name: str) -> None:
+    """Refuse embeddings [N, D] that would make a score meaningless; `name` says whose they are.
+
+    A NaN or a constant vector makes all candidates tie, and ties count for the positive: unchecked,
+    a broken model scores 100 %.
+
+    Raises:
+        UserError: on NaN or inf, rows that are not of unit length, or N > 1 rows all alike.
+    """
+    length = np.empty(len(embeddings))
+    farthest = 0.0  # squared distance from the first one
+    first = read(embeddings, slice(0, 1))
+    with np.errstate(invalid="ignore", over="ignore"):
+        for part in blocks(len(embeddings), _CHECKED // embeddings.shape[1]):
+            some = read(embeddings, part)
+            length[part] = np.sqrt(np.einsum("nd,nd->n", some, some, dtype=np.float64))
+            apart = some - first
+            farthest = max(farthest, float(np.einsum("nd,nd->n", apart, apart).max()))
+    finite = np.isfinite(length)  # a sum of squares of float32 numbers is finite in float64
+    if not finite.all():
+        raise UserError(
+            f"{name}: {_some(~finite)} NaN or inf; "
+            "check the checkpoint, or evaluate in a wider precision (float32)"
+        )
+    unit = np.abs(length - 1.0) <= UNIT_TOLERANCE
+    if not unit.all():
+        worst = length[np.abs(length - 1.0).argmax()]
+        raise UserError(
+            f"{name}: {_some(~unit)} a length other than 1 (worst {worst:.4g}); "
+            "normalise the embeddings before scoring"
+        )
+    if len(embeddings) > 1 and farthest < COLLAPSE_DISTANCE**2:
+        raise UserError(
+            f"{name}: all {len(embeddings)} embeddings are the same vector (collapsed); "
+            "train on with a lower learning rate, or check that the inputs reach the model"
+        )
+
+
+def rule_hits(first: Floats, other: Floats) -> tuple[Bools, Bools]:
+    """MMEB's rule and the strict one, over each row's positive [B] and its best other candidate.
+
+    The official rule is `argmax == 0`, so a tie, or a positive that is NaN, goes to the positive.
+    The strict rule wants a finite positive that leads every other candidate by more than `TIE`; the
+    positive listed twice in a row does not tie with itself. `other` is NaN if one of them is, and
+    -inf if there is none.
+    """
+    with np.errstate(invalid="ignore"):
+        official = np.isnan(first) | (first >= other)
+        return official, (first > other + TIE) & np.isfinite(first)
+
+
+def row_hit(query: Floats, candidates: Floats, index: Ints, *, block: int) -> tuple[bool, bool]:
+    """Both rules for one row, exactly: its query [D], and the candidates `index` [K] names."""
+    scores = row_scores(query, candidates, index, block=block)
+    others = scores[np.asarray(index) != index[0]]
+    official, strict = rule_hits(scores[:1], np.max(others, initial=-np.inf)[None])
+    return bool(official[0]), bool(strict[0])
+
+
+def row_scores(query: Floats, candidates: Floats, index: Ints, *, block: int) -> Floats:
+    """Cosines [K] of one query [D] in float64; equal candidates get bit-equal scores.
+
+    Args:
+        block: components read at once.
+    """
+    wide = query.astype(np.float64)
+    parts = [
+        (candidates[index[part]].astype(np.float64) * wide).sum(axis=1)
+        for part in blocks(len(index), block // len(query))
+    ]
+    return np.concatenate(parts)
+
+
+def chance_level(candidate_index: Sequence[Ints]) -> float:
+    """Expected precision@1 of a blind guess: the mean of 1 / (candidates of the row)."""
+    return float(np.mean([1.0 / len(row) for row in candidate_index]))
+
+
+def _some(bad: Bools) -> str:
+    first = int(bad.argmax())
+    return f"{int(bad.sum())} of {len(bad)} embeddings (first: number {first}) have"

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cocoa_pl.evaluation.curves import HEIGHT, WIDTH
-from cocoa_pl.evaluation.metrics import Hits
+from cocoa_pl.evaluation.scoring import Hits
 from cocoa_pl.evaluation.vectors import Floats
 
 EDGES = tuple(round(-1 + 0.05 * number, 2) for number in range(41))

@@ -16,8 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from cocoa_pl.config.saved import settings_of
 from cocoa_pl.errors import UserError
-from cocoa_pl.evaluation.results import read_results
-from cocoa_pl.evaluation.runs import read_config
+from cocoa_pl.evaluation.results import read_config, read_results
 from cocoa_pl.export.card import write_card
 from cocoa_pl.export.folder import export, replacing
 from cocoa_pl.export.parity import TOLERANCE, Compared, check, compare, samples

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 
 from cocoa_pl.errors import UserError
-from cocoa_pl.evaluation import metrics
-from cocoa_pl.evaluation.metrics import (
+from cocoa_pl.evaluation import scoring
+from cocoa_pl.evaluation.scoring import (
     chance_level,
     check_embeddings,
     rule_hits,
@@ -73,7 +73,7 @@ def test_a_collapse_that_is_not_quite_exact_is_still_one() -> None:
 
 @pytest.mark.parametrize("row", [0, 4999, 9999])
 def test_embeddings_are_checked_in_every_block(row: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics, "_BLOCK", 100)
+    monkeypatch.setattr(scoring, "_CHECKED", 100)
     embeddings = unit(np.random.default_rng(0).normal(size=(10_000, 4)))
     check_embeddings(embeddings, name="x")
     for value, message in ((np.nan, "NaN or inf"), (3.0, "length other than 1")):
