@@ -1,5 +1,5 @@
-"""B2. Queries, keys and values of skewed samples in, EOS-bridged attention and its gradients out:
-segments of a packed row, against a dense mask over padded rows.
+"""B2. EOS-bridged attention and its gradients: segments of a packed row, against a dense mask over
+padded rows.
 """
 
 from __future__ import annotations

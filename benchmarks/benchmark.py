@@ -1,4 +1,4 @@
-"""A benchmark in, its record out: equality first, then counts, times and curves."""
+"""One benchmark: equality first, then counts, times and curves."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A command line in, benchmarks measured and printed, JSON and the page of results out.
+"""`python -m benchmarks`: run benchmarks, print them, and write their JSON and the page of results.
 
 A peer is re-created from public calls of torch, transformers, peft and numpy, because the released
 CoCoA code does not run. Both sides must give equal results before either is timed.

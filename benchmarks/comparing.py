@@ -1,4 +1,4 @@
-"""Results of both sides in, an AssertionError out where they differ by more than rounding."""
+"""Assert that the results of both sides are equal to rounding."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""B10 and B7. Pairs in, the loss and gradients of a gradient-cached InfoNCE step out: all that the
-project does against all that peers do, from pictures on.
+"""B10 and B7. The loss and gradients of a gradient-cached InfoNCE step, from pictures on.
 
 Both sides have one core, or one GPU and the core that feeds it. What a data worker does for the
 project (cutting images, packing, laying out) is inside its time here, although it runs beside the

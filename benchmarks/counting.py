@@ -1,4 +1,4 @@
-"""A function in, exact counts of what it computed and kept out: the same on any machine."""
+"""Exact counts of what a function computes and keeps, the same on any machine."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""B5. One adapted linear layer and the passes of an optimizer step in, outputs and gradients out:
-norms once a step and one product with W, against both in every pass.
+"""B5. One adapted linear layer through the passes of an optimizer step: norms once a step and one
+product with W, against both in every pass.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""B10 and B4. Items in, their vectors out, without gradients: packed by a token budget, against
-rows padded to their longest.
+"""B10 and B4. Vectors of items without gradients: packed by a token budget, against rows padded to
+their longest.
 """
 
 from __future__ import annotations

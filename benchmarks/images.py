@@ -1,5 +1,5 @@
-"""B6. Pictures in, what the vision tower reads out: bytes cut on the processor and made floats on
-the device, against the stock image processor for each sample.
+"""B6. Input of the vision tower: bytes cut on the CPU and made floats on the device, against the
+stock image processor for each sample.
 """
 
 from __future__ import annotations

@@ -1,6 +1,4 @@
-"""The machine in, what a figure must be read with out: device, versions, commit, and how fast its
-matrix products are.
-"""
+"""What a figure must be read with: device, versions, commit, and how fast matrix products are."""
 
 from __future__ import annotations
 

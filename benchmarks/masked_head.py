@@ -1,5 +1,5 @@
-"""B1. Hidden states and the positions to predict in, the masked-token loss and its gradient out:
-logits of the masked positions only, against logits of all positions.
+"""B1. The masked-token loss and its gradient: logits of the masked positions only, against logits
+of all positions.
 """
 
 from __future__ import annotations

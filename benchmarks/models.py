@@ -1,5 +1,5 @@
-"""A size in, a stock Qwen2-VL with random weights out: the true one of 2B, and one of its
-proportions that two cores can train.
+"""Stock Qwen2-VL models with random weights: the true size of 2B, and one of its proportions that
+two cores can train.
 """
 
 from __future__ import annotations

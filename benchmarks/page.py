@@ -1,4 +1,4 @@
-"""JSON of `python -m benchmarks` in, a Markdown page with tables and plots out."""
+"""The Markdown page of results, with tables and plots, from the JSON of `python -m benchmarks`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Records in, PNG pictures out: ratios with their intervals, and how cost grows."""
+"""Plots of records: ratios with their intervals, and how cost grows."""
 
 from __future__ import annotations
 

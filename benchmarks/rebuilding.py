@@ -1,5 +1,5 @@
-"""B10. Rows in, the loss and gradients of one micro-batch of a generative stage out: warm-up with
-its image decoder, or the bridge. What counts as whose time is said in `contrast.py`.
+"""B10. The loss and gradients of one micro-batch of a generative stage: warm-up with its image
+decoder, or the bridge. `contrast.py` says what counts as whose time.
 """
 
 from __future__ import annotations

@@ -1,6 +1,4 @@
-"""A seed in, samples of skewed lengths out, ready for both sides: packed for ours, as rows of a
-data set for the peer.
-"""
+"""Samples of skewed lengths for both sides: packed for ours, as rows of a data set for the peer."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""B8. Embeddings and each row's candidates in, precision@1 out: products of whole blocks, against
-one query at a time.
-"""
+"""B8. Precision@1 from embeddings: products of whole blocks, against one query at a time."""
 
 from __future__ import annotations
 

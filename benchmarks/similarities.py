@@ -1,5 +1,5 @@
-"""B9. Embeddings of a global batch in, one rank's InfoNCE loss and gradients out: its own rows in
-blocks, against the whole table on every rank.
+"""B9. One rank's InfoNCE loss and gradients: its own rows in blocks, against the whole table on
+every rank.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Two functions in, their times in alternating pairs and the ratio between them out.
+"""Times of two functions in alternating pairs, and the ratio between them.
 
 A machine that others share is slow for seconds at a time. What runs directly after one another
 shares that fate: the ratio is taken within each pair, and the median over pairs.

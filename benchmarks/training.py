@@ -1,5 +1,5 @@
-"""A model's shape and a stage in, both sides of its training step out, with the same weights: the
-project's module around a wrapped model, and the re-created peer.
+"""Both sides of a stage's training step with the same weights: the project's module around a
+wrapped model, and the re-created peer.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""B3. Queries, keys and values of several images in, the vision tower's attention and its gradients
-out: image by image, against one product over all images under a dense mask.
+"""B3. The vision tower's attention and its gradients: image by image, against one product over all
+images under a dense mask.
 """
 
 from __future__ import annotations

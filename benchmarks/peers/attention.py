@@ -1,4 +1,4 @@
-"""Dense masks and padded states in, attention out: as peers compute it."""
+"""Attention of padded states under dense masks, as peers compute it."""
 
 from __future__ import annotations
 

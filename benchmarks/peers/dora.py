@@ -1,4 +1,4 @@
-"""A frozen linear layer in, the same layer with DoRA's arithmetic of peft 0.11 out."""
+"""A linear layer with DoRA's arithmetic of peft 0.11."""
 
 from __future__ import annotations
 

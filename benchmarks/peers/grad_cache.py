@@ -1,4 +1,4 @@
-"""Chunks of queries and of positives in, the loss over all of them and its gradients out."""
+"""The gradient-cached loss over chunks of queries and positives, and its gradients."""
 
 from __future__ import annotations
 

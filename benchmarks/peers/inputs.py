@@ -1,4 +1,4 @@
-"""Rows of a data set in, padded inputs of a stock Qwen2-VL out: as peers' collators make them."""
+"""Padded inputs of a stock Qwen2-VL, as peers' collators make them."""
 
 from __future__ import annotations
 

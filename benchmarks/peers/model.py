@@ -1,4 +1,4 @@
-"""Padded inputs in, what a stock Qwen2-VL's language-modelling forward pass gives out."""
+"""The language-modelling forward pass of a stock Qwen2-VL on padded inputs."""
 
 from __future__ import annotations
 

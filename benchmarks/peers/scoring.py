@@ -1,4 +1,4 @@
-"""Embeddings by text and image in, hits out, one query at a time: as peers evaluate."""
+"""Hits of one query at a time, as peers evaluate."""
 
 from __future__ import annotations
 

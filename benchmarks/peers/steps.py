@@ -1,4 +1,4 @@
-"""Rows in, the losses and gradients of one training step out: as CoCoA and VLM2Vec train."""
+"""Losses and gradients of one training step, as CoCoA and VLM2Vec train."""
 
 from __future__ import annotations
 
