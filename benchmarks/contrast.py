@@ -65,8 +65,7 @@ class Contrast(Task):
 
     def ours(self) -> Tensor:
         cleared(self.module)
-        loss: Tensor = self.module.accumulate(self.prepare(self._rows()))["loss"]
-        return loss
+        return self.module.accumulate(self.prepare(self._rows()))["loss"]
 
     def peer(self) -> Tensor:
         cleared(self.theirs.model)

@@ -125,8 +125,7 @@ class LoraLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         dropped = dropout(x, self.layer.dropout)
         low_rank = linear(linear(dropped, self.layer.a), self.layer.b)
-        result: Tensor = self.layer.base(x) + self.layer.scaling * low_rank
-        return result
+        return self.layer.base(x) + self.layer.scaling * low_rank
 
 
 def adapted(base: nn.Linear) -> Any:

@@ -70,7 +70,7 @@ class Check:
     Attributes:
         out: where JSON goes.
         end: by the monotonic clock, when all must be over.
-        rehearse: on the CPU with tiny sizes; floors are told and not held.
+        rehearse: on the CPU with tiny sizes; floors are printed and not held.
         scratch: for what is not kept.
     """
 
@@ -142,8 +142,7 @@ def write_json(file: Path, content: object) -> None:
 
 
 def read_json(file: Path) -> Found:
-    found: Found = json.loads(file.read_text()) if file.is_file() else {}
-    return found
+    return json.loads(file.read_text()) if file.is_file() else {}
 
 
 # --- Packing -----------------------------------------------------------------------------------
@@ -311,11 +310,11 @@ def failures(found: object, where: str = "") -> list[str]:
     """Errors and what failed, wherever they stand; that there was no time is none."""
     if not isinstance(found, dict):
         return []
-    told = [f"{where}: {found['error']}"] if "error" in found else []
-    told += [f"{where}: {name}: {why}" for name, why in found.get("failed", {}).items()]
+    lines = [f"{where}: {found['error']}"] if "error" in found else []
+    lines += [f"{where}: {name}: {why}" for name, why in found.get("failed", {}).items()]
     for name, inner in found.items():
-        told += failures(inner, f"{where} {name}".strip())
-    return told
+        lines += failures(inner, f"{where} {name}".strip())
+    return lines
 
 
 def show(found: Found) -> None:
@@ -382,8 +381,8 @@ def main(arguments: Sequence[str]) -> int:
         check = Check(out, started + chosen.limit, chosen.rehearse, Path(scratch))
         found = run_parts(check, chosen.parts or list(PARTS))
     failed, seconds = failures(found), round(time.monotonic() - started, 1)
-    told = {"commit": commit_of(ROOT), "rehearsal": check.rehearse, "seconds": seconds}
-    write_json(out / "summary.json", told | {"failures": failed} | found)
+    facts = {"commit": commit_of(ROOT), "rehearsal": check.rehearse, "seconds": seconds}
+    write_json(out / "summary.json", facts | {"failures": failed} | found)
     show(found)
     print(*(f"FAILED {one[:400]}" for one in failed), sep="\n")
     print(f"{seconds} s, {len(failed)} failures; {out / 'summary.json'}")

@@ -90,8 +90,7 @@ def versions() -> Found:
 
 def ceiling() -> float:
     """Operations per second of a large matrix product."""
-    found: float = matrix_product_ceiling(DEVICE, side=None if CUDA else 256)["flops_per_second"]
-    return found
+    return matrix_product_ceiling(DEVICE, side=None if CUDA else 256)["flops_per_second"]
 
 
 def ceilings() -> Found:

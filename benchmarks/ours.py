@@ -40,7 +40,7 @@ def wrapped(
 
 
 def compute_whole_last_layer(backbone: Backbone) -> None:
-    """Compute all rows of the last layer, also those that nobody reads.
+    """Compute all rows of the last layer, also those that are not read.
 
     To save them is 3 % of a language model of 28 layers, and would be 44 % of one of two.
     """

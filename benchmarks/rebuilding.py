@@ -72,8 +72,7 @@ class Rebuild(Task):
 
     def ours(self) -> Tensor:
         cleared(self.module)
-        loss: Tensor = self.module.accumulate(self.prepare(collate(self._encoded())))["loss"]
-        return loss
+        return self.module.accumulate(self.prepare(collate(self._encoded())))["loss"]
 
     def peer(self) -> Tensor:
         cleared(self.theirs.model, self.decoder)

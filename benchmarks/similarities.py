@@ -55,14 +55,14 @@ class Similarities(Task):
     def peer(self) -> list[Tensor]:
         """The mean over the whole table; gradients reach this rank's rows only."""
         own = self._own(0)
-        mine = [rows[own].clone().requires_grad_() for rows in (self.queries, self.positives)]
+        own_rows = [rows[own].clone().requires_grad_() for rows in (self.queries, self.positives)]
         queries, positives = (
             torch.cat([part, rows[own.stop :]])
-            for part, rows in zip(mine, (self.queries, self.positives), strict=True)
+            for part, rows in zip(own_rows, (self.queries, self.positives), strict=True)
         )
         target = torch.arange(self.size.batch, device=self.device)
         loss = cross_entropy(queries @ positives.T * self.scale, target)
-        return [loss.detach(), *torch.autograd.grad(loss, mine)]
+        return [loss.detach(), *torch.autograd.grad(loss, own_rows)]
 
     def ours(self) -> list[Tensor]:
         """This rank's rows of the table; gradients reach the candidates of all ranks."""

@@ -108,7 +108,7 @@ def median_and_interval(values: Sequence[float]) -> tuple[float, tuple[float, fl
 
 @contextmanager
 def no_collection() -> Iterator[None]:
-    """Garbage is collected before, not in the middle of somebody's run."""
+    """Garbage is collected before, not in the middle of a run."""
     gc.collect()
     gc.disable()
     try:

@@ -1,4 +1,4 @@
-"""Source files in, complaints out: the rules of the house that a syntax tree can show.
+"""The house rules that a syntax tree can show.
 
 Every rule is a function from a parsed `Module` to complaints. Each is run over the whole package,
 and over snippets that must and must not be reported: a rule that has gone blind fails.

@@ -1,6 +1,6 @@
 """The `cocoa` command: runs the sub-command that its first word names.
 
-A sub-command is imported only when it is asked for: torch and transformers take seconds.
+A sub-command is imported only when it runs: torch and transformers take seconds.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ Exit status: 0 healthy, 1 if something would stop training, 2 for a mistake in t
         module="cocoa_pl.planning.command",
         summary="what a training run needs: memory, time, disk",
         about="""\
-Work out what a training run needs before anybody pays for it: parameters, memory per GPU, FLOPs,
+Work out what a training run needs before it is paid for: parameters, memory per GPU, FLOPs,
 hours, disk. Keys and values are those of train.py.
 
   cocoa plan experiment=paper_qwen2vl_2b data.root=MMEB-train gpus=8""",

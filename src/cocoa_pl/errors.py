@@ -7,7 +7,7 @@ from typing import Any
 
 
 class UserError(ValueError):
-    """A mistake in the user's data, config or files, told in one sentence that names the culprit.
+    """A mistake in the user's data, config or files, as one sentence that names the culprit.
 
     Entry points print it without a traceback and exit with status 2; everything else is a bug of
     ours.
@@ -24,13 +24,13 @@ def name_of(number: int) -> str:
 
 
 def renamed(error: UserError, name: Callable[[int], str]) -> UserError:
-    """The same error, said of what the caller calls the item of this number."""
-    said = re.fullmatch(r"item (\d+): (.*)", str(error), re.DOTALL)
-    return UserError(f"{name(int(said[1]))}: {said[2]}") if said else error
+    """The same error with the caller's name for the item of this number."""
+    match = re.fullmatch(r"item (\d+): (.*)", str(error), re.DOTALL)
+    return UserError(f"{name(int(match[1]))}: {match[2]}") if match else error
 
 
 def first_line(error: Exception) -> str:
-    """What an error of somebody else's says, in one line."""
+    """The first line of another library's message."""
     return str(error).strip().splitlines()[0]
 
 

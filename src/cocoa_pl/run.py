@@ -49,10 +49,10 @@ _ADAPTER_STREAM = 5
 def train(cfg: DictConfig, run_dir: Path, console: Console) -> None:
     """Run the stages of a config, export the model and score it."""
     check_values(cfg)
-    untouched(run_dir / "model")  # what a resumed run may not write again is told before hours
+    untouched(run_dir / "model")  # refuse before training, not after hours
     stages = build_stages(cfg)
     data = build(cfg.data)
-    benchmark = build(cfg.benchmark) if cfg.evaluate else None  # its mistakes are told before hours
+    benchmark = build(cfg.benchmark) if cfg.evaluate else None  # its mistakes show before training
     if isinstance(benchmark, HeldOutBenchmark) and cfg.benchmark.data == cfg.data:
         benchmark = HeldOutBenchmark(name=benchmark.name, data=data)  # rows are read once
     loaded = open_model(cfg, data.training_texts)
@@ -111,7 +111,7 @@ def train(cfg: DictConfig, run_dir: Path, console: Console) -> None:
 
 
 def build_stages(cfg: DictConfig) -> list[Stage]:
-    """The stages that `stage.order` names.
+    """Build the stages that `stage.order` names.
 
     Raises:
         UserError: if it names one that the config does not hold.
@@ -126,8 +126,7 @@ def build_stages(cfg: DictConfig) -> list[Stage]:
 def model_folder(cfg: DictConfig, texts: Texts) -> Path:
     """The folder of the model, or of the adapter, that training starts from."""
     if cfg.init_from is None:
-        own: Path = build(cfg.model.source).folder(texts)
-        return own
+        return build(cfg.model.source).folder(texts)
     exported = Path(cfg.init_from) / "model"
     path = str(exported) if exported.is_dir() else cfg.init_from
     folder = find_folder(path)
@@ -178,8 +177,7 @@ def scoring_device(cfg: DictConfig) -> str:
 def with_adapter(cfg: DictConfig, loaded: Loaded) -> Backbone:
     """The loaded backbone with what shall train; new adapters follow from the run's seed alone."""
     torch.manual_seed(mix(cfg.seed, _ADAPTER_STREAM))
-    backbone: Backbone = build(cfg.adapter)(loaded.backbone)
-    return backbone
+    return build(cfg.adapter)(loaded.backbone)
 
 
 def make_processor(cfg: DictConfig, loaded: Loaded, *, max_pixels: int) -> Processor:

@@ -1,4 +1,4 @@
-"""Pages in, the commands that stand on them out, and which of them can be run here."""
+"""The commands that stand on the pages, and which of them can be run here."""
 
 from __future__ import annotations
 

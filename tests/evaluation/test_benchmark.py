@@ -193,7 +193,7 @@ def test_missing_double_and_empty_subsets_are_errors(
 ) -> None:
     asked = ["scene_i2t", "scene_vqa", "inverted_i2t", "scene_t2i"]
     with pytest.raises(UserError, match="the benchmark lacks scene_t2i"):
-        evaluate(compass, corpus, benchmark="digits", checkpoint="x", asked=asked)
+        evaluate(compass, corpus, benchmark="digits", checkpoint="x", expected=asked)
     with pytest.raises(UserError, match=r"scene_i2t: .* twice"):
         evaluate(compass, [*corpus, corpus[0]], benchmark="digits", checkpoint="x")
     with pytest.raises(UserError, match="no subset"):

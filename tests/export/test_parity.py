@@ -25,7 +25,7 @@ from cocoa_pl.errors import UserError
 from cocoa_pl.export.chat_template import IMAGE
 from cocoa_pl.export.folder import export
 from cocoa_pl.export.parity import (
-    Asked,
+    Call,
     Compared,
     by_transformers,
     check,
@@ -310,5 +310,5 @@ def test_weights_in_bfloat16_are_compared_without_its_rounding(
 
 def test_the_example_of_the_card_is_what_is_compared(folder: Path, embedder: Embedder) -> None:
     cases = samples(embedder.processor.max_length)[:2]
-    (found,) = by_transformers(folder, [Asked(cases)])
+    (found,) = by_transformers(folder, [Call(cases)])
     np.testing.assert_allclose(found, embedder.encode(cases), atol=1e-5)

@@ -71,8 +71,7 @@ def load_policy(name: str) -> Policy:
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in (CONFIGS / "attention").glob("*.yaml")))
         raise UserError(f"there is no attention policy {name}; there are {known}")
-    policy: Policy = build(OmegaConf.load(path))
-    return policy
+    return build(OmegaConf.load(path))
 
 
 def _lengths(text: str) -> Tensor:

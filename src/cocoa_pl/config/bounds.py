@@ -1,6 +1,6 @@
 """Check numbers, bools and choices against the annotations of the parameters they are for.
 
-A number says where it is declared what it may be:
+A parameter declares its bounds in its annotation:
 
     def __init__(self, *, temperature: Positive, dims: Sequence[Count], steps: Count | None)
 """
@@ -34,7 +34,7 @@ ShareAboveZero = Annotated[float, Bounds("a number above 0, at most 1", lambda x
 ShareBelowOne = Annotated[float, Bounds("a number of at least 0, below 1", lambda x: 0 <= x < 1)]
 
 
-def check_value(key: str, value: Any, wanted: Any) -> None:
+def check_value(key: str, value: Any, annotation: Any) -> None:
     """Compare a value, and what lists and mappings hold, with an annotation.
 
     Numbers, bools and literals are looked at; what an annotation says of other types is not.
@@ -43,9 +43,13 @@ def check_value(key: str, value: Any, wanted: Any) -> None:
         key: what the user calls it.
 
     Raises:
-        UserError: for a value that the annotation does not ask for.
+        UserError: for a value that does not fit the annotation.
     """
-    choices = get_args(wanted) if get_origin(wanted) in (Union, types.UnionType) else (wanted,)
+    choices = (
+        get_args(annotation)
+        if get_origin(annotation) in (Union, types.UnionType)
+        else (annotation,)
+    )
     kinds = [kind for kind in choices if kind is not types.NoneType]
     or_null = " or null" if types.NoneType in choices else ""
     if len(kinds) > 1 or (value is None and or_null):

@@ -28,7 +28,7 @@ from cocoa_pl.config.bounds import (
 from cocoa_pl.data.rows import OnBadRow
 from cocoa_pl.errors import UserError, first_line
 
-# What the keys may be that are no parameters of anything that a config makes.
+# Types of the keys that are no parameters of an object that a config builds.
 VALUES: dict[str, Any] = {
     "seed": Seed,
     "num_workers": Whole,
@@ -77,7 +77,7 @@ def check_values(node: DictConfig) -> None:
                 continue  # it has values of its own
             if OmegaConf.is_config(value):
                 value = OmegaConf.to_container(value, resolve=True)
-        except OmegaConfBaseException:  # told where it is needed
+        except OmegaConfBaseException:  # raised where it is needed
             continue
         check_value(_typed(plain, key), value, kind)
     for most in ("model.max_pixels", "model.eval_max_pixels"):
@@ -107,7 +107,7 @@ def _targets(plain: Any, where: str) -> Iterator[tuple[str, str]]:
 
 @lru_cache
 def _parameters(target: str) -> dict[str, Any]:
-    """Annotations of a callable's parameters; none if it is not there, which `build` will tell, or
+    """Annotations of a callable's parameters; none if it is not there, which `build` reports, or
     if they name what is imported for type checkers alone.
     """
     try:
@@ -147,8 +147,8 @@ def build(node: Any, **extra: Any) -> Any:
         if isinstance(error.__cause__, ValueError):  # UserError is one
             raise UserError(str(error.__cause__)) from error
         if str(error).startswith("Error locating target"):
-            told = first_line(error).partition(",")[0]
-            raise UserError(f"{told}; it must be importable (PYTHONPATH)") from error
+            message = first_line(error).partition(",")[0]
+            raise UserError(f"{message}; it must be importable (PYTHONPATH)") from error
         raise
     except MissingMandatoryValue as error:
         raise UserError(

@@ -271,8 +271,8 @@ def _explain(error: Exception, keys: Sequence[str]) -> str:
         return f"unknown key {placed[2]}{_nearest(placed[2], places)}"
     if key := re.search(r"[Kk]ey '([^']+)' (?:is not in struct|not in)", str(error)):
         full = re.search(r"override '([^']+)'", str(error))
-        wanted = full[1] if full else key[1]
-        return f"unknown key {wanted}{_nearest(wanted, keys)}"
+        name = full[1] if full else key[1]
+        return f"unknown key {name}{_nearest(name, keys)}"
     if group := re.search(r"override '([^'@=]+)[@=]?", message):
         return f"unknown key {group[1]}{_nearest(group[1], keys)}"
     return message

@@ -56,11 +56,11 @@ def give_folder(config: DictConfig, *, way: str, scored: str | None = None) -> N
     add_override(f"{key}='{quoted}'")
 
 
-def new_folder(wanted: Path) -> Path:
+def new_folder(name: Path) -> Path:
     """Make a folder of this name, or of the first one behind it that is free: `_2`, `_3`, ..."""
-    wanted.parent.mkdir(parents=True, exist_ok=True)
+    name.parent.mkdir(parents=True, exist_ok=True)
     for number in count(1):
-        folder = wanted if number == 1 else wanted.with_name(f"{wanted.name}_{number}")
+        folder = name if number == 1 else name.with_name(f"{name.name}_{number}")
         try:
             folder.mkdir()
         except FileExistsError:
@@ -71,8 +71,9 @@ def new_folder(wanted: Path) -> Path:
 
 @contextmanager
 def claimed(cfg: DictConfig, run_dir: Path, job: Any) -> Iterator[None]:
-    """Within this a new run owns its folder, config.yaml and Hydra's own files tell of it; after a
-    mistake before anything was trained, the same folder may be named again.
+    """Within this a new run owns its folder, which config.yaml and Hydra's own files describe.
+
+    After a mistake before anything was trained, the same folder may be named again.
 
     Args:
         job: Hydra's own config.
@@ -141,7 +142,7 @@ def _check_free_for_scores(folder: Path, scored: str) -> None:
         raise UserError(
             f"hydra.run.dir={folder} holds another run than {scored}; name a new folder"
         )
-    add_override("hydra.output_subdir=null")  # `.hydra` there tells how the model was trained
+    add_override("hydra.output_subdir=null")  # `.hydra` there is the training run's
 
 
 def _exists(folder: Path, names: Sequence[str]) -> bool:

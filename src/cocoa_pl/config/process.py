@@ -27,12 +27,12 @@ from cocoa_pl.distributed.collectives import is_lost_peer
 from cocoa_pl.errors import UserError, first_line
 from cocoa_pl.stages.recipe import Interrupted
 
-# One process may be hours behind another; one that is gone is noticed at once.
+# One process may be hours behind another; a lost one fails the exchange at once.
 PATIENCE = datetime.timedelta(days=30)
 MISTAKE, LOST_PEER, INTERRUPTED = 2, 3, 130  # exit statuses
 LAUNCHER_CHECK_SECONDS = 2.0
 
-# What Lightning warns of although nobody can or should do anything about it.
+# Warnings of Lightning that ask for nothing.
 HARMLESS = (
     ".*isinstance.treespec, LeafSpec.* is deprecated",  # its own use of torch's pytrees
     "The number of training batches .* is smaller than the logging interval",  # a short stage
@@ -77,8 +77,8 @@ def guarded(
 def launched_processes() -> Iterator[None]:
     """Join the processes that torchrun started, in a job without a trainer; one alone just runs.
 
-    Each gets a GPU of its own where there are any. They only tell each other how far they are,
-    which gloo does with GPUs too.
+    Each gets a GPU of its own where there are any. They exchange nothing but their progress, for
+    which gloo is enough.
 
     Raises:
         UserError: if SLURM started several processes by itself.
@@ -95,7 +95,7 @@ def launched_processes() -> Iterator[None]:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("gloo", timeout=PATIENCE)
     yield
-    dist.barrier()  # nobody leaves while another still waits for him
+    dist.barrier()  # all leave together: an exchange with a process that is gone fails
     dist.destroy_process_group()
 
 
@@ -115,7 +115,7 @@ def check_named(way: str) -> None:
     if SLURMEnvironment.detect():
         several = int(os.environ["SLURM_NTASKS"]) > 1
     elif not TorchElasticEnvironment.detect():
-        return  # the processes that Lightning starts are told
+        return  # Lightning hands the folder to the processes that it starts
     if several:
         raise UserError(
             f"several processes were started from outside and must share one run folder; "
@@ -159,7 +159,7 @@ def set_up_logging(run_dir: Path) -> Console:
     file = logging.FileHandler(run_dir / "log.txt")
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     is_first: bool = rank_zero_only.rank == 0  # type: ignore[attr-defined]
-    level = logging.INFO if is_first else logging.WARNING  # of several processes one talks
+    level = logging.INFO if is_first else logging.WARNING  # the first process logs for all
     logging.basicConfig(level=level, handlers=[screen, file], force=True)
     for harmless in HARMLESS:
         warnings.filterwarnings("ignore", message=harmless)

@@ -73,7 +73,7 @@ def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def settled(cfg: DictConfig, config_name: str, overrides: Sequence[str]) -> DictConfig:
     """The config with the settings of the model that `init_from` names, under all that the user and
-    his experiment set themselves; as it is where they chose a model.
+    the experiment set; as it is where they chose a model.
 
     To be called where Hydra composes.
 
@@ -81,7 +81,7 @@ def settled(cfg: DictConfig, config_name: str, overrides: Sequence[str]) -> Dict
         overrides: that made the config.
 
     Raises:
-        UserError: for a model that does not tell its settings, or does not fit the one chosen.
+        UserError: for a model whose settings are unknown, or does not fit the one chosen.
     """
     if "init_from" not in cfg or cfg.init_from is None or cfg.resume is not None:
         return cfg
@@ -91,13 +91,13 @@ def settled(cfg: DictConfig, config_name: str, overrides: Sequence[str]) -> Dict
         _check_fits(cfg, name)
         log.info("pixels, lengths and rates are those of model=%s", name)
         return cfg
-    told = _settings(cfg.init_from)
-    if told is None:
+    settings = _settings(cfg.init_from)
+    if settings is None:
         raise UserError(
             f"init_from={cfg.init_from} does not tell which pixels, lengths and learning rates go "
             f"with it; add {_fitting(cfg)}"
         )
-    found, where = told
+    found, where = settings
     options = ConfigStore.instance()
     for group, node in found.items():
         options.store(group=group, name=OPTION, node=node)
@@ -113,7 +113,7 @@ def settled(cfg: DictConfig, config_name: str, overrides: Sequence[str]) -> Dict
 
 
 def _settings(init_from: str) -> tuple[dict[str, Any], str] | None:
-    """Options of `model` and `schedule`, and where they are from; None if the model tells none."""
+    """Options of `model` and `schedule`, and where they are from; None if the model has none."""
     run = Path(init_from)
     config = run / "config.yaml"
     if (run / "model").is_dir() and config.is_file():
@@ -149,7 +149,7 @@ def _architecture(cfg: DictConfig) -> PretrainedConfig:
 
 def _fitting(cfg: DictConfig) -> str:
     """Options of `model` for this architecture: of its own size, or else of its family."""
-    wanted = _architecture(cfg)
+    architecture = _architecture(cfg)
     search = GlobalHydra.instance().config_loader().get_search_path().get_path()
     folders = [Path(str(place.path).removeprefix("file://")) / "model" for place in search]
     of_family, of_size = [], []
@@ -157,9 +157,9 @@ def _fitting(cfg: DictConfig) -> str:
         option: Any = OmegaConf.load(file)
         source = option.get("source") or {}
         known = KNOWN.get(str(source.get("path")))
-        if known is not None and _size(known.config()) == _size(wanted):
+        if known is not None and _size(known.config()) == _size(architecture):
             of_size.append(file.stem)
-        if _family(source) == wanted.model_type:
+        if _family(source) == architecture.model_type:
             of_family.append(file.stem)
     return " or ".join(f"model={name}" for name in of_size or of_family)
 
@@ -168,15 +168,16 @@ def _check_fits(cfg: DictConfig, name: str) -> None:
     """Settings are for a family; those of small models, with rates for random weights, for these
     alone.
     """
-    wanted, source = _architecture(cfg), cfg.model.source
-    is_published = any(_size(known.config()) == _size(wanted) for known in KNOWN.values())
-    if _family(source) in (None, wanted.model_type) and not ("family" in source and is_published):
+    architecture, source = _architecture(cfg), cfg.model.source
+    is_published = any(_size(known.config()) == _size(architecture) for known in KNOWN.values())
+    is_small = "family" in source
+    if _family(source) in (None, architecture.model_type) and not (is_small and is_published):
         return
-    tells = _settings(cfg.init_from) is not None
-    advice = "leave it out" if tells else f"add {_fitting(cfg)}"
+    known = _settings(cfg.init_from) is not None
+    advice = "leave it out" if known else f"add {_fitting(cfg)}"
     raise UserError(
-        f"model={name} does not fit init_from={cfg.init_from}, a {wanted.model_type} of width "
-        f"{wanted.get_text_config().hidden_size}; {advice}"
+        f"model={name} does not fit init_from={cfg.init_from}, a {architecture.model_type} of "
+        f"width {architecture.get_text_config().hidden_size}; {advice}"
     )
 
 

@@ -1,7 +1,7 @@
 """Score the vectors of evaluation subsets, which an `encode` callable or a store gives.
 
 The scorer never sees a model. Every unique item is encoded once, also across subsets.
-A benchmark never averages over fewer subsets than it was asked for: what cannot be scored raises.
+A benchmark never averages over fewer subsets than expected: what cannot be scored raises.
 """
 
 import logging
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Encode = Callable[[Sequence[Item]], Floats]  # items -> float32 [N, D], unit length
-# A subset's number -> vectors of its queries and of its candidates; asked in the subsets' order.
+# A subset's number -> vectors of its queries and of its candidates; called in the subsets' order.
 VectorsOf = Callable[[int], tuple[Floats, Floats]]
 
 
@@ -41,7 +41,7 @@ def evaluate(
     *,
     benchmark: str,
     checkpoint: str,
-    asked: Sequence[str] | None = None,
+    expected: Sequence[str] | None = None,
     is_partial: bool = False,
     gallery_rows: int = 3,
 ) -> Results:
@@ -49,7 +49,7 @@ def evaluate(
 
     Args:
         encode: called once per subset with the items not encoded before.
-        asked: names of the subsets the benchmark consists of; None trusts `subsets` to be complete.
+        expected: names of the benchmark's subsets; None trusts `subsets` to be complete.
         is_partial: `subsets` are a choice; no means are reported.
         gallery_rows: how many hits, and how many misses, of each subset go into the gallery.
 
@@ -57,7 +57,7 @@ def evaluate(
         UserError: if a subset is missing, empty, twice there, or its embeddings are NaN, collapsed
             or not of unit length.
     """
-    check_subsets(subsets, asked=asked)
+    check_subsets(subsets, expected=expected)
     return score_subsets(
         encode_once(encode, subsets),
         subsets,
@@ -118,7 +118,9 @@ def score_subsets(
     )
 
 
-def check_subsets(subsets: Sequence["EvalSubset"], *, asked: Sequence[str] | None = None) -> None:
+def check_subsets(
+    subsets: Sequence["EvalSubset"], *, expected: Sequence[str] | None = None
+) -> None:
     """Refuse what cannot be scored before anything is encoded.
 
     Raises:
@@ -127,7 +129,7 @@ def check_subsets(subsets: Sequence["EvalSubset"], *, asked: Sequence[str] | Non
     if not subsets:
         raise UserError("the benchmark has no subset; name at least one")
     names = [subset.name for subset in subsets]
-    if missing := [name for name in asked or () if name not in names]:
+    if missing := [name for name in expected or () if name not in names]:
         raise UserError(
             f"the benchmark lacks {', '.join(missing)}; a mean over fewer subsets than asked for "
             "compares with nothing: add them, or take them out of the benchmark's config"
@@ -199,8 +201,8 @@ def _encode_new(items: Mapping[int, Item], encode: Encode) -> dict[int, Floats]:
 def _sample_rows(hits: Hits, *, count: int) -> list[int]:
     """Up to `count` misses and `count` hits, spread evenly over the subset, in row order."""
     rows: list[int] = []
-    for wanted in (False, True):
-        found = np.flatnonzero(hits.strict == wanted)
+    for hit in (False, True):
+        found = np.flatnonzero(hits.strict == hit)
         rows.extend(int(row) for row in found[evenly_spaced(len(found), count=count)])
     return sorted(rows)
 

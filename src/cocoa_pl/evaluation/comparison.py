@@ -1,8 +1,8 @@
 """`cocoa report`: a page that compares scored runs.
 
-Whether two scores differ is told by an interval of their difference: runs answer the same queries,
-but which of them each answered is not kept, so the interval takes them as independent and is wider
-than it could be.
+Two scores differ if the interval of their difference does not hold zero. Runs answer the same
+queries, but which of them each answered is not kept: the interval takes them as independent and is
+wider than it could be.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from cocoa_pl.evaluation.curves import Panel, read_panels
 from cocoa_pl.evaluation.report import templates
 from cocoa_pl.evaluation.results import CONFIDENCE, MEANS, Interval, read_config, read_results
 
-MAX_RUNS = 6  # that curves can be told apart
+MAX_RUNS = 6  # whose curves can be told apart
 SIGN = {"": " ", "above": "+", "below": "-"}
 
 

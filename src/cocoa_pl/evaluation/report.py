@@ -193,8 +193,8 @@ def score_table(results: Results) -> Table:
         table.add_row(*_score_cells(split))
     for whole in means[:1]:
         table.add_row(*_score_cells(whole), style="bold")
-    told = [f"{escape(one.name)}: {one.caveat}" for one in results.subsets if one.caveat]
-    table.caption, table.caption_justify = "\n".join(told) or None, "left"
+    caveats = [f"{escape(one.name)}: {one.caveat}" for one in results.subsets if one.caveat]
+    table.caption, table.caption_justify = "\n".join(caveats) or None, "left"
     return table
 
 

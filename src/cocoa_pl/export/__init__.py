@@ -1,1 +1,1 @@
-"""A trained model in, folders that other tools open out, with proof that they give its vectors."""
+"""Folders of a trained model for other tools, with proof that they give its vectors."""

@@ -62,7 +62,7 @@ def write_card(
 
 
 def _public(data: Mapping[str, Any]) -> str:
-    """As YAML, without the folders of somebody's machine."""
+    """As YAML, without the folders of a machine."""
 
     def kept(node: Any) -> Any:
         if not isinstance(node, Mapping):
@@ -82,17 +82,21 @@ def _scores(results: Mapping[str, Any]) -> dict[str, Any]:
     intervals = results.get("intervals", {})
     means = {name: results[name] for name in MEANS}
     values = {**means, **results["groups"]}
-    told = {**intervals, **intervals.get("groups", {})}
+    interval_of = {**intervals, **intervals.get("groups", {})}
     if results["overall"] is None:
         values = {name: one["precision_at_1"] for name, one in results["subsets"].items()}
-        told = intervals.get("subsets", {})
+        interval_of = intervals.get("subsets", {})
     rows = [
-        (name.replace("_", " "), percent(value), between(told[name]) if name in told else "")
+        (
+            name.replace("_", " "),
+            percent(value),
+            between(interval_of[name]) if name in interval_of else "",
+        )
         for name, value in values.items()
         if value is not None
     ]
-    said, third = "Precision@1 in percent with 95 % bootstrap intervals over queries", "interval"
+    title, third = "Precision@1 in percent with 95 % bootstrap intervals over queries", "interval"
     if tasks := results.get("tasks"):
-        said, third = "Main scores of mteb's tasks in percent", "metric"
+        title, third = "Main scores of mteb's tasks in percent", "metric"
         rows = [(name, percent(one["main_score"]), one["metric"]) for name, one in tasks.items()]
-    return {"said": f"{said}, on {results['benchmark']}", "third": third, "rows": rows}
+    return {"said": f"{title}, on {results['benchmark']}", "third": third, "rows": rows}

@@ -1,5 +1,5 @@
-"""`cocoa export`: a run in, a folder for Hugging Face or sentence-transformers out, if all tools
-read the same vectors out of it.
+"""`cocoa export`: write a model for Hugging Face or sentence-transformers, if all tools read its
+vectors.
 """
 
 from __future__ import annotations
@@ -43,21 +43,21 @@ def run(arguments: Sequence[str], console: Console) -> int:
     parsed = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.ERROR)  # a sample is cut on purpose
     transformers_logging.set_verbosity_error()
-    out = _place(parsed.run, parsed.out, parsed.to)
+    out = _output_folder(parsed.run, parsed.out, parsed.to)
     data, results = read_config(Path(parsed.run)).get("data"), _results(parsed.run)
     embedder = open_embedder(parsed.run, device="cpu")
-    came: dict[str, Any]
+    source: dict[str, Any]
     if parsed.run.endswith(".ckpt"):
-        came = {"settings": settings_of(read_config(Path(parsed.run).resolve().parents[1]))}
+        source = {"settings": settings_of(read_config(Path(parsed.run).resolve().parents[1]))}
     else:
-        came = described_in(export_folder(parsed.run))
+        source = described_in(export_folder(parsed.run))
     with replacing(out) as fresh:
         exported = export(
             embedder,
             fresh,
-            lineage=came.get("lineage", []),
-            settings=came.get("settings"),
-            rounding=came.get("rounding"),
+            lineage=source.get("lineage", []),
+            settings=source.get("settings"),
+            rounding=source.get("rounding"),
         )
         described = described_in(fresh)
         dtype = described["dtype"]
@@ -100,15 +100,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _place(run: str, out: str | None, to: str) -> Path:
+def _output_folder(run: str, out: str | None, to: str) -> Path:
     if out is None and not Path(run).is_dir():
         raise UserError(f"{run} is no folder to write into; say where to: --out FOLDER")
-    place = Path(run) / to if out is None else Path(out)
-    if place.exists() and not (place / DESCRIPTION).is_file():
-        raise UserError(f"{place} exists and is no exported model; name another with --out")
-    if place.exists() and Path(run).exists() and place.resolve() == Path(run).resolve():
+    folder = Path(run) / to if out is None else Path(out)
+    if folder.exists() and not (folder / DESCRIPTION).is_file():
+        raise UserError(f"{folder} exists and is no exported model; name another with --out")
+    if folder.exists() and Path(run).exists() and folder.resolve() == Path(run).resolve():
         raise UserError(f"{run} would be replaced by itself; name another folder with --out")
-    return place
+    return folder
 
 
 def _results(run: str) -> dict[str, Any] | None:

@@ -1,4 +1,4 @@
-"""A trained model in, a Hugging Face folder out: weights, processor and `cocoa.json`.
+"""Export a trained model as a Hugging Face folder: weights, processor and `cocoa.json`.
 
 `cocoa.json` holds what the vectors depend on beside the weights, where the model comes from,
 digests of all files, and a fingerprint: vectors of fixed inputs, which loading must reproduce.
@@ -106,8 +106,8 @@ def replacing(folder: Path) -> Iterator[Path]:
     `folder` by now and no export wrote goes along.
 
     Raises:
-        UserError: for a file that an export wrote and somebody has changed since, or one of
-            somebody's own that would be overwritten.
+        UserError: for a file that an export wrote and that was changed since, or a user's own
+            file that would be overwritten.
     """
     written = untouched(folder)
     folder = folder.resolve()
@@ -127,7 +127,7 @@ def replacing(folder: Path) -> Iterator[Path]:
 
 
 def untouched(folder: Path) -> set[str] | None:
-    """Files of a folder that exports wrote and may write again; None where nobody knows.
+    """Files of a folder that exports wrote and may write again; None where that is unknown.
 
     Raises:
         UserError: if one of them was changed since.
@@ -189,8 +189,7 @@ def save_inputs(processor: Processor, model_type: str, folder: Path) -> None:
 
 def lineage_of(path: str) -> list[dict[str, Any]]:
     """The stages behind an exported folder; empty for a model that this project did not export."""
-    lineage: list[dict[str, Any]] = described_in(Path(path)).get("lineage", [])
-    return lineage
+    return described_in(Path(path)).get("lineage", [])
 
 
 def _save_weights(stock: Any, folder: Path, *, causal: bool) -> None:

@@ -1,4 +1,4 @@
-"""An exported folder in, how far its vectors are from the trained model's, tool by tool, out.
+"""Compare the vectors that each tool reads from an exported folder with the trained model's.
 
 Everything is computed in float32 on the CPU, so that what differs is not rounding: pixels, tokens,
 positions, attention, pooling.
@@ -55,7 +55,7 @@ class Compared:
 
 
 @dataclass(frozen=True)
-class Asked:
+class Call:
     """Samples of one call, as `Embedder.encode` takes them."""
 
     cases: Sequence[Sample]
@@ -118,24 +118,24 @@ def compare(
             rounded to the type that is exported. It computes in float32 on the CPU afterwards.
     """
     *short, long = samples(trained.processor.max_length)
-    asked = (
-        Asked(short),
-        Asked([long]),
-        Asked(short, instruction="Find it:"),
-        Asked(short[:1], truncate_dim=(trained.dim + 1) // 2),
+    calls = (
+        Call(short),
+        Call([long]),
+        Call(short, instruction="Find it:"),
+        Call(short[:1], truncate_dim=(trained.dim + 1) // 2),
     )
-    expected = by_embedder(_in_float32(trained), asked)
+    expected = by_embedder(_in_float32(trained), calls)
     ways: dict[str, Callable[[], list[Vectors]]] = {
         "Embedder": lambda: by_embedder(
-            _in_float32(Embedder.load(str(folder), device="cpu")), asked
+            _in_float32(Embedder.load(str(folder), device="cpu")), calls
         ),
-        "transformers": lambda: by_transformers(folder, asked),
+        "transformers": lambda: by_transformers(folder, calls),
     }
     note = "" if _installed("torchvision") else "without torchvision, inside images_only()"
     notes = {"transformers": note, "sentence-transformers": note}
     missing = with_sentence_transformers and not _installed("sentence_transformers")
     if with_sentence_transformers and not missing:
-        ways["sentence-transformers"] = lambda: by_sentence_transformers(folder, asked)
+        ways["sentence-transformers"] = lambda: by_sentence_transformers(folder, calls)
     found = []
     for way, vectors in ways.items():
         apart = [np.abs(v - e).max() for v, e in zip(vectors(), expected, strict=True)]
@@ -161,24 +161,25 @@ def check(compared: Sequence[Compared]) -> None:
             )
 
 
-def by_embedder(embedder: Embedder, asked: Sequence[Asked]) -> list[Vectors]:
+def by_embedder(embedder: Embedder, calls: Sequence[Call]) -> list[Vectors]:
     """What the model card shows."""
     return [
-        embedder.encode(one.cases, instruction=one.instruction, truncate_dim=one.truncate_dim)
-        for one in asked
+        embedder.encode(call.cases, instruction=call.instruction, truncate_dim=call.truncate_dim)
+        for call in calls
     ]
 
 
-def by_transformers(folder: Path, asked: Sequence[Asked]) -> list[Vectors]:
+def by_transformers(folder: Path, calls: Sequence[Call]) -> list[Vectors]:
     """What the model card shows: stock classes, all cases of a call in one padded batch."""
     with images_only():
         processor = AutoProcessor.from_pretrained(folder, use_fast=False)
     model: Any = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
     found = []
-    for one in asked:
-        system = [{"role": "system", "content": one.instruction}] if one.instruction else []
+    for call in calls:
+        system = [{"role": "system", "content": call.instruction}] if call.instruction else []
         conversations = [
-            [*system, {"role": "user", "content": _content(case)}] for case in map(_read, one.cases)
+            [*system, {"role": "user", "content": _content(case)}]
+            for case in map(_read, call.cases)
         ]
         inputs = processor.apply_chat_template(
             conversations,
@@ -190,12 +191,12 @@ def by_transformers(folder: Path, asked: Sequence[Asked]) -> list[Vectors]:
         with torch.no_grad():
             states = model(**inputs).last_hidden_state
         last = inputs["attention_mask"].sum(dim=1) - 1
-        vectors = states[torch.arange(len(last)), last, : one.truncate_dim]
+        vectors = states[torch.arange(len(last)), last, : call.truncate_dim]
         found.append(normalize(vectors, dim=-1).numpy())
     return found
 
 
-def by_sentence_transformers(folder: Path, asked: Sequence[Asked]) -> list[Vectors]:
+def by_sentence_transformers(folder: Path, calls: Sequence[Call]) -> list[Vectors]:
     """What the model card shows."""
     from sentence_transformers import SentenceTransformer
 
@@ -205,14 +206,14 @@ def by_sentence_transformers(folder: Path, asked: Sequence[Asked]) -> list[Vecto
         )
     return [
         model.encode(
-            [_read(case) for case in one.cases],
-            prompt=one.instruction,
-            truncate_dim=one.truncate_dim,
+            [_read(case) for case in call.cases],
+            prompt=call.instruction,
+            truncate_dim=call.truncate_dim,
             normalize_embeddings=True,
-            batch_size=len(one.cases),
+            batch_size=len(call.cases),
             show_progress_bar=False,
         )
-        for one in asked
+        for call in calls
     ]
 
 

@@ -1,5 +1,5 @@
-"""An exported folder in, the files added that `SentenceTransformer(folder)` reads: three stock
-modules, no code of this project.
+"""The files that make `SentenceTransformer(folder)` read an exported folder: three stock modules,
+no code of this project.
 
 Layout of sentence-transformers 6 (https://sbert.net): the stock Transformer module renders messages
 with the folder's chat template, Pooling takes the last token, which is EOS, Normalize makes unit

@@ -1,1 +1,1 @@
-"""A model in, scores of mteb's tasks out; needs the extra `mteb`."""
+"""mteb's tasks with models of this project; needs the extra `mteb`."""

@@ -1,4 +1,4 @@
-"""Names of mteb's tasks in, their scores out: what `benchmark=mteb` builds."""
+"""`benchmark=mteb`: scores of tasks by mteb's own code."""
 
 from __future__ import annotations
 

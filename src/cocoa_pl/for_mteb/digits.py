@@ -1,5 +1,5 @@
-r"""The embedded digit scenes as tasks of mteb: nothing is downloaded, and they show how a task of
-one's own is written.
+"""The embedded digit scenes as tasks of mteb, without a download; an example of a task of one's
+own.
 
     python evaluate.py ckpt=RUN benchmark=mteb \
         benchmark.tasks=[cocoa_pl.for_mteb.digits.DigitScenes]

@@ -1,4 +1,4 @@
-"""mteb's batches in, the model's vectors out, with an instruction for each task.
+"""An `Embedder` as mteb's encoder, with an instruction for each task.
 
 mteb: https://github.com/embeddings-benchmark/mteb. Images are never left out: a batch that holds
 anything this model cannot embed is refused.

@@ -1,1 +1,1 @@
-"""Training pairs and a model in, the same pairs with hard negatives out."""
+"""Hard negatives for training pairs, found by a model."""

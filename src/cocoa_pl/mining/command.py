@@ -1,4 +1,4 @@
-"""`cocoa mine`: a model and training data in, the data with hard negatives out."""
+"""`cocoa mine`: write training data with the hard negatives that a model finds."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def run(arguments: Sequence[str], console: Console) -> int:
         keep=cfg.keep,
     )
     try:
-        (out / "images").mkdir(parents=True)  # of two that mine at once, one comes first
+        (out / "images").mkdir(parents=True)  # two runs that start at once cannot share it
     except FileExistsError:
         raise taken from None
     done = []

@@ -1,4 +1,4 @@
-"""Pairs in, a folder in MMEB's layout out, which `data=mmeb` and `data=mmeb_hardneg` read.
+"""Write pairs in MMEB's layout, which `data=mmeb` and `data=mmeb_hardneg` read.
 
 <folder>/<subset>/train-00000-of-00001.parquet    qry, qry_image_path, pos_text, pos_image_path,
                                                   neg_text, neg_image_path: lists as strings

@@ -1,5 +1,4 @@
-"""Sizes, what trains, and the work of a chunk in; the bytes that its forward pass keeps for its
-backward pass out.
+"""Bytes that a chunk's forward pass keeps for its backward pass.
 
 Autograd keeps what an operation's gradient asks for, and nothing of an operation whose inputs need
 no gradient. Every term below is one kept tensor; docs/plan.md has them as a table.

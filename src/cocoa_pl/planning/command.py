@@ -1,4 +1,4 @@
-"""`cocoa plan`: key=value words in, what the run needs on the terminal out."""
+"""`cocoa plan`: memory, time and disk of a training run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A transformers configuration in, the sizes of its model out. One entry for each family."""
+"""Sizes of a model from its transformers configuration, one entry for each family."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sizes, what trains, and the work of a chunk in; floating-point operations by part out.
+"""Floating-point operations of a chunk, by part.
 
 A matrix product of n rows costs 2 x n x fan_in x fan_out. Norms, rotations, activations and the
 optimizer are left out, as torch's FlopCounterMode does; all formulas are in docs/plan.md.

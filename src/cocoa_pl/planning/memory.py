@@ -1,4 +1,4 @@
-"""A training set-up and the work of its chunks in; bytes on one GPU by part out."""
+"""Bytes on one GPU, by part."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a chunk keeps in; the bytes that lie there at the fullest moments of its step out.
+"""Bytes at the fullest moments of a step.
 
 In the order of a step: patches are hidden; the vision tower runs and still holds its pixels; the
 backward pass reaches the image decoder, the vocabulary head, the first and the last block of the

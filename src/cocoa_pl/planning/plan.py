@@ -1,4 +1,4 @@
-"""A composed config in, the whole plan of a run as plain values out."""
+"""The plan of a run, as plain values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Assumed lengths in, batches of blank samples as a stage would pack them out.
+"""Batches of blank samples of assumed lengths, packed as a stage would pack them.
 
 What a stage makes of a pair, how samples are packed and how a batch is cut are the code that
 trains; only the lengths of texts and the sizes of images are made up.

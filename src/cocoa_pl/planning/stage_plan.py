@@ -1,4 +1,4 @@
-"""A stage of a config, a set-up and assumed lengths in; what one step of it needs out."""
+"""What one step of a stage needs."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class StagePlan:
         """Optimizer steps.
 
         Raises:
-            UserError: if the stage counts epochs and nobody knows of how many rows.
+            UserError: if the stage counts epochs of an unknown number of rows.
         """
         if self.stage.steps is None and self.rows_of_epoch is None:
             raise UserError(

@@ -1,4 +1,4 @@
-"""A set-up, rows and assumed sizes in; bytes on disk and in the host's memory out."""
+"""Bytes on disk and in the host's memory."""
 
 from __future__ import annotations
 

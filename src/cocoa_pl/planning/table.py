@@ -1,4 +1,4 @@
-"""A plan in, tables and sentences for a terminal of 80 columns out."""
+"""A plan as tables and sentences for a terminal of 80 columns."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An adapter's config and a model's sizes in; what trains, and how many parameters that is, out."""
+"""What trains, by the adapter's config, and how many parameters that is."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Planned stages and a GPU in; whether they fit, and the smallest changes with which they would,
-out.
-"""
+"""Whether planned stages fit a GPU, and the smallest changes with which they would."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A packed batch in; how many tokens, patches and attention scores a model computes for it out.
+"""Tokens, patches and attention scores that a model computes for a packed batch.
 
 The counts come from the same code that trains: plans and their padding, corruption, and chunks.
 """
@@ -39,7 +39,7 @@ class Work:
     text: Attention
     images: Attention  # vision blocks that see whole images
     windows: Attention  # vision blocks that see windows; zeros where there are none
-    read: int  # tokens whose last states somebody reads
+    read: int  # tokens whose last states are read
     predicted: int  # positions for which the vocabulary head runs
     rebuilt: int  # visual tokens whose pixels the image decoder predicts
 
