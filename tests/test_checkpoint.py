@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -204,6 +205,17 @@ def test_the_last_step_is_always_saved(steps: int, every: int, tmp_path: Path) -
     assert content["cocoa"] == {"stage": "toy", "stage_index": 0, "finished": True}
     assert content["state_dict"].keys() == {"trained"}
     assert torch.equal(content["state_dict"]["trained"], module.trained.detach())
+
+
+def test_a_checkpoint_needs_no_room_where_temporary_files_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "full"))
+    with pytest.raises(OSError, match="full"):
+        tempfile.mkstemp()
+    fit(tmp_path / "last.ckpt", steps=2, every=1, module=Toy())
+    assert checkpoint.read(tmp_path / "last.ckpt")["global_step"] == 2
+    assert [left.name for left in tmp_path.iterdir()] == ["last.ckpt"]
 
 
 def test_a_write_that_fails_leaves_the_old_file(

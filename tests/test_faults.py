@@ -24,6 +24,8 @@ ROOT = CONFIGS.parent
 STEPS = 24
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
+ALONE = {"cpu": ["trainer.devices=1"], "ddp": []}  # more than the trainer's own config
+
 Start = Callable[..., subprocess.Popen[str]]
 
 
@@ -133,6 +135,44 @@ def is_running(pid: int) -> bool:
         return ") Z " not in Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return False
+
+
+def descendants(pid: int) -> list[int]:
+    children = map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+    return [found for child in children for found in (child, *descendants(child))]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("trainer", ["cpu", "ddp"])
+def test_data_workers_end_with_a_run_that_was_killed(
+    trainer: str, start: Start, tmp_path: Path
+) -> None:
+    process = start(f"trainer={trainer}", *ALONE[trainer], "hydra.run.dir=run", "num_workers=2")
+    wait_for_checkpoint(process, tmp_path / "run")
+    started = descendants(process.pid)
+    assert len(started) >= {"cpu": 2, "ddp": 1 + 4}[trainer]
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 15
+    while left := [pid for pid in started if is_running(pid)]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.1)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_killed_data_worker_is_said_in_one_sentence_and_the_run_goes_on(
+    start: Start, tmp_path: Path
+) -> None:
+    process = start("trainer=cpu", *ALONE["cpu"], "hydra.run.dir=run", "num_workers=2")
+    wait_for_checkpoint(process, tmp_path / "run")
+    os.kill(descendants(process.pid)[0], signal.SIGKILL)
+    status, told = finish(process, within=60)
+    assert status == 3
+    assert "error: a data worker was killed, probably because memory ran out" in told
+    assert "resume=RUN goes on from the last checkpoint" in told
+    assert "Traceback" not in told
+    assert finish(start("resume=run"))[0] == 0
+    assert read(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"] == STEPS
 
 
 @pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="needs prlimit")

@@ -6,8 +6,6 @@ import datetime
 import logging
 import os
 import sys
-import threading
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,13 +22,13 @@ from rich.logging import RichHandler
 from transformers.utils import logging as transformers_logging
 
 from cocoa_pl.distributed.collectives import is_lost_peer
+from cocoa_pl.distributed.processes import LOST_PROCESS, end_with_parent, is_lost_worker
 from cocoa_pl.errors import UserError, first_line
 from cocoa_pl.stages.recipe import Interrupted
 
 # One process may be hours behind another; a lost one fails the exchange at once.
 PATIENCE = datetime.timedelta(days=30)
-MISTAKE, LOST_PEER, INTERRUPTED = 2, 3, 130  # exit statuses
-LAUNCHER_CHECK_SECONDS = 2.0
+MISTAKE, INTERRUPTED = 2, 130  # exit statuses, beside `LOST_PROCESS`
 
 # Warnings of Lightning that ask for nothing.
 HARMLESS = (
@@ -63,13 +61,17 @@ def guarded(
         sys.stderr.write(f"{str(stop) or 'interrupted'}\n")
         return INTERRUPTED
     except RuntimeError as error:
-        if not is_lost_peer(error):
+        if is_lost_worker(error):
+            lost = (
+                "a data worker was killed, probably because memory ran out; fewer of them need "
+                "less (num_workers=1)"
+            )
+        elif is_lost_peer(error):
+            lost = "another process of this job was killed, or ended with a message of its own"
+        else:
             raise
-        sys.stderr.write(
-            "error: another process of this job was killed, or ended with a message of its own; "
-            f"{remedy}\n"
-        )
-        return LOST_PEER
+        sys.stderr.write(f"error: {lost}; {remedy}\n")
+        return LOST_PROCESS
     return 0
 
 
@@ -132,18 +134,10 @@ def end_with_launcher() -> None:
     outside = SLURMEnvironment.detect() or TorchElasticEnvironment.detect()
     if outside or int(os.environ.get("LOCAL_RANK", "0")) == 0:
         return
-    launcher = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == launcher:
-            time.sleep(LAUNCHER_CHECK_SECONDS)
-        sys.stderr.write(
-            "error: the first process of this job was killed; "
-            "resume=RUN goes on from the last checkpoint\n"
-        )
-        os._exit(LOST_PEER)
-
-    threading.Thread(target=watch, daemon=True).start()
+    end_with_parent(
+        message="error: the first process of this job was killed; "
+        "resume=RUN goes on from the last checkpoint\n"
+    )
 
 
 def set_up_logging(run_dir: Path) -> Console:

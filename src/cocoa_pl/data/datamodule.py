@@ -20,6 +20,7 @@ from cocoa_pl.data.stream_loader import LaneState, StreamBatches, Streamed
 from cocoa_pl.data.tokenize import Processor
 from cocoa_pl.data.transport import Parcel
 from cocoa_pl.distributed.collectives import rank, world_size
+from cocoa_pl.distributed.processes import end_with_parent
 from cocoa_pl.errors import UserError
 from cocoa_pl.randomness import mix
 
@@ -269,7 +270,11 @@ class StageData(L.LightningDataModule):
             states=self._lanes,
         )
         return DataLoader(
-            batches, batch_size=None, num_workers=self.num_workers, pin_memory=self.pinned
+            batches,
+            batch_size=None,
+            num_workers=self.num_workers,
+            pin_memory=self.pinned,
+            worker_init_fn=end_with_parent,
         )
 
     def val_dataloader(self) -> DataLoader[Any] | list[None]:
@@ -293,4 +298,5 @@ class StageData(L.LightningDataModule):
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=self.pinned,
+            worker_init_fn=end_with_parent,
         )

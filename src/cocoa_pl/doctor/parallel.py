@@ -8,6 +8,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
+from cocoa_pl.distributed.processes import end_with_parent
 from cocoa_pl.errors import UserError
 
 _Chunk = TypeVar("_Chunk")
@@ -52,6 +53,7 @@ def ordered_map(
 def _start(work: Callable[[Any], Any]) -> None:
     global _work
     _work = work
+    end_with_parent()
 
 
 def _do(chunk: Any) -> Any:

@@ -16,9 +16,11 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 
+from cocoa_pl.distributed.processes import is_lost_worker
 from cocoa_pl.distributed.strategies import (
     META,
     FullySharded,
@@ -117,6 +119,18 @@ def load_trained(backbone: nn.Module, state: dict[str, Tensor], *, where: str) -
     backbone.load_state_dict(state, strict=False)
 
 
+class PlainFile(TorchCheckpointIO):
+    """Writes a checkpoint to its own path. Lightning's way takes all of it into memory and then
+    through TMPDIR, which may be full where the run's own disk has room.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
+    ) -> None:
+        with Path(path).open("wb") as file:
+            torch.save(checkpoint, file)
+
+
 class LastCheckpoint(L.Callback):
     """Keeps `last.ckpt`: every few steps, at the end of a stage, and when somebody wants the run to
     stop.
@@ -138,6 +152,10 @@ class LastCheckpoint(L.Callback):
         self.stopped = False
         self._signal: int | None = None
         self._handlers: dict[int, Any] = {}
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # not a user's own plugin
+            trainer.strategy.checkpoint_io = PlainFile()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # Not at on_fit_start: the trainer then puts its own SIGTERM handler over ours.
@@ -198,6 +216,8 @@ class LastCheckpoint(L.Callback):
         try:
             trainer.save_checkpoint(partial)
         except (OSError, RuntimeError, CheckpointException) as error:
+            if isinstance(error, RuntimeError) and is_lost_worker(error):  # told while this writes
+                raise
             reason = first_reason(error)
             if not sharded:  # the other ranks wait behind the writing, which is rank 0's alone
                 trainer.strategy.barrier()

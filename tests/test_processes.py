@@ -1,0 +1,99 @@
+"""Processes that wait for one that is gone, with a real SIGKILL."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from cocoa_pl.config.process import guarded
+from cocoa_pl.distributed.processes import is_lost_worker
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+# Batches far larger than a pipe, which nobody takes: the workers are blocked on writing them.
+FULL = """
+import time
+from torch.utils.data import DataLoader
+from cocoa_pl.distributed.processes import end_with_parent
+
+def rows(batch):
+    return bytes(10**7)
+
+if __name__ == "__main__":
+    loader = DataLoader(range(64), batch_size=8, num_workers=2, collate_fn=rows,
+                        worker_init_fn=end_with_parent)
+    batches = iter(loader)
+    next(batches)
+    print("ready", flush=True)
+    time.sleep(600)
+"""
+
+
+def start(folder: Path) -> subprocess.Popen[str]:
+    (folder / "full.py").write_text(FULL)
+    process = subprocess.Popen(
+        [sys.executable, str(folder / "full.py")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(n) for n in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process is there and not merely waiting for its parent to look at how it ended."""
+    try:
+        return ") Z " not in Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+
+
+def test_blocked_workers_end_with_the_process_that_was_killed(tmp_path: Path) -> None:
+    process = start(tmp_path)
+    workers = children_of(process.pid)
+    assert len(workers) == 2
+    time.sleep(1)  # until the pipe is full
+    assert all(map(is_running, workers))
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 10
+    while any(map(is_running, workers)):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize(
+    ("text", "lost"),
+    [
+        ("DataLoader worker (pid 7) is killed by signal: Killed. ", True),
+        ("DataLoader worker (pid(s) 7, 8) exited unexpectedly", True),
+        ("Pin memory thread exited unexpectedly", False),
+        ("a row says: DataLoader worker (pid 7) is killed by signal: Killed. ", False),
+    ],
+)
+def test_a_lost_worker_is_one_sentence(
+    text: str, lost: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run() -> None:
+        raise RuntimeError(text)
+
+    assert is_lost_worker(RuntimeError(text)) == lost
+    if not lost:
+        with pytest.raises(RuntimeError):
+            guarded(run)
+        return
+    assert guarded(run) == 3
+    assert capsys.readouterr().err == (
+        "error: a data worker was killed, probably because memory ran out; fewer of them need less "
+        "(num_workers=1); resume=RUN goes on from the last checkpoint\n"
+    )
