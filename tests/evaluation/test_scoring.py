@@ -1,10 +1,9 @@
-"""Blocked scores against the scorer that they replaced, which computes every score of a block."""
+"""Scores in blocks against every score and against the definition."""
 
 from __future__ import annotations
 
 import tracemalloc
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -95,12 +94,11 @@ class Corpus:
 @pytest.mark.parametrize("nan", [False, True], ids=["finite", "nan"])
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("block", [1, 100, 1 << 20])
-@pytest.mark.parametrize("way", ["own", "product", "chosen"])
-def test_every_way_of_scoring_equals_every_score(
-    way: str, block: int, dtype: str, nan: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("rows_at_once", [1, 7, 128])
+def test_scores_in_blocks_equal_every_score(
+    rows_at_once: int, block: int, dtype: str, nan: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if way != "chosen":
-        monkeypatch.setattr(scoring, "product_counts_less", lambda *_, **__: way == "product")
+    monkeypatch.setattr(scoring, "ROWS", rows_at_once)
     for seed in range(4):
         corpus = Corpus(seed, dtype=dtype, nan=nan)
         rows = corpus.rows()
@@ -147,53 +145,6 @@ def test_the_positive_listed_twice_does_not_tie_with_itself() -> None:
     assert hits.precision_at_1_strict == 1.0
 
 
-@pytest.mark.parametrize(
-    ("rows", "pairs", "distinct", "product"),
-    [
-        (100, 100 * 1000, 1000, True),  # all of a block share their candidates
-        (1000, 1000 * 1000, 10_000, True),
-        (1000, 1000 * 1000, 100_000, False),
-        (1000, 1000 * 1000, 1000 * 1000, False),  # nobody shares any
-        (1, 1000, 1000, True),  # the same either way
-    ],
-)
-def test_the_way_that_counts_less_is_taken(
-    rows: int, pairs: int, distinct: int, product: bool
-) -> None:
-    assert scoring.product_counts_less(rows, pairs=pairs, distinct=distinct) == product
-
-
-class Counted:
-    """Vectors that count how many are read, and how many at once."""
-
-    def __init__(self, array: np.ndarray) -> None:
-        self.array = array
-        self.shape = array.shape
-        self.read = self.most = 0
-
-    def __len__(self) -> int:
-        return len(self.array)
-
-    def __getitem__(self, rows: object) -> np.ndarray:
-        found: np.ndarray = self.array[rows]
-        self.read += len(found)
-        self.most = max(self.most, len(found))
-        return found
-
-
-def test_a_block_reads_what_it_shares_once_and_nothing_that_it_does_not_need() -> None:
-    rng = np.random.default_rng(0)
-    vectors = unit(rng.normal(size=(2000, 8)))
-    queries = vectors[rng.integers(2000, size=200)]
-    shared = [rng.choice(50, size=40, replace=False) for _ in range(200)]
-    apart = [rng.choice(2000, size=5, replace=False) for _ in range(200)]
-    for rows, most_read in ((shared, 50), (apart, 200 * 5)):
-        candidates = Counted(vectors)
-        score_rows(queries, candidates, query_index=np.arange(200), candidate_index=rows)
-        close = 40  # rows settled one by one read a few again
-        assert most_read <= candidates.read <= most_read + close
-
-
 def test_neighbours_are_read_without_a_copy_and_others_in_their_order() -> None:
     vectors = unit(np.random.default_rng(0).normal(size=(20, 4))).astype(np.float32)
     neighbours = read(vectors, np.arange(3, 11))
@@ -203,19 +154,19 @@ def test_neighbours_are_read_without_a_copy_and_others_in_their_order() -> None:
     assert read(vectors, np.empty(0, np.int64)).shape == (0, 4)
 
 
-def test_memory_is_bounded_by_the_block_and_not_by_the_corpus(tmp_path: Path) -> None:
-    count, width, rows_count, each = 40_000, 64, 400, 200
+def test_memory_is_bounded_by_the_block_and_not_by_the_corpus(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    count, width, num_rows, each = 40_000, 64, 400, 200
     rng = np.random.default_rng(0)
-    path = tmp_path / "vectors.npy"
-    np.save(path, unit(rng.normal(size=(count, width))).astype(np.float16))
-    vectors = np.load(path, mmap_mode="c")
-    rows = [rng.choice(count, size=each, replace=False).astype(np.int32) for _ in range(rows_count)]
-    query_index = np.arange(rows_count)
+    vectors = unit(rng.normal(size=(count, width))).astype(np.float16)
+    rows = [rng.choice(count, size=each, replace=False) for _ in range(num_rows)]
     block = 1 << 15  # 128 KiB of float32
+    monkeypatch.setattr(scoring, "ROWS", 4)
     tracemalloc.start()
-    score_rows(vectors, vectors, query_index=query_index, candidate_index=rows, block=block)
+    score_rows(vectors, vectors, query_index=np.arange(num_rows), candidate_index=rows, block=block)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     whole = count * width * 4
-    fixed = 24 * count  # ranks, and for each row its hits and its place
+    fixed = 24 * count  # places of candidates, and for each row its hits
     assert peak < fixed + 16 * block * 4 < whole / 2
