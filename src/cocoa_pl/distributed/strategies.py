@@ -115,11 +115,11 @@ class FullySharded(ModelParallelStrategy):
         self, checkpoint_path: Any, weights_only: bool | None = None
     ) -> dict[str, Any]:
         path = Path(self.broadcast(str(checkpoint_path)))
-        meta = read_meta(path)
-        found = set(meta.pop("names"))
         mine = self.lightning_module_state_dict()
-        # Only what both have; the caller compares the names and refuses what does not match.
         with _readable(path):
+            meta = torch.load(path / META, map_location="cpu", weights_only=True)
+            found = set(meta.pop("names"))
+            # Only what both have; the caller compares the names and refuses what does not match.
             load_shards({MODEL: {n: mine[n] for n in found & set(mine)}}, checkpoint_id=path)
         if found == set(mine):
             for optimizer in self.optimizers:
@@ -130,8 +130,7 @@ class FullySharded(ModelParallelStrategy):
         """Load the state of the parameters that had one: AdamW makes it at the first gradient, and
         some never get any (an untied vocabulary head in contrast, the vision tower on texts alone).
         """
-        # Here each parameter has one.
-        state: dict[str, Any] = get_optimizer_state_dict(self._whole, optimizer)
+        state: dict[str, Any] = get_optimizer_state_dict(self._whole, optimizer)  # of all of them
         with _readable(path):
             saved = FileSystemReader(path).read_metadata().state_dict_metadata
             prefix = f"{OPTIMIZER}.state."
@@ -223,22 +222,16 @@ def full_state(module: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def read_meta(folder: Path) -> dict[str, Any]:
-    """All of a checkpoint folder but its tensors."""
-    meta: dict[str, Any] = torch.load(folder / META, map_location="cpu", weights_only=True)
-    return meta
-
-
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """The trained parameters of a checkpoint folder, whole, on the CPU, by one process alone."""
     prefix = f"{MODEL}."
-    known = FileSystemReader(folder).read_metadata().state_dict_metadata
-    empty: dict[str, Any] = {
-        name.removeprefix(prefix): torch.empty(entry.size, dtype=entry.properties.dtype)
-        for name, entry in known.items()
-        if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
-    }
     with _readable(folder):
+        known = FileSystemReader(folder).read_metadata().state_dict_metadata
+        empty: dict[str, Any] = {
+            name.removeprefix(prefix): torch.empty(entry.size, dtype=entry.properties.dtype)
+            for name, entry in known.items()
+            if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
+        }
         load_shards({MODEL: empty}, checkpoint_id=folder, no_dist=True)
     return empty
 

@@ -238,8 +238,8 @@ def load_adapter(
     try:
         loading: Any = set_peft_model_state_dict(adapted, weights)
     except RuntimeError as error:
-        told = str(error).splitlines()[1].strip()  # on the first wrong shape
-        raise UserError(f"{folder}: {told} {base} is its base") from error
+        shapes = str(error).splitlines()[1].strip()  # the first that do not fit
+        raise UserError(f"{folder}: {shapes} {base} is its base") from error
     if missing := sorted(name for name in loading.missing_keys if ".lora_" in name):
         name = missing[0].replace(".default", "")
         raise UserError(f"{folder} misses {name}, which target_modules asks for")

@@ -93,7 +93,7 @@ def read_description(folder: Path) -> dict[str, Any]:
 
 def differences(folder: Path, described: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Names of files that are not as they were exported, and `CHANGED` or `MISSING`; of a changed
-    `cocoa.json` nothing else can be told.
+    `cocoa.json` nothing else is known.
     """
     if described.get("digest") != _digest(described):
         yield DESCRIPTION, CHANGED

@@ -178,7 +178,7 @@ def load_inputs(folder: Path) -> Inputs:
 
 @contextmanager
 def _naming(folder: Path) -> Iterator[None]:
-    """Missing and broken files of a model are told in one sentence that names the folder."""
+    """Say of missing and broken files of a model in one sentence which folder they are in."""
     try:
         yield
     except (OSError, ValueError, SafetensorError) as error:

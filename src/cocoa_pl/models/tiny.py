@@ -1,4 +1,4 @@
-"""Training texts in, a small model with random weights out, as an ordinary Hugging Face folder.
+"""Small models of random weights, as ordinary Hugging Face folders.
 
 Nothing behind it knows that the model is small: it is loaded by the same code as
 Qwen/Qwen2-VL-2B-Instruct.

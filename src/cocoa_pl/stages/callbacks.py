@@ -53,12 +53,12 @@ class StageProgress(L.Callback):
                 TextColumn("[bold]{task.description}"),
                 BarColumn(),
                 MofNCompleteColumn(),
-                TextColumn("{task.fields[told]}"),
+                TextColumn("{task.fields[line]}"),
                 TimeRemainingColumn(),
                 console=self.console,
             )
             self.task = self.progress.add_task(
-                self.label, total=self.steps, completed=trainer.global_step, told=""
+                self.label, total=self.steps, completed=trainer.global_step, line=""
             )
             self.progress.start()
 
@@ -84,11 +84,11 @@ class StageProgress(L.Callback):
                     "train/tokens_per_second": self._tokens / seconds,
                 }
             )
-            self._told = self._line(trainer)
+            self._last_line = self._line(trainer)
             self._samples = self._tokens = 0
             self._since = time.perf_counter()
             if self.progress is not None:
-                self.progress.update(self.task, told=self._told)
+                self.progress.update(self.task, line=self._last_line)
         if self.progress is not None:
             self.progress.update(self.task, completed=step)
         elif step % self.every == 0 and trainer.is_global_zero:
@@ -99,7 +99,7 @@ class StageProgress(L.Callback):
                 self.label,
                 step,
                 self.steps,
-                self._told,
+                self._last_line,
                 *divmod(int(left), 60),
             )
 
@@ -121,7 +121,7 @@ class StageProgress(L.Callback):
             self.progress.stop()
             self.progress = None
 
-    _told = ""
+    _last_line = ""
 
 
 class Pictures(L.Callback):

@@ -25,7 +25,6 @@ from cocoa_pl.distributed.strategies import (
     META,
     FullySharded,
     first_reason,
-    read_meta,
     read_tensors,
     trained_state,
 )
@@ -57,25 +56,20 @@ def read(path: Path) -> dict[str, Any]:
     """
     if not (path.is_file() or (path / META).is_file()):
         raise UserError(f"there is no checkpoint {path}")
+    file = path / META if path.is_dir() else path
     try:
-        content: Any = (
-            read_meta(path)
-            if path.is_dir()
-            else torch.load(path, map_location="cpu", weights_only=True)
-        )
+        content: Any = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
-        told = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path} cannot be read as a checkpoint: {told}") from error
+        reason = first_reason(error)
+        raise UserError(f"{path} cannot be read as a checkpoint: {reason}") from error
     if not isinstance(content, dict) or "cocoa" not in content:
         raise UserError(f"{path} is not a checkpoint of cocoa_pl")
-    found: dict[str, Any] = content
-    return found
+    return content
 
 
 def read_weights(path: Path, content: dict[str, Any]) -> dict[str, Tensor]:
     """The trained weights of a checkpoint that `read` has opened, by name."""
-    weights: dict[str, Tensor] = content["state_dict"] if path.is_file() else read_tensors(path)
-    return weights
+    return content["state_dict"] if path.is_file() else read_tensors(path)
 
 
 def base_of(backbone: nn.Module) -> str:
@@ -132,8 +126,7 @@ class PlainFile(TorchCheckpointIO):
 
 
 class LastCheckpoint(L.Callback):
-    """Keeps `last.ckpt`: every few steps, at the end of a stage, and when somebody wants the run to
-    stop.
+    """Keeps `last.ckpt`: every few steps, at the end of a stage, and when the run is to stop.
 
     Ctrl-C and SIGTERM end the run after the step at hand, so the file is never of half a step. It
     is written beside the old one and then takes its place.
@@ -216,7 +209,7 @@ class LastCheckpoint(L.Callback):
         try:
             trainer.save_checkpoint(partial)
         except (OSError, RuntimeError, CheckpointException) as error:
-            if isinstance(error, RuntimeError) and is_lost_worker(error):  # told while this writes
+            if isinstance(error, RuntimeError) and is_lost_worker(error):  # while this writes
                 raise
             reason = first_reason(error)
             if not sharded:  # the other ranks wait behind the writing, which is rank 0's alone

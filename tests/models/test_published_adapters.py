@@ -1,4 +1,4 @@
-"""Adapter folders of peft in both key layouts: they load whole, or one sentence says why not."""
+"""Published adapter folders in both key layouts: they load whole, or one sentence says why not."""
 
 import json
 import re
