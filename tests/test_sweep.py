@@ -1,3 +1,5 @@
+"""A sweep's summary is written after every run and lists those that failed."""
+
 import json
 import subprocess
 import sys

@@ -1,3 +1,5 @@
+"""Scores of a hand-made corpus, and benchmarks that are refused."""
+
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path

@@ -1,3 +1,5 @@
+"""report.html and the score table show what Results hold."""
+
 import io
 import re
 from collections.abc import Callable

@@ -1,3 +1,5 @@
+"""MMEB's rule, the strict rule, and embeddings that are refused."""
+
 import numpy as np
 import pytest
 

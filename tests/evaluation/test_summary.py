@@ -1,3 +1,5 @@
+"""Means over seeds, labels of configurations, and runs without results."""
+
 import csv
 import io
 import json

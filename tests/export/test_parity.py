@@ -22,8 +22,7 @@ from cocoa_pl.data.images import open_image
 from cocoa_pl.data.tokenize import Processor
 from cocoa_pl.embedder import Embedder
 from cocoa_pl.errors import UserError
-from cocoa_pl.export.chat_template import IMAGE
-from cocoa_pl.export.folder import export
+from cocoa_pl.export.folder import IMAGE, export
 from cocoa_pl.export.parity import (
     Call,
     Compared,

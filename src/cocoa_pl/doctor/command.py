@@ -21,7 +21,7 @@ from cocoa_pl.data.tokenize import Processor
 from cocoa_pl.doctor.check_data import Settings, Watch, check_data
 from cocoa_pl.doctor.findings import Findings
 from cocoa_pl.doctor.reading import Pieces, Reading, read
-from cocoa_pl.doctor.report import show, write_json
+from cocoa_pl.doctor.report import print_report, write_json
 from cocoa_pl.errors import UserError
 from cocoa_pl.for_mteb.benchmark import MtebBenchmark
 from cocoa_pl.models.adapters import base_path, is_adapter
@@ -64,7 +64,7 @@ def run(overrides: Sequence[str], console: Console) -> int:
     not_checked = [reason] if reason else []
     if isinstance(benchmark, MtebBenchmark):
         not_checked.append("rows of the benchmark: mteb alone reads those of its tasks")
-    show(console, checked, not_checked=not_checked)
+    print_report(console, checked, not_checked=not_checked)
     if not any(override.startswith("out=") for override in overrides):
         out = new_folder(out)
     out.mkdir(parents=True, exist_ok=True)

@@ -28,7 +28,7 @@ _LEGEND = "tokens of a sample; samples cut; tokens of a step over all GPUs, in p
 _COLOURS = {Severity.STOPS: "red", Severity.LOSES: "yellow", Severity.INFORMS: "cyan"}
 
 
-def show(console: Console, checked: CheckedData, *, not_checked: Sequence[str]) -> None:
+def print_report(console: Console, checked: CheckedData, *, not_checked: Sequence[str]) -> None:
     """Print the whole report: what was read, lengths, findings, verdict."""
     parts: list[RenderableType] = [_inventory(checked)]
     if checked.lengths:
@@ -36,11 +36,11 @@ def show(console: Console, checked: CheckedData, *, not_checked: Sequence[str]) 
         parts += ["", _length_table(checked.lengths), f"[dim]{_LEGEND}[/]"]
     parts += ["", _summary(checked.findings)]
     parts += [f"[yellow]not checked[/]: {escape(sentence)}" for sentence in not_checked]
-    parts.append(verdict(checked.findings))
+    parts.append(conclusion(checked.findings))
     console.print(Group(*parts), highlight=False)
 
 
-def verdict(findings: Findings) -> str:
+def conclusion(findings: Findings) -> str:
     """One sentence at the end."""
     stops, loses, informs = (findings.total(severity) for severity in Severity)
     if stops:

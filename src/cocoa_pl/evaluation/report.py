@@ -137,7 +137,7 @@ def write_report(
                 subset.name: [row for row in results.gallery if row.subset == subset.name]
                 for subset in results.subsets
             },
-            verdict=verdict,
+            outcome=outcome,
             pictures=pictures,
             query_box=QUERY_BOX,
             candidate_box=CANDIDATE_BOX,
@@ -278,7 +278,7 @@ def _fraction(row: Mapping[str, object], name: str) -> float:
     return value / 100
 
 
-def verdict(row: GalleryRow) -> str:
+def outcome(row: GalleryRow) -> str:
     """How the query went, in words: a hit, a tie at the top, or the rank of the positive."""
     rank = next(candidate.rank for candidate in row.ranked if candidate.is_positive)
     if row.hit:

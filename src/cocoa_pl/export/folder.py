@@ -22,10 +22,10 @@ from transformers.models.auto.auto_mappings import PROCESSOR_MAPPING_NAMES
 from transformers.utils import PROCESSOR_NAME
 
 from cocoa_pl.attention import TEXT_ATTENTION, VISION_ATTENTION
+from cocoa_pl.data.items import template_source
 from cocoa_pl.data.tokenize import Processor
 from cocoa_pl.embedder import Embedder
 from cocoa_pl.errors import UserError
-from cocoa_pl.export.chat_template import chat_template
 from cocoa_pl.models.adapters import merged
 from cocoa_pl.models.exported import (
     CHANGED,
@@ -38,6 +38,7 @@ from cocoa_pl.models.exported import (
 )
 
 CHAT_TEMPLATE = "chat_template.jinja"
+IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"  # in a chat template
 
 log = logging.getLogger(__name__)
 
@@ -182,7 +183,12 @@ def save_inputs(processor: Processor, model_type: str, folder: Path) -> None:
         "longest_edge": processor.max_pixels,
     }
     image_processor.save_pretrained(folder)
-    (folder / CHAT_TEMPLATE).write_text(chat_template(list(tokenizer.added_tokens_encoder)))
+    # The template that `Embedder` and the readers of rows use, with the model's own image token:
+    # images first, or where placeholders in a text stand, then the instruction (a system message)
+    # and the text. EOS is not in it: the tokenizer appends it behind what is left of a cut text.
+    special_tokens = list(tokenizer.added_tokens_encoder)  # not obeyed in a user's text
+    template = template_source(image=IMAGE, special_tokens=special_tokens)
+    (folder / CHAT_TEMPLATE).write_text(template)
     if name := PROCESSOR_MAPPING_NAMES.get(model_type):
         (folder / PROCESSOR_NAME).write_text(json.dumps({"processor_class": name}, indent=1))
 

@@ -29,6 +29,10 @@ def write_sentence_transformers(folder: Path, *, dim: int) -> None:
     Args:
         dim: components of a vector.
     """
+    try:
+        release = version("sentence-transformers")  # which parity is checked with
+    except PackageNotFoundError:
+        release = WRITTEN_FOR
     modules = [
         {"idx": number, "name": str(number), "path": path, "type": kind}
         for number, (path, kind) in enumerate(MODULES)
@@ -38,7 +42,7 @@ def write_sentence_transformers(folder: Path, *, dim: int) -> None:
     files: dict[str, Any] = {
         "modules.json": modules,
         "config_sentence_transformers.json": {
-            "__version__": {"sentence_transformers": _installed()},
+            "__version__": {"sentence_transformers": release},
             "model_type": "SentenceTransformer",
             "prompts": {"query": "", "document": ""},
             "default_prompt_name": None,
@@ -66,11 +70,3 @@ def write_sentence_transformers(folder: Path, *, dim: int) -> None:
     }
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content, indent=1))
-
-
-def _installed() -> str:
-    """The release that the parity report is made with."""
-    try:
-        return version("sentence-transformers")
-    except PackageNotFoundError:
-        return WRITTEN_FOR

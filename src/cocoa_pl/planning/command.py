@@ -24,7 +24,7 @@ from cocoa_pl.planning.plan import Plan
 from cocoa_pl.planning.samples import Lengths, grid_of, grid_of_tokens
 from cocoa_pl.planning.shapes import ModelShape
 from cocoa_pl.planning.stage_plan import StagePlan
-from cocoa_pl.planning.table import show
+from cocoa_pl.planning.table import print_plan
 from cocoa_pl.planning.tuning import Adapter
 from cocoa_pl.planning.verdict import Hardware, remedies
 from cocoa_pl.run import build_stages
@@ -45,7 +45,7 @@ def run(overrides: Sequence[str], console: Console) -> int:
         overrides = [*overrides, "hardware=cpu"]
     cfg = compose_overrides("plan", overrides)
     plan = make_plan(cfg)
-    show(plan, console)
+    print_plan(plan, console)
     if cfg.json is not None:
         Path(cfg.json).write_text(json.dumps(plan.to_dict(), indent=1))
         console.print(f"json: {cfg.json}", soft_wrap=True)

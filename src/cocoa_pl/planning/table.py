@@ -22,7 +22,7 @@ PASSES = {
 }
 
 
-def show(plan: Plan, console: Console) -> None:
+def print_plan(plan: Plan, console: Console) -> None:
     """Print the whole plan, the verdict last."""
     console.print(f"[bold]{escape(plan.title)}[/bold]", soft_wrap=True)
     console.print(_setup_line(plan), highlight=False)
@@ -35,11 +35,11 @@ def show(plan: Plan, console: Console) -> None:
     console.print("Assumed, not measured:")
     for line in assumptions(plan):
         console.print(f"- {line}", highlight=False)
-    for line in verdict(plan):
+    for line in conclusion(plan):
         console.print(line, highlight=False)
 
 
-def verdict(plan: Plan) -> Iterator[str]:
+def conclusion(plan: Plan) -> Iterator[str]:
     """Whether it fits, and if not, what would."""
     needed = {s.stage.name: sum(plan.hardware.needed(s.memory).values()) for s in plan.stages}
     name, most = max(needed.items(), key=lambda pair: pair[1])
