@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SEGMENTS = ("context", "eos", "target")
+from cocoa_pl.attention import ranges
+
 # Of a visual token beyond a text token: the vision tower computes for its four patches. On
 # Qwen2-VL-2B it costs 3.2 text tokens in all; MoCa (arXiv 2506.23115) counts 4.
 VISUAL_TOKEN_COST = 2
@@ -214,13 +215,6 @@ def join(batches: Sequence[Batch]) -> Batch:
     }
     row_ids = tuple(row_id for batch in batches for row_id in batch.row_ids)
     return Batch(**joined, row_ids=row_ids, num_fillers=batches[-1].num_fillers)
-
-
-def ranges(starts: Tensor, lengths: Tensor) -> Tensor:
-    """Concatenated arange(start, start + length) for each pair: (N), (N) -> (sum of lengths)."""
-    ends = lengths.cumsum(0)
-    within = torch.arange(int(lengths.sum())) - torch.repeat_interleave(ends - lengths, lengths)
-    return torch.repeat_interleave(starts, lengths) + within
 
 
 def rows_of(pieces: Tensor, sizes: Tensor) -> Tensor:

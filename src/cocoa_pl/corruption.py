@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from cocoa_pl.batch import SEGMENTS, Batch, join, rows_of
+from cocoa_pl.attention import SEGMENTS
+from cocoa_pl.batch import Batch, join, rows_of
 from cocoa_pl.randomness import normal, uniform
 
 _TEXT_STREAM, _PATCH_STREAM, _NOISE_STREAM = 1, 2, 3

@@ -7,30 +7,20 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hydra.utils import instantiate
-from omegaconf import OmegaConf
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
-from cocoa_pl.attention import Plan, Policy, attend, dense_mask, make_plan, self_plan
-from cocoa_pl.attention.variable_length import over_segments, torch_call
+from cocoa_pl.attention import Plan, attend, dense_mask, make_plan, self_plan
+from cocoa_pl.attention.kernels import over_segments, torch_call
+from tests.attention import oracle
+from tests.attention.oracle import OURS as POLICIES
+from tests.attention.oracle import gradients
 
 pytestmark = pytest.mark.gpu
 
-CONF = Path(__file__).parents[2] / "conf" / "attention"
-
-
-def load_policy(file: Path) -> Policy:
-    policy: Policy = instantiate(OmegaConf.load(file), _convert_="all")
-    return policy
-
-
-POLICIES = {file.stem: load_policy(file) for file in sorted(CONF.glob("*.yaml"))}
 LENGTHS = torch.tensor([[300, 1, 64], [17, 1, 30], [0, 1, 5], [130, 1, 0], [1, 1, 128]])
 KERNELS = ["sdpa", "varlen", "flash"]
 # Of gradients, as a share of their norm: some steps of each type. A key that is missed costs more.
@@ -58,33 +48,12 @@ def deterministic() -> Iterator[None]:
     torch.use_deterministic_algorithms(before)
 
 
-def states(tokens: int, dtype: torch.dtype, *, heads: int, kv_heads: int, width: int) -> Any:
-    generator = torch.Generator().manual_seed(tokens)
-    return [
-        torch.randn(tokens, n, width, generator=generator).to("cuda", dtype).requires_grad_()
-        for n in (heads, kv_heads, kv_heads)
-    ]
-
-
-def gradients(output: Tensor, inputs: list[Tensor]) -> tuple[Tensor, ...]:
-    """Of a random linear function of the output."""
-    weight = torch.randn(output.shape, generator=torch.Generator().manual_seed(1))
-    return torch.autograd.grad((output * weight.to(output)).sum(), inputs)
+def states(tokens: int, dtype: torch.dtype, **shape: int) -> list[Tensor]:
+    return oracle.states(tokens, dtype=dtype, device="cuda", **shape)
 
 
 def assert_equals_dense(output: Tensor, inputs: list[Tensor], mask: Tensor, scale: float) -> None:
-    """Forward and backward, against float64."""
-    exact = [x.detach().double().requires_grad_() for x in inputs]
-    q, k, v = (x.transpose(0, 1) for x in exact)
-    k, v = (x.repeat_interleave(len(q) // len(x), dim=0) for x in (k, v))
-    expected = scaled_dot_product_attention(q, k, v, attn_mask=mask.cuda(), scale=scale)
-    expected = expected.transpose(0, 1)
-    bound = TYPES[output.dtype]
-    assert output.shape == expected.shape
-    pairs = [(output, expected)]
-    pairs += zip(gradients(output, inputs), gradients(expected, exact), strict=True)
-    for found, wanted in pairs:
-        assert float((found.double() - wanted).norm() / wanted.norm()) < bound
+    oracle.assert_equals_dense(output, inputs, mask, scale, bound=TYPES[output.dtype])
 
 
 # --- Grouped heads -----------------------------------------------------------------------------
@@ -157,7 +126,6 @@ def test_every_head_width_that_is_promised_is_computed(width: int) -> None:
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_float32_is_computed_by_sdpa(name: str) -> None:
-    """In rectangles that are cut for a GPU."""
     plan = make_plan(POLICIES[name], LENGTHS).to("cuda")
     inputs = states(int(LENGTHS.sum()), torch.float32, **TEXT)
     exact = [x.detach().double().requires_grad_() for x in inputs]
@@ -167,7 +135,7 @@ def test_float32_is_computed_by_sdpa(name: str) -> None:
         assert float((ours.double() - theirs).norm() / theirs.norm()) < 1e-2
 
 
-# --- Twice the same, and nobody waits ----------------------------------------------------------
+# --- Twice the same, without waiting -----------------------------------------------------------
 
 
 @pytest.mark.usefixtures("deterministic")
@@ -217,7 +185,6 @@ def test_a_plan_and_its_kernel_never_wait_for_the_device(name: str, kernel: str)
 def test_pinned_forms_are_pinned() -> None:
     plan = plans("eos_bridge")["pinned"]
     assert plan.host_padded is not None
-    assert plan.host_packed is not None
-    assert plan.host_padded.k.index.is_pinned()
-    assert plan.host_packed.gather.first.is_pinned()
-    assert plan.host_packed.cu_seqlens_q.is_pinned()
+    assert plan.host_varlen is not None
+    tensors = (*plan.host_padded[2:], *plan.host_varlen[:2], plan.host_varlen.k_index)
+    assert all(x is not None and x.is_pinned() for x in tensors)

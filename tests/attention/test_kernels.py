@@ -1,179 +1,99 @@
-"""`attend` against its slow twin: one dense-mask SDPA over the whole row, in float64."""
+"""`attend` and the adapters of variable-length kernels against the dense oracle."""
 
+import logging
 import pickle
-from itertools import product
+from collections.abc import Callable
+from itertools import pairwise, product
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
-from torch.nn.functional import scaled_dot_product_attention
 
 from cocoa_pl.attention import Policy, attend, dense_mask, kernels, make_plan
-from cocoa_pl.attention import gather as gather_module
 from cocoa_pl.attention import plan as plan_module
-from cocoa_pl.attention import rectangles as rectangles_module
-from cocoa_pl.attention.kernels import KERNELS, chosen, transformers_attention
-from cocoa_pl.attention.plan import Packed
-from cocoa_pl.attention.variable_length import over_segments
+from cocoa_pl.attention.kernels import (
+    KERNELS,
+    VarlenCall,
+    chosen,
+    flash_call,
+    over_segments,
+    torch_call,
+    transformers_attention,
+)
+from cocoa_pl.errors import UserError
+from tests.attention.oracle import (
+    LENGTHS,
+    OURS,
+    POLICIES,
+    assert_equals_dense,
+    dense_attention,
+    random_lengths,
+    states,
+)
 
-ALL = ("context", "eos", "target")
-POLICIES = {
-    "bidirectional": Policy("bidirectional", ALL, ALL, ALL, False),
-    "eos_bridge": Policy("eos_bridge", ("context", "eos"), ALL, ("eos", "target"), False),
-    "strict": Policy("strict", ("context", "eos"), ("context", "eos"), ("eos", "target"), False),
-    "gap": Policy("gap", ("context", "target"), ALL, ("context", "target"), False),
-    "causal": Policy("causal", ALL, ALL, ALL, True),
-}
-LENGTHS = {
-    "one token": [[0, 1, 0]],
-    "no target": [[5, 1, 0], [3, 1, 0]],
-    "no context": [[0, 1, 4], [0, 1, 2]],
-    "equal samples": [[3, 1, 2], [3, 1, 2]],
-    "powers of two": [[3, 1, 4], [7, 1, 8], [1, 1, 2]],
-    "mixed": [[9, 1, 4], [0, 1, 7], [2, 1, 0], [0, 1, 0], [17, 1, 30], [1, 1, 1]],
-}
-
-
-def random_lengths(seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    samples = int(torch.randint(1, 9, (), generator=generator))
-    lengths = torch.randint(-6, 24, (samples, 3), generator=generator).clamp(min=0)
-    lengths[:, 1] = 1
-    return lengths
+MIXED = torch.tensor(LENGTHS["mixed"])
+TOKENS = int(MIXED.sum())
+SCALE = 0.3
+BRIDGE = make_plan(POLICIES["eos_bridge"], MIXED)
 
 
-def states(tokens: int, *, heads: int, kv_heads: int, dtype: torch.dtype) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(tokens)
-    return [
-        torch.randn(tokens, n, 8, generator=generator, dtype=dtype).requires_grad_()
-        for n in (heads, kv_heads, kv_heads)
-    ]
+def check(
+    policy: Policy,
+    lengths: Tensor,
+    run: Callable[..., Tensor] = attend,
+    *,
+    bound: float = 1e-12,
+    **shape: Any,
+) -> None:
+    """Output and gradients of all tokens against the dense mask."""
+    inputs = states(int(lengths.sum()), **shape)
+    keywords = {"kernel": "sdpa", "scale": SCALE} if run is attend else {"scale": SCALE}
+    output = run(*inputs, make_plan(policy, lengths), **keywords)
+    assert output.dtype == inputs[0].dtype
+    assert_equals_dense(output, inputs, dense_mask(policy, lengths), SCALE, bound=bound)
 
 
-def dense_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
-    repeats = q.shape[1] // k.shape[1]
-    k, v = (x.repeat_interleave(repeats, dim=1) for x in (k, v))
-    q, k, v = (x.transpose(0, 1) for x in (q, k, v))  # (H, T, D)
-    return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(0, 1)
-
-
-def assert_equals_dense(policy: Policy, lengths: Tensor, *, heads: int, kv_heads: int) -> None:
-    """Forward, and the gradients of a random linear function of the output."""
-    q, k, v = states(int(lengths.sum()), heads=heads, kv_heads=kv_heads, dtype=torch.float64)
-    got = attend(q, k, v, make_plan(policy, lengths), kernel="sdpa", scale=0.3)
-    expected = dense_attention(q, k, v, dense_mask(policy, lengths), 0.3)
-    torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
-    weight = torch.randn(got.shape, generator=torch.Generator().manual_seed(1), dtype=got.dtype)
-    gradients = torch.autograd.grad((got * weight).sum(), (q, k, v))
-    reference = torch.autograd.grad((expected * weight).sum(), (q, k, v))
-    torch.testing.assert_close(gradients, reference, rtol=0, atol=1e-12)
+# --- Padded rectangles -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", POLICIES)
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
-def test_attend_equals_dense_mask_attention(name: str, lengths: list[list[int]]) -> None:
-    assert_equals_dense(POLICIES[name], torch.tensor(lengths), heads=4, kv_heads=4)
+def test_sdpa_equals_the_dense_mask(name: str, lengths: list[list[int]]) -> None:
+    check(POLICIES[name], torch.tensor(lengths))
 
 
 @pytest.mark.parametrize("name", POLICIES)
-@pytest.mark.parametrize("seed", range(12))
-def test_attend_equals_dense_mask_attention_at_random_lengths(name: str, seed: int) -> None:
-    assert_equals_dense(POLICIES[name], random_lengths(seed), heads=6, kv_heads=2)
+@pytest.mark.parametrize("seed", range(6))
+def test_sdpa_equals_the_dense_mask_at_random_lengths(name: str, seed: int) -> None:
+    check(POLICIES[name], random_lengths(seed, longest=90))
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_packed_is_one_by_one(name: str) -> None:
+    inputs = [x.detach() for x in states(TOKENS)]
+    packed = attend(*inputs, make_plan(OURS[name], MIXED), kernel="sdpa", scale=SCALE)
+    parts = zip(MIXED, *(x.split(MIXED.sum(1).tolist()) for x in inputs), strict=True)
+    alone = [
+        attend(*own, make_plan(OURS[name], lengths[None]), kernel="sdpa", scale=SCALE)
+        for lengths, *own in parts
+    ]
+    torch.testing.assert_close(packed, torch.cat(alone), rtol=0, atol=1e-14)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (4, 2), (4, 1), (6, 3)])
-def test_grouped_heads_share_keys_in_the_stock_order(heads: int, kv_heads: int) -> None:
-    lengths = torch.tensor(LENGTHS["mixed"])
-    assert_equals_dense(POLICIES["eos_bridge"], lengths, heads=heads, kv_heads=kv_heads)
-
-
-@pytest.mark.parametrize("name", POLICIES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_output_keeps_the_dtype(name: str, dtype: torch.dtype) -> None:
-    lengths = torch.tensor(LENGTHS["mixed"])
-    q, k, v = states(int(lengths.sum()), heads=4, kv_heads=2, dtype=dtype)
-    got = attend(q, k, v, make_plan(POLICIES[name], lengths), kernel="sdpa", scale=0.3)
-    assert got.dtype == dtype
-    expected = dense_attention(
-        q.double(), k.double(), v.double(), dense_mask(POLICIES[name], lengths), 0.3
-    )
-    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
-    torch.testing.assert_close(got.double(), expected, rtol=0, atol=tolerance)
-
-
-@pytest.mark.parametrize("name", POLICIES)
-def test_several_rectangles_equal_dense_mask_attention(name: str) -> None:
-    """Lengths for which several rectangles are made, some of them padded."""
-    lengths = torch.tensor([[n, 1, n // 3] for n in (3, 150, 7, 160, 2, 90)])
-    plan = make_plan(POLICIES[name], lengths)
-    assert 1 < len(plan.padded.rectangles) < len(plan.cu_seqlens_q) - 1
-    assert_equals_dense(POLICIES[name], lengths, heads=4, kv_heads=2)
-
-
-def test_auto_comes_to_sdpa_on_the_cpu_and_other_names_to_themselves() -> None:
-    where: dict[str, Any] = {"device": torch.device("cpu"), "dtype": torch.bfloat16}
-    names = {name: chosen(name, head_width=64, **where) for name in KERNELS}
-    assert names == {"sdpa": "sdpa", "varlen": "varlen", "flash": "flash", "auto": "sdpa"}
-
-
-def test_auto_comes_to_varlen_where_flash_attention_computes(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("grouped", [True, False])
+def test_grouped_heads_share_keys_in_the_stock_order(
+    heads: int, kv_heads: int, grouped: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    cuda = torch.device("cuda", 7)
-    taken = {
-        (dtype, width): chosen("auto", device=cuda, dtype=dtype, head_width=width)
-        for dtype in (torch.float32, torch.bfloat16, torch.float16)
-        for width in (60, 80, 128, 256, 264)
-    }
-    assert {key for key, kernel in taken.items() if kernel == "varlen"} == {
-        (dtype, width) for dtype in (torch.bfloat16, torch.float16) for width in (80, 128, 256)
-    }
+    monkeypatch.setattr(kernels, "_takes_groups", lambda *given, masked: grouped)
+    check(POLICIES["eos_bridge"], MIXED, heads=heads, kv_heads=kv_heads)
 
 
-def test_unknown_kernel_fails_instead_of_falling_back() -> None:
-    q, k, v = states(1, heads=1, kv_heads=1, dtype=torch.float32)
-    plan = make_plan(POLICIES["causal"], torch.tensor([[0, 1, 0]]))
-    assert "no_such_kernel" not in KERNELS
-    with pytest.raises(KeyError, match="no_such_kernel"):
-        attend(q, k, v, plan, kernel="no_such_kernel", scale=1.0)
-
-
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_cudnn_is_not_allowed_while_a_kernel_runs_and_is_as_before_afterwards(
-    kernel: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[bool] = []
-
-    def fails(*given: Any, **more: Any) -> Tensor:
-        seen.append(torch.backends.cuda.cudnn_sdp_enabled())
-        raise RuntimeError("out of memory")
-
-    monkeypatch.setattr(kernels, "scaled_dot_product_attention", fails)
-    for name in ("varlen", "flash"):
-        monkeypatch.setitem(KERNELS, name, fails)
-    q, k, v = states(1, heads=1, kv_heads=1, dtype=torch.float32)
-    plan = make_plan(POLICIES["causal"], torch.tensor([[0, 1, 0]]))
-    before = torch.backends.cuda.cudnn_sdp_enabled()
-    for allowed in (True, False):
-        torch.backends.cuda.enable_cudnn_sdp(allowed)
-        try:
-            with pytest.raises(RuntimeError, match="out of memory"):
-                attend(q, k, v, plan, kernel=kernel, scale=1.0)
-            assert torch.backends.cuda.cudnn_sdp_enabled() == allowed
-        finally:
-            torch.backends.cuda.enable_cudnn_sdp(before)
-    assert seen == [False, False]
-
-
-@pytest.mark.parametrize("name", POLICIES)
-def test_heads_that_are_repeated_for_sdpa_equal_grouped_ones(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(kernels, "_takes_groups", lambda *given, masked: False)
-    assert_equals_dense(POLICIES[name], torch.tensor(LENGTHS["mixed"]), heads=6, kv_heads=2)
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_output_keeps_the_dtype(dtype: torch.dtype, bound: float) -> None:
+    check(POLICIES["eos_bridge"], MIXED, dtype=dtype, bound=bound)
 
 
 def test_on_cuda_grouped_heads_go_to_flash_attention_alone() -> None:
@@ -190,72 +110,225 @@ def test_on_cuda_grouped_heads_go_to_flash_attention_alone() -> None:
     assert len(taken) == 2 + 2 * len(types)  # on the CPU as they are
 
 
-# --- Nobody waits for the device ---------------------------------------------------------------
+# --- Variable-length kernels: the contract of `varlen_attn`, one segment after the other -------
 
 
-@pytest.fixture
-def without_data(monkeypatch: pytest.MonkeyPatch) -> FakeTensorMode:
-    """Tensors in this mode have shapes and no values: reading one fails, as it would wait for the
-    device in a step. What a plan moves there has no values either.
-    """
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    for module in (gather_module, rectangles_module, plan_module):
-        monkeypatch.setattr(module, "on_device", lambda tensor, device: mode.from_tensor(tensor))
-    return mode
+def segment_by_segment(
+    *given: Any, causal: bool, scale: float | None, grouped: bool = True
+) -> Tensor:
+    query, key, value, cu_seqlens_q, cu_seqlens_k, max_q, max_k = given
+    assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
+    assert (len(query), len(key)) == (cu_seqlens_q[-1], cu_seqlens_k[-1])
+    assert grouped or query.shape[1] == key.shape[1]
+    scale = query.shape[2] ** -0.5 if scale is None else scale
+    bounds = (pairwise(b.tolist()) for b in (cu_seqlens_q, cu_seqlens_k))
+    outputs = []
+    for (q0, q1), (k0, k1) in zip(*bounds, strict=True):
+        assert 0 < q1 - q0 <= max_q
+        assert 0 < k1 - k0 <= max_k
+        mask = torch.ones(q1 - q0, k1 - k0, dtype=torch.bool)
+        mask = mask.tril(k1 - k0 - (q1 - q0)) if causal else mask
+        outputs.append(dense_attention(query[q0:q1], key[k0:k1], value[k0:k1], mask, scale))
+    return torch.cat(outputs)
+
+
+def torch_2_12(
+    *states: Any, scale: Any = None, window_size: Any = (-1, -1), enable_gqa: Any = False
+) -> Tensor:
+    assert window_size in {(-1, -1), (-1, 0)}
+    assert enable_gqa == (states[0].shape[1] != states[1].shape[1])
+    return segment_by_segment(*states, causal=window_size == (-1, 0), scale=scale)
+
+
+def torch_2_11(*states: Any, scale: Any = None, window_size: Any = (-1, -1)) -> Tensor:
+    causal = window_size == (-1, 0)
+    return segment_by_segment(*states, causal=causal, scale=scale, grouped=False)
+
+
+def torch_2_10(*states: Any, is_causal: bool = False, return_aux: Any = None) -> Tensor:
+    return segment_by_segment(*states, causal=is_causal, scale=None, grouped=False)
+
+
+def flash_attn_2(*states: Any, softmax_scale: float, causal: bool, deterministic: bool) -> Tensor:
+    assert deterministic == torch.are_deterministic_algorithms_enabled()
+    return segment_by_segment(*states, causal=causal, scale=softmax_scale)
+
+
+CALLS: dict[str, VarlenCall] = {
+    "torch 2.12": torch_call(torch_2_12),
+    "torch 2.11": torch_call(torch_2_11),
+    "torch 2.10": torch_call(torch_2_10),
+    "flash-attn": flash_call(flash_attn_2),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
+def test_segments_equal_the_dense_mask(lengths: list[list[int]], name: str, call: str) -> None:
+    def run(*inputs: Any, scale: float) -> Tensor:
+        return over_segments(CALLS[call], *inputs, scale)
+
+    check(POLICIES[name], torch.tensor(lengths), run)
+
+
+def test_queries_and_keys_take_the_type_of_the_values() -> None:
+    q, k, v = states(TOKENS, dtype=torch.float32)
+    seen: list[torch.dtype] = []
+
+    def call(*given: Any) -> Tensor:
+        seen.extend(x.dtype for x in given[:3])
+        return given[0]
+
+    output = over_segments(call, q, k, v.bfloat16(), BRIDGE, SCALE)
+    assert {*seen, output.dtype} == {torch.bfloat16}
+    output.sum().backward()
+    assert q.grad is not None
+    assert q.grad.dtype == torch.float32
+
+
+def test_flash_attention_is_deterministic_where_torch_is() -> None:
+    inputs = states(TOKENS)
+    before = torch.are_deterministic_algorithms_enabled()
+    for wanted in (False, True):
+        torch.use_deterministic_algorithms(wanted)
+        try:
+            over_segments(CALLS["flash-attn"], *inputs, BRIDGE, SCALE)  # asserts it
+        finally:
+            torch.use_deterministic_algorithms(before)
+
+
+def test_the_installed_torch_is_known_and_an_unknown_signature_refused() -> None:
+    from torch.nn.attention.varlen import varlen_attn
+
+    torch_call(varlen_attn)
+    with pytest.raises(UserError, match=r"does not know varlen_attn of torch .*model.kernel=sdpa"):
+        torch_call(lambda query, key, value: query)
+
+
+# --- Which kernel runs -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kernel", "message"),
+    [
+        ("varlen", "model.kernel=varlen runs on CUDA only, not on cpu; model.kernel=sdpa runs"),
+        ("flash", r"needs flash-attn.*pip install 'cocoa_pl\[flash\]'"),
+    ],
+)
+def test_a_kernel_that_does_not_run_says_so(
+    kernel: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(name: str) -> Any:
+        raise ModuleNotFoundError(f"No module named {name!r}")
+
+    monkeypatch.setattr(kernels, "import_module", missing)
+    with pytest.raises(UserError, match=message):
+        attend(*states(TOKENS, dtype=torch.bfloat16), BRIDGE, kernel=kernel, scale=SCALE)
+
+
+def test_auto_is_sdpa_on_the_cpu_and_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
+    inputs = states(TOKENS, dtype=torch.bfloat16)
+    kernels._log_choice.cache_clear()
+    with caplog.at_level(logging.INFO, logger=kernels.__name__):
+        outputs = [
+            attend(*inputs, BRIDGE, kernel=name, scale=SCALE) for name in ("auto", "auto", "sdpa")
+        ]
+    assert torch.equal(outputs[0], outputs[1])
+    assert torch.equal(outputs[0], outputs[2])
+    said = [record.getMessage() for record in caplog.records]
+    assert said == ["attention kernel auto: sdpa for heads of 8 in torch.bfloat16 on cpu"]
+
+
+def test_auto_comes_to_varlen_where_flash_attention_computes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    cuda = torch.device("cuda", 7)
+    taken = {
+        (dtype, width): chosen("auto", device=cuda, dtype=dtype, head_width=width)
+        for dtype in (torch.float32, torch.bfloat16, torch.float16)
+        for width in (60, 80, 128, 256, 264)
+    }
+    assert {key for key, kernel in taken.items() if kernel == "varlen"} == {
+        (dtype, width) for dtype in (torch.bfloat16, torch.float16) for width in (80, 128, 256)
+    }
+    named = [chosen(x, device=cuda, dtype=torch.float32, head_width=60) for x in KERNELS]
+    assert named == ["sdpa", "varlen", "flash", "sdpa"]
+
+
+def test_unknown_kernel_fails_instead_of_falling_back() -> None:
+    with pytest.raises(KeyError, match="no_such_kernel"):
+        attend(*states(TOKENS), BRIDGE, kernel="no_such_kernel", scale=1.0)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_cudnn_is_not_allowed_while_a_kernel_runs_and_is_as_before_afterwards(
+    kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[bool] = []
+
+    def fails(*given: Any, **more: Any) -> Tensor:
+        seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(kernels, "scaled_dot_product_attention", fails)
+    for name in ("varlen", "flash"):
+        monkeypatch.setitem(KERNELS, name, fails)
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    for allowed in (True, False):
+        torch.backends.cuda.enable_cudnn_sdp(allowed)
+        try:
+            with pytest.raises(RuntimeError, match="out of memory"):
+                attend(*states(TOKENS), BRIDGE, kernel=kernel, scale=1.0)
+            assert torch.backends.cuda.cudnn_sdp_enabled() == allowed
+        finally:
+            torch.backends.cuda.enable_cudnn_sdp(before)
+    assert seen == [False, False]
+
+
+# --- Without waiting for the device ------------------------------------------------------------
 
 
 def any_linear_map(
-    q: Tensor, k: Tensor, v: Tensor, packed: Packed, causal: bool, scale: float
+    q: Tensor, k: Tensor, v: Tensor, inputs: Any, causal: bool, scale: Any
 ) -> Tensor:
-    """In place of a kernel for packed rows, to which only a GPU gives values."""
-    assert isinstance(packed.max_q, int)
-    bounds = packed.cu_seqlens_q.sum() + packed.cu_seqlens_k.sum()
+    """In place of a variable-length kernel, to which only a GPU gives values."""
+    assert isinstance(inputs.max_q, int)
+    bounds = inputs.cu_seqlens_q.sum() + inputs.cu_seqlens_k.sum()
     return q + (k.sum(0) + v.sum(0)).mean(0) * bounds
 
 
-@pytest.mark.parametrize("form", ["sdpa", "varlen"])
+@pytest.mark.parametrize("kernel", ["sdpa", "varlen"])
 @pytest.mark.parametrize("name", POLICIES)
 def test_a_prepared_plan_is_run_forward_and_backward_without_reading_a_value(
-    name: str, form: str, without_data: FakeTensorMode
+    name: str, kernel: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lengths = torch.tensor(LENGTHS["mixed"])
-    tokens = int(lengths.sum())
-    plan = pickle.loads(pickle.dumps(make_plan(POLICIES[name], lengths).prepared(form)))
+    """Fake tensors have no values: reading one fails, as it would wait for the device."""
+    without_data = FakeTensorMode(allow_non_fake_inputs=True)
+    monkeypatch.setattr(plan_module, "on_device", lambda x, device: without_data.from_tensor(x))
+    plan = pickle.loads(pickle.dumps(make_plan(POLICIES[name], MIXED).prepared(kernel)))
     with without_data:
-        q, k, v = (torch.randn(tokens, n, 8, requires_grad=True) for n in (4, 2, 2))
-        if form == "sdpa":
-            output = attend(q, k, v, plan, kernel="sdpa", scale=0.3)
+        q, k, v = (torch.randn(TOKENS, n, 8, requires_grad=True) for n in (4, 2, 2))
+        if kernel == "sdpa":
+            output = attend(q, k, v, plan, kernel="sdpa", scale=SCALE)
         else:
-            output = over_segments(any_linear_map, q, k, v, plan, 0.3)
+            output = over_segments(any_linear_map, q, k, v, plan, SCALE)
         output.sum().backward()
         with pytest.raises(DataDependentOutputException):
-            output.sum().item()  # the mode would have told
+            output.sum().item()
     assert all(x.grad is not None and x.grad.shape == x.shape for x in (q, k, v))
 
 
-# --- The adapter for transformers --------------------------------------------------------------
+# --- The function that transformers calls ------------------------------------------------------
 
 
-def transformers_call(**changes: Any) -> tuple[Tensor, None]:
-    lengths = torch.tensor([[2, 1, 2]])
-    q, k, v = (x.transpose(0, 1)[None] for x in states(5, heads=4, kv_heads=2, dtype=torch.float64))
-    arguments: dict[str, Any] = {
-        "scaling": 0.3,
-        "plan": make_plan(POLICIES["eos_bridge"], lengths),
-        "kernel": "sdpa",
-        **changes,
-    }
-    return transformers_attention(nn.Module(), q, k, v, None, **arguments)
-
-
-def test_adapter_returns_what_transformers_expects() -> None:
-    output, weights = transformers_call(is_causal=True, unknown_keyword=1)
-    q, k, v = states(5, heads=4, kv_heads=2, dtype=torch.float64)
-    mask = dense_mask(POLICIES["eos_bridge"], torch.tensor([[2, 1, 2]]))
-    torch.testing.assert_close(output, dense_attention(q, k, v, mask, 0.3)[None])  # (1, T, H, D)
+def test_transformers_gets_what_it_expects_and_no_dropout() -> None:
+    inputs = [x.transpose(0, 1)[None] for x in states(TOKENS)]  # (1, H, T, D)
+    given: dict[str, Any] = {"scaling": SCALE, "plan": BRIDGE, "kernel": "sdpa"}
+    output, weights = transformers_attention(nn.Module(), *inputs, None, **given, is_causal=True)
+    expected = attend(*states(TOKENS), BRIDGE, kernel="sdpa", scale=SCALE)[None]
     assert weights is None
-
-
-def test_attention_dropout_is_refused() -> None:
+    assert torch.equal(output, expected)  # (1, T, H, D)
     with pytest.raises(ValueError, match="attention dropout is not supported"):
-        transformers_call(dropout=0.1)
+        transformers_attention(nn.Module(), *inputs, None, **given, dropout=0.1)

@@ -17,7 +17,7 @@ from benchmarks import contrast, models, ours, training
 from benchmarks.benchmark import FULL, GIB, SIDES, Benchmark
 from benchmarks.models import QWEN2_VL_2B, with_depth
 from benchmarks.registry import BENCHMARKS
-from cocoa_pl.attention import variable_length
+from cocoa_pl.attention import kernels
 from cocoa_pl.live_bytes import LiveBytes
 
 CPU = torch.device("cpu")
@@ -83,12 +83,12 @@ def a_gpu_without_storage(monkeypatch: pytest.MonkeyPatch) -> None:
             return models.stock_model(*args, **kwargs)
 
     def refusal(device: torch.device, dtype: torch.dtype, head_width: int) -> str | None:
-        return None if dtype in variable_length.HALF else "computes in half precision"
+        return None if dtype in kernels.HALF else "computes in half precision"
 
     monkeypatch.setattr(nn.Module, "to", without_storage)
     monkeypatch.setattr(ours, "stock_model", weightless)
     monkeypatch.setattr(training, "stock_model", weightless)
-    monkeypatch.setattr(variable_length, "_refusal", refusal)
+    monkeypatch.setattr(kernels, "flash_refusal", refusal)
 
 
 def peaks(benchmark: Benchmark, size: Any) -> Peaks:

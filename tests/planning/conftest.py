@@ -271,7 +271,6 @@ def _work(module: StageModule[Any], chunk: Any, shape: ModelShape) -> Work:
         policy=module.policy,
         vision=shape.vision,
         kernel="sdpa",
-        device=torch.device("cpu"),
         predicted=predicted,
         rebuilt=rebuilt,
         read=read,

@@ -1,10 +1,11 @@
-"""Attention as data: policy (a table) -> plan (index arithmetic) -> kernel."""
+"""Attention as data: a policy (a table) becomes a plan (index arithmetic) for a kernel."""
 
 from cocoa_pl.attention.kernels import TEXT_ATTENTION, VISION_ATTENTION, attend
-from cocoa_pl.attention.plan import Plan, make_plan, self_plan
-from cocoa_pl.attention.policy import Policy, dense_mask, grid_text, segment_letters
+from cocoa_pl.attention.plan import Plan, make_plan, ranges, self_plan
+from cocoa_pl.attention.policy import SEGMENTS, Policy, dense_mask, grid_text, segment_letters
 
 __all__ = [
+    "SEGMENTS",
     "TEXT_ATTENTION",
     "VISION_ATTENTION",
     "Plan",
@@ -13,6 +14,7 @@ __all__ = [
     "dense_mask",
     "grid_text",
     "make_plan",
+    "ranges",
     "segment_letters",
     "self_plan",
 ]

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cocoa_pl.batch import SEGMENTS
+SEGMENTS = ("context", "eos", "target")
 
 
 @dataclass(frozen=True)

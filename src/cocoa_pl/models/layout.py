@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cocoa_pl.attention import Plan, Policy, make_plan
-from cocoa_pl.attention.gather import on_device
+from cocoa_pl.attention.plan import on_device
 from cocoa_pl.batch import Batch
 
 # Grids (I, 3) of at least one image -> keywords of the family's vision tower: tensors and plans on

@@ -8,8 +8,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-import torch
-
 from cocoa_pl.batch import Batch, cut_by_cost
 from cocoa_pl.corruption import Corruption
 from cocoa_pl.errors import UserError
@@ -165,7 +163,6 @@ class StagePlan:
             policy=self.stage.policy,
             vision=self.setup.shape.vision,
             kernel=self.setup.kernel,
-            device=torch.device("cuda" if self.setup.on_gpu else "cpu"),
             predicted=predicted,
             rebuilt=rebuilt,
             read=_read(chunk, choices, predicted),

@@ -53,7 +53,6 @@ def work_of(
     policy: Policy,
     vision: VisionShape,
     kernel: str,
-    device: torch.device,
     predicted: int,
     rebuilt: int,
     read: int,
@@ -62,24 +61,20 @@ def work_of(
 
     Args:
         kernel: a name in `attention.kernels.KERNELS`; `auto` has come to one.
-        device: how attention pads depends on its kind.
         read: rows that the last layer computes whole.
     """
     patches = int(batch.patches_per_sample.sum())
     has_images, has_windows = len(batch.grids) > 0, vision.window > 0
     windows = window_lengths(batch.grids, side=vision.window) if has_windows else torch.empty(0)
 
-    def attention(plan: Plan) -> Attention:
-        return attention_work(plan.to(device), kernel)
-
     return Work(
         tokens=batch.num_tokens,
         samples=batch.num_samples,
         patches=patches,
         visual_tokens=patches // vision.merge_size**2,
-        text=attention(make_plan(policy, batch.segment_lengths)),
-        images=attention(self_plan(batch.grids.prod(1))) if has_images else NOTHING,
-        windows=attention(self_plan(windows)) if len(windows) else NOTHING,
+        text=attention_work(make_plan(policy, batch.segment_lengths), kernel),
+        images=attention_work(self_plan(batch.grids.prod(1)), kernel) if has_images else NOTHING,
+        windows=attention_work(self_plan(windows), kernel) if len(windows) else NOTHING,
         read=read,
         predicted=predicted,
         rebuilt=rebuilt,

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from cocoa_pl.batch import ranges
+from cocoa_pl.attention import ranges
 from cocoa_pl.corruption import Corrupted
 
 

@@ -16,7 +16,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from cocoa_pl.attention.gather import on_device
+from cocoa_pl.attention.plan import on_device
 from cocoa_pl.batch import Batch, Rows, cut_by_cost, join
 from cocoa_pl.corruption import (
     Corrupted,

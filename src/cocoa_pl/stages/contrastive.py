@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cocoa_pl.attention.gather import on_device
+from cocoa_pl.attention.plan import on_device
 from cocoa_pl.config.bounds import Count, NotNegative, Positive
 from cocoa_pl.distributed.collectives import RowCounts, gather_offset, gather_rows, global_sum
 from cocoa_pl.errors import UserError

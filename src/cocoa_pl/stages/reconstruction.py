@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from cocoa_pl.attention.gather import on_device
+from cocoa_pl.attention.plan import on_device
 from cocoa_pl.config.bounds import NotNegative, Share, ShareAboveZero
 from cocoa_pl.corruption import Corruption, with_noise
 from cocoa_pl.distributed.collectives import global_sum
