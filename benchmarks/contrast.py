@@ -1,7 +1,8 @@
-"""B10 and B7. The loss and gradients of a gradient-cached InfoNCE step, from pictures on.
+"""B10 and B7. The loss and gradients of a gradient-cached InfoNCE step: all that the project does
+against all that peers do, from pictures on.
 
 Both sides have one core, or one GPU and the core that feeds it. What a data worker does for the
-project (cutting images, packing, laying out) is inside its time here, although it runs beside the
+project (cutting images, packing, planning) is inside its time here, although it runs beside the
 step elsewhere; the peer's image processor runs in its step anyway.
 """
 
@@ -16,11 +17,10 @@ from benchmarks.attention_bridge import policy
 from benchmarks.benchmark import SECONDS, Benchmark, Task, curve
 from benchmarks.counting import Count, Counts
 from benchmarks.peers.steps import contrast_step, in_chunks
-from benchmarks.samples import draw, rows_of
+from benchmarks.samples import draw, process, row_of
 from benchmarks.step_sizes import CONTRAST, EVEN_TEXTS, WHOLE_BATCH, Size
 from benchmarks.training import Ours, Peer, assert_same_step, cleared, counts_and_calls
-from cocoa_pl.batch import Rows
-from cocoa_pl.data.datamodule import collate
+from cocoa_pl.data.batch import Batch
 from cocoa_pl.stages.contrastive import ContrastiveModule
 
 TEMPERATURE = 0.02
@@ -46,26 +46,27 @@ class Contrast(Task):
             mask_false_negatives=False,
             matryoshka_dims=(),
             similarity_block=1024,
-            keep_gib=0.0,
         ).train()
         self.theirs.model.train()
-        self.prepare = self.module.preparation(validating=False)
-        self.peer_rows = [rows_of(s, self.own.packed(s)) for s in (self.queries, self.positives)]
+        self.collate = self.module.collator(validating=False)
+        self.peer_rows = [
+            [row_of(drawn, process(drawn, self.own.processor, 0)) for drawn in side]
+            for side in (self.queries, self.positives)
+        ]
 
-    def _rows(self) -> Rows:
-        encode = self.own.encode
-        return collate(
-            [
-                [encode(query, 2 * n), encode(positive, 2 * n + 1)]
-                for n, (query, positive) in enumerate(
-                    zip(self.queries, self.positives, strict=True)
-                )
-            ]
-        )
+    def _batches(self) -> list[Batch]:
+        pairs = enumerate(zip(self.queries, self.positives, strict=True))
+        rows = [
+            [process(one, self.own.processor, 2 * n + role, role) for role, one in enumerate(pair)]
+            for n, pair in pairs
+        ]
+        found: list[Batch] = self.collate(rows)
+        return found
 
     def ours(self) -> Tensor:
         cleared(self.module)
-        return self.module.accumulate(self.prepare(self._rows()))["loss"]
+        loss: Tensor = self.module.accumulate(self._batches())["loss"]
+        return loss
 
     def peer(self) -> Tensor:
         cleared(self.theirs.model)
@@ -82,14 +83,14 @@ class Contrast(Task):
         assert_same_step(self, self.module, self.theirs.model)
 
     def counts(self) -> Counts:
-        step = self.prepare(self._rows())
+        real = sum(batch.num_tokens for batch in self._batches())
         slots = sum(
             len(part) * max(len(row.input_ids) for row in part)
             for side in self.peer_rows
             for part in in_chunks(side)
         )
         return {
-            "token_slots_per_real_token": Count(slots / step.num_tokens, 1.0),
+            "token_slots_per_real_token": Count(slots / real, 1.0),
             "head_rows": Count(2 * slots, 0),
             **counts_and_calls(self, self.theirs.model, self.module.backbone),
         }

@@ -1,4 +1,4 @@
-"""Exact counts of what a function computes and keeps, the same on any machine."""
+"""Exact counts of what a function computes and keeps: the same on any machine."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ import torch
 import torch.nn.attention.varlen  # registers its operators
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
-
-from cocoa_pl.live_bytes import LiveBytes
+from torch.utils.weak import WeakIdKeyDictionary
 
 Run = Callable[[], object]
 
@@ -88,6 +89,36 @@ def cost_of(run: Run, *, device: torch.device, parameters: Iterable[Tensor] = ()
         run()
     peak = torch.cuda.max_memory_allocated(device) - before if cuda else live.peak
     return Cost(int(flops.get_total_flops()), saved.peak, peak)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all storages that operations within it make, as long as they live; for
+    devices whose allocator does not say.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._seen = WeakIdKeyDictionary()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> object:
+        for tensor in tree_leaves((args, kwargs)):
+            if isinstance(tensor, Tensor):
+                self._seen.setdefault(tensor.untyped_storage(), True)
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage() not in self._seen:
+                storage = tensor.untyped_storage()
+                self._seen[storage] = True
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self._free, storage.nbytes())
+        self.peak = max(self.peak, self.now)
+        return result
+
+    def _free(self, size: int) -> None:
+        self.now -= size
 
 
 class _Saved:

@@ -1,4 +1,4 @@
-"""B10 and B4. Vectors of items without gradients: packed by a token budget, against rows padded to
+"""B10 and B4. Vectors of items, without gradients: packed by a token budget, against rows padded to
 their longest.
 """
 
@@ -13,10 +13,10 @@ from benchmarks.comparing import assert_close
 from benchmarks.counting import Count, Counts
 from benchmarks.peers.inputs import Inputs
 from benchmarks.peers.steps import CHUNK
-from benchmarks.samples import draw, rows_of
+from benchmarks.samples import draw, process, row_of
 from benchmarks.step_sizes import ITEMS, SKEWED_TEXTS, Size
 from benchmarks.training import Ours, Peer, counts_and_calls
-from cocoa_pl.batch import cut_by_cost
+from cocoa_pl.data.batch import Collator, Sample
 
 
 class Encode(Task):
@@ -29,21 +29,20 @@ class Encode(Task):
         self.items = draw(size.query, size.batch, shape=size.model.shape, seed=0)
         self.own = Ours(size.model, device)
         self.theirs = Peer(size.model, self.own, attention="bidirectional", vision=size.peer_vision)
-        self.layouts = self.own.backbone.eval().layouts(policy("bidirectional"))
+        plan = self.own.backbone.eval().planner(policy("bidirectional"))
+        self.collate = Collator(plan, token_budget=size.token_budget)
         self.theirs.model.eval()
-        self.peer_rows = rows_of(self.items, self.own.packed(self.items))
+        self.peer_rows = list(map(row_of, self.items, self._samples()))
+
+    def _samples(self) -> list[Sample]:
+        return [process(item, self.own.processor, n) for n, item in enumerate(self.items)]
 
     @torch.inference_mode()
     def ours(self) -> Tensor:
         """As `Embedder` does: batches of a token budget, samples of like cost together."""
-        batch = self.own.packed(self.items)
-        pieces = cut_by_cost(batch.lengths, batch.costs, self.size.token_budget)
-        vectors = []
-        for piece in pieces:
-            part = batch.take(piece)
-            layout = self.layouts(part).to(self.device)
-            vectors.append(self.own.backbone.embed(part.to(self.device), layout))
-        return torch.cat(vectors)[torch.cat(pieces).argsort()]
+        batches = self.collate([[sample] for sample in self._samples()])
+        vectors = [self.own.backbone.embed(batch.to(self.device)) for batch in batches]
+        return torch.cat(vectors)[torch.cat([batch.places for batch in batches]).argsort()]
 
     @torch.inference_mode()
     def peer(self) -> Tensor:

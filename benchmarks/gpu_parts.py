@@ -16,9 +16,9 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
-from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
@@ -29,14 +29,14 @@ from benchmarks.attention_bridge import policy
 from benchmarks.counting import cost_of
 from benchmarks.gpu_check import Found, write_json
 from benchmarks.machine import environment, matrix_product_ceiling
-from benchmarks.models import MERGE, PATCH, QWEN2_VL_2B, SMALL, image_processor
+from benchmarks.models import MERGE, PATCH, QWEN2_VL_2B, SMALL
 from benchmarks.ours import wrapped
-from benchmarks.samples import Mix, draw, encode
+from benchmarks.samples import Mix, draw, make_processor, process
 from benchmarks.timing import measured
-from cocoa_pl.batch import Encoded, pack
 from cocoa_pl.config.build import build, register_resolvers
 from cocoa_pl.config.command_line import compose_overrides
-from cocoa_pl.data.datamodule import collate
+from cocoa_pl.data.batch import Sample, pack
+from cocoa_pl.data.processor import Processor
 from cocoa_pl.distributed.collectives import clip_gradients
 from cocoa_pl.models.backbone import Backbone
 from cocoa_pl.run import build_stages
@@ -46,8 +46,8 @@ GIB, BF16 = 2**30, torch.bfloat16
 CUDA = sys.argv[4:5] == ["cuda"]  # a process is for one device
 DEVICE = torch.device("cuda:0" if CUDA else "cpu")
 SHAPE, SIDE, WORDS = (QWEN2_VL_2B, 448, 64) if CUDA else (SMALL, 84, 8)  # 256, 9 visual tokens
-# Tokens of a chunk: of a graph 1,024 tokens take up to 16 GiB, so 80 GB hold half a chunk's.
-CHUNK, CHUNK_WITH_GRAPH = (8192, 4096) if CUDA else (120, 120)
+# Tokens of a batch: of a graph 1,024 tokens take up to 16 GiB, so 80 GB hold half a batch's.
+BUDGET, BUDGET_WITH_GRAPH = (8192, 4096) if CUDA else (120, 120)
 PAPER = ("experiment=paper_qwen2vl_2b", "data.root=none", "benchmark.root=none")
 TUNINGS = {"dora": (), "lora": ("adapter=lora",), "lean": ("adapter.dropout_on_base=false",)}
 # By worth: a stage, a tuning ("dora" as it ships), and whether blocks are recomputed.
@@ -172,9 +172,10 @@ def step(name: str, most: float) -> Found:
     """
     kind, *choices = name.split()
     checkpointing, encoding = "checkpointing" in choices, kind == "encode"
-    chunk = CHUNK if checkpointing or encoding else CHUNK_WITH_GRAPH
-    samples = draw_samples(kind, chunk)
-    images = image_processor(SIDE**2)
+    budget = BUDGET if checkpointing or encoding else BUDGET_WITH_GRAPH
+    processor = make_processor(SHAPE, SIDE**2)
+    samples = draw_samples(kind, budget, processor)
+    images = processor.image_processor
     backbone = wrapped(SHAPE, image_processor=images, kernel="auto", device=DEVICE, dtype=BF16)
     backbone.requires_grad_(False)
     if checkpointing:  # as `loading.load` does it
@@ -185,50 +186,51 @@ def step(name: str, most: float) -> Found:
         run = encoder(backbone.eval(), samples)
     else:
         overrides = [word for choice in choices for word in TUNINGS.get(choice, ())]
-        run, module = trainer(kind, [*PAPER, *overrides], backbone, samples, chunk)
-    tokens = sum(len(sample.input_ids) for sample in samples)
+        run, module = trainer(kind, [*PAPER, *overrides], backbone, samples, processor, budget)
+    tokens = sum(sample.num_tokens for sample in samples)
     return {"samples": len(samples), "tokens": tokens} | figures(run, module, len(samples), most)
 
 
-def draw_samples(kind: str, chunk: int) -> list[Encoded]:
-    """Pictures with texts that fill a chunk, for contrast two; to be rebuilt is a text as long."""
-    target = WORDS * (kind == "reconstruct")
+def draw_samples(kind: str, budget: int, processor: Processor) -> list[Sample]:
+    """Pictures with texts that fill a batch, for contrast two; to be rebuilt is a text as long."""
+    target, sides = WORDS * (kind == "reconstruct"), 2 if kind == "contrast" else 1
     mix = Mix(text=WORDS, target=target, spread=0, sides=(SIDE,), max_pixels=SIDE**2)
     tokens = (SIDE // (PATCH * MERGE)) ** 2 + 3 + WORDS + target  # start, end, EOS
-    count = max(1, chunk // tokens) * (2 if kind == "contrast" else 1)
-    encoding: Any = partial(encode, shape=SHAPE, max_pixels=SIDE**2)
-    resample = image_processor(SIDE**2).resample
+    count = max(1, budget // tokens) * sides
     drawn = draw(mix, count, shape=SHAPE, seed=0)
-    return [encoding(sample, resample=resample, seed=n) for n, sample in enumerate(drawn)]
+    return [process(one, processor, n, role=n % sides) for n, one in enumerate(drawn)]
 
 
-def encoder(backbone: Backbone, samples: list[Encoded]) -> Run:
+def encoder(backbone: Backbone, samples: list[Sample]) -> Run:
     """Vectors of a batch, which is moved to the device each time."""
-    batch = pack(samples)
-    layout = backbone.layouts(policy("bidirectional"))(batch)
-    return torch.inference_mode()(lambda: backbone.embed(batch.to(DEVICE), layout.to(DEVICE)))
+    batch = pack(samples, backbone.planner(policy("bidirectional")))
+    return torch.inference_mode()(lambda: backbone.embed(batch.to(DEVICE)))
 
 
 def trainer(
-    kind: str, overrides: list[str], backbone: Backbone, samples: list[Encoded], chunk: int
+    kind: str,
+    overrides: list[str],
+    backbone: Backbone,
+    samples: list[Sample],
+    processor: Processor,
+    budget: int,
 ) -> tuple[Run, nn.Module]:
     """An optimizer step of a stage as its config has it, and the stage's module."""
     cfg = compose_overrides("train", overrides)
     (stage,) = (stage for stage in build_stages(cfg) if stage.name == kind)
-    processor: Any = SimpleNamespace(patch_values=3 * PATCH**2, mask_id=SHAPE.vocabulary - 1)
-    stage = replace(stage, token_budget=chunk)
+    stage = replace(stage, token_budget=budget)
     module: Any = stage.make_module(build(cfg.adapter)(backbone), processor, steps=1, seed=0)
     module.to(DEVICE).manual_backward = lambda loss: loss.backward()
-    sides = 2 if kind == "contrast" else 1
-    rows = collate([samples[n : n + sides] for n in range(0, len(samples), sides)])
-    prepared = module.preparation(validating=False)(rows)
-    prepared = prepared.pin_memory() if CUDA else prepared
+    if masking := module.masking():
+        samples = [masking(sample, np.random.default_rng(sample.key)) for sample in samples]
+    batches = module.collator(validating=False)([[sample] for sample in samples])
+    batches = [batch.pin_memory() if CUDA else batch for batch in batches]
     optimizer = module.configure_optimizers()["optimizer"]
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
 
     def run() -> None:
         optimizer.zero_grad()
-        module.accumulate(prepared)
+        module.accumulate(batches)
         clip_gradients(trained, stage.optimization.clip_norm)
         optimizer.step()
 

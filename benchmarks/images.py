@@ -1,12 +1,13 @@
-"""B6. Input of the vision tower: bytes cut on the CPU and made floats on the device, against the
-stock image processor for each sample.
+"""B6. What the vision tower reads of pictures: bytes cut on the processor and made floats on the
+device, against the stock image processor for each sample.
 """
 
 from __future__ import annotations
 
 import io
 from dataclasses import dataclass, replace
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -18,9 +19,9 @@ from benchmarks.counting import Count, Counts
 from benchmarks.models import MERGE, PATCH, SMALL, image_processor
 from benchmarks.ours import wrapped
 from benchmarks.timing import Run
-from cocoa_pl.batch import Batch
+from cocoa_pl.data.batch import Batch
 from cocoa_pl.data.images import open_image
-from cocoa_pl.data.patches import cut, resize
+from cocoa_pl.data.processor import cut, resize
 
 FRAMES = 2  # of a still image: one, repeated
 STORED = (640, 480)  # of a picture on disk
@@ -79,7 +80,7 @@ class Images(Task):
         patches = [self._patches(picture) for picture in self.pictures]
         if not self.size.normalised:
             return patches
-        return [_with_frames(self.backbone.pixels(as_batch(one))) for one in patches]
+        return [self._floats(one) for one in patches]
 
     def _patches(self, picture: Image.Image | bytes) -> Tensor:
         if isinstance(picture, bytes):
@@ -94,13 +95,16 @@ class Images(Task):
             "resample": self.stock.resample,
         }
 
+    def _floats(self, patches: Tensor) -> Tensor:
+        """(p, channels x B) bytes -> (p, channels x frames x B), as `QwenVLBackbone` does it."""
+        pixels = self.backbone.pixels(cast(Batch, SimpleNamespace(patches=patches)))
+        channels = pixels.view(len(pixels), 3, 1, PATCH**2)
+        return channels.expand(-1, -1, FRAMES, -1).flatten(1)
+
     def check(self) -> None:
         """Bit for bit, after what the device does."""
         for ours, peer in zip(self.ours(), self.peer(), strict=True):
-            floats = (
-                ours if self.size.normalised else _with_frames(self.backbone.pixels(as_batch(ours)))
-            )
-            assert torch.equal(floats, peer)
+            assert torch.equal(ours if self.size.normalised else self._floats(ours), peer)
 
     def floor(self) -> Run | None:
         """Pillow's decoding and resizing alone, where files are read."""
@@ -133,30 +137,6 @@ def photograph(rng: np.random.Generator, size: Size) -> Image.Image | bytes:
     file = io.BytesIO()
     picture.save(file, "JPEG", quality=90)
     return file.getvalue()
-
-
-def as_batch(patches: Tensor) -> Batch:
-    """Patches alone, as a batch carries them."""
-    nothing = torch.zeros(0, dtype=torch.int64)
-    return Batch(
-        input_ids=nothing,
-        position_ids=nothing,
-        text_mask=nothing.bool(),
-        image_mask=nothing.bool(),
-        patches=patches,
-        keys=nothing,
-        seeds=nothing,
-        segment_lengths=nothing.view(0, 3),
-        grids=nothing.view(0, 3),
-        images_per_sample=nothing,
-        row_ids=(),
-    )
-
-
-def _with_frames(pixels: Tensor) -> Tensor:
-    """(p, channels x B) -> (p, channels x frames x B), as `QwenVLBackbone` repeats them."""
-    channels = pixels.view(len(pixels), 3, 1, PATCH**2)
-    return channels.expand(-1, -1, FRAMES, -1).flatten(1)
 
 
 CPU = Size(4, 448, False, False)

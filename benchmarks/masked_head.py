@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy, linear
 from benchmarks.benchmark import CUDA_IN_FLOAT32, SECONDS, Benchmark, Task, curve
 from benchmarks.comparing import assert_close
 from benchmarks.counting import Count, Counts, torch_counts
-from cocoa_pl.objectives import masked_next_token
+from cocoa_pl.losses import masked_next_token
 
 IGNORED = -100  # cross_entropy's own mark
 

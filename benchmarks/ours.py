@@ -1,22 +1,17 @@
-"""The project's side of a whole step: the weights of a stock model, wrapped and adapted, and packed
-batches of the samples that the peer gets as rows.
-"""
+"""The project's side of a whole step: the weights of a stock model, wrapped and adapted."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.models import Shape, stock_model
-from benchmarks.samples import Sample, encode
 from cocoa_pl.attention import TEXT_ATTENTION
-from cocoa_pl.batch import Batch, pack
 from cocoa_pl.models.adapters import LowRank
 from cocoa_pl.models.backbone import Backbone
-from cocoa_pl.models.qwen2_vl import Qwen2VLBackbone
+from cocoa_pl.models.qwen_vl import Qwen2VLBackbone
 
 # Of the released scripts: the language model's projections, and the vision tower's.
 TARGETS = (
@@ -37,26 +32,6 @@ def wrapped(
         rescale_factor=float(image_processor.rescale_factor),
     )
     return backbone.to(device)
-
-
-def compute_whole_last_layer(backbone: Backbone) -> None:
-    """Compute all rows of the last layer, also those that are not read.
-
-    To save them is 3 % of a language model of 28 layers, and would be 44 % of one of two.
-    """
-    stock: Any = backbone.stock
-    layer = stock.model.language_model.layers[-1]
-    asked: list[Tensor | None] = []
-
-    def whole(_: Any, inputs: Any, keywords: dict[str, Any]) -> Any:
-        asked[:] = [keywords["reads"]]
-        return inputs, {**keywords, "reads": None}
-
-    def chosen(_: Any, __: Any, output: Tensor) -> Tensor:
-        return output if asked[0] is None else output.index_select(1, asked[0])
-
-    layer.register_forward_pre_hook(whole, with_kwargs=True)
-    layer.register_forward_hook(chosen)
 
 
 def with_dora(
@@ -96,13 +71,3 @@ def adapters_of(backbone: Backbone) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
             )
             found[name.removeprefix("base_model.model.")] = (a, b, magnitude)
     return found
-
-
-def packed(samples: Sequence[Sample], *, shape: Shape, max_pixels: int, resample: int) -> Batch:
-    """Samples end to end; each one's seed is its place."""
-    return pack(
-        [
-            encode(sample, shape=shape, max_pixels=max_pixels, resample=resample, seed=place)
-            for place, sample in enumerate(samples)
-        ]
-    )

@@ -1,5 +1,5 @@
 """B10. The loss and gradients of one micro-batch of a generative stage: warm-up with its image
-decoder, or the bridge. `contrast.py` says what counts as whose time.
+decoder, or the bridge. What counts as whose time is said in `contrast.py`.
 """
 
 from __future__ import annotations
@@ -7,6 +7,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,12 +15,11 @@ from benchmarks.attention_bridge import policy
 from benchmarks.benchmark import Benchmark, Task
 from benchmarks.counting import Count, Counts, torch_counts
 from benchmarks.peers.steps import reconstruct_step, warmup_step
-from benchmarks.samples import corrupted_rows, draw
+from benchmarks.samples import draw, process, row_of
 from benchmarks.step_sizes import BRIDGE, CAPTIONS, Size
 from benchmarks.training import Ours, Peer, assert_same_step, cleared, weights
-from cocoa_pl.corruption import Corrupted, Corruption, noise_of, with_noise
-from cocoa_pl.data.datamodule import collate
-from cocoa_pl.models.heads import token_pixels
+from cocoa_pl.data.batch import Sample, pack
+from cocoa_pl.data.masking import with_noise
 from cocoa_pl.stages.reconstruction import ReconstructionModule
 
 PATCH_WEIGHT = 0.5
@@ -53,26 +53,33 @@ class Rebuild(Task):
         self.decoder = None
         if self.module.image_decoder is not None:
             self.decoder = self.theirs.decoder(self.module.image_decoder)
-        self.prepare = self.module.preparation(validating=False)
+        self.masking, self.collate = self.module.masking(), self.module.collator(validating=False)
         # What is hidden is the same on both sides; the peer's rows know before.
+        samples = self._samples()
+        batch = pack(samples, self.module.backbone.planner(self.module.policy)).to(device)
         merge_size = self.module.backbone.merge_size
-        corruption = Corruption(**hidden, mask_token_id=shape.vocabulary - 1, merge_size=merge_size)
-        batch = collate(self._encoded()).batch
-        seen: Corrupted = corruption(batch)
-        clean = self.module.backbone.pixels(batch.to(device))
-        noise = noise_of(batch, seen.patch_mask, merge_size=merge_size)
-        noisy = with_noise(clean.cpu(), noise)
-        self.peer_rows = corrupted_rows(self.rows, seen, noisy)
-        places = seen.patch_mask[batch.image_mask].nonzero()[:, 0].to(device)
-        self.clean = token_pixels(clean, places, merge_size=merge_size)
-        self.hidden_tokens = int(seen.token_mask.sum())
+        clean = self.module.backbone.pixels(batch)
+        noisy = with_noise(clean, batch, merge_size=merge_size).cpu()
+        parts = noisy.split([len(sample.patches) for sample in samples])
+        self.peer_rows = [
+            row_of(drawn, sample, pixels if self.warmup else None)
+            for drawn, sample, pixels in zip(self.rows, samples, parts, strict=True)
+        ]
+        tokens = clean.view(-1, merge_size**2 * clean.shape[1])
+        self.clean = tokens.index_select(0, batch.patch_places)
+        self.hidden_tokens = len(batch.targets)
 
-    def _encoded(self) -> Any:
-        return [[self.own.encode(sample, n)] for n, sample in enumerate(self.rows)]
+    def _samples(self) -> list[Sample]:
+        return [
+            self.masking(process(drawn, self.own.processor, n), np.random.default_rng(n))
+            for n, drawn in enumerate(self.rows)
+        ]
 
     def ours(self) -> Tensor:
         cleared(self.module)
-        return self.module.accumulate(self.prepare(collate(self._encoded())))["loss"]
+        batches = self.collate([[sample] for sample in self._samples()])
+        loss: Tensor = self.module.accumulate(batches)["loss"]
+        return loss
 
     def peer(self) -> Tensor:
         cleared(self.theirs.model, self.decoder)

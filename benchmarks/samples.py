@@ -1,25 +1,26 @@
-"""Samples of skewed lengths for both sides: packed for ours, as rows of a data set for the peer."""
+"""Samples of skewed lengths that follow from a seed, for both sides: what the project's processor
+makes of them, and rows of a data set for the peer.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 from PIL.Image import Image, Resampling, fromarray
 from torch import Tensor
 
-from benchmarks.models import MERGE, PATCH, Shape, special_ids
+from benchmarks.models import MERGE, PATCH, Shape, image_processor, special_ids
 from benchmarks.peers.inputs import IGNORED, Row
-from cocoa_pl.batch import Batch, Encoded
-from cocoa_pl.corruption import Corrupted
-from cocoa_pl.data.patches import cut, resize
-from cocoa_pl.positions import mrope_positions
+from cocoa_pl.data.batch import VISUAL, Sample
+from cocoa_pl.data.items import IMAGE_SLOT, Item
+from cocoa_pl.data.processor import Processor
 
 
 @dataclass(frozen=True)
-class Sample:
+class Drawn:
     """What a data set gives: ids instead of texts, because tokenizers cost both sides the same."""
 
     picture: Image | None
@@ -45,7 +46,7 @@ class Mix:
     max_pixels: int
 
 
-def draw(mix: Mix, count: int, *, shape: Shape, seed: int) -> list[Sample]:
+def draw(mix: Mix, count: int, *, shape: Shape, seed: int) -> list[Drawn]:
     """Samples of one kind."""
     rng = np.random.default_rng(seed)
     ordinary = min(special_ids(shape).values())
@@ -63,90 +64,77 @@ def draw(mix: Mix, count: int, *, shape: Shape, seed: int) -> list[Sample]:
         size = (int(rng.choice(mix.sides)), int(rng.choice(mix.sides)))
         return coarse.resize(size, Resampling.BICUBIC)
 
-    return [Sample(picture(), ids(mix.text), ids(mix.target)) for _ in range(count)]
+    return [Drawn(picture(), ids(mix.text), ids(mix.target)) for _ in range(count)]
 
 
-def encode(sample: Sample, *, shape: Shape, max_pixels: int, resample: int, seed: int) -> Encoded:
-    """What `data.tokenize.Processor` makes of an item, from ids: picture, text, EOS, target."""
-    ids = special_ids(shape)
-    patches = torch.empty(0, 3 * PATCH**2, dtype=torch.uint8)
-    grids: list[tuple[int, int, int]] = []
-    head: list[int] = []
-    if sample.picture is not None:
-        resized = resize(
-            sample.picture,
-            min_pixels=(2 * PATCH * MERGE) ** 2,
-            max_pixels=max_pixels,
-            factor=PATCH * MERGE,
-            resample=resample,
-        )
-        patches = torch.from_numpy(cut(resized, patch_size=PATCH, merge_size=MERGE))
-        grids = [(1, resized.height // PATCH, resized.width // PATCH)]
-        visual = len(patches) // MERGE**2
-        head = [
-            ids["vision_start_token_id"],
-            *[ids["image_token_id"]] * visual,
-            ids["vision_end_token_id"],
-        ]
-    context = [*head, *sample.text]
-    input_ids = torch.tensor([*context, ids["eos_token_id"], *sample.target])
-    rest = 1 + len(sample.text) + 1 + len(sample.target)  # behind the picture
-    spans: list[int | tuple[int, int, int]] = [1, grids[0], rest] if grids else [rest - 1]
-    return Encoded(
-        input_ids=input_ids,
-        position_ids=mrope_positions(spans, merge_size=MERGE),
-        text_mask=input_ids < min(ids.values()),
-        image_mask=input_ids == ids["image_token_id"],
-        segment_lengths=(len(context), 1, len(sample.target)),
-        patches=patches,
-        grids=torch.tensor(grids, dtype=torch.int64).view(-1, 3),
-        key=abs(hash((sample.text, sample.target))),  # of numbers: the same in every process
-        seed=seed,
-        row_id=f"sample {seed}",
+class Ids:
+    """A tokenizer of texts that are ids already."""
+
+    def __init__(self, shape: Shape) -> None:
+        ids = special_ids(shape)
+        self.eos_token_id = ids["eos_token_id"]
+        self._special = {
+            "<|image_pad|>": ids["image_token_id"],
+            "<|vision_start|>": ids["vision_start_token_id"],
+            "<|vision_end|>": ids["vision_end_token_id"],
+        }
+        self._length = shape.vocabulary - 1  # the last row is the mask token's
+
+    def __len__(self) -> int:
+        return self._length
+
+    def convert_tokens_to_ids(self, token: str) -> int:
+        return self._special[token]
+
+    def __call__(self, text: str, **_: bool) -> SimpleNamespace:
+        return SimpleNamespace(input_ids=[int(word) for word in text.split()])
+
+
+def make_processor(shape: Shape, max_pixels: int) -> Processor:
+    """Of texts that are ids, and of pictures."""
+    return Processor(
+        Ids(shape),
+        image_processor(max_pixels),
+        max_length=1 << 15,
+        min_pixels=(2 * PATCH * MERGE) ** 2,
+        max_pixels=max_pixels,
+        num_token_rows=shape.vocabulary,
     )
 
 
-def rows_of(samples: Sequence[Sample], batch: Batch) -> list[Row]:
-    """The same samples for the peer, before anything is hidden."""
-    nothing = torch.zeros_like(batch.image_mask)
-    return _rows(samples, batch, batch.input_ids, nothing, nothing)
-
-
-def corrupted_rows(samples: Sequence[Sample], seen: Corrupted, noisy: Tensor) -> list[Row]:
-    """The same samples with the same tokens and patches hidden.
+def process(drawn: Drawn, processor: Processor, number: int, role: int = 0) -> Sample:
+    """Tokens and patches, as a data worker makes them: picture, text, EOS, target.
 
     Args:
-        noisy: (P, B) float, normalised pixels of all patches, noise where they are hidden.
+        number: of the sample, its content's key.
     """
-    rows = _rows(samples, seen.batch, seen.labels, seen.token_mask, seen.patch_mask)
-    pixels = noisy.split(seen.batch.patches_per_sample.tolist())
-    return [
-        row if row.hidden_patches is None else row.with_noise(own[row.hidden_patches])
-        for row, own in zip(rows, pixels, strict=True)
-    ]
+    slot, media = (IMAGE_SLOT, (drawn.picture,)) if drawn.picture is not None else ("", ())
+    text, target = (" ".join(map(str, ids)) for ids in (drawn.text, drawn.target))
+    item, row_id = Item(slot + text, media), f"sample {number}"
+    return processor(item, target or None, key=number, row_id=row_id, role=role)
 
 
-def _rows(
-    samples: Sequence[Sample], batch: Batch, labels: Tensor, token_mask: Tensor, patch_mask: Tensor
-) -> list[Row]:
-    lengths = batch.lengths.tolist()
-    fields = (batch.input_ids, batch.image_mask, labels, token_mask, patch_mask)
-    found = []
-    for place, (sample, *own) in enumerate(
-        zip(samples, *(field.split(lengths) for field in fields), strict=True)
-    ):
-        ids, images, said, hidden, patches = own
-        found.append(
-            Row(
-                input_ids=ids,
-                image_mask=images,
-                labels=said.where(hidden, IGNORED),
-                segment_lengths=batch.segment_lengths[place],
-                picture=sample.picture,
-                hidden_patches=(
-                    patches[images].repeat_interleave(MERGE**2) if sample.picture else None
-                ),
-                noise=None,
-            )
-        )
-    return found
+def row_of(drawn: Drawn, sample: Sample, noisy: Tensor | None = None) -> Row:
+    """The same sample for the peer, with the same tokens and patches hidden.
+
+    Args:
+        noisy: (p, B) float, normalised pixels of its patches, noise where they are hidden; None
+            where none is.
+    """
+    visual = torch.from_numpy(sample.kinds == VISUAL)
+    labels = torch.full(visual.shape, IGNORED)
+    labels[sample.hidden] = torch.from_numpy(sample.targets)
+    hidden = None
+    if drawn.picture is not None:
+        tokens = torch.zeros(int(visual.sum()), dtype=torch.bool)
+        tokens[sample.hidden_visual] = True
+        hidden = tokens.repeat_interleave(MERGE**2)
+    return Row(
+        input_ids=torch.from_numpy(sample.input_ids),
+        image_mask=visual,
+        labels=labels,
+        segment_lengths=torch.tensor(sample.segment_lengths),
+        picture=drawn.picture,
+        hidden_patches=hidden,
+        noise=None if noisy is None or hidden is None else noisy[hidden],
+    )

@@ -1,5 +1,5 @@
-"""B9. One rank's InfoNCE loss and gradients: its own rows in blocks, against the whole table on
-every rank.
+"""B9. One rank's InfoNCE loss and gradients from the embeddings of a global batch: its own rows in
+blocks, against the whole table on every rank.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy, normalize
 from benchmarks.benchmark import Benchmark, Task, curve
 from benchmarks.comparing import assert_close
 from benchmarks.counting import Count, Counts, torch_counts
-from cocoa_pl.objectives import info_nce_by_blocks
+from cocoa_pl.losses import info_nce
 
 SCALE = 50.0  # a temperature of 0.02
 
@@ -72,7 +72,7 @@ class Similarities(Task):
         own = self._own(rank)
         queries = self.queries[own].clone().requires_grad_()
         positives = self.positives.clone().requires_grad_()
-        losses, *_ = info_nce_by_blocks(
+        losses, *_ = info_nce(
             queries,
             positives,
             torch.arange(own.start, own.stop, device=self.device),

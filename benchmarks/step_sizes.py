@@ -21,7 +21,7 @@ class Size:
     Attributes:
         query: what has a picture; its target is what the bridge rebuilds.
         positive: texts.
-        token_budget: tokens of a chunk of ours.
+        token_budget: tokens of a batch of ours.
         peer_vision: how the peer's vision tower attends.
     """
 
@@ -55,15 +55,15 @@ NO_TEXTS = texts(0, spread=0)
 
 
 def tiny(side: int) -> Model:
-    return Model(SMALL, F32, "sdpa", side**2, "dora", 0.1, False, False)
+    return Model(SMALL, F32, "sdpa", side**2, "dora", 0.1, False)
 
 
 def middle(side: int) -> Model:
-    return Model(PROPORTIONS, F32, "sdpa", side**2, "dora", 0.1, False, True)
+    return Model(PROPORTIONS, F32, "sdpa", side**2, "dora", 0.1, False)
 
 
 def large(side: int) -> Model:
-    return Model(QWEN2_VL_2B, BF16, "auto", side**2, "dora", 0.1, False, False)
+    return Model(QWEN2_VL_2B, BF16, "auto", side**2, "dora", 0.1, False)
 
 
 def in_float32(size: Size, batch: int, token_budget: int) -> Size:
@@ -103,9 +103,9 @@ ITEMS["cuda"] = replace(ITEMS["cuda"], batch=64)
 # No padding and no adapter: what is left is how the cache is filled.
 EVEN = texts(24, spread=0)
 EVEN_TEXTS = {
-    "test": Size(16, replace(tiny(28), tuning="full"), EVEN, EVEN, 400, BY_IMAGE),
-    "cpu": Size(16, replace(middle(28), tuning="full"), EVEN, EVEN, 400, BY_IMAGE),
-    "cuda": Size(64, large(28), texts(128, spread=0), texts(128, spread=0), 4096, BY_IMAGE),
+    "test": Size(16, replace(tiny(56), tuning="full"), EVEN, EVEN, 400, BY_IMAGE),
+    "cpu": Size(16, replace(middle(56), tuning="full"), EVEN, EVEN, 400, BY_IMAGE),
+    "cuda": Size(64, large(56), texts(128, spread=0), texts(128, spread=0), 4096, BY_IMAGE),
 }
 EVEN_TEXTS[CUDA_IN_FLOAT32] = in_float32(EVEN_TEXTS["cuda"], batch=10, token_budget=1024)
 SKEWED = texts(24, spread=0.8)

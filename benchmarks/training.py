@@ -4,10 +4,8 @@ wrapped model, and the re-created peer.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +14,12 @@ from benchmarks.attention_bridge import policy
 from benchmarks.benchmark import Task
 from benchmarks.comparing import assert_close
 from benchmarks.counting import Count, Counts, torch_counts
-from benchmarks.models import PATCH, Shape, image_processor, special_ids, stock_model
-from benchmarks.ours import adapters_of, compute_whole_last_layer, packed, with_dora, wrapped
+from benchmarks.models import Shape, special_ids, stock_model
+from benchmarks.ours import adapters_of, with_dora, wrapped
 from benchmarks.peers.dora import adapt
 from benchmarks.peers.model import PeerModel, PixelDecoder
 from benchmarks.peers.steps import Collate, collator
-from benchmarks.samples import Sample, encode
-from cocoa_pl.batch import Batch, Encoded
+from benchmarks.samples import make_processor
 from cocoa_pl.models.adapters import FullTuning
 from cocoa_pl.models.backbone import Backbone
 from cocoa_pl.models.heads import ImageDecoder
@@ -44,7 +41,6 @@ class Model:
         tuning: `dora`, `full`, or `none` where nothing trains.
         dropout: of adapters.
         dropout_on_base: of our adapters; peft's way if True.
-        whole_last_layer: forgo a saving that counts for too much in a model of few layers.
     """
 
     shape: Shape
@@ -54,7 +50,6 @@ class Model:
     tuning: str
     dropout: float
     dropout_on_base: bool
-    whole_last_layer: bool
 
 
 class Ours:
@@ -62,16 +57,14 @@ class Ours:
 
     def __init__(self, model: Model, device: torch.device) -> None:
         self.model, self.device = model, device
-        self.images: Any = image_processor(model.max_pixels)
+        self.processor = make_processor(model.shape, model.max_pixels)
         backbone = wrapped(
             model.shape,
-            image_processor=self.images,
+            image_processor=self.processor.image_processor,
             kernel=model.kernel,
             device=device,
             dtype=model.dtype,
         )
-        if model.whole_last_layer:
-            compute_whole_last_layer(backbone)
         self.backbone: Backbone = backbone.requires_grad_(False)
         if model.tuning == "full":
             self.backbone = FullTuning()(backbone)
@@ -84,14 +77,12 @@ class Ours:
                 dropout_on_base=model.dropout_on_base,
             )
 
-    def stage(self, kind: type[StageModule[Any]], **choices: Any) -> Any:
+    def stage(self, kind: type[StageModule], **choices: Any) -> Any:
         """A stage's module, ready for one step outside of a trainer."""
-        vocabulary = self.model.shape.vocabulary
-        processor = SimpleNamespace(patch_values=3 * PATCH**2, mask_id=vocabulary - 1)
         torch.manual_seed(0)  # of new heads
         module = kind(
             self.backbone,
-            processor=cast(Any, processor),
+            processor=self.processor,
             optimization=Optimization(2e-5, 0.0, (0.9, 0.98), "linear", 0, 1.0),
             steps=1,
             seed=0,
@@ -99,25 +90,6 @@ class Ours:
         )
         module.manual_backward = lambda loss: loss.backward()  # type: ignore[method-assign, misc]
         return module.to(self.device)
-
-    def encode(self, sample: Sample, seed: int) -> Encoded:
-        """Picture and ids to tokens and patches, as a data worker does it."""
-        return encode(
-            sample,
-            shape=self.model.shape,
-            max_pixels=self.model.max_pixels,
-            resample=self.images.resample,
-            seed=seed,
-        )
-
-    def packed(self, samples: Sequence[Sample]) -> Batch:
-        """Samples end to end; each one's seed is its place."""
-        return packed(
-            samples,
-            shape=self.model.shape,
-            max_pixels=self.model.max_pixels,
-            resample=self.images.resample,
-        )
 
 
 class Peer:
@@ -133,7 +105,9 @@ class Peer:
             adapt(stock, adapters, scaling=ALPHA / RANK, dropout=model.dropout)
         self.model.to(device)
         pad_id = special_ids(model.shape)["bos_token_id"]
-        self.collate: Collate = collator(image_processor=ours.images, pad_id=pad_id, device=device)
+        self.collate: Collate = collator(
+            image_processor=ours.processor.image_processor, pad_id=pad_id, device=device
+        )
 
     def decoder(self, ours: ImageDecoder) -> PixelDecoder:
         """Its image decoder, with the weights of ours."""

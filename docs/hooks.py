@@ -18,15 +18,15 @@ from matplotlib import pyplot as plt
 from mkdocs.structure.files import File, Files
 from PIL import Image
 
-from cocoa_pl.attention import Policy, dense_mask, segment_letters
+from cocoa_pl.attention import Policy, dense_mask, segment_letters, self_plan
 from cocoa_pl.attention.picture import draw_grid
-from cocoa_pl.batch import pack
 from cocoa_pl.config.build import register_resolvers
 from cocoa_pl.config.command_line import compose_overrides
-from cocoa_pl.corruption import Corrupted, Corruption, noise_of, with_noise
+from cocoa_pl.data.batch import TEXT, Sample, pack
 from cocoa_pl.data.digit_scenes import caption, compose, draw
 from cocoa_pl.data.items import IMAGE_SLOT, Item
-from cocoa_pl.data.tokenize import Processor
+from cocoa_pl.data.masking import Masking, with_noise
+from cocoa_pl.data.processor import Processor
 from cocoa_pl.run import make_processor, open_model
 from cocoa_pl.stages.pictures import unpatchify
 
@@ -60,10 +60,10 @@ def pictures(folder: Path) -> Iterable[Path]:
         drawn = folder / f"{path.stem}.png"
         draw_grid(drawn, mask, letters, segment_lengths=EXAMPLE, title=policy.name)
         yield drawn
-    yield draw_corruption(folder / "corruption.png", folder)
+    yield draw_masking(folder / "masking.png", folder)
 
 
-def draw_corruption(path: Path, folder: Path) -> Path:
+def draw_masking(path: Path, folder: Path) -> Path:
     """Digit scenes as warm-up shows them: hidden words as blanks, hidden patches as noise."""
     random = np.random.default_rng(0)
     scenes = [compose(layout, split="train", rng=random) for layout in LAYOUTS]
@@ -73,29 +73,26 @@ def draw_corruption(path: Path, folder: Path) -> Path:
     loaded = open_model(cfg, lambda: captions)
     processor = make_processor(cfg, loaded, max_pixels=cfg.model.max_pixels)
     images = [Image.fromarray(draw(scene)).convert("RGB") for scene in scenes]
-    items = [Item(f"{IMAGE_SLOT}{text}", (i,)) for text, i in zip(captions, images, strict=True)]
-    batch = pack(
-        [
-            processor.encode(item, None, key=number, seed=number, row_id=item.text)
-            for number, item in enumerate(items)
-        ]
-    )
     hides = cfg.stage.warmup.module
-    seen = Corruption(
+    masking = Masking(
         text_ratio=hides.text_ratio,
         text_segment=hides.text_segment,
         patch_ratio=hides.patch_ratio,
         mask_token_id=processor.mask_id,
-        merge_size=processor.merge_size,
-    )(batch)
+    )
+    items = [Item(f"{IMAGE_SLOT}{text}", (i,)) for text, i in zip(captions, images, strict=True)]
+    samples = [
+        masking(processor(item, None, key=number, row_id=item.text), random)
+        for number, item in enumerate(items)
+    ]
+    batch = pack(samples, lambda lengths, _: (self_plan(lengths.sum(1)), {}))
     clean = loaded.backbone.pixels(batch)
-    noisy = with_noise(clean, noise_of(batch, seen.patch_mask, merge_size=processor.merge_size))
+    noisy = with_noise(clean, batch, merge_size=processor.merge_size)
     figure, axes = plt.subplots(2, len(scenes), figsize=(7.5, 5.4), layout="constrained")
-    patches = np.cumsum([0, *batch.patches_per_sample.tolist()])
-    tokens = np.cumsum([0, *batch.lengths.tolist()])
+    patches = np.cumsum([0, *(len(sample.patches) for sample in samples)])
     for column, grid in enumerate(batch.grids.tolist()):
         of_image = slice(*patches[column : column + 2])
-        blanks = _blanks(seen, slice(*tokens[column : column + 2]), processor)
+        blanks = _blanks(samples[column], processor)
         for row, (pixels, text) in enumerate(((clean, captions[column]), (noisy, blanks))):
             axes[row, column].imshow(unpatchify(loaded.backbone, pixels[of_image], grid))
             axes[row, column].set_title("\n".join(textwrap.wrap(text, 30)), fontsize=8)
@@ -105,13 +102,9 @@ def draw_corruption(path: Path, folder: Path) -> Path:
     return path
 
 
-def _blanks(seen: Corrupted, tokens: slice, processor: Processor) -> str:
+def _blanks(sample: Sample, processor: Processor) -> str:
     """The words of a sample, hidden tokens as blanks."""
-    parts = zip(
-        seen.labels[tokens].tolist(),
-        seen.token_mask[tokens].tolist(),
-        seen.batch.text_mask[tokens].tolist(),
-        strict=True,
-    )
-    decode = processor.tokenizer.decode
-    return "".join(" ▁▁ " if hidden else decode([token]) for token, hidden, text in parts if text)
+    hidden, decode = set(sample.hidden.tolist()), processor.tokenizer.decode
+    tokens = enumerate(zip(sample.input_ids.tolist(), sample.kinds.tolist(), strict=True))
+    words = {place: decode([token]) for place, (token, kind) in tokens if kind == TEXT}
+    return "".join(" ▁▁ " if place in hidden else word for place, word in words.items())

@@ -22,14 +22,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from cocoa_pl.data.items import IMAGE_SLOT, Item
 
 # transformers takes seconds to import, so only the fixtures that need it do.
 if TYPE_CHECKING:
-    from cocoa_pl.batch import Encoded
-    from cocoa_pl.data.tokenize import Processor
+    from cocoa_pl.attention import Policy
+    from cocoa_pl.data.batch import Batch, Sample
+    from cocoa_pl.data.processor import Processor
     from cocoa_pl.models.loading import Loaded
     from cocoa_pl.models.tiny import TinySource
 
@@ -221,7 +223,7 @@ def loaded(load_tiny: Callable[..., Loaded]) -> Loaded:
 @pytest.fixture(scope="session")
 def make_processor(loaded: Loaded, token_side: int) -> Callable[..., Processor]:
     """A `Processor` of the tiny model, with other limits where a test asks for them."""
-    from cocoa_pl.data.tokenize import Processor
+    from cocoa_pl.data.processor import Processor
 
     def make(*, max_length: int = 128, max_pixels: int = 6 * token_side**2) -> Processor:
         return Processor(
@@ -272,21 +274,38 @@ def make_item(make_image: Callable[..., Image.Image]) -> Callable[..., Item]:
 @pytest.fixture(scope="session")
 def make_samples(
     processor: Processor, make_item: Callable[..., Item]
-) -> Callable[..., list[Encoded]]:
+) -> Callable[..., list[Sample]]:
     """One sample for each number of images, every second one with a TARGET where asked for."""
 
-    def make(images: Sequence[int], *, targets: bool = False, seed: int = 0) -> list[Encoded]:
+    def make(images: Sequence[int], *, targets: bool = False, seed: int = 0) -> list[Sample]:
         samples = []
         for rank, count in enumerate(images):
             sample_seed = 1000 * seed + rank
             item = make_item(sample_seed, images=count)
             target = make_item(sample_seed + 500).text if targets and rank % 2 == 0 else None
-            samples.append(
-                processor.encode(
-                    item, target, key=item.key, seed=sample_seed, row_id=f"toy row {rank}"
-                )
-            )
+            samples.append(processor(item, target, key=item.key, row_id=f"toy row {rank}"))
         return samples
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def policies() -> dict[str, Policy]:
+    """The attention policies of conf/attention, by name."""
+    from cocoa_pl.attention import Policy
+
+    files = (Path(__file__).parents[1] / "conf/attention").glob("*.yaml")
+    values = [yaml.safe_load(file.read_text()) for file in files]
+    return {v["name"]: Policy(**{k: v[k] for k in v if k != "_target_"}) for v in values}
+
+
+@pytest.fixture(scope="session")
+def packed(loaded: Loaded, policies: dict[str, Policy]) -> Callable[..., Batch]:
+    """Samples as a batch of the tiny model, planned for a policy by its name."""
+    from cocoa_pl.data.batch import pack
+
+    def make(samples: Sequence[Sample], policy: str = "bidirectional") -> Batch:
+        return pack(samples, loaded.backbone.planner(policies[policy]))
 
     return make
 

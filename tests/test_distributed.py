@@ -17,11 +17,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
 
-from cocoa_pl.attention import Policy
-from cocoa_pl.batch import Encoded, Rows
-from cocoa_pl.data.datamodule import collate
+from cocoa_pl.data.batch import Sample
 from cocoa_pl.data.items import Item
-from cocoa_pl.data.tokenize import Processor
+from cocoa_pl.data.processor import Processor
 from cocoa_pl.distributed import collectives
 from cocoa_pl.distributed.collectives import (
     RowCounts,
@@ -35,60 +33,25 @@ from cocoa_pl.distributed.collectives import (
     world_size,
 )
 from cocoa_pl.models.loading import load
-from cocoa_pl.stages.base import Optimization, StageModule
-from cocoa_pl.stages.contrastive import ContrastiveModule
-from cocoa_pl.stages.reconstruction import ReconstructionModule
+from cocoa_pl.stages.base import StageModule
+from tests.stages.steps import Rows, batches_of, make_module
 
 CPU = torch.device("cpu")
 WORLD = 2
 SHARES = (slice(0, 3), slice(3, 5))  # rows of each rank: not the same number
 
-Row = list[Encoded]
 Found = dict[str, dict[str, Any]]
 
-EVERYTHING = ("context", "eos", "target")
-BIDIRECTIONAL = Policy("bidirectional", EVERYTHING, EVERYTHING, EVERYTHING, causal=False)
-BRIDGE = Policy("eos_bridge", ("context", "eos"), EVERYTHING, ("eos", "target"), causal=False)
-SHARED: dict[str, Any] = {
-    "optimization": Optimization(
-        lr=1e-3,
-        weight_decay=0.0,
-        betas=(0.9, 0.98),
-        schedule="linear",
-        warmup_steps=0,
-        clip_norm=1.0,
-    ),
-    "token_budget": 30,  # several chunks on each rank
-    "steps": 3,
-    "seed": 0,
+PLAIN: dict[str, Any] = {"symmetric": False, "mask_false_negatives": False, "matryoshka_dims": ()}
+CONTRASTS = {
+    "plain": PLAIN,
+    "masked": PLAIN | {"mask_false_negatives": True},
+    "symmetric": {"matryoshka_dims": (8, 16), "similarity_block": 2},
 }
-CONTRAST: dict[str, Any] = {
-    "temperature": 0.1,
-    "learn_temperature": True,
-    "symmetric": False,
-    "mask_false_negatives": False,
-    "matryoshka_dims": (),
-    "similarity_block": 2,
-    "keep_gib": 0,
-}
-CONTRASTIVE = {
-    "plain": CONTRAST,
-    "masked": CONTRAST | {"mask_false_negatives": True},
-    "symmetric": CONTRAST
-    | {"symmetric": True, "mask_false_negatives": True, "matryoshka_dims": (8, 16)},
-}
-WARMUP: dict[str, Any] = {
-    "text_ratio": 0.2,
-    "text_segment": "context",
-    "patch_ratio": 0.5,
-    "patch_weight": 0.5,
-}
-RECONSTRUCTION: dict[str, tuple[Policy, dict[str, Any]]] = {
-    "warmup": (BIDIRECTIONAL, WARMUP),
-    "bridge": (
-        BRIDGE,
-        {"text_ratio": 0.7, "text_segment": "target", "patch_ratio": 0.0, "patch_weight": 0.0},
-    ),
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    **{name: ("contrast", choices) for name, choices in CONTRASTS.items()},
+    "warmup": ("warmup", {}),
+    "bridge": ("reconstruct", {}),
 }
 
 
@@ -98,14 +61,13 @@ class Task:
 
     model: Path
     processor: Processor
-    pairs: list[Row]
-    captions: list[Row]
+    pairs: Rows
+    captions: Rows
 
 
-def step(module: StageModule, rows: Rows) -> dict[str, Any]:
+def summed_step(module: StageModule, rows: Rows) -> dict[str, Any]:
     """Loss and gradients of one global batch, by name."""
-    module.manual_backward = lambda loss: loss.backward()  # type: ignore[method-assign, misc]
-    metrics = module.accumulate(module.preparation(validating=False)(rows))
+    metrics = module.accumulate(batches_of(module, rows))
     sum_gradients(module.parameters())
     found = {f"metric {name}": value for name, value in metrics.items()}
     return found | {n: p.grad for n, p in module.named_parameters() if p.grad is not None}
@@ -113,22 +75,13 @@ def step(module: StageModule, rows: Rows) -> dict[str, Any]:
 
 def stage_steps(task: Task, share: slice) -> Found:
     found: Found = {}
-
-    def backbone() -> Any:
+    for name, (stage, choices) in CASES.items():
         loaded = load(task.model, kernel="sdpa", dtype="float32", gradient_checkpointing=False)
-        torch.manual_seed(0)  # of new heads
-        return loaded.backbone.eval()
-
-    for name, values in CONTRASTIVE.items():
-        contrastive = ContrastiveModule(
-            backbone(), processor=task.processor, policy=BIDIRECTIONAL, **values, **SHARED
+        module = make_module(
+            stage, loaded.backbone.eval(), task.processor, token_budget=30, **choices
         )
-        found[name] = step(contrastive, collate(task.pairs[share]))
-    for name, (policy, choices) in RECONSTRUCTION.items():
-        reconstruction = ReconstructionModule(
-            backbone(), processor=task.processor, policy=policy, **choices, **SHARED
-        )
-        found[name] = step(reconstruction, collate(task.captions[share]))
+        rows = task.pairs if stage == "contrast" else task.captions
+        found[name] = summed_step(module, rows[share])
     return found
 
 
@@ -166,7 +119,7 @@ def one_of(world: int, index: int, folder: Path) -> Iterator[None]:
         "gloo", init_method=f"file://{folder}/meeting", rank=index, world_size=world
     )
     yield
-    dist.barrier()  # nobody leaves while another still waits for him
+    dist.barrier()  # no process leaves while another waits for it
     dist.destroy_process_group()
 
 
@@ -218,13 +171,15 @@ def task(tiny_folder: Path, processor: Processor, make_item: Callable[..., Item]
     a hard negative.
     """
 
-    def encode(seed: int, images: int, target: str | None = None) -> Encoded:
+    def sample(seed: int, images: int, target: str | None = None, role: int = 0) -> Sample:
         item = make_item(seed, images=images)
-        return processor.encode(item, target, key=item.key, seed=seed, row_id=f"toy row {seed}")
+        return processor(item, target, key=item.key, row_id=f"row {seed}", role=role)
 
-    pairs = [[encode(n, 1), encode(10 + n, 0), encode(20 + n, n % 2)] for n in range(5)]
+    pairs = [
+        [sample(n, 1), sample(10 + n, 0, role=1), sample(20 + n, n % 2, role=2)] for n in range(5)
+    ]
     pairs[4][1] = pairs[0][1]
-    captions = [[encode(30 + n, n % 3, make_item(40 + n).text)] for n in range(5)]
+    captions = [[sample(30 + n, n % 3, make_item(40 + n).text)] for n in range(5)]
     return Task(tiny_folder, processor, pairs, captions)
 
 
@@ -341,7 +296,7 @@ def test_on_one_process_everything_is_the_identity() -> None:
     assert torch.equal(parameter.grad, torch.full((2,), 4.0))
 
 
-@pytest.mark.parametrize("name", [*CONTRASTIVE, *RECONSTRUCTION])
+@pytest.mark.parametrize("name", CASES)
 def test_loss_and_gradients_equal_one_process_on_the_whole_batch(
     name: str, ranks: list[Found], whole: Found
 ) -> None:
@@ -352,9 +307,9 @@ def test_loss_and_gradients_equal_one_process_on_the_whole_batch(
 
 
 def test_what_is_compared_depends_on_every_choice(whole: Found) -> None:
-    losses = [float(whole[name]["metric loss"]) for name in CONTRASTIVE]
+    losses = [float(whole[name]["metric loss"]) for name in CONTRASTS]
     assert len({round(loss, 4) for loss in losses}) == len(losses)
-    assert all(bool(whole[name]["temperature.log_scale"].abs() > 1e-4) for name in CONTRASTIVE)
+    assert all(bool(whole[name]["temperature.log_scale"].abs() > 1e-4) for name in CONTRASTS)
 
 
 def test_ranks_hide_different_numbers_of_tokens(task: Task) -> None:

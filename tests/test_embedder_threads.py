@@ -1,39 +1,37 @@
-"""Embedding ahead of the model and from several threads: the same vectors, nothing left over."""
+"""Embedding ahead of the model and in several threads: the same vectors, and no thread is left."""
 
 from __future__ import annotations
 
-import io
 import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
-from PIL import Image
 from torch import nn
 
 from cocoa_pl.attention import Policy
-from cocoa_pl.data import progress, tokenize
-from cocoa_pl.data.items import IMAGE_SLOT, Item
-from cocoa_pl.data.tokenize import Processor
+from cocoa_pl.data import processor as processing
+from cocoa_pl.data import progress
+from cocoa_pl.data.items import Item
+from cocoa_pl.data.processor import Processor
 from cocoa_pl.embedder import Embedder
-from cocoa_pl.errors import UserError
 from cocoa_pl.models.exported import FINGERPRINT_TOLERANCE, take_fingerprint
 from cocoa_pl.models.loading import Loaded
 
-EVERYTHING = ("context", "eos", "target")
-FULL = Policy("bidirectional", EVERYTHING, EVERYTHING, EVERYTHING, causal=False)
+
+@pytest.fixture(scope="session")
+def full(policies: dict[str, Policy]) -> Policy:
+    return policies["bidirectional"]
 
 
 @pytest.fixture
-def embedder(load_tiny: Callable[..., Loaded], processor: Processor) -> Embedder:
-    return Embedder(load_tiny().backbone, processor, FULL)
+def embedder(load_tiny: Callable[..., Loaded], processor: Processor, full: Policy) -> Embedder:
+    return Embedder(load_tiny().backbone, processor, full)
 
 
 @pytest.fixture(scope="module")
@@ -47,21 +45,13 @@ def no_thread_is_left() -> Iterator[None]:
     assert [t.name for t in threading.enumerate() if "lookahead" in t.name] == []
 
 
-def one_by_one(embedder: Embedder, items: list[Item]) -> NDArray[np.float32]:
-    return np.concatenate([embedder.encode([item], threads=0) for item in items])
-
-
-@pytest.mark.parametrize("threads", [0, 1, 4])
 @pytest.mark.parametrize("batch_tokens", [1, 70, 10_000])
-def test_vectors_are_those_of_items_embedded_one_by_one(
-    batch_tokens: int, threads: int, embedder: Embedder, items: list[Item]
+def test_vectors_are_those_of_items_one_by_one_to_the_bit_for_any_number_of_threads(
+    batch_tokens: int, embedder: Embedder, items: list[Item]
 ) -> None:
-    found = embedder.encode(items, batch_tokens=batch_tokens, threads=threads)
-    np.testing.assert_allclose(found, one_by_one(embedder, items), atol=1e-5)
-
-
-def test_the_number_of_threads_changes_no_bit(embedder: Embedder, items: list[Item]) -> None:
-    found = [embedder.encode(items, batch_tokens=70, threads=threads) for threads in (0, 1, 4)]
+    alone = np.concatenate([embedder.encode([item], threads=0) for item in items])
+    found = [embedder.encode(items, batch_tokens=batch_tokens, threads=n) for n in (0, 1, 4)]
+    np.testing.assert_allclose(found[0], alone, atol=1e-5)
     np.testing.assert_array_equal(found[0], found[1])
     np.testing.assert_array_equal(found[0], found[2])
 
@@ -74,24 +64,6 @@ def test_a_stream_hands_over_each_item_once(embedder: Embedder, items: list[Item
         places += numbers.tolist()
     assert sorted(places) == list(range(len(items)))
     assert places != sorted(places)  # by cost
-
-
-def test_a_stream_that_is_left_early_stops_reading(
-    embedder: Embedder, items: list[Item], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    read: list[str] = []
-    original = embedder.processor.encode
-    monkeypatch.setattr(
-        embedder.processor,
-        "encode",
-        lambda *a, **k: (read.append(k["row_id"]), original(*a, **k))[1],
-    )
-    stream = embedder.stream(items * 20, batch_tokens=70)
-    next(stream)
-    stream.close()
-    after = len(read)
-    time.sleep(0.05)
-    assert len(read) == after < 20 * len(items) / 4
 
 
 @pytest.mark.parametrize("threads", [0, 4])
@@ -118,17 +90,6 @@ def test_what_stops_the_model_stops_the_threads(
     assert len(calls) == 3
     monkeypatch.undo()
     assert embedder.encode(items[:2]).shape == (2, embedder.dim)  # it can be used again
-
-
-@pytest.mark.parametrize("threads", [0, 1, 4])
-def test_a_bad_item_is_the_same_sentence_for_any_number_of_threads(
-    threads: int, embedder: Embedder, items: list[Item], tmp_path: Path
-) -> None:
-    given: list[Any] = [*items, {"image": tmp_path / "none.png"}, "", {"text": 3}]
-    with pytest.raises(UserError, match=rf"^item {len(items)}: image .*none\.png does not exist"):
-        embedder.encode(given, threads=threads)
-    with pytest.raises(UserError, match=f"^item {len(items)}: an item needs a text or an image"):
-        embedder.encode(given[:23] + given[24:], threads=threads)
 
 
 def test_several_threads_may_use_one_embedder(embedder: Embedder, items: list[Item]) -> None:
@@ -169,10 +130,12 @@ def test_a_model_never_embeds_in_training_mode(
     assert embedder.backbone.extra.training
 
 
-def test_a_tokenizer_is_used_by_one_thread_at_a_time(
-    make_processor: Callable[..., Processor], monkeypatch: pytest.MonkeyPatch
+def test_a_tokenizer_is_used_by_one_thread_at_a_time_and_a_cut_is_said_once(
+    make_processor: Callable[..., Processor],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    processor = make_processor()
+    processor = make_processor(max_length=8)
     inside, most, lock = 0, 0, threading.Lock()
     original = processor.tokenizer
 
@@ -189,43 +152,25 @@ def test_a_tokenizer_is_used_by_one_thread_at_a_time(
             return encoded
 
     monkeypatch.setattr(processor, "tokenizer", Watched())
-    monkeypatch.setattr(tokenize, "MAX_KNOWN_TEXTS", 5)  # what is known is forgotten all the time
+    monkeypatch.setattr(processing, "MAX_KNOWN_TEXTS", 5)  # what is known is forgotten all the time
     texts = [f"the {'dog ' * (n % 7)}near {n % 11} cats" for n in range(200)]
     expected = [original(text, add_special_tokens=False).input_ids for text in texts]
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(processor._text_ids, texts)) == expected
+        list(pool.map(lambda t: processor(Item(t), None, key=0, row_id="toy"), texts))
     assert most == 1
+    assert caplog.text.count("said once") == 1
 
 
 def test_what_a_processor_remembers_is_bounded_in_tokens(
     make_processor: Callable[..., Processor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tokenize, "MAX_KNOWN_TOKENS", 100)
+    monkeypatch.setattr(processing, "MAX_KNOWN_TOKENS", 100)
     processor = make_processor()
     for number in range(50):
         processor.count_text_tokens(f"the dog sleeps near {number}")
         assert sum(map(len, processor._known_texts.values())) <= 100
     assert processor._known_texts
-
-
-def test_a_cut_text_is_said_once_by_several_threads(
-    make_processor: Callable[..., Processor], caplog: pytest.LogCaptureFixture
-) -> None:
-    processor = make_processor(max_length=8)
-    with ThreadPoolExecutor(8) as pool:
-        list(
-            pool.map(
-                lambda n: processor.encode(
-                    Item("the dog sleeps near one red sofa " * 3),
-                    None,
-                    key=0,
-                    seed=0,
-                    row_id=str(n),
-                ),
-                range(64),
-            )
-        )
-    assert caplog.text.count("said once") == 1
 
 
 def test_a_long_call_says_how_far_it_is(
@@ -253,27 +198,27 @@ def test_durations_are_said_in_the_unit_a_person_would_use(seconds: float, told:
 
 
 def test_identity_is_the_same_for_the_same_model_and_changes_with_whatever_vectors_depend_on(
-    load_tiny: Callable[..., Loaded], make_processor: Callable[..., Processor]
+    load_tiny: Callable[..., Loaded],
+    make_processor: Callable[..., Processor],
+    policies: dict[str, Policy],
 ) -> None:
+    full = policies["bidirectional"]
+
     def identity(embedder: Embedder) -> dict[str, Any]:
         found = embedder.identity()
         del found["fingerprint"], found["tolerance"]
         return found
 
     loaded = load_tiny()
-    mine = identity(Embedder(loaded.backbone, make_processor(), FULL))
-    other = Embedder(load_tiny().backbone, make_processor(), FULL)
+    mine = identity(Embedder(loaded.backbone, make_processor(), full))
+    other = Embedder(load_tiny().backbone, make_processor(), full)
     other.encode(["two boats"])
     assert identity(other) == mine
     changed = {
-        "max_length": Embedder(loaded.backbone, make_processor(max_length=64), FULL),
-        "max_pixels": Embedder(loaded.backbone, make_processor(max_pixels=3136), FULL),
-        "policy": Embedder(
-            loaded.backbone,
-            make_processor(),
-            Policy("causal", EVERYTHING, EVERYTHING, EVERYTHING, causal=True),
-        ),
-        "weights": Embedder(load_tiny().backbone, make_processor(), FULL),
+        "max_length": Embedder(loaded.backbone, make_processor(max_length=64), full),
+        "max_pixels": Embedder(loaded.backbone, make_processor(max_pixels=3136), full),
+        "policy": Embedder(loaded.backbone, make_processor(), policies["causal"]),
+        "weights": Embedder(load_tiny().backbone, make_processor(), full),
     }
     with torch.no_grad():
         weight = next(changed["weights"].backbone.parameters())
@@ -283,32 +228,20 @@ def test_identity_is_the_same_for_the_same_model_and_changes_with_whatever_vecto
         assert differing == {name}
 
 
-def test_pictures_are_embedded_from_bytes_in_threads(
-    embedder: Embedder, make_image: Callable[..., Image.Image]
-) -> None:
-    buffer = io.BytesIO()
-    make_image((56, 84)).save(buffer, "PNG")
-    items = [Item(IMAGE_SLOT, (buffer.getvalue(),))] * 30
-    found = embedder.encode(items, batch_tokens=20, threads=4)
-    np.testing.assert_allclose(found, found[:1].repeat(30, axis=0), atol=1e-6)
-
-
 @pytest.mark.gpu
 def test_on_a_gpu_batches_go_over_from_pinned_memory_and_vectors_are_those_of_the_cpu(
-    load_tiny: Callable[..., Loaded], processor: Processor, items: list[Item]
+    load_tiny: Callable[..., Loaded], processor: Processor, items: list[Item], full: Policy
 ) -> None:
     """To a tenth of what an exported folder is opened with; TF32, which cuDNN's convolutions have
     by default, moves these vectors by 4e-4.
     """
     assert torch.get_float32_matmul_precision() == "highest"
-    on_cpu = Embedder(load_tiny().backbone, processor, FULL)
-    embedder = Embedder(load_tiny().backbone.cuda(), processor, FULL)
+    on_cpu = Embedder(load_tiny().backbone, processor, full)
+    embedder = Embedder(load_tiny().backbone.cuda(), processor, full)
     atol = FINGERPRINT_TOLERANCE["float32"] / 10
-    laid_out = embedder._lay_out(
-        [processor.encode(item, None, key=0, seed=0, row_id="toy") for item in items[:3]]
-    )
-    assert laid_out.input_ids.is_pinned()
-    assert laid_out.patches.is_pinned()
+    batch = embedder._pack([processor(item, None, key=0, row_id="toy") for item in items[:3]])
+    assert batch.input_ids.is_pinned()
+    assert batch.patches.is_pinned()
     expected = on_cpu.encode(items, batch_tokens=70)
     for threads in (0, 4):
         found = embedder.encode(items, batch_tokens=70, threads=threads)

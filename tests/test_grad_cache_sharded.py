@@ -1,5 +1,5 @@
-"""With FSDP2 on two processes: kept chunks and shared DoRA norms give the gradients of one process
-that keeps nothing and of peft's own layers.
+"""With FSDP2 on two processes, the gradient cache and shared DoRA norms give the gradients of one
+process with peft's own layers.
 """
 
 from __future__ import annotations
@@ -19,13 +19,12 @@ from torch.multiprocessing.spawn import spawn
 from torch.nn.functional import cross_entropy, normalize
 
 from cocoa_pl.distributed.strategies import shard
-from cocoa_pl.grad_cache import cached_backward
+from cocoa_pl.grad_cache import GradientCache
 from cocoa_pl.models.dora import make_lean, shared_norms
 
 pytestmark = pytest.mark.slow  # two processes that import everything
 
 WORLD, ROWS, WIDTH = 2, 8, 12
-KEPT = (1, 2, 3, 4)  # of four chunks
 STEPS = 2  # norms of the first must not serve in the second
 
 
@@ -65,7 +64,7 @@ def whole(value: Any) -> Tensor:
     return value.full_tensor() if isinstance(value, DTensor) else value.clone()
 
 
-def steps(model: Any, shares: list[Tensor], *, keep: int) -> list[dict[str, Tensor]]:
+def steps(model: Any, shares: list[Tensor]) -> list[dict[str, Tensor]]:
     """Gradients of each optimizer step; plain descent, which magnifies no rounding."""
     found = []
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -74,16 +73,9 @@ def steps(model: Any, shares: list[Tensor], *, keep: int) -> list[dict[str, Tens
         optimizer.zero_grad()
         with shared_norms(model):
             for rows in shares:
-                kept = iter([True] * (keep - 1) + [False])
-                cached_backward(
-                    model,
-                    rows.split(2),
-                    loss,
-                    keep_bytes=1 << 40,
-                    agreed=lambda _, kept=kept: next(kept),
-                    backward=lambda t: t.backward(),
-                    device=torch.device("cpu"),
-                )
+                cache = GradientCache(model, rows.split(2))
+                loss(cache.embeddings).backward()
+                cache.backward(lambda t: t.backward())
         found.append({name: whole(p.grad) for name, p in trained.items()})
         optimizer.step()
     return found
@@ -94,34 +86,23 @@ def work(index: int, folder: str) -> None:
     meeting = f"file://{folder}/meeting"
     dist.init_process_group("gloo", init_method=meeting, rank=index, world_size=WORLD)
     mesh = init_device_mesh("cpu", (WORLD,))
-    found = {}
-    for keep in KEPT:
-        model = build(lean=True)
-        blocks = [part for part in model.modules() if isinstance(part, Block)]
-        shard([model], blocks=blocks, mesh=mesh, compute_dtype=None)
-        found[keep] = steps(model, [rows_of(index)], keep=keep)
+    model = build(lean=True)
+    blocks = [part for part in model.modules() if isinstance(part, Block)]
+    shard([model], blocks=blocks, mesh=mesh, compute_dtype=None)
+    found = steps(model, [rows_of(index)])
     if index == 0:
         Path(folder, "found").write_bytes(pickle.dumps(found))
-    dist.barrier()  # nobody leaves while another still waits for him
+    dist.barrier()  # so that no process leaves while another waits for it
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module")
-def sharded(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Tensor]]]:
-    folder = tmp_path_factory.mktemp("sharded")
-    spawn(work, args=(str(folder),), nprocs=WORLD)
-    found: dict[int, list[dict[str, Tensor]]] = pickle.loads((folder / "found").read_bytes())
-    return found
-
-
-@pytest.mark.parametrize("keep", KEPT)
-def test_sharded_gradients_are_those_of_one_process(
-    keep: int, sharded: dict[int, list[dict[str, Tensor]]]
-) -> None:
-    expected = steps(build(lean=False), [rows_of(index) for index in range(WORLD)], keep=1)
-    for found, wanted in zip(sharded[keep], expected, strict=True):
-        assert found.keys() == wanted.keys()
+def test_sharded_gradients_are_those_of_one_process(tmp_path: Path) -> None:
+    spawn(work, args=(str(tmp_path),), nprocs=WORLD)
+    sharded = pickle.loads((tmp_path / "found").read_bytes())
+    expected = steps(build(lean=False), [rows_of(index) for index in range(WORLD)])
+    for found, single in zip(sharded, expected, strict=True):
+        assert found.keys() == single.keys()
         assert len(found) == 12  # A, B and magnitudes of four layers
-        for name, gradient in wanted.items():
+        for name, gradient in single.items():
             assert gradient.abs().max() > 1e-3, name
             torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=5e-5, msg=name)

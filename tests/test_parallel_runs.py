@@ -23,9 +23,9 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch.multiprocessing.spawn import spawn
 
-from cocoa_pl.batch import Rows
 from cocoa_pl.config.build import register_resolvers
 from cocoa_pl.config.command_line import CONFIGS
+from cocoa_pl.data.batch import Batch
 from cocoa_pl.distributed.collectives import rank
 from cocoa_pl.errors import UserError
 from cocoa_pl.run import train
@@ -76,8 +76,8 @@ def run_and_stop(job: Job) -> None:
     """As if the cluster wanted one of the machines back."""
     original = ContrastiveModule.training_step
 
-    def step(self: ContrastiveModule, rows: Rows, batch_idx: int) -> None:
-        original(self, rows, batch_idx)
+    def step(self: ContrastiveModule, batches: list[Batch], batch_idx: int) -> None:
+        original(self, batches, batch_idx)
         if self.global_step == STOP_AT and rank() == dist.get_world_size() - 1:
             os.kill(os.getpid(), signal.SIGTERM)
 

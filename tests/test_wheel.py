@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from cocoa_pl.attention import Policy
-from cocoa_pl.data.tokenize import Processor
+from cocoa_pl.data.processor import Processor
 from cocoa_pl.embedder import Embedder
 from cocoa_pl.evaluation.results import Results, SubsetScore
 from cocoa_pl.export.folder import export

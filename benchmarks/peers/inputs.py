@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -35,10 +35,6 @@ class Row:
     picture: Image | None
     hidden_patches: Tensor | None
     noise: Tensor | None
-
-    def with_noise(self, noise: Tensor) -> Row:
-        """The same row with its hidden patches replaced."""
-        return replace(self, noise=noise)
 
 
 @dataclass(frozen=True)

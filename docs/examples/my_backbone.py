@@ -5,10 +5,9 @@ from functools import partial
 from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.models.qwen2_vl import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
-from cocoa_pl.models import vision_grids
-from cocoa_pl.models.layout import VisionInputs
+from cocoa_pl.models.backbone import VisionInputs
 from cocoa_pl.models.loading import FAMILIES, PretrainedSource
-from cocoa_pl.models.qwen_vl import QwenVLBackbone
+from cocoa_pl.models.qwen_vl import QwenVLBackbone, whole_images
 
 
 # These two stand for what a new release of transformers brings.
@@ -29,7 +28,7 @@ class NewVLBackbone(QwenVLBackbone):
 
     @property
     def vision_inputs(self) -> VisionInputs:
-        return partial(vision_grids.whole_images, merge_size=self.merge_size)
+        return partial(whole_images, merge_size=self.merge_size)
 
 
 FAMILIES["new_vl"] = NewVLBackbone

@@ -13,12 +13,13 @@ import torch
 from numpy.typing import NDArray
 
 from cocoa_pl.attention import Policy
-from cocoa_pl.batch import Batch, Encoded, pack
+from cocoa_pl.data.batch import Batch, Sample, pack
 from cocoa_pl.data.item_batches import item_batches
 from cocoa_pl.data.items import Input, Item, as_item, as_list
+from cocoa_pl.data.processor import Processor
 from cocoa_pl.data.progress import Progress, bar
-from cocoa_pl.data.tokenize import Processor
 from cocoa_pl.errors import UserError, name_of
+from cocoa_pl.losses import matryoshka
 from cocoa_pl.models.backbone import Backbone
 from cocoa_pl.models.exported import (
     FINGERPRINT_TOLERANCE,
@@ -29,9 +30,7 @@ from cocoa_pl.models.exported import (
     read_description,
     take_fingerprint,
 )
-from cocoa_pl.models.layout import Layout
 from cocoa_pl.models.loading import load
-from cocoa_pl.objectives import matryoshka
 
 THREADS = 4  # that read and encode ahead of the model
 
@@ -183,33 +182,32 @@ class Embedder:
             len(items),
             item_at,
             self.processor,
-            self._lay_out,
+            self._pack,
             batch_tokens=batch_tokens,
             threads=threads,
         )
         with closing(batches):
             queued: deque[tuple[NDArray[np.intp], Fetch]] = deque()  # on the device
-            for numbers, (batch, layout) in batches:
-                queued.append((numbers, self._embed(batch, layout)))
+            for numbers, batch in batches:
+                queued.append((numbers, self._embed(batch)))
                 if len(queued) > 1:  # the device has the next one while this one is fetched
                     yield _fetched(*queued.popleft(), progress)
             while queued:
                 yield _fetched(*queued.popleft(), progress)
 
-    def _lay_out(self, samples: list[Encoded]) -> tuple[Batch, Layout]:
-        """What the model takes; in a thread ahead of it, and for a GPU in pinned memory."""
-        batch, device = pack(samples), self.backbone.device
-        layout = self.backbone.layouts(self.policy)(batch)
-        if device.type != "cuda":
-            return batch, layout
-        with torch.cuda.device(device):  # a new thread begins with the first GPU
-            return batch.pin_memory(), layout.pin_memory()
-
-    def _embed(self, batch: Batch, layout: Layout) -> Fetch:
-        """Queue a batch on the device; the function returned waits for its vectors."""
+    def _pack(self, samples: list[Sample]) -> Batch:
+        """The model's input; in a thread ahead of it, and for a GPU in pinned memory."""
         device = self.backbone.device
+        batch = pack(samples, self.backbone.planner(self.policy))
+        if device.type != "cuda":
+            return batch
+        with torch.cuda.device(device):  # a new thread begins with the first GPU
+            return batch.pin_memory()
+
+    def _embed(self, batch: Batch) -> Fetch:
+        """Queue a batch on the device; the function returned waits for its vectors."""
         with self._one_at_a_time, torch.inference_mode(), _evaluating(self.backbone):
-            vectors = self.backbone.embed(batch.to(device), layout.to(device))
+            vectors = self.backbone.embed(batch.to(self.backbone.device))
             on_host = vectors.to("cpu", non_blocking=True)
             wait = _nothing
             if vectors.is_cuda:

@@ -15,8 +15,8 @@ from rich.console import Console
 from cocoa_pl.attention import Policy
 from cocoa_pl.config.build import build, check_values
 from cocoa_pl.config.saved import load_config, settings_of
+from cocoa_pl.data.processor import Processor
 from cocoa_pl.data.sources import HeldOutBenchmark
-from cocoa_pl.data.tokenize import Processor
 from cocoa_pl.distributed.collectives import rank
 from cocoa_pl.distributed.strategies import full_state, is_sharded
 from cocoa_pl.embedder import Embedder, chosen_device

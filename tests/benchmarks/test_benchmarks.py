@@ -64,13 +64,13 @@ GATES: dict[str, dict[str, float]] = {
     "images_on_one_core": {"bytes_to_the_device": 8},
     "images_whole_path": {"bytes_to_the_device": 8},
     "packing": {"token_slots_per_real_token": 2.5, "flops": 2.5, "model_calls": 1},
-    "gradient_cache": {"model_calls": 1.3, "flops": 1.3},
+    "gradient_cache": {"model_calls": 1.3, "flops": 1.25},
     "scoring": {},
     "scoring_shared": {},
     "similarities": {"similarities": 4, "flops": 3, "peak_saved_bytes": 4},
     "warmup_step": {"head_rows": 10, "flops": 2, "peak_saved_bytes": 1.3},
     "reconstruct_step": {"head_rows": 3, "flops": 1.6, "peak_saved_bytes": 2},
-    "contrast_step": {"token_slots_per_real_token": 1.3, "flops": 2, "peak_saved_bytes": 1.4},
+    "contrast_step": {"token_slots_per_real_token": 1.3, "flops": 2, "peak_saved_bytes": 1.3},
     "encode": {"flops": 1.05},
 }
 

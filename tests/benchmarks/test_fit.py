@@ -15,10 +15,10 @@ from torch.overrides import TorchFunctionMode
 
 from benchmarks import contrast, models, ours, training
 from benchmarks.benchmark import FULL, GIB, SIDES, Benchmark
+from benchmarks.counting import LiveBytes
 from benchmarks.models import QWEN2_VL_2B, with_depth
 from benchmarks.registry import BENCHMARKS
 from cocoa_pl.attention import kernels
-from cocoa_pl.live_bytes import LiveBytes
 
 CPU = torch.device("cpu")
 MEMORY = 79 * GIB  # of an H100 with 80 GB

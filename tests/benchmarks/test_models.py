@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks.models import PROPORTIONS, QWEN2_VL_2B, SMALL, Shape, config_of, stock_model
-from benchmarks.samples import Mix, draw, encode
+from benchmarks.samples import Mix, draw
 from cocoa_pl.models.published import KNOWN
 from cocoa_pl.planning import flops
 from cocoa_pl.planning.families import model_shape
@@ -34,7 +34,6 @@ def work_by_part(shape: Shape) -> dict[str, float]:
         text=NOTHING,
         images=NOTHING,
         windows=NOTHING,
-        read=visual + text,
         predicted=visual + text,
         rebuilt=0,
     )
@@ -69,6 +68,3 @@ def test_samples_follow_from_the_seed_and_have_skewed_lengths() -> None:
     lengths = torch.tensor([float(len(sample.text)) for sample in first])
     assert lengths.median() == pytest.approx(40, rel=0.25)
     assert lengths.max() > 2.5 * lengths.median()
-    encoded = [encode(s, shape=SMALL, max_pixels=mix.max_pixels, resample=3, seed=0) for s in first]
-    assert len({one.key for one in encoded}) == len(encoded)
-    assert all(one.key >= 0 for one in encoded)

@@ -1,4 +1,4 @@
-"""A small folder in the hub's layout, and streams of it."""
+"""Samples of a given shape; a small folder in the hub's layout, and streams of it."""
 
 from __future__ import annotations
 
@@ -18,12 +18,36 @@ from PIL import Image
 
 from cocoa_pl.config.build import register_resolvers
 from cocoa_pl.config.command_line import CONFIGS
+from cocoa_pl.data.batch import SPECIAL, TEXT, VISUAL, Sample
 from cocoa_pl.data.stream import StreamData
 
 ROWS = {"A": 23, "B": 17, "E": 12}
 
 DataConfig = Callable[[str], dict[str, Any]]
 MakeStream = Callable[..., StreamData]
+
+
+@pytest.fixture(scope="session")
+def sample_of() -> Callable[..., Sample]:
+    """A sample with given segment lengths, which begins with an image of some visual tokens."""
+
+    def make(context: int, target: int = 0, *, bottleneck: int = 1, visual: int = 0) -> Sample:
+        tokens = context + bottleneck + target
+        kinds = np.full(tokens, TEXT, np.uint8)
+        kinds[:visual] = VISUAL
+        kinds[context : context + bottleneck] = SPECIAL
+        return Sample(
+            input_ids=np.arange(10, 10 + tokens),
+            kinds=kinds,
+            position_ids=np.broadcast_to(np.arange(tokens), (3, tokens)),
+            segment_lengths=(context, bottleneck, target),
+            patches=np.random.default_rng(tokens).integers(0, 256, (4 * visual, 588), np.uint8),
+            grids=((1, 2, 2 * visual),) if visual else (),
+            key=0,
+            row_id="toy",
+        )
+
+    return make
 
 
 @pytest.fixture(scope="session")

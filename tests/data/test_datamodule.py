@@ -1,4 +1,4 @@
-"""Rows to packed batches: roles, workers, resuming, and rows that cannot be read."""
+"""Batches of a DataModule: roles, workers, resuming, and rows that cannot be read."""
 
 import math
 import re
@@ -11,17 +11,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from cocoa_pl.batch import Batch, Encoded, Rows
-from cocoa_pl.data.datamodule import EncodedRows, StageData, collate, validation_batches
+from cocoa_pl.attention import Plan, Policy, make_plan
+from cocoa_pl.data.batch import Batch, Collator, Sample
+from cocoa_pl.data.datamodule import LARGE, StageData, validation_batches
 from cocoa_pl.data.examples import BridgeExamples, PairExamples
 from cocoa_pl.data.items import IMAGE_SLOT, Item, Pair
+from cocoa_pl.data.masking import Masking
+from cocoa_pl.data.processor import Processor
 from cocoa_pl.data.sampler import Mixing
-from cocoa_pl.data.tokenize import Processor
 from cocoa_pl.errors import UserError
 
 MakeItem = Callable[..., Item]
 BAD = 5
 SHUFFLED = Mixing(composition="shuffled", sub_batches=None, exponent=1.0, weights=None)
+EVERYTHING = ("context", "eos", "target")
+POLICY = Policy("bidirectional", EVERYTHING, EVERYTHING, EVERYTHING, causal=False)
 BRIDGE = BridgeExamples(sources={"query": 0.5, "self": 0.5})
 
 
@@ -47,18 +51,21 @@ def pairs_with_a_bad_row(pairs: list[Pair], request: pytest.FixtureRequest) -> l
     return [*pairs[:BAD], bad, *pairs[BAD + 1 :]]
 
 
-def as_they_are(rows: Rows) -> Rows:
-    """What a stage would make of rows."""
-    return rows
+def plan(segment_lengths: Tensor, grids: Tensor) -> tuple[Plan, dict[str, Any]]:
+    return make_plan(POLICY, segment_lengths), {}
 
 
-def loaded(loader: Any) -> list[Rows]:
-    return [parcel.content for parcel in loader]
+def loaded(loader: Any) -> list[Batch]:
+    """One batch a step: the budget is large."""
+    steps = list(loader)
+    assert all(len(step) == 1 for step in steps)
+    return [batch for step in steps for batch in step]
 
 
 def stage_data(pairs: list[Pair], processor: Processor, **changes: Any) -> StageData:
     values: dict[str, Any] = {
         "make_samples": BRIDGE,
+        "masking": Masking(0.7, "target", 0.5, processor.mask_id),
         "mixing": SHUFFLED,
         "batch_size": 4,
         "validation_batch_size": 3,
@@ -70,60 +77,66 @@ def stage_data(pairs: list[Pair], processor: Processor, **changes: Any) -> Stage
         "pinned": False,
         **changes,
     }
-    values |= dict.fromkeys(("prepare", "prepare_validation"), as_they_are)
+    values |= dict.fromkeys(("collator", "validation_collator"), Collator(plan, token_budget=10**6))
     return StageData(pairs, pairs[:7], processor=processor, **values)
 
 
-def validation(data: StageData) -> list[Rows]:
+def validation(data: StageData) -> list[Batch]:
     return loaded(data.val_dataloader())
 
 
-def content(batch: Batch) -> tuple[tuple[str, ...], list[int], list[int], Tensor]:
-    return batch.row_ids, batch.seeds.tolist(), batch.input_ids.tolist(), batch.patches
+def names(batch: Batch) -> list[int]:
+    """Numbers of the rows in the order of the step."""
+    numbers = [int(row_id.removeprefix("toy row ")) for row_id in batch.row_ids]
+    return [numbers[place] for place in batch.places.argsort().tolist()]
 
 
-def assert_same(first: list[Rows], second: list[Rows]) -> None:
+def assert_same(first: list[Batch], second: list[Batch]) -> None:
     assert len(first) == len(second)
     for one, other in zip(first, second, strict=True):
-        *facts, patches = content(one.batch)
-        *other_facts, other_patches = content(other.batch)
-        assert facts == other_facts
-        assert torch.equal(patches, other_patches)
-        assert one.skipped == other.skipped
+        assert (one.row_ids, one.noise) == (other.row_ids, other.noise)
+        for name in ("input_ids", "patches", "targets", "token_rows", "patch_rows", "keys"):
+            assert torch.equal(getattr(one, name), getattr(other, name)), name
+        assert torch.equal(one.plan.cu_seqlens_k, other.plan.cu_seqlens_k)
 
 
-# --- Collating -------------------------------------------------------------------------------
+# --- Rows ------------------------------------------------------------------------------------
+
+
+def contrast(pairs: list[Pair], processor: Processor, **changes: Any) -> StageData:
+    examples = PairExamples(max_negatives=2)
+    return stage_data(pairs, processor, make_samples=examples, masking=None, **changes)
 
 
 def test_collated_rows_lie_role_by_role(pairs: list[Pair], processor: Processor) -> None:
-    rows = EncodedRows(pairs, PairExamples(max_negatives=2), processor, seed=0, on_bad_row="fail")
-    collated = collate([rows[0, row] for row in (2, 0, 1, 5)])
-    assert collated.num_rows == 4
-    names = [name.removeprefix("toy row ") for name in collated.batch.row_ids]
-    assert "".join(names) == "2015" + "2015" + "215" + "25"  # queries, positives, negatives
+    data = contrast(pairs, processor)
+    rows = [data.make_row(pairs[row], 0) for row in (2, 0, 1, 5)]
+    (batch,) = data.collator(rows)
+    assert batch.num_rows == 4
+    order = batch.places.argsort()
+    assert names(batch) == [*(2, 0, 1, 5), *(2, 0, 1, 5), *(2, 1, 5), *(2, 5)]
+    assert batch.roles[order].tolist() == [0] * 4 + [1] * 4 + [2] * 3 + [3] * 2
     expected = [
         *[pairs[row].query.key for row in (2, 0, 1, 5)],
         *[pairs[row].positive.key for row in (2, 0, 1, 5)],
         *[pairs[row].negatives[0].key for row in (2, 1, 5)],
         *[pairs[row].negatives[1].key for row in (2, 5)],
     ]
-    assert collated.batch.keys.tolist() == expected
+    assert batch.keys[order].tolist() == expected
 
 
-def test_samples_of_a_run_have_seeds_of_their_own(pairs: list[Pair], processor: Processor) -> None:
-    rows = EncodedRows(pairs, PairExamples(max_negatives=2), processor, seed=0, on_bad_row="fail")
-    seeds = [
-        sample.seed
-        for epoch in (-1, 0, 1)
-        for row in range(len(pairs))
-        for sample in encoded(rows[epoch, row])
-    ]
-    assert len(seeds) == len(set(seeds))
-    other = EncodedRows(pairs, PairExamples(max_negatives=2), processor, seed=1, on_bad_row="fail")
-    assert encoded(other[0, 0])[0].seed not in seeds
+def test_masks_follow_from_seed_epoch_and_row(pairs: list[Pair], processor: Processor) -> None:
+    def hidden(epoch: int, row: int, seed: int = 0) -> tuple[int, ...]:
+        data = stage_data([pairs[0]] * 2, processor, seed=seed)
+        sample = samples(data.validation_rows[epoch, row])[0]
+        return (*sample.hidden.tolist(), *sample.hidden_visual.tolist(), sample.noise_seed)
+
+    seen = [hidden(0, 0), hidden(1, 0), hidden(0, 1), hidden(-1, 0), hidden(0, 0, seed=1)]
+    assert len(set(seen)) == len(seen)
+    assert hidden(1, 0) == seen[1]
 
 
-def encoded(row: list[Encoded] | str) -> list[Encoded]:
+def samples(row: list[Sample] | str) -> list[Sample]:
     assert isinstance(row, list)
     return row
 
@@ -154,8 +167,8 @@ def test_training_batches_have_the_batch_size_and_no_row_twice(
 ) -> None:
     batches = loaded(stage_data(pairs, processor).train_dataloader())
     assert len(batches) == 6
-    for rows in batches:
-        assert rows.num_rows == rows.batch.num_samples == len(set(rows.batch.row_ids)) == 4
+    for batch in batches:
+        assert batch.num_rows == batch.num_samples == len(set(batch.row_ids)) == 4
 
 
 def test_validation_shows_every_row_once_in_order_and_always_alike(
@@ -163,9 +176,8 @@ def test_validation_shows_every_row_once_in_order_and_always_alike(
 ) -> None:
     data = stage_data(pairs, processor)
     first = validation(data)
-    assert [r.num_rows for r in first] == [3, 2, 2]  # at most 3 each, of about equal size
-    names = [name for rows in first for name in rows.batch.row_ids]
-    assert names == [f"toy row {row}" for row in range(7)]
+    assert [batch.num_rows for batch in first] == [3, 2, 2]  # at most 3 each, about equal
+    assert [row for batch in first for row in names(batch)] == list(range(7))
     assert_same(validation(data), first)
 
 
@@ -183,15 +195,8 @@ def test_dataset_smaller_than_a_batch_is_refused(pairs: list[Pair], processor: P
 # --- Bad rows --------------------------------------------------------------------------------
 
 
-def load_epoch(pairs: list[Pair], processor: Processor, **changes: Any) -> list[Rows]:
-    data = stage_data(
-        pairs,
-        processor,
-        batch_size=11,
-        steps=1,
-        make_samples=PairExamples(max_negatives=0),
-        **changes,
-    )
+def load_epoch(pairs: list[Pair], processor: Processor, **changes: Any) -> list[Batch]:
+    data = contrast(pairs, processor, batch_size=11, steps=1, **changes)
     return loaded(data.train_dataloader())
 
 
@@ -208,28 +213,39 @@ def test_bad_row_stops_the_run_and_is_named(
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_skipped_row_is_counted_and_leaves_no_trace_in_the_batch(
-    num_workers: int, pairs_with_a_bad_row: list[Pair], processor: Processor
+def test_skipped_row_is_logged_and_leaves_no_trace_in_the_batch(
+    num_workers: int,
+    pairs_with_a_bad_row: list[Pair],
+    processor: Processor,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    (rows,) = load_epoch(
+    (batch,) = load_epoch(
         pairs_with_a_bad_row, processor, on_bad_row="skip", num_workers=num_workers
     )
-    assert rows.num_rows == 10
-    assert rows.batch.num_samples == 20
-    assert f"toy row {BAD}" not in rows.batch.row_ids
-    (reason,) = rows.skipped
+    assert batch.num_rows == 10
+    assert f"toy row {BAD}" not in batch.row_ids
     wrong = "(image /no/such/picture.png does not exist|the encoded image .* cannot be read)"
-    assert re.match(f"toy row {BAD}: {wrong}", reason)
+    if not num_workers:  # a worker's log is its own
+        assert re.search(f"skipped 1 bad rows, first: toy row {BAD}: {wrong}", caplog.text)
 
 
 def test_batch_without_a_readable_row_is_refused(
     pairs_with_a_bad_row: list[Pair], processor: Processor
 ) -> None:
-    rows = EncodedRows(
-        pairs_with_a_bad_row, PairExamples(max_negatives=0), processor, seed=0, on_bad_row="skip"
-    )
+    data = contrast(pairs_with_a_bad_row, processor, on_bad_row="skip")
+    rows = [data.make_row(pairs_with_a_bad_row[BAD], seed) for seed in (0, 1)]
     with pytest.raises(UserError, match="no row of this batch can be read, first: toy row 5: "):
-        collate([rows[0, BAD], rows[1, BAD]])
+        data.collator(rows)
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts open files")
+def test_waiting_batches_hold_few_files_open(pairs: list[Pair], processor: Processor) -> None:
+    """torch would hold one open for each of hundreds of tensors."""
+    data = contrast(pairs, processor, num_workers=2, steps=40)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    kept = loaded(data.train_dataloader())
+    assert max(batch.patches.nbytes for batch in kept) < LARGE
+    assert len(list(Path("/proc/self/fd").iterdir())) - before < len(kept)
 
 
 @pytest.mark.parametrize("num_rows", [4, 5, 8, 13, 100])

@@ -22,7 +22,7 @@ from PIL import Image
 
 from cocoa_pl import cli
 from cocoa_pl.attention import Policy
-from cocoa_pl.data.tokenize import Processor
+from cocoa_pl.data.processor import Processor
 from cocoa_pl.embedder import Embedder
 from cocoa_pl.models.loading import FAMILIES, Loaded, load
 from tests.docs.pages import HERE, PAGES, PYTHON, ROOT

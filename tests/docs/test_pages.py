@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
 # What users meet through commands alone.
-UNDOCUMENTED = {"planning", "doctor", "cli", "run", "sweep", "live_bytes", "items"}
+UNDOCUMENTED = {"planning", "doctor", "cli", "run", "sweep"}
 
 
 def literals() -> list[str]:

@@ -39,7 +39,7 @@ def test_every_policy_is_drawn(site: Path) -> None:
         name = f"img/drawn/{path.stem}.png"
         assert (site / name).read_bytes().startswith(b"\x89PNG")
         assert name in (site / "stages.html").read_text()
-    assert (site / "img/drawn/corruption.png").stat().st_size > 20_000
+    assert (site / "img/drawn/masking.png").stat().st_size > 20_000
 
 
 def test_the_reference_holds_docstrings_and_signatures(site: Path) -> None:

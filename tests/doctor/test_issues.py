@@ -10,11 +10,11 @@ import pytest
 from transformers import AutoTokenizer
 
 from cocoa_pl.data.mmeb import read_train
-from cocoa_pl.data.tokenize import Processor
+from cocoa_pl.data.processor import Processor
 from cocoa_pl.doctor.findings import KINDS, Severity
 from cocoa_pl.doctor.lengths import items_of
 from cocoa_pl.errors import UserError
-from cocoa_pl.models.qwen2_vl import Qwen2VLBackbone
+from cocoa_pl.models.qwen_vl import Qwen2VLBackbone
 
 from .conftest import MAX_LENGTH, Checkup, issues, mmeb, noise, row, write_rows
 
@@ -165,7 +165,7 @@ def test_a_row_stops_training_exactly_if_the_doctor_says_so(
                 max_rows=None,
             )
             for item in items_of(pair):
-                processor.encode(item, None, key=0, seed=0, row_id=pair.row_id)
+                processor(item, None, key=0, row_id=pair.row_id)
         except UserError:
             return True
         return False

@@ -12,9 +12,10 @@ import pytest
 
 from cocoa_pl.config.build import register_resolvers
 from cocoa_pl.config.command_line import CONFIGS, compose_overrides
+from cocoa_pl.data.batch import VISUAL
 from cocoa_pl.data.examples import CaptionExamples, PairExamples
 from cocoa_pl.data.items import IMAGE_SLOT, Item, Pair
-from cocoa_pl.data.tokenize import Processor
+from cocoa_pl.data.processor import Processor
 from cocoa_pl.doctor.findings import KEPT, KINDS, Finding, Findings, Severity
 from cocoa_pl.doctor.images import DistinctImages
 from cocoa_pl.doctor.lengths import measure
@@ -51,10 +52,10 @@ def random_pairs(folder: Path, count: int) -> list[Pair]:
 
 
 @pytest.mark.parametrize("make_samples", [CaptionExamples(), PairExamples(max_negatives=1)])
-def test_lengths_are_those_of_the_encoder(
+def test_lengths_are_those_of_samples(
     make_samples: Any, processor: Processor, tmp_path: Path
 ) -> None:
-    """Counted from sizes and texts alone, they equal what is encoded from the opened pictures."""
+    """Counted from sizes and texts alone, they equal those of samples with opened pictures."""
     pairs, images = random_pairs(tmp_path, 30), DistinctImages()
     for pair in pairs:
         images.note(pair.query)
@@ -70,17 +71,17 @@ def test_lengths_are_those_of_the_encoder(
         workers=0,
         advance=lambda done: None,
     )
-    encoded = [
-        processor.encode(sample.context, sample.target, key=0, seed=0, row_id=pair.row_id)
+    samples = [
+        processor(context, target, key=0, row_id=pair.row_id)
         for number, pair in enumerate(pairs)
-        for sample in make_samples(pair, mix(3, 0, number))
+        for context, target in make_samples(pair, np.random.default_rng(mix(3, 0, number)))
     ]
-    # Nothing was cut here, or encoding would be shorter than counting.
+    # Nothing was cut here, or samples would be shorter than counted.
     assert max(measured.totals) <= processor.max_length
-    assert measured.totals.tolist() == [len(sample.input_ids) for sample in encoded]
-    images = [int(sample.image_mask.sum()) + 2 * len(sample.grids) for sample in encoded]
-    assert measured.visual.tolist() == images
-    total = sum(len(sample.input_ids) for sample in encoded) / len(pairs) * 8
+    assert measured.totals.tolist() == [sample.num_tokens for sample in samples]
+    visual = [int((sample.kinds == VISUAL).sum()) + 2 * len(sample.grids) for sample in samples]
+    assert measured.visual.tolist() == visual
+    total = sum(sample.num_tokens for sample in samples) / len(pairs) * 8
     assert measured.tokens_per_step(stages[0]) == pytest.approx(total)
     assert measured.pieces_per_step(stages[0]) == pytest.approx(total / 64)
 

@@ -19,7 +19,7 @@ from transformers import AutoProcessor
 
 from cocoa_pl.attention import Policy
 from cocoa_pl.data.images import open_image
-from cocoa_pl.data.tokenize import Processor
+from cocoa_pl.data.processor import Processor
 from cocoa_pl.embedder import Embedder
 from cocoa_pl.errors import UserError
 from cocoa_pl.export.folder import IMAGE, export

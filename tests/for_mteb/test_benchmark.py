@@ -17,7 +17,7 @@ from PIL import Image
 from rich.console import Console
 
 from cocoa_pl.attention import Policy
-from cocoa_pl.data.tokenize import Processor
+from cocoa_pl.data.processor import Processor
 from cocoa_pl.embedder import Embedder
 from cocoa_pl.errors import UserError
 from cocoa_pl.evaluation.results import read_results

@@ -18,7 +18,7 @@ from mteb.types import PromptType
 from PIL import Image
 
 from cocoa_pl.attention import Policy
-from cocoa_pl.data.tokenize import Processor
+from cocoa_pl.data.processor import Processor
 from cocoa_pl.embedder import Embedder
 from cocoa_pl.errors import UserError
 from cocoa_pl.for_mteb.encoder import MMEB_TRAIN, CocoaEncoder

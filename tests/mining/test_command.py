@@ -17,7 +17,7 @@ from cocoa_pl.attention import Policy
 from cocoa_pl.data.digits import DigitsData
 from cocoa_pl.data.items import IMAGE_SLOT, Item, Pair
 from cocoa_pl.data.mmeb import read_train
-from cocoa_pl.data.tokenize import Processor
+from cocoa_pl.data.processor import Processor
 from cocoa_pl.embedder import Embedder
 from cocoa_pl.errors import UserError
 from cocoa_pl.export.folder import export

@@ -12,61 +12,22 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from cocoa_pl.attention import Policy
-from cocoa_pl.batch import Batch, Encoded, pack
-from cocoa_pl.errors import UserError
+from cocoa_pl.data.batch import Batch, Sample
 from cocoa_pl.models import dora
 from cocoa_pl.models.adapters import LowRank, merged
 from cocoa_pl.models.backbone import Backbone
 from cocoa_pl.models.dora import LeanDora, make_lean, row_norms, shared_norms
-from cocoa_pl.models.loading import Loaded
 
-ALL = ("context", "eos", "target")
-POLICY = Policy("bidirectional", ALL, ALL, ALL, False)
-TARGETS = [
-    r".*language_model\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj",
-    r".*visual\.blocks\.\d+\.(attn\.qkv|mlp\.fc\d)",
-]
 FAN_IN, FAN_OUT, RANK, TOKENS = 24, 40, 2, 7
-LoadTiny = Callable[..., Loaded]
-
-
-def adapted(
-    load_tiny: LoadTiny, *, dropout: float, dtype: str = "float32", **more: Any
-) -> Backbone:
-    """With random `B` and magnitudes, as after some training."""
-    adapter = LowRank(
-        rank=RANK,
-        alpha=8,
-        dropout=dropout,
-        init="gaussian",
-        use_dora=True,
-        target_modules=TARGETS,
-        **({"lean_dora": False, "dropout_on_base": True} | more),
-    )
-    torch.manual_seed(0)
-    checkpointing = more.get("lean_dora", False) and dtype == "float32"
-    backbone = adapter(load_tiny(dtype=dtype, gradient_checkpointing=checkpointing).backbone)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in backbone.named_parameters():
-            if ".lora_B." in name:
-                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
-            if ".lora_magnitude_vector." in name:
-                parameter.mul_(1 + 0.1 * torch.rand(parameter.shape, generator=generator))
-    return backbone
-
-
-@pytest.fixture
-def batch(make_samples: Callable[..., list[Encoded]]) -> Batch:
-    return pack(make_samples((1, 0, 2)))
+MakeLowRank = Callable[..., LowRank]
+Adapted = Callable[..., Backbone]
 
 
 def pass_through(backbone: Backbone, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     """Embeddings and the gradients of a random linear function of them, in training mode."""
     backbone.train()
     torch.manual_seed(1)  # of dropout
-    embeddings = backbone.embed(batch, backbone.layouts(POLICY)(batch))
+    embeddings = backbone.embed(batch)
     weight = torch.randn(embeddings.shape, generator=torch.Generator().manual_seed(2))
     (embeddings * weight).sum().backward()
     gradients = {n: p.grad for n, p in backbone.named_parameters() if p.grad is not None}
@@ -89,11 +50,11 @@ def assert_same(
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_outputs_and_gradients_are_those_of_peft(
-    dropout: float, load_tiny: LoadTiny, batch: Batch
+    dropout: float, adapted: Adapted, batch: Batch
 ) -> None:
     """With activation checkpointing on the lean side, which runs every block twice."""
-    expected = pass_through(adapted(load_tiny, dropout=dropout), batch)
-    lean = adapted(load_tiny, dropout=dropout, lean_dora=True)
+    expected = pass_through(adapted(dropout=dropout), batch)
+    lean = adapted(dropout=dropout, lean_dora=True, checkpointing=True)
     assert any(isinstance(module, LeanDora) for module in lean.modules())
     assert_same(pass_through(lean, batch), expected, tolerance=1e-5)
     with shared_norms(lean):
@@ -102,47 +63,35 @@ def test_outputs_and_gradients_are_those_of_peft(
     assert_same(second, first, tolerance=1e-7)
 
 
-def test_without_dropout_the_base_output_serves(load_tiny: LoadTiny, batch: Batch) -> None:
-    expected = pass_through(adapted(load_tiny, dropout=0.0), batch)
-    lean = adapted(load_tiny, dropout=0.0, lean_dora=True, dropout_on_base=False)
-    assert_same(pass_through(lean, batch), expected, tolerance=1e-5)
-
-
 def test_dropout_off_the_base_is_something_else_in_training_only(
-    load_tiny: LoadTiny, batch: Batch
+    adapted: Adapted, batch: Batch
 ) -> None:
-    theirs = adapted(load_tiny, dropout=0.3)
-    lean = adapted(load_tiny, dropout=0.3, lean_dora=True, dropout_on_base=False)
+    changes = {"lean_dora": True, "dropout_on_base": False}
+    without = adapted(**changes)
+    assert_same(pass_through(without, batch), pass_through(adapted(), batch), tolerance=1e-5)
+    theirs, lean = adapted(dropout=0.3), adapted(dropout=0.3, **changes)
     assert (pass_through(lean, batch)[0] - pass_through(theirs, batch)[0]).abs().max() > 1e-3
     with torch.no_grad():
-        layout = lean.layouts(POLICY)(batch)
-        pair = [backbone.eval().embed(batch, layout) for backbone in (lean, theirs)]
+        pair = [backbone.eval().embed(batch) for backbone in (lean, theirs)]
     torch.testing.assert_close(*pair, rtol=0, atol=1e-5)
 
 
 def test_bfloat16_is_as_near_to_float32_as_peft_is(
-    load_tiny: LoadTiny, make_samples: Callable[..., list[Encoded]]
+    adapted: Adapted, make_samples: Callable[..., list[Sample]], packed: Callable[..., Batch]
 ) -> None:
-    batch = pack(make_samples((1, 0, 2, 1) * 8))  # rounding is a matter of luck: many samples
-    exact = pass_through(adapted(load_tiny, dropout=0.0), batch)[0]
-    theirs = pass_through(adapted(load_tiny, dropout=0.0, dtype="bfloat16"), batch)[0]
-    lean = pass_through(adapted(load_tiny, dropout=0.0, dtype="bfloat16", lean_dora=True), batch)[0]
+    batch = packed(make_samples((1, 0, 2, 1) * 8))  # rounding is a matter of luck: many samples
+    choices = ({}, {"dtype": "bfloat16"}, {"dtype": "bfloat16", "lean_dora": True})
+    exact, theirs, lean = (pass_through(adapted(**choice), batch)[0] for choice in choices)
     assert (lean - exact).norm() < 1.2 * (theirs - exact).norm()
 
 
-def test_names_and_merging_stay(load_tiny: LoadTiny, batch: Batch) -> None:
-    theirs, lean = adapted(load_tiny, dropout=0.0), adapted(load_tiny, dropout=0.0, lean_dora=True)
+def test_names_and_merging_stay(adapted: Adapted, batch: Batch) -> None:
+    theirs, lean = adapted(), adapted(lean_dora=True)
     assert lean.state_dict().keys() == theirs.state_dict().keys()
     with torch.no_grad():
-        layout = lean.layouts(POLICY)(batch)
-        expected = theirs.eval().embed(batch, layout)
-        found = merged(lean.eval()).embed(batch, layout)
+        expected = theirs.eval().embed(batch)
+        found = merged(lean.eval()).embed(batch)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
-
-
-def test_dropout_off_the_base_needs_lean_layers(load_tiny: LoadTiny) -> None:
-    with pytest.raises(UserError, match=r"dropout_on_base=false needs adapter.lean_dora=true"):
-        adapted(load_tiny, dropout=0.1, dropout_on_base=False)
 
 
 # --- One layer --------------------------------------------------------------------------------
@@ -157,17 +106,6 @@ def one_layer(*, dropout: float = 0.0, lean: bool = True, dropout_on_base: bool 
     if lean:
         make_lean(model, dropout_on_base=dropout_on_base)
     return model
-
-
-def test_norms_are_those_of_the_rows_in_float32() -> None:
-    weight, a, b = torch.randn(5, 4).bfloat16(), torch.randn(2, 4), torch.randn(5, 2)
-    found = row_norms(weight, a.requires_grad_(), b, 0.5)
-    expected = [
-        sum((float(weight[i, j]) + 0.5 * float(b[i] @ a[:, j])) ** 2 for j in range(4)) ** 0.5
-        for i in range(5)
-    ]
-    torch.testing.assert_close(found, torch.tensor(expected))
-    assert not found.requires_grad
 
 
 @pytest.fixture
@@ -187,16 +125,16 @@ def test_a_norm_is_taken_once_within_the_context_and_each_time_without(
     taken: list[Tensor],
 ) -> None:
     model, x = one_layer(), torch.randn(TOKENS, FAN_IN)
-    with shared_norms(model):
-        for _ in range(3):
-            model(x)
-    assert len(taken) == 1
+    for passes, expected in ((3, 1), (1, 2)):
+        with shared_norms(model):
+            for _ in range(passes):
+                model(x)
+        assert len(taken) == expected
+    with pytest.raises(ZeroDivisionError), shared_norms(model):
+        divmod(len(model(x)), 0)
     for _ in range(2):
         model(x)
-    assert len(taken) == 3
-    with shared_norms(model):
-        model(x)
-    assert len(taken) == 4
+    assert len(taken) == 5
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -213,20 +151,6 @@ def test_no_norm_outlives_the_context_and_an_optimizer_step(
         optimizer.step()
     assert len(taken) == 2
     assert (taken[0] - taken[1]).abs().max() > 1e-3
-
-
-def test_a_failure_leaves_no_norm_behind(taken: list[Tensor]) -> None:
-    model, x = one_layer(), torch.randn(TOKENS, FAN_IN)
-
-    def fail() -> None:
-        with shared_norms(model):
-            model(x)
-            raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError):
-        fail()
-    model(x)
-    assert len(taken) == 2
 
 
 class Copies(TorchDispatchMode):
@@ -246,17 +170,14 @@ class Copies(TorchDispatchMode):
 @pytest.mark.parametrize("dropout", [0.0, 0.5])  # whose 1 / (1 - p) rounding leaves as they are
 @pytest.mark.parametrize("kind", ["lora", "dora", "dora, dropout_on_base=false", "peft's dora"])
 def test_in_bfloat16_no_adapter_but_pefts_own_dora_copies_its_input_to_float32(
-    kind: str, dropout: float
+    kind: str, dropout: float, low_rank: MakeLowRank
 ) -> None:
     """And what the others give is the same, to the bit, as with such a copy."""
     torch.manual_seed(0)
     backbone: Any = nn.Module()
     backbone.model = nn.Sequential(nn.Linear(FAN_IN, FAN_OUT)).bfloat16()
-    adapter = LowRank(
-        rank=RANK,
-        alpha=8,
+    adapter = low_rank(
         dropout=dropout,
-        init="gaussian",
         use_dora="dora" in kind,
         target_modules=["0"],
         lean_dora=kind != "peft's dora",
@@ -279,7 +200,7 @@ def test_in_bfloat16_no_adapter_but_pefts_own_dora_copies_its_input_to_float32(
 
 
 def counted(model: Any, *, passes: int) -> int:
-    """Floating-point operations of matrix products, forward and backward."""
+    """FLOPs of matrix products, forward and backward."""
     model.train()
     x = torch.randn(TOKENS, FAN_IN)
     with FlopCounterMode(display=False) as counter, shared_norms(model):

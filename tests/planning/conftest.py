@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -17,18 +18,17 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from cocoa_pl.attention import TEXT_ATTENTION, Policy
-from cocoa_pl.batch import Batch, Rows
+from cocoa_pl.data.batch import VISUAL, Batch, Sample
 from cocoa_pl.data.examples import BridgeExamples, CaptionExamples, PairExamples
 from cocoa_pl.models.adapters import FullTuning, LowRank
 from cocoa_pl.models.backbone import Backbone
 from cocoa_pl.models.loading import FAMILIES
 from cocoa_pl.planning.families import model_shape
-from cocoa_pl.planning.samples import Lengths, rank_batch
+from cocoa_pl.planning.samples import Lengths, rank_rows
 from cocoa_pl.planning.shapes import ModelShape
 from cocoa_pl.planning.tuning import Adapter, Tuning
 from cocoa_pl.planning.work import Work, work_of
 from cocoa_pl.stages.base import Optimization, StageModule
-from cocoa_pl.stages.chunks import Step
 from cocoa_pl.stages.contrastive import ContrastiveModule
 from cocoa_pl.stages.reconstruction import ReconstructionModule
 
@@ -82,9 +82,8 @@ ADAPTERS = {
 class Small:
     """A stage over a small model, with what the plan believes about it."""
 
-    module: StageModule[Any]
-    rows: Rows
-    prepared: Step[Any]
+    module: StageModule
+    batches: list[Batch]
     shape: ModelShape
     tuning: Tuning
     works: list[Work]
@@ -93,7 +92,21 @@ class Small:
 
     def step(self) -> None:
         """Forward and backward of one step."""
-        self.module.accumulate(self.prepared)
+        self.module.accumulate(self.batches)
+
+    @property
+    def queries(self) -> int:
+        """0 where there is no contrast."""
+        return sum(batch.num_rows for batch in self.batches) * self.contrasts
+
+    @property
+    def candidates(self) -> int:
+        """Of all queries."""
+        return sum(batch.num_samples for batch in self.batches) * self.contrasts - self.queries
+
+    @property
+    def contrasts(self) -> bool:
+        return isinstance(self.module, ContrastiveModule)
 
 
 MakeSmall = Callable[..., Small]
@@ -137,17 +150,17 @@ def small_config(family: str, **text: Any) -> Any:
     )
 
 
-def filled(batch: Batch, backbone: Backbone) -> Batch:
-    """Random tokens and patches in the place of blanks."""
-    vision = backbone.stock.config.vision_config
-    generator = torch.Generator().manual_seed(0)
-    size = (len(batch.patches), 3 * vision.patch_size**2)
-    ids = torch.randint(10, VOCABULARY - 1, batch.input_ids.shape, generator=generator)
-    return replace(
-        batch,
-        input_ids=torch.where(batch.image_mask, IDS["image_token_id"], ids),
-        patches=torch.randint(0, 256, size, generator=generator).to(torch.uint8),
+def filled(sample: Sample, module: StageModule, rng: np.random.Generator) -> Sample:
+    """Random tokens and patches in the place of blanks, masked as the stage does it."""
+    size = (len(sample.patches), module.processor.patch_values)
+    ids = rng.integers(10, VOCABULARY - 1, sample.num_tokens)
+    sample = replace(
+        sample,
+        input_ids=np.where(sample.kinds == VISUAL, IDS["image_token_id"], ids),
+        patches=rng.integers(0, 256, size, np.uint8),
     )
+    masking = module.masking()
+    return sample if masking is None else masking(sample, rng)
 
 
 @pytest.fixture(scope="session")
@@ -165,7 +178,6 @@ def make_small() -> MakeSmall:
         rows: int = 4,
         token_budget: int = 100_000,
         lengths: Lengths = LENGTHS,
-        keep_gib: float = 0.0,
         **text: Any,
     ) -> Small:
         default_policy, make_samples, choices = STAGES[stage]
@@ -175,23 +187,21 @@ def make_small() -> MakeSmall:
             POLICIES[policy or default_policy],
             choices,
             token_budget=token_budget,
-            keep_gib=keep_gib,
         )
         shape = model_shape(backbone.stock.config)
-        blank = rank_batch(
+        blank = rank_rows(
             make_samples, lengths, rows=rows, merge_size=shape.vision.merge_size, max_length=10_000
         )
-        batch = filled(blank, backbone)
-        raw = Rows(batch, rows, ())
-        prepared = module.preparation(validating=False)(raw)
-        works = [_work(module, chunk, shape) for chunk in prepared.chunks]
+        rng = np.random.default_rng(0)
+        batches = module.collator(validating=False)(
+            [[filled(sample, module, rng) for sample in row] for row in blank]
+        )
         return Small(
             module=module,
-            rows=raw,
-            prepared=prepared,
+            batches=batches,
             shape=shape,
             tuning=Tuning(ADAPTERS[adapter]),
-            works=works,
+            works=[_work(module, batch, shape) for batch in batches],
             checkpointing=checkpointing,
             decoder=bool(choices.get("patch_ratio")),
         )
@@ -230,8 +240,7 @@ def _module(
     choices: dict[str, Any],
     *,
     token_budget: int,
-    keep_gib: float,
-) -> StageModule[Any]:
+) -> StageModule:
     vision = backbone.stock.config.vision_config
     processor: Any = SimpleNamespace(patch_values=3 * vision.patch_size**2, mask_id=VOCABULARY - 1)
     shared: dict[str, Any] = {
@@ -242,7 +251,7 @@ def _module(
         "steps": 1,
         "seed": 0,
     }
-    module: StageModule[Any] = (
+    module: StageModule = (
         ReconstructionModule(backbone, patch_weight=0.5, **choices, **shared)
         if choices
         else ContrastiveModule(
@@ -253,7 +262,6 @@ def _module(
             mask_false_negatives=True,
             matryoshka_dims=[],
             similarity_block=1024,
-            keep_gib=keep_gib,
             **shared,
         )
     )
@@ -261,19 +269,14 @@ def _module(
     return module.train()
 
 
-def _work(module: StageModule[Any], chunk: Any, shape: ModelShape) -> Work:
-    predicted, rebuilt, read = 0, 0, chunk.batch.num_samples
-    if isinstance(module, ReconstructionModule):
-        predicted, rebuilt = len(chunk.targets), len(chunk.visual_rows)
-        read = chunk.batch.num_tokens if module.image_decoder is not None else predicted
+def _work(module: StageModule, batch: Batch, shape: ModelShape) -> Work:
     return work_of(
-        chunk.batch,
+        batch,
         policy=module.policy,
         vision=shape.vision,
         kernel="sdpa",
-        predicted=predicted,
-        rebuilt=rebuilt,
-        read=read,
+        predicted=len(batch.targets),
+        rebuilt=len(batch.patch_rows),
     )
 
 

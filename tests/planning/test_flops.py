@@ -64,11 +64,9 @@ def planned(small: Any, *, cached: bool = False) -> float:
     if cached:
         found += [flops.without_graph(costs) for costs in found[1:]]
     found.append(flops.norm_costs(small.shape, small.tuning))
-    if not hasattr(small.module, "rebuild"):
-        n = small.rows.num_rows
-        candidates = small.rows.batch.num_samples - n
-        width = small.shape.text.width
-        found.append(flops.similarity_costs(width, queries=n, candidates=candidates))
+    if small.contrasts:
+        sizes = {"queries": small.queries, "candidates": small.candidates}
+        found.append(flops.similarity_costs(small.shape.text.width, **sizes))
     return sum(cost.total for cost in flops.total(found).values())
 
 
@@ -141,7 +139,7 @@ def test_a_forward_pass_costs_what_was_worked_out_by_hand(
     """
     config: Any = KNOWN[name].config()
     shape = model_shape(config)
-    nothing = Work(1000, 1, 0, 0, NOTHING, NOTHING, NOTHING, 1000, predicted=1000, rebuilt=0)
+    nothing = Work(1000, 1, 0, 0, NOTHING, NOTHING, NOTHING, predicted=1000, rebuilt=0)
     found = forward(shape, nothing)
     assert found[flops.TEXT] / 1000 == pytest.approx(text * 1e9, rel=3e-3)
     assert found[flops.HEAD] / 1000 == pytest.approx(head * 1e9, rel=3e-3)
@@ -149,7 +147,7 @@ def test_a_forward_pass_costs_what_was_worked_out_by_hand(
     patches = 1024
     whole = Attention(patches**2, patches, patches)
     windows = Attention(64 * patches, patches, patches) if shape.vision.window else NOTHING
-    image = Work(256, 1, patches, 256, NOTHING, whole, windows, 256, predicted=0, rebuilt=0)
+    image = Work(256, 1, patches, 256, NOTHING, whole, windows, predicted=0, rebuilt=0)
     found = forward(shape, image)
     everything = found[flops.VISION] + found[flops.TEXT] + found[flops.SCORES]
     assert everything / 256 == pytest.approx(visual * 1e9, rel=1e-2)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from cocoa_pl.live_bytes import LiveBytes
+from benchmarks.counting import LiveBytes
 from cocoa_pl.planning.activations import Numbers, kept_by_chunk
 from cocoa_pl.planning.memory import (
     ACTIVATIONS,
@@ -34,7 +34,7 @@ def measured_peak(small: Any) -> int:
     """Bytes of a step beside weights and optimizer state."""
     with LiveBytes() as live:
         small.step()
-    return live.peak + max(chunk.batch.patches.nbytes for chunk in small.prepared.chunks)
+    return live.peak + max(batch.patches.nbytes for batch in small.batches)
 
 
 def setup_of(small: Any, dtype: torch.dtype, **changes: Any) -> Setup:
@@ -52,15 +52,12 @@ def setup_of(small: Any, dtype: torch.dtype, **changes: Any) -> Setup:
 
 
 def load_of(small: Any) -> ChunkLoad:
-    contrasts = not hasattr(small.module, "rebuild")
-    n = small.rows.num_rows * contrasts
     return ChunkLoad(
         works=small.works,
         decoder=small.decoder,
-        cached=contrasts and len(small.works) > 1,
-        kept=1,
-        rows=n,
-        candidates=(small.rows.batch.num_samples - n) * contrasts,
+        cached=small.contrasts and len(small.works) > 1,
+        rows=small.queries,
+        candidates=small.candidates,
     )
 
 
@@ -139,9 +136,9 @@ def test_what_a_forward_pass_keeps_is_known_to_two_per_cent(
         checkpointing=False,
         decoder=False,
     )
-    (chunk,) = small.prepared.chunks
+    (batch,) = small.batches
     with LiveBytes() as live:
-        embeddings = small.module.backbone.embed(chunk.batch, chunk.layout)
+        embeddings = small.module.backbone.embed(batch)
         left = live.now
     assert embeddings.requires_grad
     assert kept.total == pytest.approx(left, rel=0.02)

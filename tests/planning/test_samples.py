@@ -7,18 +7,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import torch
 
 from cocoa_pl.attention import Policy, make_plan
-from cocoa_pl.batch import pack
+from cocoa_pl.data.batch import TEXT
 from cocoa_pl.data.examples import CaptionExamples, PairExamples
 from cocoa_pl.data.items import IMAGE_SLOT, Item, Pair
 from cocoa_pl.data.pair_table import PairTable
-from cocoa_pl.data.tokenize import Processor
+from cocoa_pl.data.processor import Processor
 from cocoa_pl.errors import UserError
-from cocoa_pl.planning.samples import Lengths, grid_of, grid_of_tokens, rank_batch
+from cocoa_pl.planning.samples import Lengths, grid_of, grid_of_tokens, rank_rows
 from cocoa_pl.planning.work import attention_work, window_lengths
 
 ALL = ("context", "eos", "target")
@@ -28,19 +29,17 @@ def test_an_assumed_sample_is_laid_out_as_the_processor_does(
     processor: Processor, make_image: Callable[..., Any], lengths: Lengths
 ) -> None:
     assumed = replace(lengths, grid=(2, 3))
-    blank = rank_batch(CaptionExamples(), assumed, rows=1, merge_size=2, max_length=200)
+    ((blank,),) = rank_rows(CaptionExamples(), assumed, rows=1, merge_size=2, max_length=200)
     row = assumed.pair(0)
     image = make_image((84, 56))  # 2 x 3 visual tokens
-    (sample,) = CaptionExamples()(replace(row, query=Item(row.query.text, (image,))), seed=0)
-    real = processor.encode(sample.context, None, key=0, seed=0, row_id="row")
-    batch = pack([real])
-    assert batch.grids.tolist() == blank.grids.tolist()
-    assert len(batch.patches) == len(blank.patches)
-    assert int(batch.image_mask.sum()) == int(blank.image_mask.sum()) == 6
-    # Texts are as long as is said; here a word is more than one token.
-    special = batch.num_tokens - int(batch.text_mask.sum()) - 6
-    assert blank.num_tokens - int(blank.text_mask.sum()) - 6 == special == 3
-    assert int(blank.text_mask.sum()) == 2 * assumed.text
+    pair = replace(row, query=Item(row.query.text, (image,)))
+    ((context, _),) = CaptionExamples()(pair, np.random.default_rng(0))
+    real = processor(context, None, key=0, row_id="row")
+    assert real.grids == blank.grids
+    assert len(real.patches) == len(blank.patches)
+    # Texts are as long as is assumed; here a word is more than one token.
+    assert real.kinds[real.kinds != TEXT].tolist() == blank.kinds[blank.kinds != TEXT].tolist()
+    assert (blank.kinds == TEXT).sum() == 2 * assumed.text
 
 
 def test_fractions_of_images_spread_evenly(lengths: Lengths) -> None:
@@ -50,16 +49,17 @@ def test_fractions_of_images_spread_evenly(lengths: Lengths) -> None:
     assert [len(pair.positive.media) for pair in pairs] == [1, 2] * 4
 
 
-def test_roles_are_packed_one_after_the_other(lengths: Lengths) -> None:
+def test_a_row_has_a_sample_of_each_role(lengths: Lengths) -> None:
     assumed = replace(lengths, negatives=1)
-    batch = rank_batch(PairExamples(max_negatives=1), assumed, rows=3, merge_size=2, max_length=200)
+    rows = rank_rows(PairExamples(max_negatives=1), assumed, rows=3, merge_size=2, max_length=200)
     query, positive = 24 + 2 + 30 + 1, 24 + 1
-    assert batch.lengths.tolist() == [query] * 3 + [positive] * 6
+    expected = [(0, query), (1, positive), (2, positive)]
+    assert [[(s.role, s.num_tokens) for s in row] for row in rows] == [expected] * 3
 
 
 def test_too_long_a_sample_is_refused(lengths: Lengths) -> None:
     with pytest.raises(UserError, match=r"samples of 57 tokens, more than model.max_length=50"):
-        rank_batch(PairExamples(max_negatives=0), lengths, rows=1, merge_size=2, max_length=50)
+        rank_rows(PairExamples(max_negatives=0), lengths, rows=1, merge_size=2, max_length=50)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 from cocoa_pl.data.examples import PairExamples
 from cocoa_pl.models.published import KNOWN
 from cocoa_pl.planning.families import model_shape
-from cocoa_pl.planning.memory import ACTIVATIONS, Setup, graph
+from cocoa_pl.planning.memory import Setup
 from cocoa_pl.planning.samples import Lengths
 from cocoa_pl.planning.stage_plan import StagePlan
 from cocoa_pl.planning.tuning import Adapter
@@ -35,7 +35,7 @@ def make_plan(lengths: Lengths, policies: Any) -> MakePlan:
     """Contrast of 64 pairs on Qwen2-VL-2B."""
     stage = Stage(
         name="contrast",
-        module=partial(ContrastiveModule, matryoshka_dims=[], keep_gib=0),
+        module=partial(ContrastiveModule, matryoshka_dims=[]),
         make_samples=PairExamples(max_negatives=0),
         describing=False,
         mixing=None,  # type: ignore[arg-type]
@@ -144,23 +144,3 @@ def test_time_follows_operations_peak_and_share(make_plan: MakePlan) -> None:
     assert make_plan(gpus=2).seconds(TFLOPS, 0.5) < 0.6 * seconds
     assert make_plan(width=4).seconds(TFLOPS, 0.5) == pytest.approx(20 * seconds, rel=1e-4)
     assert make_plan(checkpointing=True).seconds(TFLOPS, 0.5) > 1.2 * seconds
-
-
-def test_kept_chunks_are_counted_once(make_plan: MakePlan) -> None:
-    plan = make_plan()
-    plan = plan.with_changes(plan.setup, token_budget=1024)
-    chunks = len(plan.load.works)
-    assert chunks > 2
-
-    def keeping(gib: float) -> StagePlan:
-        stage = replace(plan.stage, module=partial(plan.stage.module, keep_gib=gib))
-        return StagePlan(stage, plan.setup, plan.lengths, 4096, None)
-
-    sizes = [graph(plan.setup, False, work).total / 2**30 for work in plan.load.works]
-    plans = [keeping(gib) for gib in (0, 2.01 * sizes[0], 0.99 * sum(sizes), 2 * sum(sizes))]
-    assert [p.load.kept for p in plans] == [1, 2, chunks - 1, chunks]
-    passes = [sum(cost.cached for cost in p.costs.values()) for p in plans]
-    assert passes[0] > passes[1] > passes[2] > passes[3] == 0
-    memory = [p.memory[ACTIVATIONS] for p in plans]
-    assert memory == sorted(memory)
-    assert memory[3] > memory[0] + (chunks - 2) * sizes[-1] * 2**30

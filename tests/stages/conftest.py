@@ -18,8 +18,8 @@ from torch import Tensor
 
 from cocoa_pl.config.build import register_resolvers
 from cocoa_pl.config.command_line import CONFIGS
+from cocoa_pl.data.processor import Processor
 from cocoa_pl.data.sources import PairsData
-from cocoa_pl.data.tokenize import Processor
 from cocoa_pl.models.backbone import Backbone
 from cocoa_pl.models.loading import Loaded
 from cocoa_pl.run import build_stages

@@ -9,34 +9,31 @@ import pytest
 import torch
 from torch import Tensor
 
-from cocoa_pl.attention import Policy
-from cocoa_pl.batch import Encoded, Rows
-from cocoa_pl.data.datamodule import collate
+from cocoa_pl.data.batch import Sample
 from cocoa_pl.data.items import Item
-from cocoa_pl.data.tokenize import Processor
+from cocoa_pl.data.processor import Processor
 from cocoa_pl.errors import UserError
-from cocoa_pl.live_bytes import LiveBytes
+from cocoa_pl.models import dora
 from cocoa_pl.models.adapters import LowRank
 from cocoa_pl.models.dora import LeanDora
 from cocoa_pl.models.loading import Loaded
-from cocoa_pl.stages.base import Optimization
 from cocoa_pl.stages.contrastive import MAX_SCALE, ContrastiveModule, Temperature
-
-ALL = ("context", "eos", "target")
-CHUNKS = 5  # of the rows below
+from tests.stages.steps import Found, Rows, assert_close, batches_of, make_module, step
 
 Make = Callable[..., ContrastiveModule]
 
 
 @pytest.fixture(scope="module")
 def rows(processor: Processor, make_item: Callable[..., Item]) -> Rows:
-    """Six pairs; two share their query, so that something is masked."""
+    """Six pairs, the last with a hard negative; two share their query, so something is masked."""
 
-    def encode(seed: int, images: int) -> Encoded:
+    def sample(seed: int, images: int, role: int) -> Sample:
         item = make_item(seed, images=images)
-        return processor.encode(item, None, key=item.key, seed=seed, row_id=f"row {seed}")
+        return processor(item, None, key=item.key, row_id=f"row {seed}", role=role)
 
-    return collate([[encode(max(n, 1), 1), encode(20 + n, 0)] for n in range(6)])
+    rows = [[sample(max(n, 1), 1, 0), sample(20 + n, 0, 1)] for n in range(6)]
+    rows[5].append(sample(40, 0, 2))
+    return rows
 
 
 @pytest.fixture
@@ -55,73 +52,47 @@ def make(load_tiny: Callable[..., Loaded], processor: Processor) -> Make:
             lean_dora=lean,
             dropout_on_base=True,
         )
-        made = ContrastiveModule(
-            adapter(load_tiny().backbone),
-            processor=processor,
-            policy=Policy("bidirectional", ALL, ALL, ALL, causal=False),
-            optimization=Optimization(1e-3, 0.0, (0.9, 0.98), "linear", 0, 1.0),
-            steps=1,
-            seed=0,
-            token_budget=32,
-            temperature=0.1,
-            learn_temperature=True,
-            symmetric=True,
-            mask_false_negatives=True,
-            **({"matryoshka_dims": (8, 16), "similarity_block": 1024, "keep_gib": 0.0} | choices),
-        )
-        made.manual_backward = lambda loss: loss.backward()  # type: ignore[method-assign, misc]
-        return made
+        backbone = adapter(load_tiny().backbone)
+        choices = {"matryoshka_dims": (8, 16), "token_budget": 32} | choices
+        made: ContrastiveModule = make_module("contrast", backbone, processor, **choices)
+        return made.train()
 
     return module
 
 
-def step(module: ContrastiveModule, rows: Rows) -> tuple[dict[str, Tensor], int]:
-    """Metrics and gradients by name, and how often the model was called."""
-    calls: list[int] = []
-    handle = module.backbone.register_forward_hook(lambda *_: calls.append(1))
-    module.train()
-    torch.manual_seed(5)
-    metrics = module.accumulate(module.preparation(validating=False)(rows))
-    handle.remove()
-    gradients = {n: p.grad for n, p in module.named_parameters() if p.grad is not None}
-    return metrics | gradients, len(calls)
-
-
 @pytest.fixture
-def plain(make: Make, rows: Rows) -> dict[str, Tensor]:
-    """The slow twin: one table of similarities, every chunk twice, peft's own layers."""
+def plain(make: Make, rows: Rows) -> Found:
+    """The slow twin: one table of similarities, peft's own layers."""
     module = make(similarity_block=1000)
-    assert len(module.preparation(validating=False)(rows).chunks) == CHUNKS
-    found, calls = step(module, rows)
-    assert calls == 2 * CHUNKS - 1
-    return found
+    assert len(batches_of(module, rows)) > 3
+    torch.manual_seed(5)
+    return step(module, [rows])
 
 
-@pytest.mark.parametrize("block", [1, 4, 6])
-@pytest.mark.parametrize("kept", [1, 3, CHUNKS])
-def test_blocks_and_kept_chunks_change_no_value(
-    block: int, kept: int, make: Make, rows: Rows, plain: dict[str, Tensor]
-) -> None:
+@pytest.mark.parametrize("block", [1, 4])
+def test_row_blocks_change_no_value(block: int, make: Make, rows: Rows, plain: Found) -> None:
     module = make(similarity_block=block)
-    first = module.preparation(validating=False)(rows).chunks[0]
-    with LiveBytes() as live:
-        embeddings = module.train().backbone.embed(first.batch, first.layout)
-        assert embeddings.requires_grad
-        size = live.now
-    # The second chunk is as dear as the first, and the third nearly.
-    module.keep_bytes = {1: 0, 3: int(3.1 * size), CHUNKS: 100 * size}[kept]
-    found, calls = step(module, rows)
-    assert calls == 2 * CHUNKS - kept
-    assert found.keys() == plain.keys()
-    for name, value in plain.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6, msg=name)
+    torch.manual_seed(5)
+    assert_close(step(module, [rows]), plain)
+
+
+def test_the_loss_is_that_of_the_rows_however_they_are_cut(make: Make, rows: Rows) -> None:
+    """Without dropout, one batch of all samples has the queries, positives and negatives in order:
+    its loss is written out here.
+    """
+    module = make(symmetric=False, matryoshka_dims=(), mask_false_negatives=False).eval()
+    (batch,) = make(token_budget=10_000).collator(validating=False)(rows)
+    vectors = module.backbone.embed(batch)[batch.places.argsort()]
+    expected = torch.nn.functional.cross_entropy(
+        vectors[:6] @ vectors[6:].T * module.temperature(), torch.arange(6)
+    )
+    found = module.accumulate(batches_of(module, rows))["loss"]
+    torch.testing.assert_close(found, expected.detach())
 
 
 def test_norms_are_taken_once_in_a_step_and_forgotten_after_it(
-    make: Make, rows: Rows, plain: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+    make: Make, rows: Rows, plain: Found, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cocoa_pl.models import dora
-
     taken: list[int] = []
     original = dora.row_norms
 
@@ -132,18 +103,17 @@ def test_norms_are_taken_once_in_a_step_and_forgotten_after_it(
     monkeypatch.setattr(dora, "row_norms", counted)
     module = make(lean=True)
     layers = sum(isinstance(part, LeanDora) for part in module.modules())
-    found, _ = step(module, rows)
+    torch.manual_seed(5)
+    assert_close(step(module, [rows]), plain, rtol=1e-3)
     assert len(taken) == layers == 14
-    for name, value in plain.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-5, msg=name)
-    step(module, rows)
+    step(module, [rows])
     assert len(taken) == 2 * layers
 
 
 def test_validation_counts_hits_and_losses_by_blocks(make: Make, rows: Rows) -> None:
     with torch.no_grad():
         modules = [make(similarity_block=block).eval() for block in (1000, 4)]
-        whole, blocks = (m.measure(m.preparation(validating=True)(rows)) for m in modules)
+        whole, blocks = (m.measure(batches_of(m, rows, validating=True)) for m in modules)
     assert torch.equal(whole["hits"], blocks["hits"])
     torch.testing.assert_close(whole["loss"], blocks["loss"])
 

@@ -10,17 +10,14 @@ import csv
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from rich.console import Console
-from torch import Tensor
 
 from cocoa_pl.config.build import register_resolvers
 from cocoa_pl.config.command_line import CONFIGS
-from cocoa_pl.models.qwen2_vl import Qwen2VLBackbone
 from cocoa_pl.run import train
 
 Curve = dict[tuple[str, int, str], float]  # stage, step, name
@@ -88,14 +85,13 @@ def plain(run: Run) -> Curve:
 
 SAVINGS: dict[str, list[str]] = {
     "small chunks": [*PLAIN, "schedule.token_budget=70"],
-    "kept graphs": [*PLAIN, "schedule.token_budget=70", "stage.contrast.module.keep_gib=1"],
     "similarities by blocks": [PLAIN[0], "stage.contrast.module.similarity_block=5"],
     "workers": [*PLAIN, "num_workers=2"],
     "recomputed blocks": [*PLAIN, "model.gradient_checkpointing=true"],
 }
 
 
-SLOW = ("small chunks", "recomputed blocks")  # the first are in kept graphs, too
+SLOW = ("recomputed blocks",)
 
 
 @pytest.mark.parametrize(
@@ -107,21 +103,6 @@ SLOW = ("small chunks", "recomputed blocks")  # the first are in kept graphs, to
 )
 def test_a_saving_changes_no_number(overrides: list[str], run: Run, plain: Curve) -> None:
     assert_same(run(*overrides), plain, relative=1e-4)
-
-
-def test_reading_few_states_is_reading_all_and_choosing(
-    run: Run, plain: Curve, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    forward = Qwen2VLBackbone.forward
-
-    def everything(
-        self: Any, batch: Any, layout: Any, pixels: Any = None, *, reads: Tensor | None = None
-    ) -> Tensor:
-        states = forward(self, batch, layout, pixels, reads=None)
-        return states if reads is None else states.index_select(0, reads)
-
-    monkeypatch.setattr(Qwen2VLBackbone, "forward", everything)
-    assert_same(run(*PLAIN), plain, relative=1e-4)
 
 
 DORA = [*PLAIN, "adapter=dora", "adapter.dropout=0"]

@@ -14,55 +14,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from cocoa_pl.attention import Policy
-from cocoa_pl.batch import Encoded, Rows
-from cocoa_pl.data.datamodule import collate
 from cocoa_pl.data.items import Item
-from cocoa_pl.data.tokenize import Processor
+from cocoa_pl.data.processor import Processor
 from cocoa_pl.distributed.collectives import clip_gradients, sum_gradients
 from cocoa_pl.models.adapters import FullTuning, LowRank
 from cocoa_pl.models.backbone import Backbone
 from cocoa_pl.models.loading import FAMILIES, Loaded
-from cocoa_pl.stages.base import Optimization, StageModule
-from cocoa_pl.stages.contrastive import ContrastiveModule
-from cocoa_pl.stages.reconstruction import ReconstructionModule
+from cocoa_pl.stages.base import StageModule
+from tests.stages.steps import STAGES, Rows, batches_of, make_module, make_rows
 
 pytestmark = pytest.mark.parametrize("family", sorted(FAMILIES), indirect=True, scope="session")
 
-ALL = ("context", "eos", "target")
-FULL = Policy("bidirectional", ALL, ALL, ALL, causal=False)
-CAUSAL = Policy("causal", ALL, ALL, ALL, causal=True)
-BRIDGE = Policy("eos_bridge", ("context", "eos"), ALL, ("eos", "target"), causal=False)
-STAGES: dict[str, tuple[type[StageModule[Any]], Policy, dict[str, Any]]] = {
-    "captioning": (
-        ReconstructionModule,
-        CAUSAL,
-        {"text_ratio": None, "text_segment": "context", "patch_ratio": 0.0, "patch_weight": 0.0},
-    ),
-    "warmup": (
-        ReconstructionModule,
-        FULL,
-        {"text_ratio": 0.2, "text_segment": "context", "patch_ratio": 0.5, "patch_weight": 0.5},
-    ),
-    "reconstruct": (
-        ReconstructionModule,
-        BRIDGE,
-        {"text_ratio": 0.7, "text_segment": "target", "patch_ratio": 0.0, "patch_weight": 0.0},
-    ),
-    "contrast": (
-        ContrastiveModule,
-        FULL,
-        {
-            "temperature": 0.1,
-            "learn_temperature": True,
-            "symmetric": True,
-            "mask_false_negatives": True,
-            "matryoshka_dims": (8,),
-            "similarity_block": 4,
-            "keep_gib": 0,
-        },
-    ),
-}
 ADAPTERS: dict[str, Callable[[Backbone], Backbone]] = {
     "full": FullTuning(),
     "dora": LowRank(
@@ -88,36 +50,19 @@ class Nowhere(torch.autocast):
 @pytest.fixture
 def make(
     load_tiny: Callable[..., Loaded], processor: Processor, monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., StageModule[Any]]:
-    def module(stage: str, adapter: str) -> StageModule[Any]:
-        kind, policy, choices = STAGES[stage]
-        made = kind(
-            ADAPTERS[adapter](load_tiny().backbone),
-            processor=processor,
-            policy=policy,
-            optimization=Optimization(1e-3, 0.0, (0.9, 0.98), "linear", 0, 1.0),
-            token_budget=40,
-            steps=1,
-            seed=0,
-            **choices,
-        )
-        monkeypatch.setattr(made, "manual_backward", lambda loss: loss.backward())
+) -> Callable[..., StageModule]:
+    def module(stage: str, adapter: str) -> Any:
         monkeypatch.setattr(torch, "autocast", Nowhere)
         monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
-        return made
+        backbone = ADAPTERS[adapter](load_tiny().backbone)
+        return make_module(stage, backbone, processor, token_budget=40)
 
     return module
 
 
 @pytest.fixture(scope="module")
 def rows(processor: Processor, make_item: Callable[..., Item]) -> dict[str, Rows]:
-    def encode(seed: int, images: int, target: str | None = None) -> Encoded:
-        item = make_item(seed, images=images)
-        return processor.encode(item, target, key=item.key, seed=seed, row_id=f"row {seed}")
-
-    pairs = [[encode(n, 1), encode(20 + n, 0)] for n in range(5)]
-    texts = [[encode(n, n % 3, make_item(50 + n).text)] for n in range(5)]
-    return {"contrast": collate(pairs), "others": collate(texts)}
+    return {stage: make_rows(stage, 5, processor, make_item, images=2) for stage in STAGES}
 
 
 @pytest.mark.parametrize(
@@ -125,13 +70,13 @@ def rows(processor: Processor, make_item: Callable[..., Item]) -> dict[str, Rows
 )
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_training_step_is_queued_without_a_wait(
-    stage: str, adapter: str, make: Callable[..., StageModule[Any]], rows: dict[str, Rows]
+    stage: str, adapter: str, make: Callable[..., StageModule], rows: dict[str, Rows]
 ) -> None:
     module = make(stage, adapter).train()
-    step = module.preparation(validating=False)(rows.get(stage, rows["others"]))
-    assert len(step.chunks) > 2
+    batches = batches_of(module, rows[stage])
+    assert len(batches) > 2
     module.to("meta")
-    metrics = module.accumulate(step)
+    metrics = module.accumulate(batches)
     sum_gradients(module.parameters())
     metrics["norm"] = clip_gradients(module.parameters(), 1.0)
     assert all(value.device.type == "meta" for value in metrics.values())
@@ -141,13 +86,13 @@ def test_a_training_step_is_queued_without_a_wait(
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_neither_does_validation_wait(
-    stage: str, make: Callable[..., StageModule[Any]], rows: dict[str, Rows]
+    stage: str, make: Callable[..., StageModule], rows: dict[str, Rows]
 ) -> None:
     module = make(stage, "full").eval()
-    step = module.preparation(validating=True)(rows.get(stage, rows["others"]))
+    batches = batches_of(module, rows[stage], validating=True)
     module.to("meta")
     with torch.no_grad():
-        sums = module.measure(step)
+        sums = module.measure(batches)
     assert {value.device.type for value in sums.values()} == {"meta"}
 
 

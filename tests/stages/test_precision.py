@@ -3,32 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from cocoa_pl.attention import Policy
-from cocoa_pl.batch import Encoded, Rows
-from cocoa_pl.data.datamodule import collate
 from cocoa_pl.data.items import Item
-from cocoa_pl.data.tokenize import Processor
+from cocoa_pl.data.processor import Processor
 from cocoa_pl.models.adapters import FullTuning, LowRank
 from cocoa_pl.models.backbone import Backbone
 from cocoa_pl.models.loading import Loaded
-from cocoa_pl.stages.base import Optimization
-from cocoa_pl.stages.contrastive import ContrastiveModule
-from cocoa_pl.stages.reconstruction import ReconstructionModule
-
-EVERYTHING = ("context", "eos", "target")
-FULL = Policy("bidirectional", EVERYTHING, EVERYTHING, EVERYTHING, causal=False)
-SHARED: dict[str, Any] = {
-    "policy": FULL,
-    "optimization": Optimization(1e-3, 0.0, (0.9, 0.98), "linear", 0, 1.0),
-    "steps": 1,
-    "seed": 0,
-}
+from tests.stages.steps import Rows, batches_of, make_module, make_rows
 
 
 def dora(backbone: Backbone) -> Backbone:
@@ -51,11 +36,7 @@ TUNINGS: dict[str, Callable[[Backbone], Backbone]] = {"full": FullTuning(), "dor
 
 @pytest.fixture(scope="module")
 def rows(processor: Processor, make_item: Callable[..., Item]) -> Rows:
-    def encode(seed: int, images: int) -> Encoded:
-        item = make_item(seed, images=images)
-        return processor.encode(item, None, key=item.key, seed=seed, row_id=f"row {seed}")
-
-    return collate([[encode(n, 1), encode(20 + n, 0)] for n in range(6)])
+    return make_rows("contrast", 6, processor, make_item)
 
 
 @pytest.fixture
@@ -65,21 +46,18 @@ def step(
     """Loss and gradients of a contrastive step."""
 
     def run(tuning: str, dtype: str, *, token_budget: int) -> tuple[float, dict[str, Tensor]]:
-        module = ContrastiveModule(
-            TUNINGS[tuning](load_tiny(dtype=dtype).backbone),
-            processor=processor,
-            temperature=0.1,
+        backbone = TUNINGS[tuning](load_tiny(dtype=dtype).backbone)
+        module = make_module(
+            "contrast",
+            backbone,
+            processor,
+            token_budget=token_budget,
             learn_temperature=False,
             symmetric=False,
             mask_false_negatives=False,
             matryoshka_dims=(),
-            similarity_block=4,
-            keep_gib=0,
-            token_budget=token_budget,
-            **SHARED,
         )
-        module.manual_backward = lambda loss: loss.backward()  # type: ignore[method-assign, misc]
-        loss = module.accumulate(module.preparation(validating=False)(rows))["loss"]
+        loss = module.accumulate(batches_of(module, rows))["loss"]
         assert loss.dtype == torch.float32
         return float(loss), {n: p.grad for n, p in module.named_parameters() if p.grad is not None}
 
@@ -128,22 +106,12 @@ def test_bfloat16_is_near_float32(
 
 
 def test_the_image_decoder_works_beside_a_model_in_bfloat16(
-    load_tiny: Callable[..., Loaded], processor: Processor, rows: Rows
+    load_tiny: Callable[..., Loaded], processor: Processor, make_item: Callable[..., Item]
 ) -> None:
-    module = ReconstructionModule(
-        dora(load_tiny(dtype="bfloat16").backbone),
-        processor=processor,
-        text_ratio=0.3,
-        text_segment="context",
-        patch_ratio=0.5,
-        patch_weight=0.5,
-        token_budget=60,
-        **SHARED,
-    )
-    module.manual_backward = lambda loss: loss.backward()  # type: ignore[method-assign, misc]
-    metrics = module.accumulate(module.preparation(validating=False)(rows))
+    module = make_module("warmup", dora(load_tiny(dtype="bfloat16").backbone), processor)
+    rows = make_rows("warmup", 6, processor, make_item)
+    metrics = module.accumulate(batches_of(module, rows))
     assert all(value.isfinite() for value in metrics.values())
-    assert module.image_decoder is not None
     for name, parameter in module.image_decoder.named_parameters():
         assert parameter.dtype == torch.float32
         assert parameter.grad is not None, name

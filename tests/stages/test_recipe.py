@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from cocoa_pl.data.items import Item, Pair
+from cocoa_pl.data.processor import Processor
 from cocoa_pl.data.sources import PairsData
-from cocoa_pl.data.tokenize import Processor
 from cocoa_pl.errors import UserError
 from cocoa_pl.models.adapters import LowRank
 from cocoa_pl.models.backbone import Backbone
@@ -319,7 +319,7 @@ def test_bridge_gain_tells_a_learnt_bridge_from_none(
     for layer in cut.stock.model.language_model.layers:
         layer.self_attn.o_proj.weight.data.zero_()
     assert abs(gain("cut", cut, lr=1e-9, steps=1)) < 1e-4
-    assert gain("learnt", fresh(), lr=5e-3, steps=80) > 0.3
+    assert gain("learnt", fresh(), lr=5e-3, steps=120) > 0.3
 
 
 def test_a_row_alone_has_no_other_context_and_does_not_count(
@@ -481,7 +481,7 @@ def test_validation_without_a_wrong_answer_has_no_precision(
     caplog.set_level("INFO", logger="cocoa_pl")
     few = texts_alike("pqrstuvw")
     for kept, told in (
-        (few.training[:1], "and no query had a negative to be told from, so that says nothing"),
+        (few.training[:1], "and no query had a negative, so that says nothing"),
         (texts_alike("pppq", queries="abcd").training, "of the 50.0% of queries that had a neg"),
     ):
         few.validation = kept
@@ -503,7 +503,7 @@ def test_what_was_not_hidden_has_no_loss(
     ):
         module = stage.make_module(fresh(), processor, steps=1, seed=0)
         assert module.means(nothing) == {}
-        assert module.hand_over({}).startswith(told)
+        assert module.summary_line({}).startswith(told)
 
 
 def test_a_dataset_smaller_than_a_batch_is_refused(

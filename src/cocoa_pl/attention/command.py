@@ -91,6 +91,6 @@ def _example(arguments: argparse.Namespace) -> tuple[Tensor, list[str]]:
         raise UserError("an example needs --text or --image for its CONTEXT")
     processor = Embedder.load(arguments.model, device="cpu").processor
     context = as_item({"text": arguments.text or "", "image": arguments.image})
-    encoded = processor.encode(context, arguments.target, key=0, seed=0, row_id="the example")
-    tokens = [processor.tokenizer.decode([i]) for i in encoded.input_ids.tolist()]
-    return torch.tensor([encoded.segment_lengths]), tokens
+    sample = processor(context, arguments.target, key=0, row_id="the example")
+    tokens = [processor.tokenizer.decode([i]) for i in sample.input_ids.tolist()]
+    return torch.tensor([sample.segment_lengths]), tokens

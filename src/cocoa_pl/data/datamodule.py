@@ -1,113 +1,95 @@
-"""Pairs in, packed batches out: what a stage trains and validates on."""
+"""The LightningDataModule of a stage: pairs become batches in the data workers."""
 
-import logging
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch.multiprocessing.reductions import reduce_tensor
 from torch.utils.data import DataLoader, Dataset
 
-from cocoa_pl.batch import Encoded, Rows, pack
+from cocoa_pl.data.batch import Collator, Sample
 from cocoa_pl.data.examples import MakeSamples
 from cocoa_pl.data.items import Pair
+from cocoa_pl.data.masking import Masking
+from cocoa_pl.data.processor import Processor
 from cocoa_pl.data.sampler import Index, Mixing, StepSampler, make_order
 from cocoa_pl.data.stream import PairStream
 from cocoa_pl.data.stream_loader import LaneState, StreamBatches, Streamed
-from cocoa_pl.data.tokenize import Processor
-from cocoa_pl.data.transport import Parcel
 from cocoa_pl.distributed.collectives import rank, world_size
 from cocoa_pl.distributed.processes import end_with_parent
 from cocoa_pl.errors import UserError
 from cocoa_pl.randomness import mix
 
-log = logging.getLogger(__name__)
+_VALIDATION_EPOCH = -1  # its masks are drawn once and for all
+LARGE = 1 << 20  # bytes; below, one copy through a pipe costs less than a file
 
-Prepare = Callable[[Rows], Any]  # makes of rows what a stage's step takes
-
-_VALIDATION_EPOCH = -1  # its corruption is drawn once and for all
+MakeRow = Callable[[Pair, int], list[Sample] | str]
 
 
-class Encoder:
-    """What a stage makes of a pair, opened and tokenized; a pure function of the pair and a seed.
+def samples_of(
+    pair: Pair,
+    seed: int,
+    *,
+    make_samples: MakeSamples,
+    processor: Processor,
+    masking: Masking | None,
+    on_bad_row: str,
+) -> list[Sample] | str:
+    """What a stage makes of a pair: tokens and patches, masked; a pure function of pair and seed.
 
     With `on_bad_row="skip"` a pair that cannot be read yields the reason instead, never an invented
     image.
     """
-
-    def __init__(self, make_samples: MakeSamples, processor: Processor, *, on_bad_row: str) -> None:
-        self.make_samples = make_samples
-        self.processor = processor
-        self.on_bad_row = on_bad_row
-
-    def __call__(self, pair: Pair, seed: int) -> list[Encoded] | str:
-        try:
-            return [
-                self.processor.encode(
-                    sample.context,
-                    sample.target,
-                    key=sample.context.key,
-                    seed=mix(seed, role),
-                    row_id=pair.row_id,
-                )
-                for role, sample in enumerate(self.make_samples(pair, seed))
-            ]
-        except UserError as error:
-            if self.on_bad_row == "fail":
-                raise
-            return str(error)
+    rng = np.random.default_rng(seed)
+    try:
+        samples = [
+            processor(context, target, key=context.key, row_id=pair.row_id, role=role)
+            for role, (context, target) in enumerate(make_samples(pair, rng))
+        ]
+    except UserError as error:
+        if on_bad_row == "fail":
+            raise
+        return str(error)
+    return samples if masking is None else [masking(sample, rng) for sample in samples]
 
 
-class EncodedRows(Dataset[list[Encoded] | str]):
-    """Rows of a stage, encoded in the workers: a pure function of (seed, epoch, index)."""
+class StageRows(Dataset[list[Sample] | str]):
+    """Rows of a stage, read in the workers: a pure function of (seed, epoch, index)."""
 
-    def __init__(
-        self,
-        pairs: Sequence[Pair],
-        make_samples: MakeSamples,
-        processor: Processor,
-        *,
-        seed: int,
-        on_bad_row: str,
-    ) -> None:
+    def __init__(self, pairs: Sequence[Pair], make_row: MakeRow, *, seed: int) -> None:
         self.pairs = pairs
-        self.encode = Encoder(make_samples, processor, on_bad_row=on_bad_row)
+        self.make_row = make_row
         self.seed = seed
 
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def __getitem__(self, index: Index) -> list[Encoded] | str:
+    def __getitem__(self, index: Index) -> list[Sample] | str:
         epoch, row = index
-        return self.encode(self.pairs[row], mix(self.seed, epoch, row))
+        return self.make_row(self.pairs[row], mix(self.seed, epoch, row))
 
 
-def collate(rows: Sequence[list[Encoded] | str]) -> Rows:
-    """Pack samples role by role: all first samples of the rows, then all second ones, ...
+def start_worker(worker: int) -> None:
+    """Set up a data worker: it ends with the process that started it, and sends small tensors
+    through its pipe; only large ones (pixels) go in shared memory of their own.
 
-    Raises:
-        UserError: if every row of the batch is bad.
+    A step holds hundreds of small tensors (where segments begin, who attends to whom); torch opens
+    a file for each that it shares, and a process may have only so many files open.
     """
-    good = [row for row in rows if not isinstance(row, str)]
-    skipped = tuple(row for row in rows if isinstance(row, str))
-    if not good:
-        raise UserError(f"no row of this batch can be read, first: {skipped[0]}")
-    roles = range(max(len(row) for row in good))
-    samples = [row[role] for role in roles for row in good if len(row) > role]
-    return Rows(pack(samples), len(good), skipped)
+    end_with_parent(worker)
+    ForkingPickler.register(Tensor, _reduce)
 
 
-class Batches:
-    """A collate function: encoded rows to what a step takes, worked out where rows are encoded."""
-
-    def __init__(self, prepare: Prepare) -> None:
-        self.prepare = prepare
-
-    def __call__(self, rows: Sequence[list[Encoded] | str]) -> Parcel:
-        return Parcel(self.prepare(collate(rows)))
+def _reduce(tensor: Tensor) -> Any:
+    return (torch.from_numpy, (tensor.numpy(),)) if tensor.nbytes < LARGE else reduce_tensor(tensor)
 
 
 def validation_batches(
@@ -152,7 +134,8 @@ class StageData(L.LightningDataModule):
         mixing: how batches are composed of subsets.
         batch_size: rows of a step over all ranks.
         validation_batch_size: rows at a time on a rank.
-        prepare, prepare_validation: make of rows what the stage's steps take, in the workers.
+        masking: hides parts of samples; None for a stage that hides nothing.
+        collator, validation_collator: make batches of rows.
         start_step: first step to draw, for a resumed run.
         pinned: hand batches over in page-locked memory, from where a GPU fetches them by itself.
     """
@@ -164,8 +147,9 @@ class StageData(L.LightningDataModule):
         *,
         make_samples: MakeSamples,
         processor: Processor,
-        prepare: Prepare,
-        prepare_validation: Prepare,
+        masking: Masking | None,
+        collator: Collator,
+        validation_collator: Collator,
         mixing: Mixing,
         batch_size: int,
         validation_batch_size: int,
@@ -178,12 +162,17 @@ class StageData(L.LightningDataModule):
     ) -> None:
         super().__init__()
         self.train = train
-        self.prepare, self.prepare_validation = prepare, prepare_validation
+        self.collator, self.validation_collator = collator, validation_collator
         self.pinned = pinned
-        self.validation_rows = EncodedRows(
-            validation, make_samples, processor, seed=seed, on_bad_row=on_bad_row
+        self.make_row = partial(
+            samples_of,
+            make_samples=make_samples,
+            processor=processor,
+            masking=masking,
+            on_bad_row=on_bad_row,
         )
-        self.encode = Encoder(make_samples, processor, on_bad_row=on_bad_row)
+        self.validation_rows = StageRows(validation, self.make_row, seed=seed)
+        self.on_bad_row = on_bad_row
         self.mixing = mixing
         self.batch_size = batch_size
         self.validation_batch_size = validation_batch_size
@@ -196,13 +185,7 @@ class StageData(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         if isinstance(self.train, PairStream):
             return self._stream_loader(self.train)
-        rows = EncodedRows(
-            self.train,
-            self.encode.make_samples,
-            self.encode.processor,
-            seed=self.seed,
-            on_bad_row=self.encode.on_bad_row,
-        )
+        rows = StageRows(self.train, self.make_row, seed=self.seed)
         sampler = StepSampler(
             make_order(self.train, self.mixing, batch_size=self.batch_size, seed=self.seed),
             steps=self.steps,
@@ -210,21 +193,19 @@ class StageData(L.LightningDataModule):
             rank=rank(),
             world_size=world_size(),
         )
-        return self._loader(rows, sampler, self.prepare)
+        return self._loader(rows, sampler, self.collator)
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Unpack; and remember where a stream stands: not what is loaded counts, but what is
-        trained on.
-        """
+        """Remember where a stream stands: not what is loaded counts, but what is trained on."""
         if isinstance(batch, Streamed):
             self._lanes[batch.lane] = batch.state
-            batch = batch.batch
-        return batch.content if isinstance(batch, Parcel) else batch
+            return batch.batch
+        return batch
 
     def transfer_batch_to_device(
         self, batch: Any, device: torch.device, dataloader_idx: int
     ) -> Any:
-        """Nothing: a step moves its chunks one by one, when it is their turn."""
+        """Nothing: a step moves its batches one by one, when it is their turn."""
         return batch
 
     def state_dict(self) -> dict[str, Any]:
@@ -257,13 +238,13 @@ class StageData(L.LightningDataModule):
         batches = StreamBatches(
             stream,
             self.mixing,
-            self.encode,
-            Batches(self.prepare),
+            self.make_row,
+            self.collator,
             batch_size=self.batch_size,
             steps=self.steps,
             start_step=self.start_step,
             seed=self.seed,
-            on_bad_row=self.encode.on_bad_row,
+            on_bad_row=self.on_bad_row,
             rank=rank(),
             world_size=world_size(),
             lanes=len(self._lanes),
@@ -273,8 +254,8 @@ class StageData(L.LightningDataModule):
             batches,
             batch_size=None,
             num_workers=self.num_workers,
+            worker_init_fn=start_worker,
             pin_memory=self.pinned,
-            worker_init_fn=end_with_parent,
         )
 
     def val_dataloader(self) -> DataLoader[Any] | list[None]:
@@ -286,17 +267,17 @@ class StageData(L.LightningDataModule):
             rank=rank(),
             world_size=world_size(),
         )
-        return self._loader(self.validation_rows, batches, self.prepare_validation)
+        return self._loader(self.validation_rows, batches, self.validation_collator)
 
     def _loader(
-        self, rows: EncodedRows, batches: StepSampler | list[list[Index]], prepare: Prepare
+        self, rows: StageRows, batches: StepSampler | list[list[Index]], collator: Collator
     ) -> DataLoader[Any]:
         return DataLoader(
             rows,
             batch_sampler=batches,
-            collate_fn=Batches(prepare),
+            collate_fn=collator,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
+            worker_init_fn=start_worker,
             pin_memory=self.pinned,
-            worker_init_fn=end_with_parent,
         )

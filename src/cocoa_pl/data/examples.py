@@ -1,7 +1,6 @@
-"""A `Pair` in, the samples that a stage makes of it out. One class for each way of using a pair."""
+"""Examples that a stage makes of a pair: one class for each way of using a pair."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import overload
 
 import numpy as np
@@ -11,20 +10,9 @@ from cocoa_pl.data.items import Item, Pair
 from cocoa_pl.data.pair_table import has_images, select, subset_codes
 from cocoa_pl.data.stream import PairStream
 from cocoa_pl.errors import UserError
-from cocoa_pl.randomness import mix
 
-_SOURCE_STREAM = 4
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """CONTEXT, and TARGET where a text is to be rebuilt."""
-
-    context: Item
-    target: str | None
-
-
-MakeSamples = Callable[[Pair, int], tuple[Sample, ...]]
+Example = tuple[Item, str | None]  # CONTEXT, and TARGET where a text is to be rebuilt
+MakeSamples = Callable[[Pair, np.random.Generator], tuple[Example, ...]]
 
 
 def sides(pair: Pair) -> tuple[Item, str] | None:
@@ -42,9 +30,9 @@ def sides(pair: Pair) -> tuple[Item, str] | None:
 class CaptionExamples:
     """Image and text as one CONTEXT: warm-up and plain captioning."""
 
-    def __call__(self, pair: Pair, seed: int) -> tuple[Sample, ...]:
+    def __call__(self, pair: Pair, rng: np.random.Generator) -> tuple[Example, ...]:
         image, text = _sides(pair)
-        return (Sample(Item(f"{image.text}\n{text}", image.media), None),)
+        return ((Item(f"{image.text}\n{text}", image.media), None),)
 
 
 class BridgeExamples:
@@ -68,10 +56,10 @@ class BridgeExamples:
             )
         self.query_share = sources["query"]
 
-    def __call__(self, pair: Pair, seed: int) -> tuple[Sample, ...]:
+    def __call__(self, pair: Pair, rng: np.random.Generator) -> tuple[Example, ...]:
         image, text = _sides(pair)
-        from_query = mix(seed, _SOURCE_STREAM) / 2**63 < self.query_share
-        return (Sample(image if from_query else Item(text), text),)
+        from_query = rng.random() < self.query_share
+        return ((image if from_query else Item(text), text),)
 
 
 class PairExamples:
@@ -84,16 +72,16 @@ class PairExamples:
     def __init__(self, *, max_negatives: Whole) -> None:
         self.max_negatives = max_negatives
 
-    def __call__(self, pair: Pair, seed: int) -> tuple[Sample, ...]:
+    def __call__(self, pair: Pair, rng: np.random.Generator) -> tuple[Example, ...]:
         items = (pair.query, pair.positive, *pair.negatives[: self.max_negatives])
-        return tuple(Sample(item, None) for item in items)
+        return tuple((item, None) for item in items)
 
 
 def check_contrast(
     pairs: Sequence[Pair] | PairStream, make_samples: MakeSamples, *, batch_size: int
 ) -> None:
-    """Refuse what no batch can tell a positive from anything in: a stage that embeds pairs needs
-    two rows that differ in query and in positive, or hard negatives.
+    """Refuse pairs without negatives: a stage that embeds pairs needs two rows that differ in query
+    and in positive, or hard negatives.
 
     Raises:
         UserError: for a batch of one row, or rows that all share a positive or a query, without
@@ -112,7 +100,7 @@ def check_contrast(
     if not alike or (make_samples.max_negatives and _have_negatives(pairs)):
         return
     raise UserError(
-        f"{alike}, and there are no hard negatives: no query has a wrong answer to be told from; "
+        f"{alike}, and there are no hard negatives: no query has a wrong answer; "
         "raise the stage's batch_size, or give other rows or hard negatives"
     )
 

@@ -13,15 +13,14 @@ from itertools import islice
 from typing import TypeVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from cocoa_pl.batch import VISUAL_TOKEN_COST, Encoded, cut_by_cost
 from cocoa_pl.config.bounds import Count, Whole, check_value
+from cocoa_pl.data.batch import VISUAL_TOKEN_COST, Sample, cut_by_cost
 from cocoa_pl.data.images import image_size
 from cocoa_pl.data.items import IMAGE_SLOT, Item
 from cocoa_pl.data.lookahead import Lookahead
-from cocoa_pl.data.tokenize import Processor
+from cocoa_pl.data.processor import Processor
 from cocoa_pl.errors import UserError, name_of
 
 WINDOW = 4096  # items that are sorted together
@@ -45,7 +44,7 @@ def item_batches(
     count: int,
     item_at: Callable[[int], Item],
     processor: Processor,
-    lay_out: Callable[[list[Encoded]], _Laid],
+    lay_out: Callable[[list[Sample]], _Laid],
     *,
     batch_tokens: int,
     threads: int,
@@ -71,9 +70,9 @@ def item_batches(
     def measure(numbers: range) -> list[Measure]:
         return [_measure(item_at, number, processor) for number in numbers]
 
-    def encode(numbers: NDArray[np.intp]) -> tuple[NDArray[np.intp], _Laid]:
+    def read(numbers: NDArray[np.intp]) -> tuple[NDArray[np.intp], _Laid]:
         samples = [
-            processor.encode(item_at(number), None, key=0, seed=0, row_id=name_of(number))
+            processor(item_at(number), None, key=0, row_id=name_of(number))
             for number in numbers.tolist()
         ]
         return numbers, lay_out(samples)
@@ -85,9 +84,7 @@ def item_batches(
         )
         # A window ahead, so that the model never waits for the measures of the next one.
         measured = lookahead.map(measure, pieces, ahead=WINDOW // _MEASURED_AT_ONCE)
-        yield from lookahead.map(
-            encode, _cut_windows(measured, batch_tokens), ahead=threads + _READY
-        )
+        yield from lookahead.map(read, _cut_windows(measured, batch_tokens), ahead=threads + _READY)
 
 
 def _cut_windows(
@@ -97,10 +94,10 @@ def _cut_windows(
     while window := [
         measure for piece in islice(measured, WINDOW // _MEASURED_AT_ONCE) for measure in piece
     ]:
-        tokens = torch.tensor([measure.tokens for measure in window])
-        costs = torch.tensor([measure.cost for measure in window], dtype=torch.float64)
+        tokens = np.array([measure.tokens for measure in window])
+        costs = np.array([measure.cost for measure in window], np.float64)
         for places in cut_by_cost(tokens, costs, batch_tokens):
-            yield start + places.numpy()
+            yield start + places
         start += len(window)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch.utils.data import IterableDataset, get_worker_info
 
-from cocoa_pl.batch import Encoded
+from cocoa_pl.data.batch import Sample
 from cocoa_pl.data.items import Pair
 from cocoa_pl.data.sampler import Mixing, check_shareable, draw_subsets
 from cocoa_pl.data.stream import PairStream
@@ -23,8 +23,8 @@ from cocoa_pl.errors import UserError
 from cocoa_pl.randomness import mix
 
 LaneState = dict[str, Any]  # subset -> the state of its reader
-Collate = Callable[[Sequence[list[Encoded] | str]], Any]
-Encode = Callable[[Pair, int], list[Encoded] | str]
+Collate = Callable[[Sequence[list[Sample] | str]], Any]
+MakeRow = Callable[[Pair, int], list[Sample] | str]
 
 
 @dataclass(frozen=True)
@@ -36,14 +36,14 @@ class Streamed:
     state: LaneState
 
     def pin_memory(self) -> Streamed:
-        return replace(self, batch=self.batch.pin_memory())
+        return replace(self, batch=[batch.pin_memory() for batch in self.batch])
 
 
 class StreamBatches(IterableDataset[Streamed]):
     """This rank's share of every step's global batch.
 
     Args:
-        encode: a pair and its seed to samples, or to the reason why it cannot be used.
+        make_row: a pair and its seed to samples, or to the reason why it cannot be used.
         batch_size: rows of a step over all ranks.
         lanes: workers of this rank, at least one.
         states: of the lanes, where to go on; None each at the beginning.
@@ -56,7 +56,7 @@ class StreamBatches(IterableDataset[Streamed]):
         self,
         stream: PairStream,
         mixing: Mixing,
-        encode: Encode,
+        make_row: MakeRow,
         collate: Collate,
         *,
         batch_size: int,
@@ -72,7 +72,7 @@ class StreamBatches(IterableDataset[Streamed]):
         check_shareable(batch_size, world_size)
         _ = stream.opened  # here, not in every worker: it asks the hub, and may fail
         self.stream = stream
-        self.encode = encode
+        self.make_row = make_row
         self.collate = collate
         self.sub_batch_rows = mixing.sub_batch_rows(batch_size)
         sub_batches = batch_size // self.sub_batch_rows
@@ -107,10 +107,10 @@ class StreamBatches(IterableDataset[Streamed]):
             state_after = {name: reader.state for name, reader in readers.items()}
             yield Streamed(self.collate(rows), lane, state_after)
 
-    def _row(self, reader: SubsetReader, seed: int) -> list[Encoded] | str:
+    def _row(self, reader: SubsetReader, seed: int) -> list[Sample] | str:
         pair = reader.take()
         if not isinstance(pair, str):
-            return self.encode(pair, seed)
+            return self.make_row(pair, seed)
         if self.on_bad_row == "fail":
             raise UserError(pair)
         return pair

@@ -13,9 +13,9 @@ import numpy as np
 
 from cocoa_pl.data.examples import check_contrast, describing, first_of_each_subset
 from cocoa_pl.data.items import Pair
+from cocoa_pl.data.processor import Processor
 from cocoa_pl.data.sampler import make_order
 from cocoa_pl.data.stream import PairStream
-from cocoa_pl.data.tokenize import Processor
 from cocoa_pl.doctor.checks import (
     LeakageCheck,
     SideCheck,

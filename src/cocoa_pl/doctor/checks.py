@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cocoa_pl.data.items import EvalSubset, Item, Pair
-from cocoa_pl.data.tokenize import Processor
+from cocoa_pl.data.processor import Processor
 from cocoa_pl.doctor.findings import Finding, Findings
 from cocoa_pl.doctor.images import TINY_SIDE, DistinctImages, file_name
 from cocoa_pl.doctor.lengths import EOS, MARKERS, visual_tokens

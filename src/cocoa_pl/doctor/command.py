@@ -15,9 +15,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from cocoa_pl.config.build import build, register_resolvers
 from cocoa_pl.config.command_line import compose_overrides
 from cocoa_pl.config.folders import new_folder
+from cocoa_pl.data.processor import Processor
 from cocoa_pl.data.rows import distinct_texts
 from cocoa_pl.data.sources import HeldOutBenchmark
-from cocoa_pl.data.tokenize import Processor
 from cocoa_pl.doctor.check_data import Settings, Watch, check_data
 from cocoa_pl.doctor.findings import Findings
 from cocoa_pl.doctor.reading import Pieces, Reading, read

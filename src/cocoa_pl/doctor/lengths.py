@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cocoa_pl.data.examples import MakeSamples, Sample
+from cocoa_pl.data.examples import Example, MakeSamples
 from cocoa_pl.data.items import IMAGE_SLOT, Item, Pair
-from cocoa_pl.data.tokenize import Processor
+from cocoa_pl.data.processor import Processor
 from cocoa_pl.doctor.findings import Finding, Findings
 from cocoa_pl.doctor.images import DistinctImages, image_identity
 from cocoa_pl.doctor.parallel import ordered_map
@@ -150,12 +150,12 @@ class _Counter:
         row_ids: list[str] = []
         num_unknown = 0
         for pair, seed in chunk.rows:
-            for sample in self.make_samples(pair, seed):
-                tokens = [chunk.visual[image_identity(i)] for i in sample.context.media]
+            for example in self.make_samples(pair, np.random.default_rng(seed)):
+                tokens = [chunk.visual[image_identity(i)] for i in example[0].media]
                 if -1 in tokens:
                     num_unknown += 1
                     continue
-                text.append(self._text_tokens(sample))
+                text.append(self._text_tokens(example))
                 visual.append(sum(tokens) + MARKERS * len(tokens))
                 row_ids.append(pair.row_id)
         return _Counts(
@@ -166,8 +166,9 @@ class _Counter:
             len(chunk.rows),
         )
 
-    def _text_tokens(self, sample: Sample) -> int:
-        texts = [*sample.context.text.split(IMAGE_SLOT), sample.target or ""]
+    def _text_tokens(self, example: Example) -> int:
+        context, target = example
+        texts = [*context.text.split(IMAGE_SLOT), target or ""]
         return sum(self.processor.count_text_tokens(text) for text in texts if text)
 
 

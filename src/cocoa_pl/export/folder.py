@@ -23,7 +23,7 @@ from transformers.utils import PROCESSOR_NAME
 
 from cocoa_pl.attention import TEXT_ATTENTION, VISION_ATTENTION
 from cocoa_pl.data.items import template_source
-from cocoa_pl.data.tokenize import Processor
+from cocoa_pl.data.processor import Processor
 from cocoa_pl.embedder import Embedder
 from cocoa_pl.errors import UserError
 from cocoa_pl.models.adapters import merged

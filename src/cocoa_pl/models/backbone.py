@@ -1,23 +1,28 @@
-"""A packed batch in, hidden states or unit embeddings out. The stock transformers model, wrapped
-and never forked.
+"""The stock transformers model, wrapped and never forked: packed batches become hidden states or
+unit embeddings.
 """
 
 from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from cocoa_pl.attention import Policy
+from cocoa_pl.attention import Plan, Policy, make_plan
 from cocoa_pl.attention.kernels import KERNELS, chosen
-from cocoa_pl.batch import Batch
-from cocoa_pl.models.layout import Kernels, Layout, Layouts, VisionInputs
+from cocoa_pl.data.batch import Batch, PlanBatch
 
 log = logging.getLogger(__name__)
+
+# Grids (I, 3) of at least one image -> keywords of the family's vision tower: tensors and plans on
+# the CPU, and numbers.
+VisionInputs = Callable[[Tensor], Mapping[str, Any]]
 
 
 class Backbone(nn.Module, ABC):
@@ -114,8 +119,8 @@ class Backbone(nn.Module, ABC):
     def head_widths(self) -> tuple[int, int]:
         """Of the language model's attention heads, and of the vision tower's."""
 
-    def layouts(self, policy: Policy, device: torch.device | None = None) -> Layouts:
-        """What lays batches out for this model, in the workers.
+    def planner(self, policy: Policy, device: torch.device | None = None) -> PlanBatch:
+        """What plans the attention of batches, in the data workers; small and picklable.
 
         Args:
             device: where the model will be when it sees them; None if it is there already.
@@ -125,26 +130,20 @@ class Backbone(nn.Module, ABC):
             chosen(self.kernel, device=device, dtype=self.compute_dtype, head_width=width)
             for width in self.head_widths
         )
-        return Layouts(policy, Kernels(text, vision, device), self.vision_inputs)
+        return partial(
+            plan_batch,
+            policy=policy,
+            kernels=(text, vision),
+            device=device,
+            vision_inputs=self.vision_inputs,
+        )
 
     @abstractmethod
-    def forward(
-        self,
-        batch: Batch,
-        layout: Layout,
-        pixels: Tensor | None = None,
-        *,
-        reads: Tensor | None = None,
-    ) -> Tensor:
-        """Last hidden states; batch and layout are on the model's device.
+    def forward(self, batch: Batch, pixels: Tensor | None = None) -> Tensor:
+        """Last hidden states (T, D) of a batch that is on the model's device.
 
         Args:
-            layout: of this batch; says who attends to whom. There is no default.
-            pixels: (P, B) float, normalised, when they are not simply the batch's own (corruption).
-            reads: (R) int64, the rows whose states are wanted; None for all.
-
-        Returns:
-            (R, D), or (T, D).
+            pixels: (P, B) float, normalised, when they are not simply the batch's own (masking).
         """
 
     @abstractmethod
@@ -152,10 +151,8 @@ class Backbone(nn.Module, ABC):
         """A new layer of the language model's own kind, for the image decoder."""
 
     @abstractmethod
-    def run_layer(
-        self, layer: nn.Module, hidden: Tensor, batch: Batch, layout: Layout, reads: Tensor
-    ) -> Tensor:
-        """Feed packed states (T, D) through such a layer and read some rows: (R, D)."""
+    def run_layer(self, layer: nn.Module, hidden: Tensor, batch: Batch) -> Tensor:
+        """Feed packed states through such a layer: (T, D) -> (T, D)."""
 
     def pixels(self, batch: Batch) -> Tensor:
         """uint8 patches to normalised floats on the device, bit-equal to the image processor: (P,
@@ -174,13 +171,45 @@ class Backbone(nn.Module, ABC):
     def vocabulary(self, hidden: Tensor) -> Tensor:
         """Logits of chosen states: (M, D) -> (M, V)."""
         with self.autocast():
-            logits: Tensor = self.stock.get_output_embeddings()(hidden)
-        return logits
+            return self.stock.get_output_embeddings()(hidden)
 
-    def embed(self, batch: Batch, layout: Layout) -> Tensor:
-        """The L2-normalised last hidden state at each sample's EOS, (S, D) float32.
-
-        Samples are those of the batch that are no fillers, in its order.
+    def embed(self, batch: Batch) -> Tensor:
+        """The L2-normalised last hidden state at each sample's BOTTLENECK (the mean of the states
+        where it has several tokens): (S, D) float32.
         """
-        hidden = self(batch, layout, reads=layout.eos_rows)
-        return normalize(hidden.float(), dim=-1)
+        hidden = self(batch)
+        states = hidden.index_select(0, batch.bottleneck_rows.flatten()).float()
+        states = states.view(*batch.bottleneck_rows.shape, hidden.shape[1]).mean(1)  # (S, k, D)
+        return normalize(states, dim=-1)
+
+
+def plan_batch(
+    segment_lengths: Tensor,
+    grids: Tensor,
+    *,
+    policy: Policy,
+    kernels: tuple[str, str],
+    device: torch.device,
+    vision_inputs: VisionInputs,
+) -> tuple[Plan, Mapping[str, Any]]:
+    """Work out on the host what a forward pass would otherwise have to ask the device.
+
+    In a data worker, from numbers that never were on the device, so that a step only enqueues work
+    and never waits.
+
+    Args:
+        segment_lengths: (S, 3) int64, CPU.
+        grids: (I, 3) int64, CPU.
+        kernels: of the language model and of the vision tower; what is prepared for them depends on
+            the kind of `device` too.
+
+    Returns:
+        The plan of the language model, and the keywords of the vision tower, among them its own
+        plans; empty without images.
+    """
+    text, vision = kernels
+    found = vision_inputs(grids) if len(grids) else {}
+    return make_plan(policy, segment_lengths).to(device).prepared(text), {
+        name: value.to(device).prepared(vision) if isinstance(value, Plan) else value
+        for name, value in found.items()
+    }

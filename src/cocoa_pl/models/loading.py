@@ -16,9 +16,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 from cocoa_pl.attention import TEXT_ATTENTION
 from cocoa_pl.errors import UserError
 from cocoa_pl.models.backbone import Backbone
-from cocoa_pl.models.qwen2_5_vl import Qwen25VLBackbone
-from cocoa_pl.models.qwen2_vl import Qwen2VLBackbone
-from cocoa_pl.models.qwen3_vl import Qwen3VLBackbone
+from cocoa_pl.models.qwen_vl import Qwen2VLBackbone, Qwen3VLBackbone, Qwen25VLBackbone
 from cocoa_pl.models.tiny import Texts
 
 # One entry for each family, by the `model_type` in its config.json.

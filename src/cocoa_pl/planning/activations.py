@@ -93,14 +93,11 @@ def kept_by_chunk(
     residual = numbers.weight  # what the token embedding gives
     blocks = []
     for number in range(text.count):
-        read = work.read if number == text.count - 1 else work.tokens
-        kept, flows = _block(
-            text, number, work.tokens, read, work.text, tuning, numbers, residual, flows
-        )
+        kept, flows = _block(text, number, work.tokens, work.text, tuning, numbers, residual, flows)
         blocks.append(kept)
     inputs = text.count * work.tokens * text.width * residual
     rotary = 2 * work.tokens * text.head_dim * residual
-    last = _rms_norm(work.read, text.width, residual, tuning.full) if flows else 0
+    last = _rms_norm(work.tokens, text.width, residual, tuning.full) if flows else 0
     hooked = work.tokens * text.width * residual * (checkpointing and not tuning.full)
     return Kept(
         vision=vision,
@@ -133,7 +130,6 @@ def _vision(
             vision.block,
             number,
             patches,
-            patches,
             attention,
             tuning,
             numbers,
@@ -163,20 +159,15 @@ def _block(
     block: BlockShape,
     number: int,
     rows: int,
-    read: int,
     attention: Attention,
     tuning: Tuning,
     numbers: Numbers,
     residual: int,
     flows: bool,
 ) -> tuple[int, bool]:
-    """Bytes that one block keeps, and whether its output needs a gradient.
+    """Bytes that one block keeps, and whether its output needs a gradient."""
 
-    Args:
-        read: rows that go through its perceptron.
-    """
-
-    def linears(group: Sequence[Linear], flows: bool, *, cast: bool, rows: int = rows) -> int:
+    def linears(group: Sequence[Linear], flows: bool, *, cast: bool) -> int:
         kept = [_linear(one, number, rows, tuning, numbers, flows) for one in group]
         if tuning.full:  # the input, once for all unless each of them casts it
             copies = len(group) if cast and numbers.casts else 1
@@ -193,14 +184,14 @@ def _block(
         kept += _attention(block, rows, attention, tuning, numbers)
     kept += linears([block.output], attends, cast=False)
     flows = attends or learns([block.output])
-    kept += _norm(block, read, residual, tuning, numbers) if flows else 0
-    kept += linears(block.up, flows, cast=not block.layer_norm, rows=read)
+    kept += _norm(block, rows, residual, tuning, numbers) if flows else 0
+    kept += linears(block.up, flows, cast=not block.layer_norm)
     raised = flows or learns(block.up)
     gated = len(block.up) > 1
     if raised:  # of a gated activation also both factors of the product
         tensors = KEPT_BY[block.activation] + 2 * gated
-        kept += tensors * read * block.intermediate * numbers.product
-    kept += linears([block.down], raised, cast=False, rows=read)
+        kept += tensors * rows * block.intermediate * numbers.product
+    kept += linears([block.down], raised, cast=False)
     return kept, raised or learns([block.down])
 
 
@@ -282,7 +273,7 @@ def _head(shape: ModelShape, tuning: Tuning, numbers: Numbers, work: Work) -> in
 def _decoder(shape: ModelShape, numbers: Numbers, work: Work) -> int:
     text, values = shape.text, decoder_values(shape)
     own = Numbers(numbers.product, FLOAT32, numbers.on_gpu)  # its weights are float32 always
-    kept, _ = _block(text, 0, work.tokens, work.rebuilt, work.text, FULL, own, numbers.weight, True)
+    kept, _ = _block(text, 0, work.tokens, work.text, FULL, own, numbers.weight, True)
     kept += 2 * work.tokens * text.head_dim * FLOAT32
     kept += work.rebuilt * text.width * numbers.product + _weight_copy(text.width, values, own)
     return kept + 2 * work.rebuilt * values * FLOAT32  # prediction and target of the squared error

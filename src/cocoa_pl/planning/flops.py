@@ -107,7 +107,6 @@ def chunk_costs(
             number,
             work.tokens,
             work.text,
-            read=work.read if number == shape.text.count - 1 else work.tokens,
             flows=flows,
             checkpointing=checkpointing,
         )
@@ -177,7 +176,6 @@ def _vision(tape: _Tape, shape: ModelShape, work: Work, checkpointing: bool) -> 
             number,
             work.patches,
             work.images if whole else work.windows,
-            read=work.patches,
             flows=flows,
             checkpointing=checkpointing,
         )
@@ -193,18 +191,13 @@ def _block(
     rows: int,
     attention: Attention,
     *,
-    read: int,
     flows: bool,
     checkpointing: bool,
 ) -> bool:
-    """Charge one transformer block; True if its output needs a gradient.
-
-    Args:
-        read: rows that go through its perceptron.
-    """
+    """Charge one transformer block; True if its output needs a gradient."""
     before = tape.costs.get(ADAPTERS, Cost())
 
-    def linear(one: Linear, flows: bool, again: bool = checkpointing, *, rows: int = rows) -> bool:
+    def linear(one: Linear, flows: bool, again: bool = checkpointing) -> bool:
         return tape.linear(part, one, rows, block=number, flows=flows, again=again)
 
     attends = any([linear(one, flows) for one in block.inputs])
@@ -212,13 +205,13 @@ def _block(
     # Backward: the scores again, and gradients of values, scores, queries and keys.
     tape.add(SCORES, Cost(scores, 2.5 * scores * attends, scores * checkpointing))
     flows = linear(block.output, attends) or flows
-    raised = any([linear(one, flows, rows=read) for one in block.up])
+    raised = any([linear(one, flows) for one in block.up])
     # Recomputation stops at the last tensor that backward asks for: the input of the last product.
     redone = checkpointing and _last_is_redone(tape.tuning, block.down, number)
-    flows = linear(block.down, raised, redone, rows=read) or flows
+    flows = linear(block.down, raised, redone) or flows
     if checkpointing and ADAPTERS in tape.costs:
         forward = tape.costs[ADAPTERS].forward - before.forward
-        tape.add(ADAPTERS, Cost(recomputed=forward - _not_redone(tape.tuning, block, number, read)))
+        tape.add(ADAPTERS, Cost(recomputed=forward - _not_redone(tape.tuning, block, number, rows)))
     return flows
 
 
@@ -245,20 +238,10 @@ def _merger(tape: _Tape, merger: MergerShape, rows: int, flows: bool) -> bool:
 
 
 def _decoder(shape: ModelShape, work: Work) -> Cost:
-    """One block of the language model's kind, its attention over all tokens, its perceptron and
-    the projection on hidden visual tokens; it trains whole and is not checkpointed.
+    """One block of the language model's kind over all tokens, and the projection of hidden visual
+    tokens; it trains whole and is not checkpointed.
     """
     tape, block = _Tape(FULL), shape.text
-    _block(
-        tape,
-        TEXT,
-        block,
-        0,
-        work.tokens,
-        work.text,
-        read=work.rebuilt,
-        flows=True,
-        checkpointing=False,
-    )
+    _block(tape, TEXT, block, 0, work.tokens, work.text, flows=True, checkpointing=False)
     projection = 2.0 * work.rebuilt * shape.text.width * decoder_values(shape)
     return sum(tape.costs.values(), Cost(projection, 2 * projection))

@@ -73,7 +73,6 @@ class ChunkLoad:
     Args:
         decoder: the image decoder runs.
         cached: more than one chunk under one loss: embeddings are kept.
-        kept: chunks whose graphs are in memory together; the others run twice.
         rows, candidates: queries of this process, and candidates of all processes; 0 where there
             is no contrast.
     """
@@ -81,7 +80,6 @@ class ChunkLoad:
     works: Sequence[Work]
     decoder: bool
     cached: bool
-    kept: int
     rows: int
     candidates: int
 
@@ -137,8 +135,7 @@ def activation_peak(setup: Setup, load: ChunkLoad, gradients: int) -> int:
     """
     missing = _missing(setup, gradients, decoder=load.decoder)
     highest = 0
-    kept = [graph(setup, load.decoder, work) for work in load.works[: load.kept]]
-    others = sum(one.total for one in kept[1:])  # beside the first one's
+    first_graph = graph(setup, load.decoder, load.works[0]).total
     measured: dict[Work, dict[str, int]] = {}
     for number, work in enumerate(load.works):
         if work not in measured:
@@ -146,10 +143,10 @@ def activation_peak(setup: Setup, load: ChunkLoad, gradients: int) -> int:
         first = number == 0 and not setup.sharded
         for name, size in measured[work].items():
             absent = missing[name] if first else gradients if name == peaks.HIDING else 0
-            highest = max(highest, size - absent + others * (number == 0))
-        if load.cached and number >= load.kept:
+            highest = max(highest, size - absent)
+        if load.cached and number:
             graphless = peaks.without_graph(setup.shape, setup.tuning, setup.numbers, work)
-            highest = max(highest, graphless - gradients + kept[0].total + others)
+            highest = max(highest, graphless - gradients + first_graph)
     return highest
 
 
@@ -163,16 +160,6 @@ def graph(setup: Setup, decoder: bool, work: Work) -> Kept:
         checkpointing=setup.checkpointing,
         decoder=decoder,
     )
-
-
-def count_kept(graphs: Sequence[int], keep_bytes: int) -> int:
-    """How many chunks' graphs the gradient cache keeps, by the rule of `cached_backward`."""
-    used = 0
-    for number, size in enumerate(graphs):
-        used += size
-        if used + size > keep_bytes:
-            return number + 1
-    return len(graphs)
 
 
 def chunk_moments(setup: Setup, load: ChunkLoad, work: Work) -> dict[str, int]:

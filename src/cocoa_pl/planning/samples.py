@@ -1,4 +1,4 @@
-"""Batches of blank samples of assumed lengths, packed as a stage would pack them.
+"""Blank samples of assumed lengths, as a stage would pack them.
 
 What a stage makes of a pair, how samples are packed and how a batch is cut are the code that
 trains; only the lengths of texts and the sizes of images are made up.
@@ -10,10 +10,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
+import numpy as np
 
-from cocoa_pl.batch import Batch, Encoded, pack
-from cocoa_pl.data.examples import MakeSamples, Sample
+from cocoa_pl.data.batch import SPECIAL, TEXT, VISUAL, Sample
+from cocoa_pl.data.examples import Example, MakeSamples
 from cocoa_pl.data.items import IMAGE_SLOT, Item, Pair
 from cocoa_pl.errors import UserError
 from cocoa_pl.randomness import mix
@@ -77,61 +77,58 @@ def grid_of_tokens(count: int) -> tuple[int, int]:
     return height, count // height
 
 
-def rank_batch(
-    make_samples: MakeSamples,
-    lengths: Lengths,
-    *,
-    rows: int,
-    merge_size: int,
-    max_length: int,
-) -> Batch:
-    """What one process gets for one step: samples role by role, as the collator packs them.
+def rank_rows(
+    make_samples: MakeSamples, lengths: Lengths, *, rows: int, merge_size: int, max_length: int
+) -> list[list[Sample]]:
+    """The samples of what one process gets for one step, row by row.
 
     Raises:
         UserError: if a sample is longer than the model's `max_length`.
     """
-    made = [make_samples(lengths.pair(row), mix(0, row)) for row in range(rows)]
-    roles = range(max(len(samples) for samples in made))
-    ordered = [samples[role] for role in roles for samples in made if len(samples) > role]
-    encoded = [
-        _encode(sample, lengths, merge_size=merge_size, seed=number)
-        for number, sample in enumerate(ordered)
+    made = [
+        [
+            _sample(example, lengths, merge_size=merge_size, role=role)
+            for role, example in enumerate(
+                make_samples(lengths.pair(row), np.random.default_rng(mix(0, row)))
+            )
+        ]
+        for row in range(rows)
     ]
-    longest = max(sum(sample.segment_lengths) for sample in encoded)
+    longest = max(sample.num_tokens for row in made for sample in row)
     if longest > max_length:
         raise UserError(
             f"the assumed lengths make samples of {longest} tokens, more than "
             f"model.max_length={max_length}; lower lengths.text or model.max_pixels"
         )
-    return pack(encoded)
+    return made
 
 
-def _encode(sample: Sample, lengths: Lengths, *, merge_size: int, seed: int) -> Encoded:
-    """As `data.tokenize.Processor.encode` lays a sample out, without ids, positions and pixels."""
-    kinds = _kinds(sample.context, lengths)
-    target = [] if sample.target is None else [1] * len(sample.target.split())
-    kind = torch.tensor([*kinds, 0, *target])
-    count = len(sample.context.media)
+def _sample(example: Example, lengths: Lengths, *, merge_size: int, role: int) -> Sample:
+    """As `data.processor.Processor` lays a sample out, without ids, positions and pixels."""
+    context, words = example
+    before = _kinds(context, lengths)
+    target = [TEXT] * len((words or "").split())
+    kinds = np.array([*before, SPECIAL, *target], np.uint8)
+    count = len(context.media)
     height, width = (side * merge_size for side in lengths.grid)
-    return Encoded(
-        input_ids=torch.zeros(len(kind), dtype=torch.int64),
-        position_ids=torch.arange(len(kind)).expand(3, -1),
-        text_mask=kind == 1,
-        image_mask=kind == 2,
-        segment_lengths=(len(kinds), 1, len(target)),
-        patches=torch.empty(count * height * width, 0, dtype=torch.uint8),
-        grids=torch.tensor([[1, height, width]] * count, dtype=torch.int64).view(-1, 3),
-        key=seed,
-        seed=seed,
+    return Sample(
+        input_ids=np.zeros(len(kinds), np.int64),
+        kinds=kinds,
+        position_ids=np.broadcast_to(np.arange(len(kinds)), (3, len(kinds))),
+        segment_lengths=(len(before), 1, len(target)),
+        patches=np.empty((count * height * width, 0), np.uint8),
+        grids=((1, height, width),) * count,
+        key=0,
         row_id="assumed row",
+        role=role,
     )
 
 
 def _kinds(context: Item, lengths: Lengths) -> Sequence[int]:
-    """0 special, 1 text, 2 visual; an image stands between two special tokens."""
-    image = [0, *[2] * lengths.image_tokens, 0]
+    """Of the tokens; an image stands between two special tokens."""
+    image = [SPECIAL, *[VISUAL] * lengths.image_tokens, SPECIAL]
     kinds: list[int] = []
     for rank, text in enumerate(context.text.split(IMAGE_SLOT)):
         kinds += image if rank else []
-        kinds += [1] * len(text.split())
+        kinds += [TEXT] * len(text.split())
     return kinds

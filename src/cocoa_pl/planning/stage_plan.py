@@ -1,4 +1,4 @@
-"""What one step of a stage needs."""
+"""The needs of one step of a stage on a set-up, for assumed lengths."""
 
 from __future__ import annotations
 
@@ -8,13 +8,17 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from cocoa_pl.batch import Batch, cut_by_cost
-from cocoa_pl.corruption import Corruption
+import numpy as np
+from torch import Tensor
+
+from cocoa_pl.attention import Plan, make_plan
+from cocoa_pl.data.batch import Batch, Collator, Sample
+from cocoa_pl.data.masking import Masking
 from cocoa_pl.errors import UserError
 from cocoa_pl.planning import flops
 from cocoa_pl.planning.flops import Costs
-from cocoa_pl.planning.memory import ChunkLoad, Setup, count_kept, graph, memory_by_part
-from cocoa_pl.planning.samples import Lengths, rank_batch
+from cocoa_pl.planning.memory import ChunkLoad, Setup, memory_by_part
+from cocoa_pl.planning.samples import Lengths, rank_rows
 from cocoa_pl.planning.work import Work, work_of
 from cocoa_pl.stages.contrastive import ContrastiveModule
 from cocoa_pl.stages.stage import Stage
@@ -56,34 +60,19 @@ class StagePlan:
     @cached_property
     def load(self) -> ChunkLoad:
         """The chunks of one step on one process."""
-        vision = self.setup.shape.vision
-        batch = rank_batch(
-            self.stage.make_samples,
-            self.lengths,
-            rows=self.rows,
-            merge_size=vision.merge_size,
-            max_length=self.max_length,
-        )
-        pieces = cut_by_cost(batch.lengths, batch.costs, self.stage.token_budget)
-        chunks = [batch.take(piece) for piece in pieces]
         contrasts, choices = _kind(self.stage)
+        chunks = self._collator(_masked(self._rows(self.rows), choices))
         works: dict[bytes, Work] = {}  # most chunks are alike
         for chunk in chunks:
             if _signature(chunk) not in works:
-                works[_signature(chunk)] = self._work(chunk, choices)
-        candidates = (batch.num_samples - self.rows) * self.setup.gpus
+                works[_signature(chunk)] = self._work(chunk)
+        samples = sum(chunk.num_samples for chunk in chunks)
+        candidates = (samples - self.rows) * self.setup.gpus
         ordered = [works[_signature(chunk)] for chunk in chunks]
-        decoder = bool(choices.get("patch_ratio"))
-        kept = 1
-        if contrasts:
-            sizes = {work: graph(self.setup, decoder, work).total for work in works.values()}
-            keep_bytes = int(choices["keep_gib"] * 2**30)
-            kept = count_kept([sizes[work] for work in ordered], keep_bytes)
         return ChunkLoad(
             works=ordered,
-            decoder=decoder,
+            decoder=bool(choices.get("patch_ratio")),
             cached=contrasts and len(chunks) > 1,
-            kept=kept,
             rows=self.rows * contrasts,
             candidates=candidates * contrasts,
         )
@@ -109,7 +98,7 @@ class StagePlan:
                     decoder=load.decoder,
                 )
             found.append(known[work])
-            if load.cached and number >= load.kept:
+            if load.cached and number:
                 found.append(flops.without_graph(known[work]))
         found.append(flops.norm_costs(setup.shape, setup.tuning))
         if load.rows:
@@ -140,38 +129,44 @@ class StagePlan:
     @property
     def longest(self) -> int:
         """Tokens of the longest sample, below which no token budget helps."""
-        rows = min(self.rows, 64)
-        vision = self.setup.shape.vision
-        batch = rank_batch(
+        rows = self._rows(min(self.rows, 64))
+        return max(sample.num_tokens for row in rows for sample in row)
+
+    def _rows(self, count: int) -> list[list[Sample]]:
+        return rank_rows(
             self.stage.make_samples,
             self.lengths,
-            rows=rows,
-            merge_size=vision.merge_size,
+            rows=count,
+            merge_size=self.setup.shape.vision.merge_size,
             max_length=self.max_length,
         )
-        return int(batch.lengths.max())
+
+    @property
+    def _collator(self) -> Collator:
+        def plan(segment_lengths: Tensor, grids: Tensor) -> tuple[Plan, dict[str, Any]]:
+            return make_plan(self.stage.policy, segment_lengths), {}
+
+        return Collator(plan, token_budget=self.stage.token_budget)
 
     def with_changes(self, setup: Setup, *, token_budget: int) -> StagePlan:
         """The same stage on another set-up."""
         stage = replace(self.stage, token_budget=token_budget)
         return StagePlan(stage, setup, self.lengths, self.max_length, self.rows_of_epoch)
 
-    def _work(self, chunk: Batch, choices: Mapping[str, Any]) -> Work:
-        predicted, rebuilt = _hidden(chunk, choices, self.setup.shape.vision.merge_size)
+    def _work(self, chunk: Batch) -> Work:
         return work_of(
             chunk,
             policy=self.stage.policy,
             vision=self.setup.shape.vision,
             kernel=self.setup.kernel,
-            predicted=predicted,
-            rebuilt=rebuilt,
-            read=_read(chunk, choices, predicted),
+            predicted=len(chunk.targets),
+            rebuilt=len(chunk.patch_rows),
         )
 
 
 def _signature(chunk: Batch) -> bytes:
     """What the work of a chunk follows from."""
-    return chunk.segment_lengths.numpy().tobytes() + chunk.images_per_sample.numpy().tobytes()
+    return chunk.segment_lengths.numpy().tobytes() + chunk.grids.numpy().tobytes()
 
 
 def _kind(stage: Stage) -> tuple[bool, Mapping[str, Any]]:
@@ -180,24 +175,10 @@ def _kind(stage: Stage) -> tuple[bool, Mapping[str, Any]]:
     return issubclass(module.func, ContrastiveModule), module.keywords
 
 
-def _hidden(chunk: Batch, choices: Mapping[str, Any], merge_size: int) -> tuple[int, int]:
-    """How many tokens are to be predicted and how many visual tokens to be rebuilt."""
+def _masked(rows: list[list[Sample]], choices: Mapping[str, Any]) -> list[list[Sample]]:
     if "text_ratio" not in choices:
-        return 0, 0
-    hidden = Corruption(
-        text_ratio=choices["text_ratio"],
-        text_segment=choices["text_segment"],
-        patch_ratio=choices["patch_ratio"],
-        mask_token_id=0,
-        merge_size=merge_size,
-    )(chunk)
-    return int(hidden.token_mask.sum()), int(hidden.patch_mask.sum())
-
-
-def _read(chunk: Batch, choices: Mapping[str, Any], predicted: int) -> int:
-    """Rows of the last layer: EOS of each sample, the states that predict, or all for the image
-    decoder.
-    """
-    if "text_ratio" not in choices:
-        return chunk.num_samples
-    return chunk.num_tokens if choices["patch_ratio"] else predicted
+        return rows
+    names = ("text_ratio", "text_segment", "patch_ratio")
+    masking = Masking(**{name: choices[name] for name in names}, mask_token_id=0)
+    rng = np.random.default_rng(0)
+    return [[masking(sample, rng) for sample in row] for row in rows]

@@ -1,6 +1,6 @@
 """Tokens, patches and attention scores that a model computes for a packed batch.
 
-The counts come from the same code that trains: plans and their padding, corruption, and chunks.
+The counts come from the code that trains: plans and their padding, masking, and batches.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cocoa_pl.attention import Plan, Policy, make_plan, self_plan
-from cocoa_pl.batch import Batch
+from cocoa_pl.data.batch import Batch
 from cocoa_pl.planning.shapes import VisionShape
 
 PADDING_KERNELS = ("sdpa",)  # the others compute what a plan asks for and no more
@@ -39,7 +39,6 @@ class Work:
     text: Attention
     images: Attention  # vision blocks that see whole images
     windows: Attention  # vision blocks that see windows; zeros where there are none
-    read: int  # tokens whose last states are read
     predicted: int  # positions for which the vocabulary head runs
     rebuilt: int  # visual tokens whose pixels the image decoder predicts
 
@@ -55,15 +54,13 @@ def work_of(
     kernel: str,
     predicted: int,
     rebuilt: int,
-    read: int,
 ) -> Work:
     """Count the work of one chunk.
 
     Args:
         kernel: a name in `attention.kernels.KERNELS`; `auto` has come to one.
-        read: rows that the last layer computes whole.
     """
-    patches = int(batch.patches_per_sample.sum())
+    patches = int(batch.grids.prod(1).sum())
     has_images, has_windows = len(batch.grids) > 0, vision.window > 0
     windows = window_lengths(batch.grids, side=vision.window) if has_windows else torch.empty(0)
 
@@ -75,7 +72,6 @@ def work_of(
         text=attention_work(make_plan(policy, batch.segment_lengths), kernel),
         images=attention_work(self_plan(batch.grids.prod(1)), kernel) if has_images else NOTHING,
         windows=attention_work(self_plan(windows), kernel) if len(windows) else NOTHING,
-        read=read,
         predicted=predicted,
         rebuilt=rebuilt,
     )

@@ -1,5 +1,5 @@
-"""What every stage shares: one optimizer step a batch, exact sums over chunks and ranks, exact
-resume.
+"""What every stage shares: one optimizer step over a list of batches, exact sums over batches and
+ranks, exact resume.
 """
 
 from __future__ import annotations
@@ -7,19 +7,23 @@ from __future__ import annotations
 import logging
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Generic
+from typing import Any
 
 import lightning as L
 import torch
+from PIL import Image
 from torch import Tensor
 from transformers import get_scheduler
 
 from cocoa_pl.attention import Policy
 from cocoa_pl.config.bounds import NotNegative, Positive, ShareBelowOne, Whole
-from cocoa_pl.data.tokenize import Processor
+from cocoa_pl.data.batch import Batch, Collator, pack
+from cocoa_pl.data.items import IMAGE_SLOT, Item
+from cocoa_pl.data.masking import Masking
+from cocoa_pl.data.processor import Processor
 from cocoa_pl.distributed.collectives import (
     all_objects,
     clip_gradients,
@@ -32,9 +36,7 @@ from cocoa_pl.distributed.strategies import FullySharded, Replicated, reshard, s
 from cocoa_pl.errors import UserError
 from cocoa_pl.models.backbone import Backbone
 from cocoa_pl.randomness import mix
-from cocoa_pl.stages.chunks import AnyChunk, Preparation, Step
 from cocoa_pl.stages.finite import Done, FiniteSteps
-from cocoa_pl.stages.lockstep import Fillers, in_lockstep, make_fillers
 
 log = logging.getLogger(__name__)
 
@@ -69,15 +71,15 @@ class Optimization:
             )
 
 
-class StageModule(L.LightningModule, ABC, Generic[AnyChunk]):
+class StageModule(L.LightningModule, ABC):
     """A backbone with a stage's objective.
 
-    Optimization is manual: a step holds as many micro-batches as the token budget asks for, and
+    Optimization is manual: a step is a list of batches, as many as the token budget asks for, and
     losses are divided by counts over the whole global batch, which no automatic accumulation can
     do.
 
     Args:
-        token_budget: tokens of a micro-batch (or gradient-cache chunk).
+        token_budget: tokens of a batch.
         steps: optimizer steps of the whole stage.
         seed: of dropout.
     """
@@ -106,8 +108,7 @@ class StageModule(L.LightningModule, ABC, Generic[AnyChunk]):
         self._validation_sums: dict[str, Tensor] = {}
         self._finite: FiniteSteps[Facts] = FiniteSteps()
         self._has_learnt = self._said_empty = False
-        # With sharded parameters every rank must use the same parts of the model at the same time.
-        self._fillers: Fillers | None = None
+        self._dummies: tuple[Batch, Batch] | None = None  # see `aligned`
 
     @property
     @abstractmethod
@@ -125,7 +126,7 @@ class StageModule(L.LightningModule, ABC, Generic[AnyChunk]):
             raise UserError("several processes need trainer=ddp or trainer=fsdp")
         if not isinstance(strategy, FullySharded):
             return
-        self._fillers = make_fillers(self.processor)
+        self._dummies = self._make_dummies()
         everything_trains = all(p.requires_grad for p in self.backbone.parameters())
         half = self.backbone.compute_dtype != torch.float32
         shard(
@@ -136,65 +137,74 @@ class StageModule(L.LightningModule, ABC, Generic[AnyChunk]):
             compute_dtype=self.backbone.compute_dtype if half and everything_trains else None,
         )
 
-    @abstractmethod
-    def preparation(
-        self, *, validating: bool, device: torch.device | None = None
-    ) -> Preparation[AnyChunk]:
-        """What makes steps of rows, in the data workers.
+    def collator(self, *, validating: bool, device: torch.device | None = None) -> Collator:
+        """What makes batches of samples, in the data workers.
 
         Args:
             device: where the module will be when it takes them; None if it is there already.
         """
+        return Collator(self.backbone.planner(self.policy, device), token_budget=self.token_budget)
+
+    def masking(self) -> Masking | None:
+        """What hides parts of samples, in the data workers; None where a stage hides nothing."""
+        return None
 
     @property
     @abstractmethod
     def empty(self) -> str:
-        """What is to be said of a step without targets, and what to do about it."""
+        """The message about a step without targets, and what to do about it."""
 
     @abstractmethod
-    def accumulate(self, step: Step[AnyChunk]) -> dict[str, Tensor]:
-        """Run the backward passes of one global batch and return what to log, already exact over
-        ranks, and `targets`, () float: what there was to learn from.
+    def accumulate(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
+        """Run the backward passes of one step.
+
+        Args:
+            batches: of this rank, on the host.
+
+        Returns:
+            Metrics to log under `train/`, () float each, exact over ranks; among them `targets`,
+            the number of predictions that the step learns from.
         """
 
     @abstractmethod
-    def measure(self, step: Step[AnyChunk]) -> dict[str, Tensor]:
-        """Sums over a validation batch, by name; `means` divides them at the end."""
+    def measure(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
+        """Sums over one validation step of this rank, () float each; `means` divides them."""
 
     @abstractmethod
     def means(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Validation sums over all batches and ranks to the numbers that are logged."""
+        """Validation sums over all steps and ranks to the numbers logged under `validation/`."""
 
     @abstractmethod
-    def illustrate(self, step: Step[AnyChunk]) -> dict[str, Any]:
+    def pictures(self, batches: Sequence[Batch]) -> dict[str, Any]:
         """Pictures (float arrays H, W, 3 in [0, 1]) or texts of what the stage does on validation
-        rows.
+        rows, by name.
         """
 
     @abstractmethod
-    def hand_over(self, metrics: dict[str, float]) -> str:
-        """One sentence on whether the stage did its work, from its own validation measure."""
+    def summary_line(self, metrics: dict[str, float]) -> str:
+        """One sentence on whether the stage did its work, from its validation metrics."""
 
-    def training_step(self, step: Step[AnyChunk], batch_idx: int) -> None:
+    def training_step(self, batches: Sequence[Batch], batch_idx: int) -> None:
         # Dropout follows from the step alone, so a resumed run needs no generator state.
         torch.manual_seed(mix(self.seed, self.global_step, rank()))
         optimizer: Any = self.optimizers()
         scheduler: Any = self.lr_schedulers()
         optimizer.zero_grad()
-        metrics = self.accumulate(step)
+        metrics = self.accumulate(batches)
         targets = metrics.pop("targets")
         sum_gradients(self.parameters())
         norm = clip_gradients(self.parameters(), self.optimization.clip_norm)
         metrics |= {"gradient_norm": norm, "lr": torch.tensor(scheduler.get_last_lr()[0])}
         before = self._finite.look_back()  # now that this step is queued
-        self._finite.guard(optimizer.optimizer, norm, targets, (self.global_step, step.row_ids))
+        row_ids = tuple(dict.fromkeys(row_id for batch in batches for row_id in batch.row_ids))
+        self._finite.guard(optimizer.optimizer, norm, targets, (self.global_step, row_ids))
         optimizer.step()
         scheduler.step()
         self._judge(before)
         self.log_dict({f"train/{name}": value for name, value in metrics.items()})
 
-    def validation_step(self, step: Step[AnyChunk], batch_idx: int) -> None:
-        for name, value in self.measure(step).items():
+    def validation_step(self, batches: Sequence[Batch], batch_idx: int) -> None:
+        for name, value in self.measure(batches).items():
             total = self._validation_sums.get(name, torch.zeros((), device=value.device))
             self._validation_sums[name] = total + value
 
@@ -243,23 +253,39 @@ class StageModule(L.LightningModule, ABC, Generic[AnyChunk]):
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
 
-    def in_step(self, chunks: Sequence[AnyChunk]) -> list[AnyChunk]:
-        """Chunks on the host with what keeps the ranks in step, where parameters are sharded."""
-        if self._fillers is None:
-            return list(chunks)
-        preparation = self.preparation(validating=False)
-        return in_lockstep(chunks, self._fillers, preparation, device=self.device)
+    def aligned(self, batches: Sequence[Batch]) -> list[Batch]:
+        """Batches on the host, and dummies where parameters are sharded and other ranks need them.
 
-    def all_agree(self, mine: bool) -> bool:
-        """Whether all ranks that must do the same say yes; alone a rank decides by itself."""
-        if self._fillers is None:
-            return mine
-        return not bool(global_max(torch.tensor(not mine, device=self.device).int()))
+        Sharded parameters are gathered by all ranks together, each time a part of the model is
+        used. So every rank runs as many batches, and the vision tower for the same ones: one
+        without images beside other ranks' images gets an image that no token reads, and ranks with
+        fewer batches add some of which nothing is read.
+        """
+        if self._dummies is None:
+            return list(batches)
+        text, image = self._dummies
+        count = int(global_max(torch.tensor(len(batches), device=self.device)))
+        has_image = torch.zeros(count, dtype=torch.int32)
+        has_image[: len(batches)] = torch.tensor([len(batch.grids) > 0 for batch in batches])
+        anywhere = global_max(has_image.to(self.device)).tolist()
+        padded = [*batches, *[text] * (count - len(batches))]
+        return [
+            replace(batch, patches=image.patches, grids=image.grids, vision=image.vision)
+            if seen and not len(batch.grids)
+            else batch
+            for batch, seen in zip(padded, anywhere, strict=True)
+        ]
 
-    def at_work(self, chunks: Sequence[AnyChunk]) -> Iterator[AnyChunk]:
-        """Chunks on the device, one at a time."""
-        for chunk in self.in_step(chunks):
-            yield chunk.to(self.device)
+    def _make_dummies(self) -> tuple[Batch, Batch]:
+        """The shortest text, without samples that are read, and the smallest image."""
+        plan = self.backbone.planner(self.policy)
+        side = self.processor.patch_size * self.processor.merge_size
+        items = (Item("."), Item(IMAGE_SLOT, (Image.new("RGB", (side, side)),)))
+        text, image = (
+            pack([self.processor(item, None, key=0, row_id="dummy")], plan) for item in items
+        )
+        unread = {n: getattr(text, n)[:0] for n in ("bottleneck_rows", "keys", "roles", "places")}
+        return replace(text, **unread, row_ids=()), image
 
     def _judge(self, done: Done[Facts] | None) -> None:
         if done is None:

@@ -67,15 +67,13 @@ class StageProgress(L.Callback):
         trainer: L.Trainer,
         pl_module: L.LightningModule,
         outputs: Any,
-        batch: Any,  # `stages.chunks.Step`
+        batch: Any,  # list[Batch]
         batch_idx: int,
     ) -> None:
         world = trainer.world_size
-        self._samples += batch.num_rows * world
-        self._tokens += batch.num_tokens * world
+        self._samples += sum(one.num_rows for one in batch) * world
+        self._tokens += sum(one.num_tokens for one in batch) * world
         step = trainer.global_step
-        if batch.skipped:
-            log.warning("skipped %d bad rows, first: %s", len(batch.skipped), batch.skipped[0])
         if step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             seconds = time.perf_counter() - self._since
             pl_module.log_dict(
@@ -137,14 +135,14 @@ class Pictures(L.Callback):
         trainer: L.Trainer,
         pl_module: L.LightningModule,
         outputs: Any,
-        batch: Any,  # `stages.chunks.Step`
+        batch: Any,  # list[Batch]
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
         if batch_idx:
             return
         # On all ranks, because sharded parameters are gathered by all together.
-        pictures: dict[str, Any] = pl_module.illustrate(batch)  # type: ignore[operator]
+        pictures: dict[str, Any] = pl_module.pictures(batch)  # type: ignore[operator]
         if not trainer.is_global_zero:
             return
         loggers: list[Logger] = trainer.loggers

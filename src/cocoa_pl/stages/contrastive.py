@@ -1,26 +1,27 @@
-"""Pairs in, unit embeddings of queries and positives, and the InfoNCE loss between them out."""
+"""The contrastive stage: InfoNCE between the embeddings of queries and positives of all ranks."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cocoa_pl.attention.plan import on_device
-from cocoa_pl.config.bounds import Count, NotNegative, Positive
+from cocoa_pl.config.bounds import Count, Positive
+from cocoa_pl.data.batch import Batch
 from cocoa_pl.distributed.collectives import RowCounts, gather_offset, gather_rows, global_sum
 from cocoa_pl.errors import UserError
-from cocoa_pl.grad_cache import cached_backward
+from cocoa_pl.grad_cache import GradientCache
+from cocoa_pl.losses import info_nce, matryoshka
 from cocoa_pl.models.backbone import Backbone
 from cocoa_pl.models.dora import shared_norms
-from cocoa_pl.objectives import ContentKeys, info_nce_by_blocks, matryoshka
 from cocoa_pl.stages.base import StageModule
-from cocoa_pl.stages.chunks import Chunk, Step, ToEmbed
 from cocoa_pl.stages.pictures import heat_map
+
+Keys = tuple[Tensor, Tensor, Tensor]  # of queries, candidates, candidates' queries
 
 # CLIP's bound on a learnt inverse temperature (arXiv 2103.00020, section 2.5).
 MAX_SCALE = 100.0
@@ -56,24 +57,7 @@ class Temperature(nn.Module):
         return log_scale.exp()
 
 
-@dataclass(frozen=True)
-class Candidates:
-    """Queries of this rank and what they choose from: the candidates of all ranks.
-
-    Attributes:
-        queries: (n, D) unit rows.
-        candidates: (M, D) unit rows.
-        index: (n) int64, each query's positive among the candidates.
-        keys: what tells false negatives; None to mask nothing.
-    """
-
-    queries: Tensor
-    candidates: Tensor
-    index: Tensor
-    keys: ContentKeys | None
-
-
-class ContrastiveModule(StageModule[Chunk]):
+class ContrastiveModule(StageModule):
     """Gradient-cached InfoNCE with the positives and hard negatives of all ranks as candidates.
 
     Args:
@@ -83,11 +67,8 @@ class ContrastiveModule(StageModule[Chunk]):
         mask_false_negatives: candidates of identical content (or of an identical query) are no
             negatives.
         matryoshka_dims: also train these leading dimensions; empty for the full vector only.
-        similarity_block: side of a tile, the queries and candidates whose similarities are in
-            memory together; more of them are computed again in the backward pass. It changes no
-            value.
-        keep_gib: GiB of graphs of gradient-cache chunks that may be in memory together, so that
-            these chunks are not embedded twice; one chunk's graph always is. It changes no value.
+        similarity_block: queries whose similarities to all candidates are in memory together; with
+            more of them similarities are computed again in the backward pass. It changes no value.
     """
 
     def __init__(
@@ -100,7 +81,6 @@ class ContrastiveModule(StageModule[Chunk]):
         mask_false_negatives: bool,
         matryoshka_dims: Sequence[Count],
         similarity_block: Count,
-        keep_gib: NotNegative,
         **shared: Any,
     ) -> None:
         super().__init__(backbone, **shared)
@@ -115,12 +95,11 @@ class ContrastiveModule(StageModule[Chunk]):
                 f"{backbone.hidden_size} dimensions"
             )
         self.similarity_block = similarity_block
-        self.keep_bytes = int(keep_gib * 2**30)
 
     @property
     def empty(self) -> str:
         return (
-            "no query had a negative to be told from; raise the batch size, or give rows whose "
+            "no query had a negative; raise the batch size, or give rows whose "
             "queries and positives differ, or hard negatives"
         )
 
@@ -128,148 +107,122 @@ class ContrastiveModule(StageModule[Chunk]):
     def parts(self) -> list[nn.Module]:
         return [self.backbone, *([self.temperature] if self.learn_temperature else [])]
 
-    def preparation(self, *, validating: bool, device: torch.device | None = None) -> ToEmbed:
-        layouts = self.backbone.layouts(self.policy, device)
-        return ToEmbed(layouts, token_budget=self.token_budget)
-
-    def accumulate(self, step: Step[Chunk]) -> dict[str, Tensor]:
-        """`targets` are queries that have a negative."""
-        hits, compared, scale = torch.zeros(3, device=self.device)
-        counts = self._counts(step)  # exchanged while chunks are embedded
-
-        def loss(embeddings: Tensor) -> Tensor:
-            value, own_hits, own_compared, used_scale = self.loss(embeddings, step, counts)
-            hits.copy_(own_hits.sum())
-            compared.copy_(own_compared.sum())
-            scale.copy_(used_scale.detach())
-            return value
-
+    def accumulate(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
+        """`targets` counts queries that have a negative."""
+        counts = self._counts(batches)  # exchanged while batches are embedded
         with shared_norms(self.backbone):
-            value = cached_backward(
-                self._embed_chunk,
-                self.in_step(step.chunks),
-                loss,
-                keep_bytes=self.keep_bytes,
-                agreed=self.all_agree,
-                backward=self.manual_backward,
-                device=self.device,
-            )
-        total, found, targets = global_sum(torch.stack([value, hits, compared]))
-        accuracy = found / targets
-        return {"loss": total, "accuracy": accuracy, "temperature": 1 / scale, "targets": targets}
+            cache = GradientCache(self._embed, self.aligned(batches))
+            loss, hits, compared, scale = self.loss(cache.embeddings, batches, counts)
+            self.manual_backward(loss)
+            cache.backward(self.manual_backward)
+        sums = torch.stack([loss.detach(), hits.sum(), compared.sum()])
+        total, found, targets = global_sum(sums)
+        return {
+            "loss": total,
+            "accuracy": found / targets,
+            "temperature": 1 / scale.detach(),
+            "targets": targets,
+        }
 
     def loss(
-        self, embeddings: Tensor, step: Step[Chunk], counts: RowCounts
+        self, embeddings: Tensor, batches: Sequence[Batch], counts: RowCounts
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """This rank's share of the loss over the global batch, which of its queries (n) are hits at
-        the full width, which have a negative at all, and the inverse temperature.
+        """This rank's share of the mean loss over the global batch.
 
         Args:
-            embeddings: (S, D), of the chunks one after the other.
+            embeddings: (S, D), of the batches one after the other.
             counts: of all ranks.
+
+        Returns:
+            The loss (), which of this rank's queries are hits at the full width (n) bool, which
+            have a negative at all (n) bool, and the inverse temperature ().
         """
-        n, keys = step.num_rows, on_device(step.keys, self.device)
-        embeddings = self._in_order_of_rows(embeddings, step)
-        count = sum(counts["queries"])
-        task, scale = self._candidates(embeddings, keys, n, counts), self.temperature()
-        losses, hits, compared = self._widths(task, scale)
+        queries, others, keys = self._sides(embeddings, batches)
+        n, scale = len(queries), self.temperature()
+        losses, hits, compared = self._ranked(
+            queries, others, keys, counts["candidates"], scale, self.dims
+        )
         if self.symmetric:
-            reverse = self._reversed(embeddings, keys, n, counts)
-            losses = (losses + self._widths(reverse, scale)[0]) / 2
-        return losses.sum() / len(self.dims) / count, hits, compared, scale
+            positive_keys = keys[1][:n]
+            keys = (positive_keys, keys[0], positive_keys)
+            reverse, *_ = self._ranked(
+                others[:n], queries, keys, counts["queries"], scale, self.dims
+            )
+            losses = (losses + reverse) / 2
+        return losses.sum() / len(self.dims) / sum(counts["queries"]), hits, compared, scale
 
-    def _embed_chunk(self, chunk: Chunk) -> Tensor:
-        here = chunk.to(self.device)
-        embeddings: Tensor = self.backbone.embed(here.batch, here.layout)
-        return embeddings
+    def _embed(self, batch: Batch) -> Tensor:
+        return self.backbone.embed(batch.to(self.device))
 
-    def _embed(self, step: Step[Chunk]) -> Tensor:
-        """All samples in the order of the rows: queries, positives, negatives of this rank."""
-        found = [self._embed_chunk(chunk) for chunk in self.in_step(step.chunks)]
-        return self._in_order_of_rows(torch.cat(found), step)
-
-    def _in_order_of_rows(self, embeddings: Tensor, step: Step[Chunk]) -> Tensor:
-        return embeddings.index_select(0, on_device(step.order, self.device))
-
-    def _widths(self, task: Candidates, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Losses (n) summed over the Matryoshka widths, hits (n) at the full one, and which queries
-        (n) have a negative.
+    def _sides(self, embeddings: Tensor, batches: Sequence[Batch]) -> tuple[Tensor, Tensor, Keys]:
+        """Embeddings of this rank's n queries, and of their positives and all hard negatives, in
+        the order of the rows; and the content keys of both.
         """
-        losses = torch.zeros_like(task.queries[:, 0])
+        order = torch.cat([batch.places for batch in batches]).argsort()
+        keys = on_device(torch.cat([batch.keys for batch in batches])[order], self.device)
+        embeddings = embeddings.index_select(0, on_device(order, self.device))
+        n = sum(batch.num_rows for batch in batches)
+        partners = torch.full_like(keys[n:], -1)  # hard negatives belong to no query
+        partners[:n] = keys[:n]
+        return embeddings[:n], embeddings[n:], (keys[:n], keys[n:], partners)
+
+    def _ranked(
+        self,
+        queries: Tensor,
+        own_candidates: Tensor,
+        keys: Keys,
+        counts: Sequence[int],
+        scale: Tensor,
+        dims: Sequence[int],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """InfoNCE of this rank's queries among the candidates of all ranks, of which query i's
+        positive is candidate i of this rank.
+
+        Args:
+            keys: as for `info_nce`, of this rank's candidates.
+            counts: candidates of every rank.
+            dims: Matryoshka widths; the last is the full one.
+
+        Returns:
+            Losses (n) summed over widths, hits (n) and who has a negative (n) at the last width.
+        """
+        candidates = gather_rows(own_candidates, counts)
+        all_keys = None
+        if self.mask_false_negatives:
+            all_keys = (keys[0], gather_rows(keys[1], counts), gather_rows(keys[2], counts))
+        index = gather_offset(counts) + torch.arange(len(queries), device=queries.device)
+        losses = torch.zeros_like(queries[:, 0])
         hits = compared = torch.empty(0)
-        for queries, candidates in zip(
-            matryoshka(task.queries, self.dims),
-            matryoshka(task.candidates, self.dims),
-            strict=True,
-        ):
-            value, hits, compared = self._info_nce(
-                replace(task, queries=queries, candidates=candidates), scale
+        widths = zip(matryoshka(queries, dims), matryoshka(candidates, dims), strict=True)
+        for some_queries, some_candidates in widths:
+            value, hits, compared = info_nce(
+                some_queries,
+                some_candidates,
+                index,
+                scale,
+                keys=all_keys,
+                block=self.similarity_block,
             )
             losses = losses + value
         return losses, hits, compared
 
-    def _info_nce(self, task: Candidates, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return info_nce_by_blocks(
-            task.queries,
-            task.candidates,
-            task.index,
-            scale,
-            keys=task.keys,
-            block=self.similarity_block,
+    def _counts(self, batches: Sequence[Batch]) -> RowCounts:
+        queries = sum(batch.num_rows for batch in batches)
+        samples = sum(batch.num_samples for batch in batches)
+        return RowCounts({"queries": queries, "candidates": samples - queries}, self.device)
+
+    def _embeddings(self, batches: Sequence[Batch]) -> Tensor:
+        return torch.cat([self._embed(batch) for batch in self.aligned(batches)])
+
+    def measure(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
+        """Among the positives and hard negatives of all ranks at the full width, as in training."""
+        counts = self._counts(batches)
+        queries, others, keys = self._sides(self._embeddings(batches), batches)
+        losses, hits, compared = self._ranked(
+            queries, others, keys, counts["candidates"], self.temperature(), self.dims[-1:]
         )
-
-    def _counts(self, step: Step[Chunk]) -> RowCounts:
-        sizes = {"queries": step.num_rows, "candidates": len(step.keys) - step.num_rows}
-        return RowCounts(sizes, self.device)
-
-    def _candidates(
-        self, embeddings: Tensor, keys: Tensor, n: int, counts: RowCounts
-    ) -> Candidates:
-        """Queries among the positives and hard negatives of all ranks."""
-        own_query_keys = torch.full_like(keys[n:], -1)
-        own_query_keys[:n] = keys[:n]
-        return self._task(
-            embeddings[:n], embeddings[n:], keys[:n], keys[n:], own_query_keys, counts["candidates"]
-        )
-
-    def _reversed(self, embeddings: Tensor, keys: Tensor, n: int, counts: RowCounts) -> Candidates:
-        """Positives among the queries of all ranks."""
-        return self._task(
-            embeddings[n : 2 * n],
-            embeddings[:n],
-            keys[n : 2 * n],
-            keys[:n],
-            keys[n : 2 * n],
-            counts["queries"],
-        )
-
-    def _task(
-        self,
-        queries: Tensor,
-        own_candidates: Tensor,
-        query_keys: Tensor,
-        own_candidate_keys: Tensor,
-        own_partner_keys: Tensor,
-        counts: Sequence[int],
-    ) -> Candidates:
-        index = gather_offset(counts) + torch.arange(len(queries), device=queries.device)
-        keys = None
-        if self.mask_false_negatives:
-            keys = ContentKeys(
-                query_keys,
-                gather_rows(own_candidate_keys, counts),
-                gather_rows(own_partner_keys, counts),
-            )
-        return Candidates(queries, gather_rows(own_candidates, counts), index, keys)
-
-    def measure(self, step: Step[Chunk]) -> dict[str, Tensor]:
-        """Among the positives and hard negatives of all ranks, as in training."""
-        n, counts = step.num_rows, self._counts(step)
-        keys = on_device(step.keys, self.device)
-        task = self._candidates(self._embed(step), keys, n, counts)
-        losses, hits, compared = self._info_nce(task, self.temperature())
         return {
-            "rows": torch.full((), n, device=self.device),
+            "rows": torch.full((), len(queries), device=self.device),
             "loss": losses.sum(),
             "hits": hits.sum(),
             "compared": compared.sum(),
@@ -283,15 +236,15 @@ class ContrastiveModule(StageModule[Chunk]):
             found["with_negatives"] = sums["compared"] / sums["rows"]
         return found
 
-    def hand_over(self, metrics: dict[str, float]) -> str:
-        told = f"validation: loss {metrics['loss']:.3f}, "
+    def summary_line(self, metrics: dict[str, float]) -> str:
+        line = f"validation: loss {metrics['loss']:.3f}, "
         if "accuracy" not in metrics:
-            return told + "and no query had a negative to be told from, so that says nothing"
-        told += f"in-batch precision@1 {metrics['accuracy']:.1%}"
+            return line + "and no query had a negative, so that says nothing"
+        line += f"in-batch precision@1 {metrics['accuracy']:.1%}"
         if "with_negatives" in metrics:
-            told += f" of the {metrics['with_negatives']:.1%} of queries that had a negative"
-        return told
+            line += f" of the {metrics['with_negatives']:.1%} of queries that had a negative"
+        return line
 
-    def illustrate(self, step: Step[Chunk]) -> dict[str, Any]:
-        embeddings, n = self._embed(step), step.num_rows
-        return {"similarity": heat_map(embeddings[:n] @ embeddings[n : 2 * n].T)}
+    def pictures(self, batches: Sequence[Batch]) -> dict[str, Any]:
+        queries, others, *_ = self._sides(self._embeddings(batches), batches)
+        return {"similarity": heat_map(queries @ others[: len(queries)].T)}

@@ -1,65 +1,61 @@
-"""Tensors of a validation batch in, what a person looks at while it trains out: arrays (H, W, 3) or
-texts.
-"""
+"""What a person looks at while a model trains: arrays (H, W, 3) or texts of a validation batch."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cocoa_pl.corruption import with_noise
+from cocoa_pl.data.batch import Batch
+from cocoa_pl.data.masking import hidden_patches, with_noise
+from cocoa_pl.data.processor import Processor
 from cocoa_pl.models.backbone import Backbone
-from cocoa_pl.stages.chunks import Puzzle
 
 Picture = NDArray[np.float32]
 
 MAX_PICTURES = 8
 
 
-def hidden_text(puzzle: Puzzle, guesses: Tensor, tokenizer: Any) -> str:
+def hidden_text(batch: Batch, guesses: Tensor, processor: Processor) -> str:
     """The first samples' CONTEXT | TARGET with hidden tokens as blanks, and below it with the
     model's guesses in their place (Markdown).
 
     Args:
+        batch: on the host.
         guesses: (M) int64, what the model takes the hidden tokens for.
     """
-    seen, batch = puzzle.seen, puzzle.seen.batch
-    hidden = seen.token_mask.nonzero()[:, 0].tolist()
-    guessed = dict(zip(hidden, guesses.tolist(), strict=True))
-    labels, text = seen.labels.tolist(), batch.text_mask.tolist()
+    decode = processor.tokenizer.decode
+    unseen = {processor.image_id, processor.vision_start_id, processor.vision_end_id}
+    guessed = dict(zip((batch.token_rows + 1).tolist(), guesses.tolist(), strict=True))
+    ids = dict(enumerate(batch.input_ids.tolist()))
+    ids |= dict(zip((batch.token_rows + 1).tolist(), batch.targets.tolist(), strict=True))
     lines, start = [], 0
-    count = min(MAX_PICTURES, batch.num_samples - batch.num_fillers)
-    for length, eos in zip(
-        batch.lengths.tolist()[:count], batch.eos_positions.tolist(), strict=False
-    ):
-        shown = [p for p in range(start, start + length) if p in guessed or text[p] or p == eos]
-        said = {p: " | " if p == eos else tokenizer.decode([labels[p]]) for p in shown}
-        masked = "".join("▁" if p in guessed else said[p] for p in shown)
-        rebuilt = "".join(
-            tokenizer.decode([guessed[p]]) if p in guessed else said[p] for p in shown
-        )
+    lengths = batch.segment_lengths[: min(MAX_PICTURES, batch.num_samples)].sum(1).tolist()
+    for length, bottleneck in zip(lengths, batch.bottleneck_rows.tolist(), strict=False):
+        shown = [p for p in range(start, start + length) if ids[p] not in unseen]
+        words = {p: " | " if p in bottleneck else decode([ids[p]]) for p in shown}
+        masked = "".join("▁" if p in guessed else words[p] for p in shown)
+        rebuilt = "".join(decode([guessed[p]]) if p in guessed else words[p] for p in shown)
         lines.append(f"- `{_flat(masked)}`\n  → `{_flat(rebuilt)}`")
         start += length
     return "\n".join(lines)
 
 
-def image_triptychs(backbone: Backbone, puzzle: Puzzle, predicted: Tensor) -> Picture:
-    """Original, corrupted and rebuilt image side by side, one row for each of the first images.
+def image_triptychs(backbone: Backbone, batch: Batch, predicted: Tensor) -> Picture:
+    """Original, masked and rebuilt image side by side, one row for each of the first images.
 
     Args:
-        predicted: (V, merge_size ** 2 * B), normalised pixels of the hidden visual tokens.
+        batch: on the device of the model, with hidden visual tokens.
+        predicted: (N, merge_size ** 2 * B), normalised pixels of the hidden visual tokens.
     """
-    clean = backbone.pixels(puzzle.batch)
-    said = predicted.to(clean.dtype).view(-1, clean.shape[1])
-    rebuilt = clean.index_copy(0, puzzle.noise.rows, said)
-    versions = (clean, with_noise(clean, puzzle.noise), rebuilt)
-    batch, rows, start = puzzle.seen.batch, [], 0
-    real = int(batch.images_per_sample[: batch.num_samples - batch.num_fillers].sum())
-    for grid in batch.grids.tolist()[: min(MAX_PICTURES, real)]:
+    merge_size = backbone.merge_size
+    clean = backbone.pixels(batch)
+    patches = predicted.to(clean.dtype).view(-1, clean.shape[1])
+    rebuilt = clean.index_copy(0, hidden_patches(batch, merge_size), patches)
+    versions = (clean, with_noise(clean, batch, merge_size=merge_size), rebuilt)
+    rows, start = [], 0
+    for grid in batch.grids.tolist()[:MAX_PICTURES]:
         stop = start + grid[0] * grid[1] * grid[2]
         rows.append(
             np.concatenate([unpatchify(backbone, v[start:stop], grid) for v in versions], axis=1)

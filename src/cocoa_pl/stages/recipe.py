@@ -17,8 +17,8 @@ from cocoa_pl.data.composite import DataOfStages, source_of
 from cocoa_pl.data.datamodule import StageData, check_mixing
 from cocoa_pl.data.examples import check_contrast, describing, first_of_each_subset
 from cocoa_pl.data.items import Pair
+from cocoa_pl.data.processor import Processor
 from cocoa_pl.data.stream import PairStream
-from cocoa_pl.data.tokenize import Processor
 from cocoa_pl.errors import UserError
 from cocoa_pl.models.backbone import Backbone
 from cocoa_pl.randomness import mix
@@ -178,8 +178,9 @@ def _run_stage(
         rows.validation,
         make_samples=stage.make_samples,
         processor=processor,
-        prepare=module.preparation(validating=False, device=device),
-        prepare_validation=module.preparation(validating=True, device=device),
+        masking=module.masking(),
+        collator=module.collator(validating=False, device=device),
+        validation_collator=module.collator(validating=True, device=device),
         mixing=stage.mixing,
         batch_size=stage.batch_size,
         validation_batch_size=stage.validation_batch_size,
@@ -221,7 +222,7 @@ def _final_validation(
         for name, value in trainer.callback_metrics.items()
         if name.startswith("validation/")
     }
-    log.info("%s done; %s", label, module.hand_over(metrics))
+    log.info("%s done; %s", label, module.summary_line(metrics))
     return metrics
 
 

@@ -1,5 +1,5 @@
-"""Stages that rebuild what was hidden: captioning, warm-up, EOS bridge. Three configs of one
-module.
+"""The generative stages, which rebuild what was hidden: captioning, warm-up and EOS bridge are
+three configs of one module.
 """
 
 from __future__ import annotations
@@ -12,23 +12,23 @@ from torch import Tensor, nn
 
 from cocoa_pl.attention.plan import on_device
 from cocoa_pl.config.bounds import NotNegative, Share, ShareAboveZero
-from cocoa_pl.corruption import Corruption, with_noise
+from cocoa_pl.data.batch import Batch, Collator
+from cocoa_pl.data.masking import Masking, with_noise
 from cocoa_pl.distributed.collectives import global_sum
 from cocoa_pl.errors import UserError
+from cocoa_pl.losses import masked_next_token, rebuilt_patches
 from cocoa_pl.models.backbone import Backbone
 from cocoa_pl.models.dora import shared_norms
-from cocoa_pl.models.heads import ImageDecoder, token_pixels
+from cocoa_pl.models.heads import ImageDecoder
 from cocoa_pl.models.loading import NoVocabularyHead
-from cocoa_pl.objectives import masked_next_token, rebuilt_patches
 from cocoa_pl.stages.base import StageModule
-from cocoa_pl.stages.chunks import Puzzle, Rebuilt, Step, ToRebuild
 from cocoa_pl.stages.pictures import hidden_text, image_triptychs
 
 # A bridge that gains less than this tells target tokens hardly anything about their context.
 NO_BRIDGE_GAIN = 0.05  # nats per token
 
 
-class ReconstructionModule(StageModule[Puzzle]):
+class ReconstructionModule(StageModule):
     """Masked text, and optionally masked patches, predicted from what is left.
 
     Args:
@@ -65,20 +65,18 @@ class ReconstructionModule(StageModule[Puzzle]):
             else None
         )
 
-    def preparation(self, *, validating: bool, device: torch.device | None = None) -> ToRebuild:
-        corruption = Corruption(
+    def masking(self) -> Masking:
+        return Masking(
             text_ratio=self.text_ratio,
             text_segment=self.text_segment,
             patch_ratio=self.patch_ratio,
             mask_token_id=self.processor.mask_id,
-            merge_size=self.backbone.merge_size,
         )
-        return ToRebuild(
-            corruption,
-            exchanging=validating and self.text_segment == "target",
-            layouts=self.backbone.layouts(self.policy, device),
-            token_budget=self.token_budget,
-        )
+
+    def collator(self, *, validating: bool, device: torch.device | None = None) -> Collator:
+        collator = super().collator(validating=validating, device=device)
+        collator.exchange = validating and self.text_segment == "target"
+        return collator
 
     @property
     def empty(self) -> str:
@@ -91,69 +89,74 @@ class ReconstructionModule(StageModule[Puzzle]):
     def parts(self) -> list[nn.Module]:
         return [self.backbone, *([self.image_decoder] if self.image_decoder is not None else [])]
 
-    def rebuild(self, puzzle: Puzzle) -> Rebuilt:
-        """What the model says in the place of what was hidden; the puzzle is on its device."""
-        backbone, batch, layout = self.backbone, puzzle.batch, puzzle.layout
-        if self.image_decoder is None:
-            states = backbone(batch, layout, reads=puzzle.states)  # (M, D)
-            return Rebuilt(backbone.vocabulary(states), None, None)
-        pixels = backbone.pixels(batch)
-        wanted = token_pixels(pixels, puzzle.visual_places, merge_size=backbone.merge_size)
-        hidden = backbone(batch, layout, with_noise(pixels, puzzle.noise))  # (T, D)
-        logits = backbone.vocabulary(hidden.index_select(0, puzzle.states))
-        predicted = self.image_decoder(backbone, hidden, batch, layout, puzzle.visual_rows)
-        return Rebuilt(logits, predicted, wanted)
+    def rebuild(self, batch: Batch) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """What the model predicts of a batch on its device.
 
-    def compare(self, puzzle: Puzzle) -> tuple[Tensor, Tensor, Tensor]:
-        """Cross-entropies (M) and hits (M) of hidden tokens, squared errors (V) of hidden visual
+        Returns:
+            Logits (M, V) of hidden tokens, and (N, merge_size ** 2 * B) normalised pixels of hidden
+            visual tokens: as predicted, and as they are; None without an image decoder.
+        """
+        backbone = self.backbone
+        if self.image_decoder is None:
+            hidden = backbone(batch)  # (T, D)
+            return backbone.vocabulary(hidden.index_select(0, batch.token_rows)), None, None
+        pixels = backbone.pixels(batch)  # (P, B)
+        hidden = backbone(batch, with_noise(pixels, batch, merge_size=backbone.merge_size))
+        logits = backbone.vocabulary(hidden.index_select(0, batch.token_rows))
+        tokens = pixels.view(-1, backbone.merge_size**2 * pixels.shape[1])  # (V, ...)
+        expected = tokens.index_select(0, batch.patch_places)
+        return logits, self.image_decoder(backbone, hidden, batch), expected
+
+    def losses(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Cross-entropies (M) and hits (M) of hidden tokens, squared errors (N) of hidden visual
         tokens.
         """
-        rebuilt = self.rebuild(puzzle)
-        losses, hits = masked_next_token(rebuilt.logits, puzzle.targets)
-        if rebuilt.predicted is None or rebuilt.wanted is None:
+        logits, predicted, expected = self.rebuild(batch)
+        losses, hits = masked_next_token(logits, batch.targets)
+        if predicted is None or expected is None:
             return losses, hits, losses.new_zeros(0)
-        return losses, hits, rebuilt_patches(rebuilt.predicted, rebuilt.wanted)
+        return losses, hits, rebuilt_patches(predicted, expected)
 
-    def accumulate(self, step: Step[Puzzle]) -> dict[str, Tensor]:
-        """`targets` are hidden tokens and hidden visual tokens."""
-        hidden = self._counts(step.chunks)
-        counts = hidden.clamp(min=1)
+    def accumulate(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
+        """`targets` counts hidden tokens and hidden visual tokens."""
+        hidden = self._counts(batches)
+        num_tokens, num_patches = hidden.clamp(min=1)
         sums = torch.zeros(3, device=self.device)
         with shared_norms(self.backbone):
-            for puzzle in self.at_work(step.chunks):
-                losses, hits, errors = self.compare(puzzle)
-                text, patches = losses.sum() / counts[0], errors.sum() / counts[1]
+            for batch in self.aligned(batches):
+                losses, hits, errors = self.losses(batch.to(self.device))
+                text, patches = losses.sum() / num_tokens, errors.sum() / num_patches
                 self.manual_backward(text + self.patch_weight * patches)
-                sums += torch.stack([text, hits.sum() / counts[0], patches]).detach()
+                sums += torch.stack([text, hits.sum() / num_tokens, patches]).detach()
         text, accuracy, patches = global_sum(sums)
         metrics = {"loss": text + self.patch_weight * patches, "loss_text": text}
         metrics |= {"accuracy": accuracy, "targets": hidden.sum()}
         return metrics | ({"loss_patch": patches} if self.image_decoder is not None else {})
 
-    def measure(self, step: Step[Puzzle]) -> dict[str, Tensor]:
-        tokens, loss, hits, patches, errors = self._sums(step.chunks)
+    def measure(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
+        tokens, loss, hits, patches, errors = self._sums([b for b in batches if not b.exchanged])
         sums = {"tokens": tokens, "loss": loss, "hits": hits}
         sums |= {"patches": patches, "errors": errors}
         if self.text_segment == "target":
-            _, other, *_ = self._sums(step.others)
-            has_others = len(step.others) > 0
+            exchanged = [batch for batch in batches if batch.exchanged]
+            _, other, *_ = self._sums(exchanged)
             compared = {"compared": tokens, "loss_own": loss, "loss_other": other}
-            sums |= {name: value * has_others for name, value in compared.items()}
+            sums |= {name: value * (len(exchanged) > 0) for name, value in compared.items()}
         return sums
 
-    def _sums(self, puzzles: Sequence[Puzzle]) -> Tensor:
+    def _sums(self, batches: Sequence[Batch]) -> Tensor:
         """(5): hidden tokens, their losses, hits, hidden visual tokens, their errors."""
         sums = torch.zeros(5, device=self.device)
-        for puzzle in self.at_work(puzzles):
-            losses, hits, errors = self.compare(puzzle)
+        for batch in self.aligned(batches):
+            losses, hits, errors = self.losses(batch.to(self.device))
             tokens, patches = (torch.full_like(sums[0], len(one)) for one in (losses, errors))
             sums += torch.stack([tokens, losses.sum(), hits.sum(), patches, errors.sum()])
         return sums
 
-    def _counts(self, puzzles: Sequence[Puzzle]) -> Tensor:
+    def _counts(self, batches: Sequence[Batch]) -> Tensor:
         """Hidden tokens and hidden visual tokens of the global batch: (2) float."""
-        tokens = sum(len(puzzle.targets) for puzzle in puzzles)
-        patches = sum(len(puzzle.visual_rows) for puzzle in puzzles)
+        tokens = sum(len(batch.targets) for batch in batches)
+        patches = sum(len(batch.patch_rows) for batch in batches)
         here = torch.tensor([tokens, patches], dtype=torch.float32)
         return global_sum(on_device(here, self.device))
 
@@ -170,33 +173,31 @@ class ReconstructionModule(StageModule[Puzzle]):
             found["bridge_gain"] = (sums["loss_other"] - sums["loss_own"]) / sums["compared"]
         return found
 
-    def hand_over(self, metrics: dict[str, float]) -> str:
-        told = "validation: no text was hidden"
+    def summary_line(self, metrics: dict[str, float]) -> str:
+        line = "validation: no text was hidden"
         if "loss_text" in metrics:
-            told = f"validation: text loss {metrics['loss_text']:.3f}"
-            told += f", accuracy {metrics['accuracy']:.1%}"
+            line = f"validation: text loss {metrics['loss_text']:.3f}"
+            line += f", accuracy {metrics['accuracy']:.1%}"
         if "loss_patch" in metrics:
-            told += f", patch loss {metrics['loss_patch']:.3f}"
+            line += f", patch loss {metrics['loss_patch']:.3f}"
         elif self.image_decoder is not None:
-            told += ", no image was hidden"
+            line += ", no image was hidden"
         if "bridge_gain" not in metrics:
             alone = self.text_segment == "target"
-            return told + (", no other context to measure the bridge gain with" if alone else "")
-        told += f", bridge gain {metrics['bridge_gain']:.2f} nats/token"
+            return line + (", no other context to measure the bridge gain with" if alone else "")
+        line += f", bridge gain {metrics['bridge_gain']:.2f} nats/token"
         if metrics["bridge_gain"] < NO_BRIDGE_GAIN:
-            told += (
+            line += (
                 ": EOS still carries nothing of its context, "
                 "and contrast will gain nothing from this stage"
             )
-        return told
+        return line
 
-    def illustrate(self, step: Step[Puzzle]) -> dict[str, Any]:
-        puzzle = self.in_step(step.chunks[:1])[0].to(self.device)
-        rebuilt = self.rebuild(puzzle)
-        guesses = rebuilt.logits.argmax(1)
-        pictures: dict[str, Any] = {
-            "text": hidden_text(puzzle, guesses, self.processor.tokenizer),
-        }
-        if rebuilt.predicted is not None and len(puzzle.visual_rows):
-            pictures["images"] = image_triptychs(self.backbone, puzzle, rebuilt.predicted)
-        return pictures
+    def pictures(self, batches: Sequence[Batch]) -> dict[str, Any]:
+        batch = self.aligned(batches[:1])[0]
+        logits, predicted, _ = self.rebuild(batch.to(self.device))
+        guesses = logits.argmax(1)
+        found: dict[str, Any] = {"text": hidden_text(batch, guesses, self.processor)}
+        if predicted is not None and len(batch.patch_rows):
+            found["images"] = image_triptychs(self.backbone, batch.to(self.device), predicted)
+        return found

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from cocoa_pl.attention import Policy
 from cocoa_pl.config.bounds import Count, Positive
 from cocoa_pl.data.examples import MakeSamples
+from cocoa_pl.data.processor import Processor
 from cocoa_pl.data.sampler import Mixing
-from cocoa_pl.data.tokenize import Processor
 from cocoa_pl.errors import UserError
 from cocoa_pl.models.backbone import Backbone
 from cocoa_pl.stages.base import Optimization, StageModule

@@ -1,5 +1,4 @@
-"""An `Item` in, tokens, positions and uint8 patches out: what the model's own processor would say,
-without it.
+"""What the model's own processor would make of an item: tokens, M-RoPE positions, uint8 patches.
 
 transformers' combined Qwen processors need torchvision; the tokenizer and the PIL image processor
 do not, so the placeholder expansion is done here.
@@ -12,16 +11,15 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-from PIL.Image import Image
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
+from PIL.Image import Image, Resampling
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-from cocoa_pl.batch import Encoded
+from cocoa_pl.data.batch import SPECIAL, TEXT, VISUAL, Ints, Sample
 from cocoa_pl.data.images import open_image
 from cocoa_pl.data.items import IMAGE_SLOT, Item
-from cocoa_pl.data.patches import cut, resize
 from cocoa_pl.errors import UserError
-from cocoa_pl.positions import mrope_positions
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +33,7 @@ _one_at_a_time = threading.Lock()
 
 
 class Processor:
-    """Turns items into `Encoded` samples for one model; several threads may use one.
+    """Turns items into samples for one model; several threads may use one.
 
     Args:
         tokenizer: a Hugging Face tokenizer; its own end token is EOS.
@@ -102,9 +100,9 @@ class Processor:
         )
         return int(patches) // self.merge_size**2
 
-    def encode(
-        self, context: Item, target: str | None, *, key: int, seed: int, row_id: str
-    ) -> Encoded:
+    def __call__(
+        self, context: Item, target: str | None, *, key: int, row_id: str, role: int = 0
+    ) -> Sample:
         """CONTEXT + EOS, and behind it the text to be rebuilt where there is one.
 
         Raises:
@@ -123,37 +121,35 @@ class Processor:
         parts, target_ids = self._truncated(parts, target_ids, budget, row_id)
 
         ids: list[int] = []
-        kinds: list[int] = []  # 0 special, 1 text, 2 visual
+        kinds: list[int] = []
+        spans: list[int | tuple[int, int, int]] = []  # runs of text and grids, for positions
+        run = 0
         for part in parts:
             if isinstance(part, _Patches):
-                ids += [
-                    self.vision_start_id,
-                    *[self.image_id] * part.num_tokens,
-                    self.vision_end_id,
-                ]
-                kinds += [0, *[2] * part.num_tokens, 0]
+                count = part.num_tokens
+                ids += [self.vision_start_id, *[self.image_id] * count, self.vision_end_id]
+                kinds += [SPECIAL, *[VISUAL] * count, SPECIAL]
+                spans += [run + 1, part.grid]
+                run = 1
             else:
                 ids += part
-                kinds += [1] * len(part)
+                kinds += [TEXT] * len(part)
+                run += len(part)
         segment_lengths = (len(ids), 1, len(target_ids))
         ids += [self.eos_id, *target_ids]
-        kinds += [0, *[1] * len(target_ids)]
-
-        kind = torch.tensor(kinds)
-        return Encoded(
-            input_ids=torch.tensor(ids),
-            position_ids=self._positions(kinds, images),
-            text_mask=kind == 1,
-            image_mask=kind == 2,
+        kinds += [SPECIAL, *[TEXT] * len(target_ids)]
+        spans.append(run + 1 + len(target_ids))
+        nothing = np.empty((0, self.patch_values), np.uint8)
+        return Sample(
+            input_ids=np.array(ids),
+            kinds=np.array(kinds, np.uint8),
+            position_ids=mrope_positions(spans, merge_size=self.merge_size),
             segment_lengths=segment_lengths,
-            patches=torch.cat(
-                [torch.empty(0, self.patch_values, dtype=torch.uint8)]
-                + [image.patches for image in images]
-            ),
-            grids=torch.tensor([image.grid for image in images], dtype=torch.int64).view(-1, 3),
+            patches=np.concatenate([image.patches for image in images]) if images else nothing,
+            grids=tuple(image.grid for image in images),
             key=key,
-            seed=seed,
             row_id=row_id,
+            role=role,
         )
 
     def _parts(self, item: Item, row_id: str) -> list[list[int] | _Patches]:
@@ -222,26 +218,80 @@ class Processor:
         )
         patches = cut(resized, patch_size=self.patch_size, merge_size=self.merge_size)
         grid = (1, resized.height // self.patch_size, resized.width // self.patch_size)
-        return _Patches(torch.from_numpy(patches), grid, self.merge_size)
-
-    def _positions(self, kinds: Sequence[int], images: Sequence[_Patches]) -> Tensor:
-        spans: list[int | tuple[int, int, int]] = []
-        remaining, run, position = iter(images), 0, 0
-        while position < len(kinds):
-            if kinds[position] == 2:
-                spans.append(run)
-                image = next(remaining)
-                spans.append(image.grid)
-                run, position = 0, position + image.num_tokens
-            else:
-                run, position = run + 1, position + 1
-        return mrope_positions([*spans, run], merge_size=self.merge_size)
+        return _Patches(patches, grid, self.merge_size)
 
 
 class _Patches:
     """One image: (p, B) uint8 patches in the order of the vision tower, and its grid."""
 
-    def __init__(self, patches: Tensor, grid: tuple[int, int, int], merge_size: int) -> None:
+    def __init__(
+        self, patches: NDArray[np.uint8], grid: tuple[int, int, int], merge_size: int
+    ) -> None:
         self.patches = patches
         self.grid = grid
         self.num_tokens = len(patches) // merge_size**2
+
+
+def mrope_positions(spans: Sequence[int | tuple[int, int, int]], *, merge_size: int) -> Ints:
+    """Positions of one sample whose parts are runs of text (their length) and images (their grid in
+    patches): M-RoPE (Qwen2-VL, arXiv 2409.12191).
+
+    Text advances all three axes together; an image's tokens share the temporal index and count rows
+    and columns; what follows starts behind the larger side of the image. Equals `get_rope_index` of
+    the stock model (tested).
+
+    Returns:
+        (3, t) int64: temporal, height, width.
+    """
+    columns, start = [], 0
+    for span in spans:
+        if isinstance(span, int):
+            columns.append(np.broadcast_to(np.arange(start, start + span), (3, span)))
+            start += span
+        else:
+            frames, height, width = span[0], span[1] // merge_size, span[2] // merge_size
+            columns.append(np.indices((frames, height, width)).reshape(3, -1) + start)
+            start += max(height, width)
+    return np.concatenate(columns, axis=1)
+
+
+def resize(image: Image, *, min_pixels: int, max_pixels: int, factor: int, resample: int) -> Image:
+    """The picture with both sides multiples of `factor`, its area within the bounds, its shape kept
+    as well as that allows.
+
+    As the stock processor does, but on the picture itself instead of on two copies of it as arrays.
+
+    Args:
+        resample: a filter of Pillow, by number.
+    """
+    height, width = smart_resize(
+        image.height, image.width, factor=factor, min_pixels=min_pixels, max_pixels=max_pixels
+    )
+    return image.resize((width, height), resample=Resampling(resample))
+
+
+def cut(image: Image, *, patch_size: int, merge_size: int) -> NDArray[np.uint8]:
+    """Patches of an RGB picture whose sides are multiples of `patch_size * merge_size`.
+
+    The stock image processor does the same in float32, with every frame repeated. Here pixels stay
+    bytes: an eighth of what goes to the device, and bit-equal after `Backbone.pixels`. The patches
+    of one visual token lie together; within a patch channels come first. For sides of two visual
+    tokens of 2 x 2 patches:
+
+         0  1 |  4  5
+         2  3 |  6  7
+        ------+------
+         8  9 | 12 13
+        10 11 | 14 15
+
+    Returns:
+        (p, channels * patch_size ** 2).
+    """
+    rows, columns = (side // (patch_size * merge_size) for side in (image.height, image.width))
+    patches = np.empty((rows, columns, merge_size, merge_size, 3, patch_size, patch_size), np.uint8)
+    # A row of a patch is contiguous on both sides: it is moved as one item, not byte by byte.
+    item = np.dtype((np.void, patch_size))
+    places = patches.view(item)[..., 0].transpose(4, 0, 2, 5, 1, 3)
+    for place, channel in zip(places, image.split(), strict=True):
+        place[...] = np.asarray(channel).view(item).reshape(place.shape)
+    return patches.reshape(rows * columns * merge_size**2, 3 * patch_size**2)
