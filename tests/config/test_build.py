@@ -6,11 +6,9 @@ import copy
 import inspect
 import math
 import re
-import sys
 from collections.abc import Iterator
 from functools import reduce
 from itertools import zip_longest
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,14 +18,10 @@ from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
 from cocoa_pl.config.build import build, check_values, declared, register_resolvers
-from cocoa_pl.config.command_line import CONFIGS, check_command_line
-from cocoa_pl.config.folders import save_config
-from cocoa_pl.config.process import guarded
-from cocoa_pl.config.saved import resumed_config
+from cocoa_pl.config.command_line import CONFIGS
 from cocoa_pl.distributed import collectives
 from cocoa_pl.errors import UserError
 from cocoa_pl.run import build_stages, scoring_device
-from cocoa_pl.stages.recipe import Interrupted
 
 ROOT = CONFIGS.parent
 GROUPS = (
@@ -151,126 +145,7 @@ def test_small_objects_can_be_built(name: str) -> None:
             assert callable(build(composed(f"{name}={option}")[name]))
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["sede=3"], r"unknown key sede \(did you mean seed\?\)"),
-        (["modle=tiny"], r"unknown key modle \(did you mean model\?\)"),
-        (["scheduler=tiny"], r"unknown key scheduler \(did you mean schedule\?\)"),
-        (
-            ["stage.contrast.batchsize=3"],
-            r"unknown key stage\.contrast\.batchsize \(did you mean stage\.contrast\.batch_size",
-        ),
-        (
-            ["trainer.devcies=2"],
-            r"unknown key trainer\.devcies \(did you mean trainer\.devices\?\)",
-        ),
-        (["stage=contrast", "stage.warmup.steps=3"], r"unknown key stage\.warmup\.steps "),
-        (["seed=3", "data.scens=3"], r"unknown key data\.scens \(did you mean data\.scenes\?\)"),
-        (["model=tinny"], r"model=tinny does not exist \(did you mean tiny\?\); there are .*tiny"),
-        (["stage=recipee"], r"stage=recipee does not exist \(did you mean recipe\?\); there are"),
-        (
-            ["experiment=ablatoin"],
-            r"experiment=ablatoin does not exist \(did you mean ablation\?\)",
-        ),
-        (["arm=warmpu"], r"arm=warmpu does not exist \(did you mean warmup\?\)"),
-        (["benchmark=foo"], r"benchmark=foo does not exist; there are cocoa_json, digits, "),
-        (
-            ["attention@stage.contrast.policy=causall"],
-            r"policy=causall does not exist \(did you mean causal\?\)",
-        ),
-        (
-            ["attention@stage.contrst.policy=causal"],
-            r"unknown key stage\.contrst\.policy \(did you mean stage\.contrast\.policy\?\)",
-        ),
-        (
-            ["stage.contrast.policy=causal"],
-            r"holds several values; did you mean attention@stage\.contrast\.policy=causal\?",
-        ),
-        (["seed=many"], r"seed=many must be a whole number from 0 to "),
-        (["stage.order=contrast"], r"stage\.order=contrast must be a list"),
-        (["-m", "seed=0,1", "sede=2"], r"unknown key sede"),
-        (["-m", "model=tiny,tinny"], r"model=tinny does not exist"),
-        (["++experiment=ablatoin"], r"experiment=ablatoin does not exist \(did you mean ablation"),
-        (["contrast"], r"Error parsing override 'contrast'; write key=value"),
-        (["=3"], r"."),
-    ],
-)
-def test_a_slip_of_the_hand_is_told_with_the_nearest_name(
-    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
-    with pytest.raises(UserError, match=message):
-        check_command_line("train")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--config-dir", "OWN", "experiment=typo"], r"experiment=typo does not exist; there are"),
-        (["--config-dir", "OWN", "experiment=mien"], r"does not exist \(did you mean mine\?\)"),
-        (["--config-dir", "OWN", "experiment=mine", "sede=1"], r"unknown key sede \(did you"),
-        (["hydra.searchpath=[OWN]", "experiment=mien"], r"\(did you mean mine\?\)"),
-        (["--config-dir", "OWN", "experiment=forgetful"], r"arm=recipeee does not exist \(did you"),
-        (
-            ["--config-dir", "OWN", "experiment=misspelt"],
-            r"schedule\.warmup\.stepss \(did you mean",
-        ),
-        (["--config-dir", "OWN/.."], r"train\.yaml is never read: .*conf.train\.yaml comes first"),
-        (["--config-dir", "nowhere"], "--config-dir: there is no folder nowhere"),
-        (["--config-path", "OWN"], "Cannot find primary config 'train'"),
-        (["--config-name", "evaluate", "sede=1"], r"unknown key sede \(did you mean seed\?\)"),
-        (["-m", "experiment=[ablation,typo]", "arm=base"], "experiment=typo does not exist"),
-        (["--experimental-rerun", "x.pickle"], "would write into the folder of the run"),
-    ],
-)
-def test_checks_hold_with_configs_of_the_users_own(
-    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    own = tmp_path / "own"
-    (own / "experiment").mkdir(parents=True)
-    (tmp_path / "train.yaml").write_text("seed: 1\n")
-    header = "# @package _global_\n"
-    (own / "experiment" / "mine.yaml").write_text(header + "seed: 3\n")
-    (own / "experiment" / "misspelt.yaml").write_text(header + "schedule: {warmup: {stepss: 3}}\n")
-    (own / "experiment" / "forgetful.yaml").write_text(
-        header + "defaults: [override /arm: recipeee]\n"
-    )
-    words = [word.replace("OWN", str(own)) for word in arguments]
-    monkeypatch.setattr(sys, "argv", ["train.py", *words])
-    with pytest.raises(UserError, match=message):
-        check_command_line("train")
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        [
-            "--config-dir",
-            str(ROOT / "docs" / "examples" / "conf"),
-            "data=colours",
-            "benchmark=digits",
-        ],
-        [],
-        ["-m", "seed=0,1", "attention@stage.contrast.policy=causal,bidirectional"],
-        ["-m", "seed=range(0,3)"],
-        ["--cfg", "job"],
-        ["stage.contrast.epochs=2", "stage.contrast.steps=null"],
-        ["schedule.contrast.lr=1e-3", "schedule.contrast.temperature=1"],
-        ["stage.contrast.module.matryoshka_dims=[16,32]"],
-        ["hydra.run.dir=runs/a"],
-        ["data=mmeb", "data.root=x", "model=qwen2vl", "model.source.path=y"],
-        ["data.validation_path=x", "data=pairs", "data.path=a", "data.image_root=b"],
-    ],
-)
-def test_what_hydra_allows_is_allowed(
-    arguments: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
-    check_command_line("train")
-
-
-def test_a_stage_that_the_config_does_not_hold_is_said() -> None:
+def test_a_stage_that_the_config_does_not_hold_is_named() -> None:
     with pytest.raises(UserError, match="order names warmpu; this config holds pretrain, warmup"):
         build_stages(composed("stage.order=[warmpu]"))
 
@@ -343,7 +218,7 @@ def test_every_number_of_a_config_has_bounds(name: str, chosen: list[str]) -> No
         ("model.max_pixels", 0, "at least 1"),
     ],
 )
-def test_a_value_that_makes_no_sense_is_told_by_its_key(
+def test_a_value_that_makes_no_sense_is_named_by_its_key(
     key: str, value: Any, told: str, default: DictConfig
 ) -> None:
     cfg = copy.deepcopy(default)
@@ -378,7 +253,7 @@ def test_no_clipping_is_said_as_elsewhere(value: int | None, default: DictConfig
         ({"model.eval_max_pixels": 783}, r"model\.eval_max_pixels must be at least .*=784"),
     ],
 )
-def test_what_makes_no_sense_together_is_told_before_anything_is_loaded(
+def test_what_makes_no_sense_together_is_refused_before_anything_is_loaded(
     values: dict[str, Any], told: str, default: DictConfig
 ) -> None:
     cfg = copy.deepcopy(default)
@@ -386,81 +261,6 @@ def test_what_makes_no_sense_together_is_told_before_anything_is_loaded(
         OmegaConf.update(cfg, key, value)
     with pytest.raises(UserError, match=told):
         _ = check_values(cfg), build_stages(cfg)
-
-
-@pytest.mark.parametrize(
-    ("error", "status", "told"),
-    [
-        (None, 0, ""),
-        (UserError("no such row"), 2, "error: no such row\n"),
-        (Interrupted("stopped at step 3"), 130, "stopped at step 3\n"),
-        (KeyboardInterrupt(), 130, "interrupted\n"),
-    ],
-)
-def test_how_a_command_ends(
-    error: BaseException | None, status: int, told: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def run() -> None:
-        if error is not None:
-            raise error
-
-    assert guarded(run) == status
-    assert capsys.readouterr().err == told
-
-
-def test_a_bug_keeps_its_traceback() -> None:
-    def run() -> None:
-        raise RuntimeError("a bug of ours")
-
-    with pytest.raises(RuntimeError, match="a bug of ours"):
-        guarded(run)
-
-
-def test_a_lost_process_is_said_in_one_sentence(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(collectives, "world_size", lambda: 2)
-
-    def run() -> None:
-        raise RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer")
-
-    assert guarded(run) == 3
-    told = capsys.readouterr().err
-    assert told.startswith("error: another process of this job was killed")
-    assert told.count("\n") == 1
-
-
-def test_a_resumed_run_keeps_its_config(tmp_path: Path) -> None:
-    save_config(composed("seed=5", "stage=contrast", "evaluate=true"), tmp_path)
-    given = [f"resume={tmp_path}", "num_workers=3", "logger=none", "evaluate=false"]
-    given.append("init_from=moved")  # where it lies by now; `check_base` tells whether it is that
-    resumed = resumed_config(composed(*given), given)
-    assert (resumed.seed, list(resumed.stage.order)) == (5, ["contrast"])
-    assert (resumed.num_workers, resumed.evaluate, resumed.init_from) == (3, False, "moved")
-    assert resumed.logger.path == "cocoa_pl.stages.callbacks.nothing"
-    assert resumed.resume == str(tmp_path)
-
-
-@pytest.mark.parametrize("changed", ["seed=6", "stage=warmup", "schedule.contrast.steps=9"])
-def test_a_resumed_run_cannot_become_another(changed: str, tmp_path: Path) -> None:
-    save_config(composed("seed=5"), tmp_path)
-    given = [f"resume={tmp_path}", changed]
-    with pytest.raises(UserError, match=f"keeps its config; {re.escape(changed)} cannot"):
-        resumed_config(composed(*given), given)
-
-
-def test_there_must_be_a_run_to_resume(tmp_path: Path) -> None:
-    given = [f"resume={tmp_path}"]
-    with pytest.raises(UserError, match=r"there is no run \(no config\.yaml\) in that folder"):
-        resumed_config(composed(*given), given)
-
-
-@pytest.mark.parametrize("content", ["a: [", "[1]"])
-def test_a_damaged_config_of_a_run_is_told(content: str, tmp_path: Path) -> None:
-    (tmp_path / "config.yaml").write_text(content)
-    given = [f"resume={tmp_path}"]
-    with pytest.raises(UserError, match=r"config\.yaml is (damaged|no configuration)"):
-        resumed_config(composed(*given), given)
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,9 @@
-"""Pixels, lengths and rates are those of the model that training starts from."""
+"""A resumed run keeps its config, and a new one has the settings of the model it starts from."""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from cocoa_pl.config.build import register_resolvers
 from cocoa_pl.config.command_line import CONFIGS, compose_overrides
-from cocoa_pl.config.saved import settings_of, settled
+from cocoa_pl.config.folders import save_config
+from cocoa_pl.config.saved import resumed_config, settings_of, settled
 from cocoa_pl.errors import UserError
 
 
@@ -47,6 +49,11 @@ def exported(trained: DictConfig, tiny_folder: Path, tmp_path: Path) -> Path:
     plain: Any = OmegaConf.to_container(trained, resolve=True)
     (folder / "cocoa.json").write_text(json.dumps({"settings": settings_of(plain)}))
     return folder
+
+
+def composed(*overrides: str) -> DictConfig:
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return compose("train", overrides=list(overrides))
 
 
 def started(*overrides: str) -> Any:
@@ -132,3 +139,36 @@ def test_commands_that_look_ahead_see_the_same_settings(exported: Path) -> None:
 
 def test_a_resumed_run_has_its_own_config(run: Path) -> None:
     assert started(f"init_from={run}", "resume=elsewhere").model.min_pixels == 784
+
+
+def test_a_resumed_run_keeps_its_config(tmp_path: Path) -> None:
+    save_config(composed("seed=5", "stage=contrast", "evaluate=true"), tmp_path)
+    given = [f"resume={tmp_path}", "num_workers=3", "logger=none", "evaluate=false"]
+    given.append("init_from=moved")  # where it lies by now; `check_base` tells whether it is that
+    resumed = resumed_config(composed(*given), given)
+    assert (resumed.seed, list(resumed.stage.order)) == (5, ["contrast"])
+    assert (resumed.num_workers, resumed.evaluate, resumed.init_from) == (3, False, "moved")
+    assert resumed.logger.path == "cocoa_pl.stages.callbacks.nothing"
+    assert resumed.resume == str(tmp_path)
+
+
+@pytest.mark.parametrize("changed", ["seed=6", "stage=warmup", "schedule.contrast.steps=9"])
+def test_a_resumed_run_cannot_become_another(changed: str, tmp_path: Path) -> None:
+    save_config(composed("seed=5"), tmp_path)
+    given = [f"resume={tmp_path}", changed]
+    with pytest.raises(UserError, match=f"keeps its config; {re.escape(changed)} cannot"):
+        resumed_config(composed(*given), given)
+
+
+def test_there_must_be_a_run_to_resume(tmp_path: Path) -> None:
+    given = [f"resume={tmp_path}"]
+    with pytest.raises(UserError, match=r"there is no run \(no config\.yaml\) in that folder"):
+        resumed_config(composed(*given), given)
+
+
+@pytest.mark.parametrize("content", ["a: [", "[1]"])
+def test_a_damaged_config_of_a_run_is_refused(content: str, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(content)
+    given = [f"resume={tmp_path}"]
+    with pytest.raises(UserError, match=r"config\.yaml is (damaged|no configuration)"):
+        resumed_config(composed(*given), given)
