@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch import nn
 
+from cocoa_pl import embedder as embedder_module
 from cocoa_pl.attention import Policy
 from cocoa_pl.data import processor as processing
-from cocoa_pl.data import progress
 from cocoa_pl.data.items import Item
 from cocoa_pl.data.processor import Processor
 from cocoa_pl.embedder import Embedder
@@ -42,7 +42,7 @@ def items(make_item: Callable[..., Item]) -> list[Item]:
 @pytest.fixture(autouse=True)
 def no_thread_is_left() -> Iterator[None]:
     yield
-    assert [t.name for t in threading.enumerate() if "lookahead" in t.name] == []
+    assert [t.name for t in threading.enumerate() if "item_batches" in t.name] == []
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 70, 10_000])
@@ -182,7 +182,7 @@ def test_a_long_call_says_how_far_it_is(
     caplog.set_level(logging.INFO)
     embedder.encode(items, batch_tokens=70)
     assert "embedded" not in caplog.text
-    monkeypatch.setattr(progress, "EVERY_SECONDS", 0.0)
+    monkeypatch.setattr(embedder_module, "EVERY_SECONDS", 0.0)
     embedder.encode(items, batch_tokens=70)
     lines = [record.message for record in caplog.records if "embedded" in record.message]
     assert lines[-1].startswith("embedded 23 of 23 items, ")
@@ -194,7 +194,7 @@ def test_a_long_call_says_how_far_it_is(
     ("seconds", "told"), [(0.4, "0 s"), (89, "89 s"), (600, "10 min"), (12_240, "3.4 h")]
 )
 def test_durations_are_said_in_the_unit_a_person_would_use(seconds: float, told: str) -> None:
-    assert progress._duration(seconds) == told
+    assert embedder_module._duration(seconds) == told
 
 
 def test_identity_is_the_same_for_the_same_model_and_changes_with_whatever_vectors_depend_on(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -11,13 +13,14 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from rich import progress as rich_progress
+from rich.console import Console
 
 from cocoa_pl.attention import Policy
 from cocoa_pl.data.batch import Batch, Sample, pack
 from cocoa_pl.data.item_batches import item_batches
 from cocoa_pl.data.items import Input, Item, as_item, as_list
 from cocoa_pl.data.processor import Processor
-from cocoa_pl.data.progress import Progress, bar
 from cocoa_pl.errors import UserError, name_of
 from cocoa_pl.losses import matryoshka
 from cocoa_pl.models.backbone import Backbone
@@ -32,6 +35,9 @@ from cocoa_pl.models.exported import (
 )
 from cocoa_pl.models.loading import load
 
+log = logging.getLogger(__name__)
+
+EVERY_SECONDS = 30.0  # between two lines in the log; short work logs nothing
 THREADS = 4  # that read and encode ahead of the model
 
 Fetch = Callable[[], NDArray[np.float32]]
@@ -177,7 +183,7 @@ class Embedder:
             except ValueError as error:
                 raise UserError(f"{name_of(number)}: {error}") from error
 
-        progress = Progress(len(items), done="embedded")
+        progress = Progress(len(items))
         batches = item_batches(
             len(items),
             item_at,
@@ -255,3 +261,48 @@ def chosen_device(device: str) -> str:
     if device != "auto":
         return device
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+class Progress:
+    """Counts embedded items, and logs now and then how far, how fast, how long to go."""
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self.count = 0
+        self._started = self._said = time.monotonic()
+
+    def advance(self, items: int) -> None:
+        self.count += items
+        now = time.monotonic()
+        if now - self._said < EVERY_SECONDS:
+            return
+        self._said = now
+        rate = self.count / (now - self._started)
+        log.info(
+            "embedded %s of %s items, %.3g a second, about %s to go",
+            f"{self.count:,}",
+            f"{self.total:,}",
+            rate,
+            _duration((self.total - self.count) / rate),
+        )
+
+
+@contextmanager
+def bar(total: int, *, shown: bool) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr; yields what advances it."""
+    console = Console(stderr=True)
+    columns = (
+        rich_progress.BarColumn(),
+        rich_progress.MofNCompleteColumn(),
+        rich_progress.TimeRemainingColumn(),
+    )
+    with rich_progress.Progress(*columns, console=console, disable=not shown) as found:
+        task = found.add_task("", total=total)
+        yield lambda items: found.advance(task, items)
+
+
+def _duration(seconds: float) -> str:
+    """E.g. `40 s`, `12 min`, `3.4 h`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -16,6 +16,7 @@ from cocoa_pl.attention import Policy
 from cocoa_pl.config.build import build, check_values
 from cocoa_pl.config.saved import load_config, settings_of
 from cocoa_pl.data.processor import Processor
+from cocoa_pl.data.sampler import mix
 from cocoa_pl.data.sources import HeldOutBenchmark
 from cocoa_pl.distributed.collectives import rank
 from cocoa_pl.distributed.strategies import full_state, is_sharded
@@ -36,10 +37,8 @@ from cocoa_pl.models.adapters import base_path, is_adapter, load_adapter, traina
 from cocoa_pl.models.backbone import Backbone
 from cocoa_pl.models.loading import Loaded, find_folder, load
 from cocoa_pl.models.tiny import Texts
-from cocoa_pl.randomness import mix
 from cocoa_pl.stages import checkpoint
-from cocoa_pl.stages.recipe import RunSettings, run_stages
-from cocoa_pl.stages.stage import Stage
+from cocoa_pl.stages.recipe import RunSettings, Stage, run_stages
 
 log = logging.getLogger(__name__)
 

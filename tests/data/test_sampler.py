@@ -20,6 +20,7 @@ from cocoa_pl.data.sampler import (
     StepSampler,
     draw_subsets,
     make_order,
+    mix,
 )
 from cocoa_pl.errors import UserError
 from cocoa_pl.run import build_stages
@@ -278,3 +279,18 @@ def test_data_smaller_than_a_batch_are_refused() -> None:
     make_order(pairs, mixing(), batch_size=5, seed=0)
     with pytest.raises(UserError, match=r"has 5 rows, fewer than one batch of 6; lower"):
         make_order(pairs, mixing(), batch_size=6, seed=0)
+
+
+def test_mix_folds_any_integers_into_63_bits() -> None:
+    values = [mix(), mix(0), mix(0, 0), mix(1), mix(-1), mix(2**63), mix(1, 2), mix(2, 1)]
+    assert len(set(values)) == len(values)
+    assert all(0 <= value < 2**63 for value in values)
+
+
+def test_mix_of_one_value_is_splitmix64() -> None:
+    # The first output of SplitMix64 seeded with 0 is 0xE220A8397B1DCDAF (its reference code).
+    assert mix(0) == 0xE220A8397B1DCDAF >> 1
+
+
+def test_mix_of_neighbouring_rows_and_epochs_never_collides() -> None:
+    assert len({mix(3, epoch, row) for epoch in range(50) for row in range(1000)}) == 50_000

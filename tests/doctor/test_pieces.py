@@ -16,6 +16,7 @@ from cocoa_pl.data.batch import VISUAL
 from cocoa_pl.data.examples import CaptionExamples, PairExamples
 from cocoa_pl.data.items import IMAGE_SLOT, Item, Pair
 from cocoa_pl.data.processor import Processor
+from cocoa_pl.data.sampler import mix
 from cocoa_pl.doctor.findings import KEPT, KINDS, Finding, Findings, Severity
 from cocoa_pl.doctor.images import DistinctImages
 from cocoa_pl.doctor.lengths import measure
@@ -23,7 +24,6 @@ from cocoa_pl.doctor.parallel import ordered_map
 from cocoa_pl.doctor.report import NUM_BINS, bar, make_bins
 from cocoa_pl.doctor.row_errors import as_finding, collect_row_errors, kind_of
 from cocoa_pl.errors import UserError
-from cocoa_pl.randomness import mix
 
 from .conftest import noise
 

@@ -19,7 +19,7 @@ from cocoa_pl.planning.tuning import Adapter
 from cocoa_pl.planning.verdict import Hardware, Remedy, remedies
 from cocoa_pl.stages.base import Optimization
 from cocoa_pl.stages.contrastive import ContrastiveModule
-from cocoa_pl.stages.stage import Stage
+from cocoa_pl.stages.recipe import Stage
 
 LORA = Adapter(8, 0.1, False, False, True, (r".*_proj",))
 TFLOPS = {"bfloat16": 1000.0, "float32": 50.0}

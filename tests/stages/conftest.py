@@ -24,8 +24,7 @@ from cocoa_pl.models.backbone import Backbone
 from cocoa_pl.models.loading import Loaded
 from cocoa_pl.run import build_stages
 from cocoa_pl.stages.callbacks import nothing
-from cocoa_pl.stages.recipe import RunSettings, run_stages
-from cocoa_pl.stages.stage import Stage
+from cocoa_pl.stages.recipe import RunSettings, Stage, run_stages
 
 COLOURS = ("red", "green", "two", "old")
 THINGS = ("dog", "cat", "sofa", "boats", "sea")

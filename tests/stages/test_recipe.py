@@ -20,8 +20,7 @@ from cocoa_pl.errors import UserError
 from cocoa_pl.models.adapters import LowRank
 from cocoa_pl.models.backbone import Backbone
 from cocoa_pl.stages import checkpoint
-from cocoa_pl.stages.recipe import Interrupted
-from cocoa_pl.stages.stage import Stage
+from cocoa_pl.stages.recipe import Interrupted, Stage
 
 STEPS = 5
 NAMES = ["pretrain", "warmup", "reconstruct", "contrast"]

@@ -20,13 +20,12 @@ from cocoa_pl.data.examples import MakeSamples
 from cocoa_pl.data.items import Pair
 from cocoa_pl.data.masking import Masking
 from cocoa_pl.data.processor import Processor
-from cocoa_pl.data.sampler import Index, Mixing, StepSampler, make_order
+from cocoa_pl.data.sampler import Index, Mixing, StepSampler, make_order, mix
 from cocoa_pl.data.stream import PairStream
 from cocoa_pl.data.stream_loader import LaneState, StreamBatches, Streamed
 from cocoa_pl.distributed.collectives import rank, world_size
 from cocoa_pl.distributed.processes import end_with_parent
 from cocoa_pl.errors import UserError
-from cocoa_pl.randomness import mix
 
 _VALIDATION_EPOCH = -1  # its masks are drawn once and for all
 LARGE = 1 << 20  # bytes; below, one copy through a pipe costs less than a file

@@ -1,4 +1,4 @@
-"""Items in, samples for one model call at a time out: of similar cost together, ahead of the model.
+"""Samples for one model call at a time: items of similar cost together, read ahead of the model.
 
 Images are decoded and texts tokenized by a few threads. What exists at once is a window of costs
 and a few batches, however many items there are.
@@ -7,7 +7,10 @@ and a few batches, however many items there are.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Iterator
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import TypeVar
@@ -19,7 +22,6 @@ from cocoa_pl.config.bounds import Count, Whole, check_value
 from cocoa_pl.data.batch import VISUAL_TOKEN_COST, Sample, cut_by_cost
 from cocoa_pl.data.images import image_size
 from cocoa_pl.data.items import IMAGE_SLOT, Item
-from cocoa_pl.data.lookahead import Lookahead
 from cocoa_pl.data.processor import Processor
 from cocoa_pl.errors import UserError, name_of
 
@@ -30,6 +32,8 @@ _MARKERS = 2  # tokens around each image: its start and its end
 _READY = 2  # batches that wait for the model beside those that threads work on
 
 _Laid = TypeVar("_Laid")
+_Value = TypeVar("_Value")
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -77,14 +81,15 @@ def item_batches(
         ]
         return numbers, lay_out(samples)
 
-    with Lookahead(threads) as lookahead:
+    with some_threads(threads) as pool:
         pieces = (
             range(start, min(start + _MEASURED_AT_ONCE, count))
             for start in range(0, count, _MEASURED_AT_ONCE)
         )
         # A window ahead, so that the model never waits for the measures of the next one.
-        measured = lookahead.map(measure, pieces, ahead=WINDOW // _MEASURED_AT_ONCE)
-        yield from lookahead.map(read, _cut_windows(measured, batch_tokens), ahead=threads + _READY)
+        measured = map_ahead(pool, measure, pieces, ahead=WINDOW // _MEASURED_AT_ONCE)
+        windows = _cut_windows(measured, batch_tokens)
+        yield from map_ahead(pool, read, windows, ahead=threads + _READY)
 
 
 def _cut_windows(
@@ -112,3 +117,41 @@ def _measure(item_at: Callable[[int], Item], number: int, processor: Processor) 
     visual = sum(processor.count_visual_tokens(*size) for size in sizes)
     tokens = min(text + visual + _MARKERS * len(sizes) + 1, processor.max_length)
     return Measure(tokens, tokens + VISUAL_TOKEN_COST * visual)
+
+
+@contextmanager
+def some_threads(count: int) -> Iterator[Executor | None]:
+    """A pool of threads; they end when the block is left, however it is left. None for 0."""
+    if not count:
+        yield None
+        return
+    pool = ThreadPoolExecutor(count, "item_batches")
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def map_ahead(
+    pool: Executor | None,
+    work: Callable[[_Value], _Result],
+    values: Iterable[_Value],
+    *,
+    ahead: int,
+) -> Iterator[_Result]:
+    """`map(work, values)` in a pool; `ahead` results at most are computed or wait to be taken.
+
+    An error is raised where its result would have been, so the first value that fails decides,
+    whichever thread was faster. Several maps may share a pool. Without one nothing is computed
+    before it is needed.
+    """
+    if pool is None:
+        yield from map(work, values)
+        return
+    waiting: deque[Future[_Result]] = deque()
+    for value in values:
+        waiting.append(pool.submit(work, value))
+        if len(waiting) >= ahead:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()

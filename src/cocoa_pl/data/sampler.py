@@ -17,11 +17,11 @@ from cocoa_pl.config.bounds import Count, NotNegative
 from cocoa_pl.data.items import Pair
 from cocoa_pl.data.pair_table import subset_codes
 from cocoa_pl.errors import UserError
-from cocoa_pl.randomness import mix
 
 Index = tuple[int, int]  # epoch (of the data, or of the row's subset), row
 Composition = Literal["shuffled", "one_subset", "interleaved"]
 
+_MASK64 = (1 << 64) - 1
 _CYCLE = 1024  # sub-batches over which shares hold
 _SUBSETS, _ROWS = 1, 2  # streams of random numbers
 
@@ -248,3 +248,17 @@ def check_shareable(batch_size: int, world_size: int) -> None:
     """Refuse a global batch that ranks cannot share evenly."""
     if batch_size % world_size:
         raise UserError(f"a batch of {batch_size} cannot be shared by {world_size} ranks")
+
+
+def mix(*values: int) -> int:
+    """Fold integers into one 63-bit seed, e.g. `mix(run_seed, epoch, row)`.
+
+    By the finaliser of SplitMix64 (Steele, Lea, Flood 2014, https://doi.org/10.1145/2714064.2660195).
+    """
+    state = 0
+    for value in values:
+        state = (state ^ (value & _MASK64)) + 0x9E3779B97F4A7C15 & _MASK64
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK64
+        state ^= state >> 31
+    return state >> 1

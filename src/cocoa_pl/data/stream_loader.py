@@ -16,11 +16,10 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from cocoa_pl.data.batch import Sample
 from cocoa_pl.data.items import Pair
-from cocoa_pl.data.sampler import Mixing, check_shareable, draw_subsets
+from cocoa_pl.data.sampler import Mixing, check_shareable, draw_subsets, mix
 from cocoa_pl.data.stream import PairStream
 from cocoa_pl.data.stream_reader import SubsetReader, reset_after_fork
 from cocoa_pl.errors import UserError
-from cocoa_pl.randomness import mix
 
 LaneState = dict[str, Any]  # subset -> the state of its reader
 Collate = Callable[[Sequence[list[Sample] | str]], Any]

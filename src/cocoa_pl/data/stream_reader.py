@@ -18,9 +18,9 @@ from datasets.distributed import split_dataset_by_node
 
 from cocoa_pl.data.holdout import group_key
 from cocoa_pl.data.items import Pair
+from cocoa_pl.data.sampler import mix
 from cocoa_pl.data.stream import PairStream
 from cocoa_pl.errors import UserError
-from cocoa_pl.randomness import mix
 
 _WINDOW_STREAM, _FILE_STREAM = 21, 22
 

@@ -14,7 +14,7 @@ import numpy as np
 from cocoa_pl.data.examples import check_contrast, describing, first_of_each_subset
 from cocoa_pl.data.items import Pair
 from cocoa_pl.data.processor import Processor
-from cocoa_pl.data.sampler import make_order
+from cocoa_pl.data.sampler import make_order, mix
 from cocoa_pl.data.stream import PairStream
 from cocoa_pl.doctor.checks import (
     LeakageCheck,
@@ -30,8 +30,7 @@ from cocoa_pl.doctor.images import DistinctImages
 from cocoa_pl.doctor.lengths import StageLengths, measure, visual_tokens
 from cocoa_pl.doctor.reading import TRAIN, VALIDATION, Reading, Source
 from cocoa_pl.errors import UserError
-from cocoa_pl.randomness import mix
-from cocoa_pl.stages.stage import Stage
+from cocoa_pl.stages.recipe import Stage
 
 BLOCK = 1024  # rows between two reports of progress
 

@@ -27,7 +27,7 @@ from cocoa_pl.for_mteb.benchmark import MtebBenchmark
 from cocoa_pl.models.adapters import base_path, is_adapter
 from cocoa_pl.models.loading import find_folder, load_inputs
 from cocoa_pl.run import build_stages, choose_end_token, model_folder
-from cocoa_pl.stages.stage import Stage
+from cocoa_pl.stages.recipe import Stage
 
 WOULD_STOP = 1  # exit status: something would stop training
 

@@ -13,11 +13,11 @@ import numpy as np
 from cocoa_pl.data.examples import Example, MakeSamples
 from cocoa_pl.data.items import IMAGE_SLOT, Item, Pair
 from cocoa_pl.data.processor import Processor
+from cocoa_pl.data.sampler import mix
 from cocoa_pl.doctor.findings import Finding, Findings
 from cocoa_pl.doctor.images import DistinctImages, image_identity
 from cocoa_pl.doctor.parallel import ordered_map
-from cocoa_pl.randomness import mix
-from cocoa_pl.stages.stage import Stage
+from cocoa_pl.stages.recipe import Stage
 
 CHUNK = 256  # rows
 MARKERS = 2  # tokens around each image: its start and its end

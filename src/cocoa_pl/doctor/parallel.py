@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
+from cocoa_pl.data.item_batches import map_ahead
 from cocoa_pl.distributed.processes import end_with_parent
 from cocoa_pl.errors import UserError
 
@@ -33,14 +33,8 @@ def ordered_map(
         yield from map(work, chunks)
         return
     pool = ProcessPoolExecutor(workers, initializer=_start, initargs=(work,))
-    waiting: deque[Future[_Result]] = deque()
     try:
-        for chunk in chunks:
-            waiting.append(pool.submit(_do, chunk))
-            if len(waiting) >= AHEAD * workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+        yield from map_ahead(pool, _do, chunks, ahead=AHEAD * workers)
     except BrokenProcessPool as error:
         raise UserError(
             "a worker process was killed, most likely because memory ran out; "

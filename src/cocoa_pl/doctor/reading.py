@@ -18,8 +18,7 @@ from cocoa_pl.data.stream import PairStream
 from cocoa_pl.doctor.findings import Finding, Findings
 from cocoa_pl.doctor.row_errors import collect_row_errors
 from cocoa_pl.errors import UserError
-from cocoa_pl.stages.recipe import TrainingData
-from cocoa_pl.stages.stage import Stage
+from cocoa_pl.stages.recipe import Stage, TrainingData
 
 TRAIN, VALIDATION = "train", "validation"
 

@@ -28,7 +28,7 @@ from cocoa_pl.planning.table import print_plan
 from cocoa_pl.planning.tuning import Adapter
 from cocoa_pl.planning.verdict import Hardware, remedies
 from cocoa_pl.run import build_stages
-from cocoa_pl.stages.stage import Stage
+from cocoa_pl.stages.recipe import Stage
 
 WIDTHS = {"float32": 4, "bfloat16": 2}
 

@@ -15,8 +15,8 @@ import numpy as np
 from cocoa_pl.data.batch import SPECIAL, TEXT, VISUAL, Sample
 from cocoa_pl.data.examples import Example, MakeSamples
 from cocoa_pl.data.items import IMAGE_SLOT, Item, Pair
+from cocoa_pl.data.sampler import mix
 from cocoa_pl.errors import UserError
-from cocoa_pl.randomness import mix
 
 BLANK_IMAGE = b""
 

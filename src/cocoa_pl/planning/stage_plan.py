@@ -21,7 +21,7 @@ from cocoa_pl.planning.memory import ChunkLoad, Setup, memory_by_part
 from cocoa_pl.planning.samples import Lengths, rank_rows
 from cocoa_pl.planning.work import Work, work_of
 from cocoa_pl.stages.contrastive import ContrastiveModule
-from cocoa_pl.stages.stage import Stage
+from cocoa_pl.stages.recipe import Stage
 
 
 @dataclass(frozen=True)

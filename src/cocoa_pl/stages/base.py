@@ -24,6 +24,7 @@ from cocoa_pl.data.batch import Batch, Collator, pack
 from cocoa_pl.data.items import IMAGE_SLOT, Item
 from cocoa_pl.data.masking import Masking
 from cocoa_pl.data.processor import Processor
+from cocoa_pl.data.sampler import mix
 from cocoa_pl.distributed.collectives import (
     all_objects,
     clip_gradients,
@@ -35,7 +36,6 @@ from cocoa_pl.distributed.collectives import (
 from cocoa_pl.distributed.strategies import FullySharded, Replicated, reshard, shard
 from cocoa_pl.errors import UserError
 from cocoa_pl.models.backbone import Backbone
-from cocoa_pl.randomness import mix
 from cocoa_pl.stages.finite import Done, FiniteSteps
 
 log = logging.getLogger(__name__)
