@@ -42,7 +42,7 @@ def write_published(folder: Path) -> None:
         table = compose_overrides("evaluate", [f"benchmark={name}", "ckpt=x", *given]).benchmark
         for subset, about in table.table.items():
             slots = "" if "reader" in about else PLACEHOLDER
-            sees = READERS[about.reader].query_image if "reader" in about else True
+            sees = READERS[about.reader].query == "image" if "reader" in about else True
             rows = _tasks(subset, slots=slots, sees=sees)
             _table(folder / root / subset / "test-0.parquet", rows)
     for name, keys in (
