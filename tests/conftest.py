@@ -4,14 +4,17 @@ tiny model with samples for it: Qwen2-VL, or any family in the modules that run 
 
 from __future__ import annotations
 
+import atexit
 import gc
 import json
 import os
+import tempfile
 
 # Before torch is imported, and for the processes that tests start. Tests compute on small tensors,
 # where threads cost more than they bring; one thread gives the same bits on every machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is looked up on the network
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="cocoa_pl-tests-")
 
 import random
 import shutil
@@ -36,6 +39,7 @@ if TYPE_CHECKING:
     from cocoa_pl.models.tiny import TinySource
 
 torch.set_num_threads(1)
+atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
 SENTENCE = "a red dog and the small cat sleep on one old sofa near two green boats"
 IMAGE_SIZES = ((28, 28), (56, 28), (30, 90), (70, 60), (112, 56))  # width, height

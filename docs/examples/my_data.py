@@ -2,9 +2,8 @@
 
 from PIL import Image
 
-from cocoa_pl.data.holdout import as_subsets
 from cocoa_pl.data.items import IMAGE_SLOT, EvalSubset, Item, Pair
-from cocoa_pl.data.rows import distinct_texts
+from cocoa_pl.data.sources import as_subsets, distinct_texts
 
 
 class Colours:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +21,12 @@ from PIL import Image
 from cocoa_pl.config.build import register_resolvers
 from cocoa_pl.config.command_line import CONFIGS
 from cocoa_pl.data.batch import SPECIAL, TEXT, VISUAL, Sample
-from cocoa_pl.data.stream import StreamData
+from cocoa_pl.data.sources import PairSource
 
 ROWS = {"A": 23, "B": 17, "E": 12}
 
 DataConfig = Callable[[str], dict[str, Any]]
-MakeStream = Callable[..., StreamData]
+MakeSource = Callable[..., PairSource]
 
 
 @pytest.fixture(scope="session")
@@ -64,40 +66,49 @@ def hub_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def make_stream(hub_folder: Path) -> MakeStream:
-    """A source of that folder; any argument can be replaced."""
-
-    def make(**changes: Any) -> StreamData:
-        values: dict[str, Any] = {
-            "path": str(hub_folder),
-            "files": "{subset}/{split}-*.parquet",
-            "split": "original",
-            "subsets": ["A", "B"],
-            "image_root": str(hub_folder),
-            "rows": None,
-            "window": 4,
-            "drop_orphan_slots": False,
-            "caption_subsets": ["A"],
-            "validation_rows": 0,
-            "on_bad_row": "fail",
-        }
-        return StreamData(**(values | changes))
-
-    return make
-
-
-@pytest.fixture(scope="session")
 def data_config() -> DataConfig:
     """The composed values of conf/data/NAME.yaml, as plain Python; open ones are `???`."""
 
-    def read(name: str) -> dict[str, Any]:
+    @cache
+    def composed(name: str) -> dict[str, Any]:
         register_resolvers()
         with initialize_config_dir(str(CONFIGS), version_base="1.3"):
             cfg = compose("train", overrides=[f"data={name}"])
         values: Any = OmegaConf.to_container(cfg.data)
         return dict(values)
 
-    return read
+    return lambda name: deepcopy(composed(name))
+
+
+@pytest.fixture(scope="session")
+def pair_source(data_config: DataConfig) -> MakeSource:
+    """What `data=NAME` builds, with some values replaced; nothing is held out."""
+
+    def make(name: str, **changes: Any) -> PairSource:
+        config = data_config(name)
+        assert config.pop("_target_") == "cocoa_pl.data.sources.PairSource"
+        config |= {"on_bad_row": "fail", "validation_fraction": 0}
+        return PairSource(**(config | changes))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_stream(hub_folder: Path, pair_source: MakeSource) -> Callable[..., PairSource]:
+    """`data=mmeb_stream` of that folder."""
+
+    def make(**changes: Any) -> PairSource:
+        values: dict[str, Any] = {
+            "path": str(hub_folder),
+            "subsets": ["A", "B"],
+            "image_root": str(hub_folder),
+            "window": 4,
+            "caption_subsets": ["A"],
+            "validation_rows": 0,
+        }
+        return pair_source("mmeb_stream", **(values | changes))
+
+    return make
 
 
 def _row(subset: str, number: int) -> dict[str, str]:

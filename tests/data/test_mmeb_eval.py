@@ -455,7 +455,7 @@ def test_benchmark_reads_its_table_in_order_and_misses_nothing(root: Path) -> No
         name: (*info.values(),) for name, info in table.items()
     }
     assert [one.name for one in found] == list(table)
-    with pytest.raises(UserError, match="GQA: no folder"):
+    with pytest.raises(UserError, match="GQA: there is no"):
         benchmark(root, table=table | {"GQA": {"group": "vqa", "in_distribution": False}}).subsets()
 
 

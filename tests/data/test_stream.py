@@ -1,90 +1,102 @@
-"""Streamed rows: every one once an epoch, in shares, shuffled, and resumable to the row."""
+"""Streamed pairs: every row once an epoch, in shares, shuffled, and resumed to the row."""
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from torch import Tensor, nn
 
-from cocoa_pl.data.examples import describing, first_of_each_subset
+from cocoa_pl.attention import Plan, Policy, make_plan
+from cocoa_pl.config.build import register_resolvers
+from cocoa_pl.config.command_line import CONFIGS
+from cocoa_pl.data import stream as stream_module
+from cocoa_pl.data.batch import Batch, Collator
+from cocoa_pl.data.datamodule import StageData, check_mixing
+from cocoa_pl.data.examples import PairExamples, describing, first_of_each_subset
 from cocoa_pl.data.items import Pair
-from cocoa_pl.data.stream import PairStream, StreamData
-from cocoa_pl.data.stream_reader import SubsetReader
+from cocoa_pl.data.masking import Masking
+from cocoa_pl.data.processor import Processor
+from cocoa_pl.data.sampler import Mixing
+from cocoa_pl.data.sources import PairSource
+from cocoa_pl.data.stream import PairStream, Places, StreamBatches, Streamed
 from cocoa_pl.errors import UserError
+from cocoa_pl.run import build_stages
 
-MakeStream = Callable[..., StreamData]
-A_ROWS, B_ROWS, E_ROWS = 23, 17, 12
-
-
-def reader(stream: PairStream, subset: int = 0, **changes: Any) -> SubsetReader:
-    values: dict[str, Any] = {"reader": 0, "readers": 1, "seed": 0, "state": None}
-    return SubsetReader(stream, subset, **(values | changes))
+MakeStream = Callable[..., PairSource]
+A_ROWS, B_ROWS = 23, 17
 
 
-def take(source: SubsetReader) -> Pair:
-    pair = source.take()
-    assert isinstance(pair, Pair)
-    return pair
+def beginning() -> dict[str, Any]:
+    return {"epoch": 0, "window": 0, "taken": 0, "rows": None}
 
 
-def texts(source: SubsetReader, count: int) -> list[str]:
-    return [take(source).positive.text for _ in range(count)]
+def reader(
+    stream: Any, name: str = "A", *, lane: int = 0, lanes: int = 1, seed: int = 0, place: Any = None
+) -> Iterator[Any]:
+    assert isinstance(stream, PairStream)
+    return stream.pairs(name, beginning() if place is None else place, lane, lanes, seed)
+
+
+def texts(rows: Iterator[Pair], count: int) -> list[str]:
+    return [next(rows).positive.text for _ in range(count)]
 
 
 # --- Order -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("readers", [1, 2, 3, 6])
-def test_readers_together_see_every_row_once_an_epoch(
-    make_stream: MakeStream, readers: int
-) -> None:
+@pytest.mark.parametrize("lanes", [1, 2, 3, 6])
+def test_lanes_together_read_every_row_once_an_epoch(make_stream: MakeStream, lanes: int) -> None:
     stream = make_stream().train_pairs()
     epochs: list[list[str]] = [[], []]
-    for number in range(readers):
-        one = reader(stream, reader=number, readers=readers)
-        while True:
-            text = take(one).positive.text
-            if one.state["epoch"] > 1:
+    for lane in range(lanes):
+        place = beginning()
+        for pair in reader(stream, lane=lane, lanes=lanes, place=place):
+            if place["epoch"] > 1:
                 break
-            epochs[one.state["epoch"]].append(text)
+            epochs[place["epoch"]].append(pair.positive.text)
     everything = sorted(f"A {number}" for number in range(A_ROWS))
     assert [sorted(epoch) for epoch in epochs] == [everything] * 2
 
 
-def test_rows_are_shuffled_anew_in_every_epoch_and_by_seed(make_stream: MakeStream) -> None:
+def test_rows_are_shuffled_by_windows_anew_in_every_epoch_and_by_seed(
+    make_stream: MakeStream,
+) -> None:
     stream = make_stream(window=100).train_pairs()
     whole = texts(reader(stream), 2 * A_ROWS)
     orders = [whole[:A_ROWS], whole[A_ROWS:], texts(reader(stream, seed=1), A_ROWS)]
-    assert len({tuple(order) for order in orders}) == 3
-    assert orders[0] != [f"A {number}" for number in range(A_ROWS)]
+    in_order = [f"A {number}" for number in range(A_ROWS)]
+    assert len({tuple(order) for order in (*orders, in_order)}) == 4
     assert texts(reader(stream), A_ROWS) == orders[0]
-
-
-def test_window_bounds_what_is_shuffled(make_stream: MakeStream) -> None:
-    """With a window of one row, only the order of row groups changes."""
     found = [int(text[2:]) for text in texts(reader(make_stream(window=1).train_pairs()), A_ROWS)]
     breaks = sum(second != first + 1 for first, second in pairwise(found))
     assert 0 < breaks <= 5  # six row groups
 
 
-@pytest.mark.parametrize(("readers", "window"), [(1, 4), (2, 3), (4, 100), (5, 1)])
-def test_reader_goes_on_with_the_very_next_row(
-    make_stream: MakeStream, readers: int, window: int
+@pytest.mark.parametrize(("lanes", "window"), [(1, 4), (2, 3), (4, 100), (5, 1)])
+def test_a_lane_goes_on_with_the_very_next_row(
+    make_stream: MakeStream, lanes: int, window: int
 ) -> None:
     stream = make_stream(window=window).train_pairs()
-    whole = reader(stream, reader=readers - 1, readers=readers)
-    states, found = [], []
+    place = beginning()
+    whole = reader(stream, lane=lanes - 1, lanes=lanes, place=place)
+    places, found = [], []
     for _ in range(2 * A_ROWS):
-        states.append(json.loads(json.dumps(whole.state)))  # plain values only
-        found.append(take(whole).positive.text)
+        places.append(json.loads(json.dumps(place)))  # plain values only
+        found.append(next(whole).positive.text)
     for start in range(0, len(found), 3):
-        resumed = reader(stream, reader=readers - 1, readers=readers, state=states[start])
+        resumed = reader(stream, lane=lanes - 1, lanes=lanes, place=deepcopy(places[start]))
         assert texts(resumed, min(8, len(found) - start)) == found[start : start + 8]
 
 
@@ -95,93 +107,70 @@ def test_rows_with_files_and_rows_with_embedded_images_become_pairs(
     make_stream: MakeStream, hub_folder: Path
 ) -> None:
     stream = make_stream(subsets=["A", "E"]).train_pairs()
-    one, other = take(reader(stream, 0)), take(reader(stream, 1))
+    one, other = next(reader(stream)), next(reader(stream, "E"))
     number = one.positive.text.removeprefix("A ")
     assert one.query.media == (hub_folder / f"images/A{number}.png",)
-    assert one.subset == "A"
     assert one.row_id.startswith("A (streamed, reader 1/1, window 0) row ")
-    (image,) = other.query.media
-    assert isinstance(image, bytes)
-    assert image.startswith(b"\x89PNG")
+    assert other.query.media[0].startswith(b"\x89PNG")
 
 
-def test_nulls_are_absent_and_bad_rows_are_named_and_passed(
-    make_stream: MakeStream, tmp_path: Path
-) -> None:
-    good = {"qry": "a", "qry_image_path": None, "pos_text": "b", "pos_image_path": None}
-    table = pa.Table.from_pylist([good | {"pos_text": None}, good])
-    (tmp_path / "A").mkdir()
-    pq.write_table(table, tmp_path / "A" / "original-0.parquet")
-    stream = make_stream(path=str(tmp_path), subsets=["A"]).train_pairs()
-    one = reader(stream)
-    found = [one.take() for _ in range(4)]
-    bad = [row.partition("window 0) ")[2] for row in found if isinstance(row, str)]
-    assert bad == ["row 0: the positive is empty: it has neither text nor an image"] * 2
-    assert [row.positive.text for row in found if isinstance(row, Pair)] == ["b"] * 2
+def test_lines_of_json_are_streamed(tmp_path: Path, make_stream: MakeStream) -> None:
+    lines = ['{"query": "a", "positive": "b"}', "{", '{"query": "c", "positive": "d"}']
+    (tmp_path / "A.jsonl").write_text("\n".join(lines))
+    columns = [{"query": {"text": "query"}, "positive": {"text": "positive"}, "required": []}]
+    options = {"files": "{subset}.jsonl", "subsets": ["A"], "columns": columns}
+    rows = reader(make_stream(path=str(tmp_path), **options).train_pairs())
+    found = [next(rows) for _ in range(6)]
+    assert Counter(row.positive.text for row in found if isinstance(row, Pair)) == {"b": 2, "d": 2}
+    assert ["row 1: not valid JSON" in row for row in found if isinstance(row, str)] == [True] * 2
 
 
 def test_stage_takes_the_first_rows_of_the_subsets_it_can_use(make_stream: MakeStream) -> None:
     stream = describing(make_stream().train_pairs(), ["A"])
     assert isinstance(stream, PairStream)
-    assert stream.names == ("A",)
+    assert list(stream.subsets) == ["A"]
     few = first_of_each_subset(stream, 7)
-    assert isinstance(few, PairStream)
     assert sorted(texts(reader(few), 7)) == [f"A {number}" for number in range(7)]
-    assert sorted(texts(reader(few, readers=2), 8)) == sorted([f"A {n}" for n in (0, 2, 4, 6)] * 2)
-    assert first_of_each_subset(stream, None) == stream
+    assert sorted(texts(reader(few, lanes=2), 8)) == sorted([f"A {n}" for n in (0, 2, 4, 6)] * 2)
     with pytest.raises(UserError, match="none of the subsets"):
         describing(make_stream().train_pairs(), ["C"])
 
 
 def test_generative_stage_passes_over_rows_of_two_images(
-    make_stream: MakeStream, tmp_path: Path, hub_folder: Path
+    make_stream: MakeStream, tmp_path: Path
 ) -> None:
     image = {"pos_text": "<|image_1|>", "pos_image_path": "images/A1.png"}
     row = {"qry": "<|image_1|>", "qry_image_path": "images/A0.png"}
     caption = {"pos_text": "a caption", "pos_image_path": ""}
     (tmp_path / "A").mkdir()
-    pq.write_table(
-        pa.Table.from_pylist([row | image, row | caption]), tmp_path / "A/original-0.parquet"
-    )
+    table = pa.Table.from_pylist([row | image, row | caption])
+    pq.write_table(table, tmp_path / "A/original-0.parquet")
     stream = make_stream(path=str(tmp_path), subsets=["A"]).train_pairs()
-    assert texts(reader(stream.describing(None)), 3) == ["a caption"] * 3
+    assert texts(reader(describing(stream, None)), 3) == ["a caption"] * 3
     assert len(set(texts(reader(stream), 2))) == 2
-
-
-# --- Validation ------------------------------------------------------------------------------
 
 
 def test_first_rows_are_held_out_and_never_trained_on(make_stream: MakeStream) -> None:
     source = make_stream(validation_rows=5)
     held_out = [pair.positive.text for pair in source.validation_pairs()]
     assert held_out == [f"{subset} {number}" for subset in "AB" for number in range(5)]
-    for readers in (1, 2):
-        seen = texts(reader(source.train_pairs(), readers=readers), 3 * A_ROWS)
+    for lanes in (1, 2):
+        seen = texts(reader(source.train_pairs(), lanes=lanes), 3 * A_ROWS)
         assert not set(seen) & set(held_out)
     assert len(set(texts(reader(source.train_pairs()), A_ROWS - 5))) == A_ROWS - 5
     (a, b) = source.validation_subsets()
     assert (a.name, len(a.row_ids), b.name, len(b.row_ids)) == ("A", 5, "B", 5)
     assert source.training_texts()
-
-
-def test_no_validation_rows_means_none(make_stream: MakeStream) -> None:
-    assert make_stream().validation_pairs() == []
-    assert make_stream().validation_subsets() == []
-
-
-def test_subset_that_is_held_out_whole_is_refused(make_stream: MakeStream) -> None:
-    stream = make_stream(subsets=["A"], validation_rows=A_ROWS).train_pairs()
-    with pytest.raises(UserError, match="found no row for training in a whole epoch"):
-        reader(stream).take()
+    assert list(make_stream().validation_pairs()) == make_stream().validation_subsets() == []
 
 
 # --- Refusals --------------------------------------------------------------------------------
 
 
-def test_reader_without_rows_is_refused(make_stream: MakeStream) -> None:
-    stream = make_stream().train_pairs()
-    with pytest.raises(UserError, match=r"A: reader 30 of 30 \(ranks x workers\) gets no rows"):
-        reader(stream, reader=29, readers=30).take()
+def test_a_lane_without_rows_is_refused(make_stream: MakeStream) -> None:
+    for source, lanes in ((make_stream(), 30), (make_stream(validation_rows=A_ROWS), 1)):
+        with pytest.raises(UserError, match=rf"A: reader {lanes} of {lanes} .* has no row to tra"):
+            next(reader(source.train_pairs(), lane=lanes - 1, lanes=lanes))
 
 
 @pytest.mark.parametrize(
@@ -189,50 +178,304 @@ def test_reader_without_rows_is_refused(make_stream: MakeStream) -> None:
     [
         ({"subsets": ["A", "C"]}, r"C: cannot stream C/original-\*\.parquet of .*hf download"),
         ({"path": "nobody/nothing"}, r"A: cannot stream .* of nobody/nothing .*hf download nobody"),
-        ({"split": "train"}, "no column qry, qry_image_path, pos_text, pos_image_path"),
+        ({"split": "train"}, "A: A/train-.* the columns qry and qry_image_path and .* are needed"),
+        ({"rows": {"C": 1}}, r"data\.rows names C"),
+        ({"rows": {"A": 23}}, "must name every subset"),
+        ({"subsets": [], "caption_subsets": []}, r"data\.subsets is empty"),
     ],
 )
 def test_what_cannot_be_streamed_is_named(
     make_stream: MakeStream, changes: dict[str, Any], message: str
 ) -> None:
-    stream = make_stream(**changes).train_pairs()
     with pytest.raises(UserError, match=message):
-        _ = stream.opened
+        make_stream(**changes).train_pairs()
+
+
+@pytest.mark.parametrize("error", [OSError("connection reset"), pa.ArrowInvalid("truncated")])
+def test_a_stream_that_breaks_off_is_no_bad_row(
+    make_stream: MakeStream, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def broken(*_: Any) -> Any:
+        raise error
+
+    rows = reader(make_stream().train_pairs())
+    texts(rows, 4)
+    monkeypatch.setattr(stream_module, "next", broken, raising=False)
+    with pytest.raises(UserError, match=rf"A: the stream broke off \({error}\); resume=RUN"):
+        rows.__next__()
+
+
+# --- Batches ---------------------------------------------------------------------------------
+
+
+def mixing(**changes: Any) -> Mixing:
+    values: dict[str, Any] = {
+        "composition": "shuffled",
+        "sub_batches": None,
+        "exponent": 1.0,
+        "weights": None,
+    }
+    return Mixing(**(values | changes))
+
+
+SHUFFLED = mixing()
+ONE_SUBSET = mixing(composition="one_subset")
+INTERLEAVED = mixing(composition="interleaved", sub_batches=2)
+
+
+EVERYTHING = ("context", "eos", "target")
+POLICY = Policy("bidirectional", EVERYTHING, EVERYTHING, EVERYTHING, causal=False)
+
+
+def plan(segment_lengths: Tensor, grids: Tensor) -> tuple[Plan, dict[str, Any]]:
+    return make_plan(POLICY, segment_lengths), {}
+
+
+COLLATOR = Collator(plan, token_budget=10**6)  # one batch a step
+
+
+def stage_data(source: PairSource, processor: Processor, **changes: Any) -> StageData:
+    values: dict[str, Any] = {
+        "make_samples": PairExamples(max_negatives=0),
+        "masking": Masking(0.5, "context", 0.0, processor.mask_id),
+        "mixing": INTERLEAVED,
+        "batch_size": 4,
+        "validation_batch_size": 3,
+        "steps": 12,
+        "start_step": 0,
+        "seed": 0,
+        "num_workers": 0,
+        "on_bad_row": "fail",
+        "pinned": False,
+        "collator": COLLATOR,
+        "validation_collator": COLLATOR,
+    }
+    return StageData(
+        source.train_pairs(), source.validation_pairs(), processor=processor, **(values | changes)
+    )
+
+
+def loaded(data: StageData) -> list[list[Batch]]:
+    return [streamed.batch for streamed in data.train_dataloader()]
+
+
+def row_ids(step: list[Batch]) -> list[str]:
+    """Of the queries of a step, in their order."""
+    (batch,) = step
+    order = batch.places.argsort()
+    return [batch.row_ids[place] for place in order[batch.roles[order] == 0].tolist()]
+
+
+def subsets_of(step: list[Batch]) -> list[str]:
+    return [name[0] for name in row_ids(step)]
+
+
+def content(step: list[Batch]) -> tuple[list[str], list[int], list[int]]:
+    """Rows, what is in them, and what is hidden of it."""
+    (batch,) = step
+    return row_ids(step), batch.keys.tolist(), batch.input_ids.tolist()
+
+
+def test_batches_are_composed_as_the_mixing_says(
+    make_stream: MakeStream, processor: Processor
+) -> None:
+    source = make_stream(subsets=["A", "B", "E"])
+    for chosen, size in ((ONE_SUBSET, 4), (INTERLEAVED, 2)):
+        batches = loaded(stage_data(source, processor, mixing=chosen, steps=20))
+        runs = [
+            subsets_of(step)[start : start + size]
+            for step in batches
+            for start in range(0, 4, size)
+        ]
+        assert all(len(set(run)) == 1 for run in runs)
+        assert {run[0] for run in runs} == {"A", "B", "E"}
+
+
+def test_weights_decide_where_sizes_are_unknown(
+    make_stream: MakeStream, processor: Processor
+) -> None:
+    def count(*, rows: dict[str, int] | None = None, **changes: Any) -> list[int]:
+        source = make_stream(rows=rows)
+        data = stage_data(source, processor, batch_size=32, steps=32, mixing=mixing(**changes))
+        drawn = data.train_dataloader().dataset.drawn
+        return [(drawn == 0).sum().item(), (drawn == 1).sum().item()]
+
+    assert count() == [512, 512]
+    assert count(weights={"B": 3}) == [256, 768]
+    assert abs(count(rows={"A": 23, "B": 17})[0] - 1024 * 23 / 40) <= 1
+
+
+def batches(
+    source: PairSource,
+    processor: Processor,
+    *,
+    rank: int,
+    world_size: int,
+    start_step: int = 0,
+    places: Places | None = None,
+) -> list[Streamed]:
+    """A rank's batches in this process, as if it had one worker."""
+    stream = source.train_pairs()
+    assert isinstance(stream, PairStream)
+    return list(
+        StreamBatches(
+            stream,
+            INTERLEAVED,
+            stage_data(source, processor).make_row,
+            COLLATOR,
+            batch_size=4,
+            steps=10,
+            start_step=start_step,
+            seed=0,
+            on_bad_row="fail",
+            rank=rank,
+            world_size=world_size,
+            places=[places or {}],
+        )
+    )
+
+
+def test_each_of_two_ranks_reads_its_own_rows_and_resumes_where_it_stood(
+    make_stream: MakeStream, processor: Processor
+) -> None:
+    shares = [batches(make_stream(), processor, rank=rank, world_size=2) for rank in (0, 1)]
+    for mine, others in zip(*shares, strict=True):
+        assert Counter(subsets_of(mine.batch)) == Counter(subsets_of(others.batch))
+        assert len(row_ids(mine.batch)) == 2
+    # Within an epoch; the next one deals row groups out anew.
+    seen = [{key for one in share[:8] for key in content(one.batch)[1]} for share in shares]
+    assert not seen[0] & seen[1]
+    for rank, whole in enumerate(shares):
+        resumed = batches(
+            make_stream(),
+            processor,
+            rank=rank,
+            world_size=2,
+            start_step=4,
+            places=whole[3].places,
+        )
+        assert [content(one.batch) for one in resumed] == [content(one.batch) for one in whole[4:]]
+    with pytest.raises(UserError, match="a batch of 4 cannot be shared by 3 ranks"):
+        batches(make_stream(), processor, rank=0, world_size=3)
+
+
+def test_bad_row_stops_the_run_or_leaves_the_batch(
+    make_stream: MakeStream, processor: Processor, tmp_path: Path
+) -> None:
+    """Images that are not below the root are missing: all rows of A and B, none of E."""
+    source = make_stream(image_root=str(tmp_path), subsets=["A", "E"])
+    with pytest.raises(UserError, match=r"A \(streamed, .*\.png does not exist"):
+        list(stage_data(source, processor, mixing=SHUFFLED).train_dataloader())
+    skipping = stage_data(
+        source, processor, mixing=SHUFFLED, batch_size=16, steps=2, on_bad_row="skip"
+    )
+    for step in loaded(skipping):
+        assert set(subsets_of(step)) == {"E"}
+        assert 0 < len(subsets_of(step)) < 14
+
+
+# --- Resuming under Lightning ----------------------------------------------------------------
+
+
+class Recorder(L.LightningModule):
+    """Trains one number and writes down the batches it was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.seen: list[tuple[list[str], list[int], list[int]]] = []
+
+    def training_step(self, step: list[Batch], batch_idx: int) -> Tensor:
+        self.seen.append(content(step))
+        return self.weight.sum()
+
+    def validation_step(self, step: list[Batch], batch_idx: int) -> None:
+        pass
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def fit(data: StageData, steps: int, *, folder: Path, resume: Path | None = None) -> Recorder:
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_steps=steps,
+        max_epochs=-1,
+        val_check_interval=2,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        logger=False,
+    )
+    module = Recorder()
+    trainer.fit(module, data, ckpt_path=resume)
+    trainer.save_checkpoint(folder / "last.ckpt")
+    return module
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("num_workers", "stop"), [(0, 3), (0, 6), (2, 3)])
+def test_interrupted_run_trains_on_the_same_rows_as_a_whole_one(
+    make_stream: MakeStream, processor: Processor, tmp_path: Path, num_workers: int, stop: int
+) -> None:
+    """The loader reads ahead (two batches a worker, and Lightning one): that must not count."""
+
+    def data(**changes: Any) -> StageData:
+        source = make_stream(subsets=["A", "B", "E"], validation_rows=3)
+        return stage_data(source, processor, num_workers=num_workers, **changes)
+
+    whole = fit(data(), 12, folder=tmp_path).seen
+    first = fit(data(), stop, folder=tmp_path).seen
+    content = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert len(content["StageData"]["lanes_of_ranks"][0]) == max(1, num_workers)
+    rest = fit(data(start_step=stop), 12, folder=tmp_path, resume=tmp_path / "last.ckpt").seen
+    assert len(whole) == 12
+    assert first + rest == whole
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_other_numbers_of_workers_or_ranks_are_refused(
+    make_stream: MakeStream, processor: Processor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = stage_data(make_stream(), processor, num_workers=2).state_dict()
+    stage_data(make_stream(), processor, num_workers=2).load_state_dict(state)
+    with pytest.raises(
+        UserError, match=r"1 ranks x 2 workers and cannot go on with 1 x 1; .* num_workers=2"
+    ):
+        stage_data(make_stream(), processor, num_workers=1).load_state_dict(state)
+    monkeypatch.setattr("cocoa_pl.data.datamodule.world_size", lambda: 4)
+    with pytest.raises(UserError, match="with 4 x 2"):
+        stage_data(make_stream(), processor, num_workers=2).load_state_dict(state)
+
+
+# --- Before the first stage begins -----------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"caption_subsets": ["C"]}, r"data\.caption_subsets names C"),
-        ({"rows": {"C": 1}}, r"data\.rows names C"),
-        ({"rows": {"A": 23}}, "must name every subset"),
-        ({"subsets": [], "caption_subsets": []}, r"data\.subsets is empty"),
-        ({"on_bad_row": "ignore"}, "on_bad_row is 'ignore'"),
+        ({"weights": {"C": 1}}, "mixing.weights names C, but the stage's data has A, B"),
+        ({"composition": "interleaved", "sub_batches": 3}, "cannot be cut into 3 equal"),
     ],
 )
-def test_impossible_source_is_refused(
+def test_mixing_that_does_not_fit_is_refused_of_pairs_and_of_streams(
     make_stream: MakeStream, changes: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(UserError, match=message):
-        make_stream(**changes)
+    source = make_stream(validation_rows=5)
+    for train in (source.train_pairs(), source.validation_pairs()):
+        check_mixing(train, INTERLEAVED, batch_size=4)
+        with pytest.raises(UserError, match=message):
+            check_mixing(train, mixing(**changes), batch_size=4)
 
 
-def test_known_sizes_are_what_mixing_takes(make_stream: MakeStream) -> None:
-    assert make_stream().train_pairs().sizes.tolist() == [1, 1]
-    known = make_stream(rows={"B": B_ROWS, "A": A_ROWS}).train_pairs()
-    assert known.sizes.tolist() == [A_ROWS, B_ROWS]
-
-
-@pytest.mark.parametrize("error", [OSError("connection reset"), pa.ArrowInvalid("truncated")])
-def test_stream_that_breaks_off_is_no_bad_row(
-    make_stream: MakeStream, monkeypatch: pytest.MonkeyPatch, error: Exception
-) -> None:
-    def broken() -> Iterator[pa.Table]:
-        raise error
-        yield
-
-    one = reader(make_stream().train_pairs())
-    texts(one, 4)
-    monkeypatch.setattr(one, "_windows", broken())
-    with pytest.raises(UserError, match=rf"A: the stream broke off \({error}\); resume=RUN"):
-        one.take()
+def test_epochs_of_a_stream_cannot_be_counted() -> None:
+    register_resolvers()
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        cfg = compose("train", overrides=["stage=reconstruct", "schedule=paper"])
+    (stage,) = build_stages(cfg)
+    assert stage.count_steps(6400) == 200
+    with pytest.raises(UserError, match=r"stage reconstruct: a stream has no length.* give steps"):
+        stage.count_steps(None)

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from cocoa_pl.data.mmeb import read_train
+from cocoa_pl.config.build import build
+from cocoa_pl.config.command_line import compose_overrides
 from cocoa_pl.data.processor import Processor
 from cocoa_pl.doctor.findings import KINDS, Severity
 from cocoa_pl.doctor.lengths import items_of
@@ -156,14 +157,7 @@ def test_a_row_stops_training_exactly_if_the_doctor_says_so(
 
     def stops(root: Path) -> bool:
         try:
-            (pair,) = read_train(
-                root,
-                subsets=["Set"],
-                split="original",
-                image_root=root,
-                on_bad_row="fail",
-                max_rows=None,
-            )
+            (pair,) = build(compose_overrides("doctor", mmeb(root)).data).train_pairs()
             for item in items_of(pair):
                 processor(item, None, key=0, row_id=pair.row_id)
         except UserError:
@@ -199,7 +193,7 @@ def test_a_folder_without_a_subset_is_checked_all_the_same(
 ) -> None:
     found = check_up(*mmeb(root), "data.subsets=[Gone,Set]")
     (missing,) = found.findings("unreadable_source")
-    assert missing["message"].startswith("Gone: no folder ")
+    assert missing["message"].startswith("Gone: there is no ")
     assert found.report["kinds"].keys() - {"unreadable_source"} == set(EXPECTED)
     assert found.report["rows"] == checkup.report["rows"]
 

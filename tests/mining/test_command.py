@@ -14,9 +14,10 @@ from PIL import Image
 from rich.console import Console
 
 from cocoa_pl.attention import Policy
+from cocoa_pl.config.build import build, register_resolvers
+from cocoa_pl.config.command_line import compose_overrides
 from cocoa_pl.data.digits import DigitsData
 from cocoa_pl.data.items import IMAGE_SLOT, Item, Pair
-from cocoa_pl.data.mmeb import read_train
 from cocoa_pl.data.processor import Processor
 from cocoa_pl.embedder import Embedder
 from cocoa_pl.errors import UserError
@@ -30,16 +31,13 @@ ALL = ("context", "eos", "target")
 
 
 def read_back(folder: Path, subsets: list[str], root: Path) -> list[Pair]:
-    return list(
-        read_train(
-            folder,
-            subsets=subsets,
-            split="train",
-            image_root=root,
-            on_bad_row="fail",
-            max_rows=None,
-        )
-    )
+    overrides = [
+        *("data=mmeb", f"data.root={folder}", f"data.image_root={root}", "data.split=train"),
+        *(f"data.subsets=[{','.join(subsets)}]", "data.caption_subsets=[]"),
+        "data.validation_fraction=0",
+    ]
+    register_resolvers()
+    return list(build(compose_overrides("train", overrides).data).train_pairs())
 
 
 def by_length(items: list[Item]) -> NDArray[np.float32]:

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
 
 from cocoa_pl.attention import Policy, make_plan
 from cocoa_pl.data.batch import TEXT
 from cocoa_pl.data.examples import CaptionExamples, PairExamples
-from cocoa_pl.data.items import IMAGE_SLOT, Item, Pair
-from cocoa_pl.data.pair_table import PairTable
+from cocoa_pl.data.items import Item
 from cocoa_pl.data.processor import Processor
 from cocoa_pl.errors import UserError
 from cocoa_pl.planning.samples import Lengths, grid_of, grid_of_tokens, rank_rows
@@ -84,22 +81,3 @@ def test_scores_follow_from_segments() -> None:
     exact = 5 * 6 + 1 * 9 + 3 * 4 + 7 * 8 + 1 * 8
     assert attention_work(plan, "varlen").scores == exact == plan.num_scores
     assert attention_work(plan, "sdpa").scores >= exact
-
-
-def test_a_row_takes_about_as_much_memory_as_is_assumed() -> None:
-    """`lengths.row_bytes` of conf/plan.yaml, for 40 tokens of 4.5 letters a side."""
-    text = "four " * 36
-    pairs = (
-        Pair(
-            Item(f"{IMAGE_SLOT}{text}{n}", (Path(f"images/SomeSubset/train/{n:012d}.jpg"),)),
-            Item(f"{text}{-n}"),
-            (),
-            "SomeSubset",
-            f"SomeSubset row {n}",
-        )
-        for n in range(5000)
-    )
-    before = pa.total_allocated_bytes()
-    table = PairTable.of(pairs)
-    size = pa.total_allocated_bytes() - before
-    assert 300 * len(table) < size < 600 * len(table)

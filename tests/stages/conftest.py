@@ -16,10 +16,10 @@ from PIL import Image
 from rich.console import Console
 from torch import Tensor
 
-from cocoa_pl.config.build import register_resolvers
+from cocoa_pl.config.build import build, register_resolvers
 from cocoa_pl.config.command_line import CONFIGS
 from cocoa_pl.data.processor import Processor
-from cocoa_pl.data.sources import PairsData
+from cocoa_pl.data.sources import PairSource
 from cocoa_pl.models.backbone import Backbone
 from cocoa_pl.models.loading import Loaded
 from cocoa_pl.run import build_stages
@@ -38,7 +38,7 @@ ReadMetrics = Callable[[Path], list[tuple[str, str, str, str]]]
 @pytest.fixture(scope="session")
 def data(
     tmp_path_factory: pytest.TempPathFactory, make_image: Callable[..., Image.Image]
-) -> PairsData:
+) -> PairSource:
     """Every picture has a caption of its own; validation has pictures that training never shows."""
     root = tmp_path_factory.mktemp("pictures")
     captions = [f"a {colour} {thing} near the sofa" for thing in THINGS for colour in COLOURS]
@@ -50,16 +50,15 @@ def data(
         )
     for name, part in (("train", rows[:TRAINING_ROWS]), ("validation", rows[TRAINING_ROWS:])):
         (root / f"{name}.jsonl").write_text("\n".join(json.dumps(row) for row in part))
-    return PairsData(
-        path=str(root / "train.jsonl"),
-        image_root=str(root),
-        captions=True,
-        validation_path=str(root / "validation.jsonl"),
-        validation_fraction=0.0,
-        validation_rows=VALIDATION_ROWS,
-        validation_seed=0,
-        on_bad_row="fail",
-    )
+    overrides = [
+        *("data=pairs", f"data.path={root}/train.jsonl", f"data.image_root={root}"),
+        *(f"data.validation_path={root}/validation.jsonl", "data.validation_fraction=0"),
+        f"data.validation_rows={VALIDATION_ROWS}",
+    ]
+    register_resolvers()
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        source: PairSource = build(compose("train", overrides=overrides).data)
+    return source
 
 
 @pytest.fixture(scope="session")
@@ -84,7 +83,7 @@ def make_stages() -> MakeStages:
 
 
 @pytest.fixture(scope="session")
-def train(data: PairsData, processor: Processor) -> Train:
+def train(data: PairSource, processor: Processor) -> Train:
     """`run_stages` on the CPU with only metrics.csv as a logger."""
 
     def run(

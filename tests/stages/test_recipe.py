@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cocoa_pl.data.items import Item, Pair
 from cocoa_pl.data.processor import Processor
-from cocoa_pl.data.sources import PairsData
+from cocoa_pl.data.sources import PairSource
 from cocoa_pl.errors import UserError
 from cocoa_pl.models.adapters import LowRank
 from cocoa_pl.models.backbone import Backbone
@@ -58,7 +58,7 @@ def fall(*_: Any) -> None:
 class FewPairs:
     """A few pairs, to train on and to validate on."""
 
-    def __init__(self, data: PairsData, count: int) -> None:
+    def __init__(self, data: PairSource, count: int) -> None:
         self.caption_subsets = data.caption_subsets
         self.training = self.validation = data.train_pairs()[:count]
 
@@ -274,7 +274,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(
 def test_a_stage_learns_a_few_rows_by_heart(
     name: str,
     tmp_path: Path,
-    data: PairsData,
+    data: PairSource,
     make_stages: MakeStages,
     train: Train,
     fresh: Fresh,
@@ -290,7 +290,7 @@ def test_a_stage_learns_a_few_rows_by_heart(
 
 def test_bridge_gain_tells_a_learnt_bridge_from_none(
     tmp_path: Path,
-    data: PairsData,
+    data: PairSource,
     make_stages: MakeStages,
     train: Train,
     fresh: Fresh,
@@ -322,7 +322,7 @@ def test_bridge_gain_tells_a_learnt_bridge_from_none(
 
 
 def test_a_row_alone_has_no_other_context_and_does_not_count(
-    tmp_path: Path, data: PairsData, make_stages: MakeStages, train: Train, fresh: Fresh
+    tmp_path: Path, data: PairSource, make_stages: MakeStages, train: Train, fresh: Fresh
 ) -> None:
     """Five rows by two: the last batch has one, whose own loss must not be held against it."""
     gains = []
@@ -506,7 +506,7 @@ def test_what_was_not_hidden_has_no_loss(
 
 
 def test_a_dataset_smaller_than_a_batch_is_refused(
-    tmp_path: Path, data: PairsData, make_stages: MakeStages, train: Train, fresh: Fresh
+    tmp_path: Path, data: PairSource, make_stages: MakeStages, train: Train, fresh: Fresh
 ) -> None:
     with pytest.raises(UserError, match="has 3 rows, fewer than one batch of 4; lower"):
         train(tmp_path, make_stages(), fresh(), data=FewPairs(data, 3))

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import datasets
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
@@ -49,6 +50,7 @@ def guarded(
         remedy: what to do when another process of the job was lost.
     """
     transformers_logging.disable_progress_bar()  # one line for each file it opens
+    datasets.disable_progress_bars()  # and so does this
     try:
         run()
     except UserError as error:

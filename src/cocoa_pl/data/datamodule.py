@@ -21,8 +21,7 @@ from cocoa_pl.data.items import Pair
 from cocoa_pl.data.masking import Masking
 from cocoa_pl.data.processor import Processor
 from cocoa_pl.data.sampler import Index, Mixing, StepSampler, make_order, mix
-from cocoa_pl.data.stream import PairStream
-from cocoa_pl.data.stream_loader import LaneState, StreamBatches, Streamed
+from cocoa_pl.data.stream import PairStream, Places, StreamBatches, Streamed
 from cocoa_pl.distributed.collectives import rank, world_size
 from cocoa_pl.distributed.processes import end_with_parent
 from cocoa_pl.errors import UserError
@@ -119,7 +118,7 @@ def check_mixing(train: Sequence[Pair] | PairStream, mixing: Mixing, *, batch_si
         UserError: as `make_order` and `StreamBatches` would.
     """
     if isinstance(train, PairStream):
-        mixing.shares(train.names, train.sizes)
+        mixing.shares(list(train.subsets), train.sizes)
         mixing.sub_batch_rows(batch_size)
     else:
         make_order(train, mixing, batch_size=batch_size, seed=0)
@@ -179,7 +178,7 @@ class StageData(L.LightningDataModule):
         self.start_step = start_step
         self.seed = seed
         self.num_workers = num_workers
-        self._lanes: list[LaneState | None] = [None] * max(1, num_workers)
+        self._lanes: list[Places] = [{}] * max(1, num_workers)
 
     def train_dataloader(self) -> DataLoader[Any]:
         if isinstance(self.train, PairStream):
@@ -197,7 +196,7 @@ class StageData(L.LightningDataModule):
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Remember where a stream stands: not what is loaded counts, but what is trained on."""
         if isinstance(batch, Streamed):
-            self._lanes[batch.lane] = batch.state
+            self._lanes[batch.lane] = batch.places
             return batch.batch
         return batch
 
@@ -246,8 +245,7 @@ class StageData(L.LightningDataModule):
             on_bad_row=self.on_bad_row,
             rank=rank(),
             world_size=world_size(),
-            lanes=len(self._lanes),
-            states=self._lanes,
+            places=self._lanes,
         )
         return DataLoader(
             batches,

@@ -45,9 +45,10 @@ from cocoa_pl.data.digit_scenes import (
     target,
 )
 from cocoa_pl.data.items import EvalSubset, Pair
-from cocoa_pl.data.mmeb import read_train
 from cocoa_pl.data.mmeb_eval import read_eval_subset
-from cocoa_pl.data.rows import OnBadRow, distinct_texts
+from cocoa_pl.data.readers import Pairs, find_files, read_files
+from cocoa_pl.data.rows import OnBadRow, RowFormat
+from cocoa_pl.data.sources import distinct_texts
 from cocoa_pl.errors import UserError
 
 # Subset -> task group, in the order of reports.
@@ -75,6 +76,12 @@ GROUP_OF = IN_DISTRIBUTION | OUT_OF_DISTRIBUTION
 # Part of the cache key: raise it whenever the same parameters would be drawn or worded differently.
 FORMAT_VERSION = 1
 
+_COLUMNS = {  # MMEB's
+    "query": {"text": "qry", "image": "qry_image_path"},
+    "positive": {"text": "pos_text", "image": "pos_image_path"},
+    "negative": {"text": "neg_text", "image": "neg_image_path"},
+    "required": ["qry", "qry_image_path", "pos_text", "pos_image_path"],
+}
 _MARKER = "complete.json"  # written last: a folder without it was interrupted
 _EVAL_SPLIT = "test"
 _GROUNDING_CANDIDATES = 100
@@ -139,15 +146,27 @@ class DigitsData:
     @cached_property
     def _pairs(self) -> dict[str, Sequence[Pair]]:
         root = self.prepare()
-        return {
-            split: read_train(
-                root / "train",
-                subsets=tuple(IN_DISTRIBUTION),
-                split=split,
-                image_root=root,
-                on_bad_row=self.on_bad_row,
+        form = RowFormat(
+            columns=[_COLUMNS],
+            image_root=root,
+            images_placed=True,
+            other_columns=False,
+            drop_orphan_slots=False,
+        )
+
+        def read(name: str, split: str) -> Pairs:
+            files = find_files(root / "train", f"{name}/{split}-*.parquet", source=name)
+            return read_files(
+                {name: files},
+                form,
+                subset=name,
                 max_rows=None,
+                on_bad_row=self.on_bad_row,
+                repeated="drop",
             )
+
+        return {
+            split: Pairs.joined([read(name, split) for name in IN_DISTRIBUTION])
             for split in ("train", "validation")
         }
 

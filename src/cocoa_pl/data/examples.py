@@ -1,13 +1,14 @@
 """Examples that a stage makes of a pair: one class for each way of using a pair."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import overload
 
 import numpy as np
 
 from cocoa_pl.config.bounds import Share, Whole
 from cocoa_pl.data.items import Item, Pair
-from cocoa_pl.data.pair_table import has_images, select, subset_codes
+from cocoa_pl.data.readers import has_media, select, subset_codes
 from cocoa_pl.data.stream import PairStream
 from cocoa_pl.errors import UserError
 
@@ -135,7 +136,7 @@ def describing(
         return pairs.describing(subsets)
     names, codes = subset_codes(pairs)
     wanted = [subsets is None or name in subsets for name in names]
-    kept = np.array(wanted, dtype=bool)[codes] & ~has_images(pairs).all(axis=1)
+    kept = np.array(wanted, dtype=bool)[codes] & ~has_media(pairs).all(axis=1)
     if not kept.any():
         raise UserError(
             f"no pair has an image on one side and text on the other (subsets: {subsets})"
@@ -148,7 +149,7 @@ def first_of_each_subset(
 ) -> Sequence[Pair] | PairStream:
     """At most `count` pairs of each subset, in their order; None keeps all."""
     if isinstance(pairs, PairStream):
-        return pairs.first_of_each_subset(count)
+        return replace(pairs, first=count)
     if count is None:
         return pairs
     names, codes = subset_codes(pairs)

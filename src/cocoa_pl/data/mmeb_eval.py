@@ -11,11 +11,13 @@ from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, NotRequired, TypedDict
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from cocoa_pl.data.images import embedded
 from cocoa_pl.data.items import PLACEHOLDER, EvalSubset, Item
-from cocoa_pl.data.rows import OnBadRow, check_on_bad_row, log_skipped, make_item
-from cocoa_pl.data.tables import find_parquet, read_batches
+from cocoa_pl.data.readers import find_files
+from cocoa_pl.data.rows import OnBadRow, log_skipped, make_item
 from cocoa_pl.errors import UserError
 
 
@@ -197,7 +199,6 @@ def read_eval_subset(
     Raises:
         UserError: no such folder, file or column, no usable row, or a bad row (`on_bad_row`).
     """
-    check_on_bad_row(on_bad_row)
     queries = _Items(role="query", image_root=image_root)
     candidates = _Items(role="candidate", image_root=image_root)
     row_ids: list[str] = []
@@ -205,7 +206,7 @@ def read_eval_subset(
     candidate_index: list[np.ndarray] = []
     skipped: list[str] = []
     columns = ["qry_text", "qry_img_path", "tgt_text", "tgt_img_path"]
-    files = find_parquet(root, subset=subset, split=split)
+    files = find_files(root, f"{subset}/{split}-*.parquet", source=subset)
     for row_id, row in _rows(files, subset=subset, columns=reader.columns if reader else columns):
         try:
             row = _checked(row, row_id=row_id)
@@ -277,11 +278,22 @@ def _rows(
     files: Sequence[Path], *, subset: str, columns: Sequence[str]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     number = 0
-    # 16 rows x 1000 candidates are a few megabytes of strings.
-    for batch in read_batches(files, columns=columns, optional=(), batch_size=16):
-        for row in batch.to_pylist():
-            yield f"{subset} row {number}", row
-            number += 1
+    for path in files:
+        try:
+            file = pq.ParquetFile(path)
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(
+                f"{path}: cannot be read as parquet ({error}); download it again"
+            ) from error
+        if missing := [name for name in columns if name not in file.schema_arrow.names]:
+            has = ", ".join(file.schema_arrow.names)
+            raise UserError(f"{path}: no column {', '.join(missing)} (it has {has})")
+        with file:
+            # 16 rows x 1000 candidates are a few megabytes of strings.
+            for batch in file.iter_batches(batch_size=16, columns=columns):
+                for row in batch.to_pylist():
+                    yield f"{subset} row {number}", row
+                    number += 1
 
 
 def _checked(row: Mapping[str, Any], *, row_id: str) -> dict[str, Any]:

@@ -1,30 +1,117 @@
-"""Texts and image paths of a row in, checked `Item`s out; a bad row is stopped or skipped here.
+"""What the columns of a row mean: a mapping from YAML makes a `Pair` of a row of any corpus."""
 
-Readers (`mmeb`, `pairs`, `cocoa_json`, `stream`) differ in columns and files only. A row they
-cannot use raises a `UserError` that names it; `collect` then stops (`on_bad_row: fail`) or counts
-it and goes on (`on_bad_row: skip`).
-"""
+from __future__ import annotations
 
+import ast
 import logging
+import os
 import re
-import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, cast
 
 from cocoa_pl.data.images import embedded, resolve_image
-from cocoa_pl.data.items import IMAGE_SLOT, PLACEHOLDER, Item, Pair, placed
-from cocoa_pl.data.pair_table import PairTable
+from cocoa_pl.data.items import PLACEHOLDER, Item, Medium, Pair, placed
 from cocoa_pl.errors import UserError
 
 OnBadRow = Literal["fail", "skip"]
-OnDuplicate = Literal["bad", "drop"]
+Columns = Mapping[str, Any]
 
 _ANY_PLACEHOLDER = re.compile(r"<\|image_\d+\|>|<image>")
 _SHOWN_ROWS = 3
 
-_log = logging.getLogger(__name__)
-_Row = TypeVar("_Row")
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RowFormat:
+    """What the columns of a row mean.
+
+    Args:
+        columns: mappings, of which the first counts whose `required` columns a row has. Each says
+            for `query`, `positive` and, if there are any, `negative` which column holds the `text`
+            and which the `image`. A column of negatives holds an entry for each in a list, or in a
+            list that is written as a string, or the only one; `negatives.text` is the key `text` of
+            each object in the list `negatives`.
+        image_root: folder that image paths are relative to.
+        images_placed: the texts of queries and positives must say where their images stand, instead
+            of images coming first.
+        other_columns: a row may have columns that no mapping names.
+        drop_orphan_slots: take `<|image_1|>` out of texts that have no image instead of refusing
+            the row; MoCa-CL-Pairs and mmE5's files hold such rows.
+    """
+
+    columns: Sequence[Columns]
+    image_root: Path
+    images_placed: bool
+    other_columns: bool
+    drop_orphan_slots: bool
+
+    @cached_property
+    def names(self) -> list[str]:
+        """All columns that the mappings name."""
+        sides = [one[role] for one in self.columns for role in one if role != "required"]
+        return list(dict.fromkeys(name.partition(".")[0] for s in sides for name in s.values()))
+
+    def columns_of(self, names: Mapping[str, object], where: str) -> Columns:
+        """The mapping for a row, or a file, that has these columns.
+
+        Raises:
+            UserError: for a column that is missing, or unknown where that matters.
+        """
+        if not self.other_columns and (unknown := [n for n in names if n not in self.names]):
+            raise UserError(
+                f"{where}: unknown column {', '.join(map(str, unknown))}; "
+                f"known are {', '.join(self.names)}"
+            )
+        for columns in self.columns:
+            if all(name in names for name in columns["required"]):
+                return columns
+        needed = ", or ".join(" and ".join(columns["required"]) for columns in self.columns)
+        has = ", ".join(map(str, names)) or "none"
+        raise UserError(f"{where}: the columns {needed} are needed; it has {has}")
+
+    def pair(self, row: object, *, row_id: str, subset: str, is_known: bool = False) -> Pair:
+        """The row as a pair.
+
+        Args:
+            row: its columns; the bytes of what is no JSON.
+            is_known: this row was a pair before, so its files are not looked for again.
+
+        Raises:
+            UserError: with `row_id`, for a row that cannot be used.
+        """
+        if isinstance(row, bytes):
+            raise UserError(
+                f"{row_id}: not valid JSON: {row[:60]!r}; write one object a line, in UTF-8"
+            )
+        if not isinstance(row, dict):
+            raise UserError(f"{row_id}: a row must be an object, found {type(row).__name__}")
+        columns = self.columns_of(row, row_id)
+
+        def item(role: str, text: object, image: object) -> Item:
+            return make_item(
+                text,
+                image,
+                role=role,
+                where=row_id,
+                image_root=self.image_root,
+                # MMEB's own negatives name images without a placeholder.
+                add_missing_slot=role == "negative" or not self.images_placed,
+                drop_orphan_slot=self.drop_orphan_slots,
+                is_known=is_known,
+            )
+
+        query, positive = columns["query"], columns["positive"]
+        return Pair(
+            item("query", row.get(query.get("text")), row.get(query.get("image"))),
+            item("positive", row.get(positive.get("text")), row.get(positive.get("image"))),
+            tuple(item("negative", *side) for side in _negatives(row, columns, row_id)),
+            subset,
+            row_id,
+        )
 
 
 def make_item(
@@ -36,132 +123,165 @@ def make_item(
     image_root: Path,
     add_missing_slot: bool,
     drop_orphan_slot: bool = False,
+    is_known: bool = False,
 ) -> Item:
-    """One side of a row as an `Item`; None or `""` means "no text" or "no image".
+    """One side of a row as an `Item`; None, `""` and `[]` mean "no text" or "no image".
 
     Args:
-        image: a path below `image_root`, the bytes of an encoded image, or what `datasets` makes of
-            one, `{"bytes", "path"}`. A row has at most one on each side.
-        add_missing_slot: put an image without a placeholder in front of the text, instead of
-            refusing it.
+        image: a path below `image_root`, the bytes of an encoded image, what `datasets` makes of
+            one, `{"bytes", "path"}`, or a list of these.
+        add_missing_slot: put images without a placeholder in front of the text, instead of
+            refusing them.
         drop_orphan_slot: take a placeholder without an image out of the text, instead of refusing
             it.
+        is_known: do not look for image files.
 
     An image file must exist; it is opened only when its pixels are needed.
 
     Raises:
         UserError: `where` and `role` with what is wrong and what to do.
     """
-    text = "" if text is None else text
-    if isinstance(image, list):
-        if len(image) > 1:
-            raise UserError(f"{where}: the {role} has {len(image)} images; a side of a row has one")
-        image = image[0] if image else ""
-    image = embedded(image) or ""
-    if not isinstance(text, str) or not isinstance(image, str | bytes):
-        wrong = text if not isinstance(text, str) else image
-        raise UserError(
-            f"{where}: the {role} must be a text (a string) and an image (a path, bytes or "
-            f"{{bytes, path}}), empty for none; found {type(wrong).__name__}"
-        )
+    values = image if isinstance(image, list) else (image,)
+    images = [one for one in map(embedded, values) if one]
+    if drop_orphan_slot and not images and isinstance(text, str):
+        text = text.replace(PLACEHOLDER, "")
+    if not is_known:
+        _check_side(text, images, role=role, where=where, is_placed=not add_missing_slot)
     try:
-        (text + (image if isinstance(image, str) else "")).encode()
+        text = placed(cast(str, text or ""), len(images))
+    except ValueError as error:
+        said = str(error).removeprefix("the ")
+        raise UserError(f"{where}: the {role} {said}") from error
+    media = [_medium(one, image_root, where=where, role=role, is_known=is_known) for one in images]
+    return Item(text, tuple(media))
+
+
+def _check_side(
+    text: object, images: Sequence[object], *, role: str, where: str, is_placed: bool
+) -> None:
+    wrong = [one for one in images if not isinstance(one, str | bytes)]
+    if not isinstance(text, str | None) or wrong:
+        kind = type(wrong[0] if wrong else text).__name__
+        raise UserError(
+            f"{where}: the {role} must be a text (a string) and an image (a path, bytes, "
+            f"{{bytes, path}} or a list of these), empty for none; found {kind}"
+        )
+    text = text or ""
+    try:
+        text.encode()
     except UnicodeEncodeError as error:  # half of a surrogate pair, from JSON
         raise UserError(f"{where}: the {role} is not valid Unicode ({error}); fix it") from error
-    if drop_orphan_slot and not image:
-        text = text.replace(PLACEHOLDER, "")
-    if not image and not text.strip():
+    if not images and not text.strip():
         raise UserError(f"{where}: the {role} is empty: it has neither text nor an image")
-    if image and not add_missing_slot and not _ANY_PLACEHOLDER.search(text):
-        named = image if isinstance(image, str) else f"of {len(image)} bytes"
+    if images and is_placed and not _ANY_PLACEHOLDER.search(text):
+        named = images[0] if isinstance(images[0], str) else "in the row"
         raise UserError(
             f"{where}: the {role} has image {named!r:.200} but no {PLACEHOLDER} in its text; "
             "write the placeholder where the image belongs"
         )
-    try:
-        text = sys.intern(placed(text, 1 if image else 0))
-    except ValueError as error:
-        said = str(error).removeprefix("the ")
-        raise UserError(f"{where}: the {role} {said}") from error
-    if isinstance(image, str) and image:
-        return Item(text, (resolve_image(image, root=image_root, where=f"{where}, {role}"),))
-    return Item(text, (image,) if image else ())
 
 
-def collect(
-    rows: Iterable[tuple[str, _Row]],
-    parse: Callable[[str, _Row], Pair],
-    *,
-    source: str,
-    on_bad_row: OnBadRow,
-    duplicates: OnDuplicate = "bad",
-) -> PairTable:
-    """Parse named rows into pairs.
-
-    Args:
-        duplicates: a row whose query and positive occurred before is a bad row (`"bad"`), or is
-            left out and counted in the log (`"drop"`), because published corpora hold such rows.
-
-    Raises:
-        UserError: a bad row under `on_bad_row="fail"`, or no usable row at all.
-    """
-    check_on_bad_row(on_bad_row)
-    skipped: list[str] = []
-    repeated: list[str] = []
-
-    def good_pairs() -> Iterator[Pair]:
-        first_seen: dict[tuple[int, int], str] = {}
-        for row_id, row in rows:
-            try:
-                pair = parse(row_id, row)
-                first = first_seen.setdefault((pair.query.key, pair.positive.key), row_id)
-                if first is not row_id and duplicates == "drop":
-                    repeated.append(f"{row_id} as {first}")
-                    continue
-                if first is not row_id:
-                    raise UserError(
-                        f"{row_id}: same query and positive as {first}; "
-                        "remove one, or set on_bad_row=skip"
-                    )
-            except UserError as error:
-                if on_bad_row == "fail":
-                    raise
-                skipped.append(str(error))
-            else:
-                yield pair
-
-    pairs = PairTable.of(good_pairs())
-    log_skipped(skipped, source=source)
-    if repeated:
-        shown = "; ".join(repeated[:_SHOWN_ROWS]) + ("; ..." if repeated[_SHOWN_ROWS:] else "")
-        _log.info(
-            "%s: left out %d repeated row(s): %s",
-            source,
-            len(repeated),
-            shown,
-            extra={"repeated": repeated},
-        )
-    if not pairs:
-        raise UserError(f"{source}: no usable row ({len(skipped)} skipped); training needs data")
-    return pairs
-
-
-def distinct_texts(pairs: Iterable[Pair]) -> list[str]:
-    """All distinct texts of the pairs without image slots, sorted."""
-    items = (item for pair in pairs for item in (pair.query, pair.positive, *pair.negatives))
-    return sorted({item.text.replace(IMAGE_SLOT, "") for item in items})
-
-
-def check_on_bad_row(value: str) -> None:
-    """Refuse anything but the two known choices."""
-    if value not in ("fail", "skip"):
-        raise UserError(f"on_bad_row is {value!r}; choose fail or skip")
+def _medium(value: Any, root: Path, *, where: str, role: str, is_known: bool) -> Medium:
+    """What a row holds as a medium: encoded bytes, or a file below the root."""
+    if isinstance(value, bytes):
+        return value
+    if value.startswith(os.sep):  # CoCoA's scripts write some so
+        folder = str(root.absolute())
+        inside = value.startswith(folder + os.sep)
+        value = os.path.relpath(value, folder) if inside else value
+    if is_known:
+        return Path(f"{root}/{value}")
+    return resolve_image(value, root=root, where=f"{where}, {role}")
 
 
 def log_skipped(messages: list[str], *, source: str) -> None:
     """One warning for all rows skipped in `source`, with the first few spelt out."""
     if messages:
-        shown = "; ".join(messages[:_SHOWN_ROWS]) + ("; ..." if messages[_SHOWN_ROWS:] else "")
         # All of them, for a listener such as `cocoa doctor`.
         extra = {"complaints": messages}
-        _log.warning("%s: skipped %d bad row(s): %s", source, len(messages), shown, extra=extra)
+        log.warning(
+            "%s: skipped %d bad row(s): %s", source, len(messages), _shown(messages), extra=extra
+        )
+
+
+def log_repeated(messages: list[str], *, source: str) -> None:
+    """One line for all rows of `source` that were left out because they repeat another."""
+    if messages:
+        extra = {"repeated": messages}
+        log.info(
+            "%s: left out %d repeated row(s): %s",
+            source,
+            len(messages),
+            _shown(messages),
+            extra=extra,
+        )
+
+
+def _shown(messages: Sequence[str]) -> str:
+    return "; ".join(messages[:_SHOWN_ROWS]) + ("; ..." if messages[_SHOWN_ROWS:] else "")
+
+
+def _negatives(
+    row: Mapping[str, object], columns: Columns, row_id: str
+) -> list[tuple[object, object]]:
+    """Text and image of each hard negative."""
+    names: Mapping[str, str] = columns.get("negative", {})
+    text, image = names.get("text", ""), names.get("image", "")
+    if not row.get(text.partition(".")[0]) and not row.get(image.partition(".")[0]):
+        return []
+    are_objects = "." in text + image
+    entries = _entries_of_objects if are_objects else _entries
+    texts, images = (entries(row, column, names, row_id) for column in (text, image))
+    length = max(len(texts), len(images))
+    # A missing column, null, "" and [] mean "none of these"; anything else must match one by one.
+    texts = texts if any(texts) else [""] * length
+    images = images if any(images) else [""] * length
+    if len(texts) != len(images):
+        raise UserError(
+            f"{row_id}: {text} has {len(texts)} entries and {image} {len(images)}; "
+            "give one path (or an empty string) for each text"
+        )
+    pairs = zip(texts, images, strict=True)
+    # In columns of their own, an entry with neither is absent, not empty.
+    return [(text, image) for text, image in pairs if text or image or are_objects]
+
+
+def _entries(
+    row: Mapping[str, object], column: str, columns: Mapping[str, str], row_id: str
+) -> list[object]:
+    """A list, a Python list written as a string, or a single value."""
+    value: Any = row.get(column)
+    if isinstance(value, str) and value.strip().startswith("[") and value.strip().endswith("]"):
+        try:
+            value = ast.literal_eval(value.strip())  # parses, and executes nothing
+        except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
+            raise UserError(
+                f"{row_id}: {column} looks like a list but is not one of quoted strings: "
+                f"{value[:80]!r}; write strings only"
+            ) from error
+    if not isinstance(value, list):
+        value = [value] if value else []
+    return [embedded(one) or "" for one in value]
+
+
+def _entries_of_objects(
+    row: Mapping[str, object], column: str, columns: Mapping[str, str], row_id: str
+) -> list[object]:
+    """The key `text` of each object in the list `negatives`, for the column `negatives.text`."""
+    name, _, key = column.partition(".")
+    value = row.get(name)
+    known = [one.partition(".")[2] for one in columns.values()]
+    if not isinstance(value, list | None):
+        raise UserError(
+            f"{row_id}: {name} must be a list of {{{', '.join(known)}}} objects, "
+            f"found {type(value).__name__}"
+        )
+    for entry in value or []:
+        if not isinstance(entry, dict):
+            raise UserError(f"{row_id}: a negative must be an object, found {type(entry).__name__}")
+        if unknown := [one for one in entry if one not in known]:
+            raise UserError(
+                f"{row_id}: unknown key {', '.join(map(str, unknown))} of a negative; "
+                f"known are {', '.join(known)}"
+            )
+    return [entry.get(key) for entry in value or []]

@@ -15,7 +15,7 @@ import torch
 
 from cocoa_pl.config.bounds import Count, NotNegative
 from cocoa_pl.data.items import Pair
-from cocoa_pl.data.pair_table import subset_codes
+from cocoa_pl.data.readers import subset_codes
 from cocoa_pl.errors import UserError
 
 Index = tuple[int, int]  # epoch (of the data, or of the row's subset), row

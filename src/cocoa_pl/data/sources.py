@@ -1,83 +1,136 @@
-"""The user's folders and files in, pairs and evaluation subsets out: what a config names.
+"""What a data config names: files of pairs, of which a part is held out, or a source a stage.
 
 Every data source has `train_pairs`, `validation_pairs`, `validation_subsets`, `training_texts` and
-`caption_subsets`; every benchmark has `name`, `subsets`, `is_partial` and `published`. Others are
-in `digits` (the embedded data set), `stream`, `cocoa_json`, `composite` (a source for each stage)
-and `benchmarks` (published evaluation data).
+`caption_subsets`; `digits` is another one.
 """
 
-from collections.abc import Mapping, Sequence
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-from cocoa_pl.config.bounds import Count, Seed, ShareBelowOne
-from cocoa_pl.data.holdout import as_subsets, hold_out
-from cocoa_pl.data.items import EvalSubset, Pair
-from cocoa_pl.data.mmeb import read_train
-from cocoa_pl.data.pair_table import PairTable
-from cocoa_pl.data.pairs import read_pairs
-from cocoa_pl.data.rows import OnBadRow, distinct_texts
-from cocoa_pl.errors import UserError
+import datasets
+import numpy as np
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+from cocoa_pl.config.bounds import Count, Seed, ShareBelowOne, Whole
+from cocoa_pl.data.items import IMAGE_SLOT, EvalSubset, Pair, numbered
+from cocoa_pl.data.readers import (
+    HUB_ID,
+    Pairs,
+    Repeated,
+    Rows,
+    find_files,
+    open_stream,
+    read,
+    read_files,
+)
+from cocoa_pl.data.rows import Columns, OnBadRow, RowFormat
+from cocoa_pl.data.stream import PairStream
+from cocoa_pl.errors import UserError, first_line
+
+log = logging.getLogger(__name__)
 
 
-class MmebData:
-    """Training subsets in MMEB's layout; a part of them is held out for validation.
+class PairSource:
+    """Pairs of files, subset by subset; a part of them is held out for validation.
 
     Args:
-        root: folder with one folder of parquet files for each subset.
-        image_root: folder that the rows' image paths are relative to.
-        split: which files of a subset to read, `<split>-*.parquet`; or several such splits.
+        path, root: either of them: a `.jsonl`, `.json` or `.parquet` file, or a folder of files, or
+            the id of a data set of the hub, whose files are fetched then.
+        files: in the folder, a pattern with `{subset}` and `{split}`; None for a single file.
+        split: of the files' names; or several such splits.
+        subsets: names; None for one of each file, named by it.
+        columns, image_root, images_placed, other_columns, drop_orphan_slots: see `RowFormat`.
+        repeated: see `readers.read`.
         max_rows: rows of each subset and split that are used, from the first on; None for all.
         caps: the same for single subsets, a null for all rows of one.
-        drop_orphan_slots: take `<|image_1|>` out of texts that have no image instead of refusing
-            the row; MoCa-CL-Pairs and mmE5's files hold such rows.
         caption_subsets: those whose pairs are a picture and its whole caption, for the generative
-            stages.
+            stages; None for all.
+        validation_path: a file of validation pairs; None to hold out a part.
         validation_fraction: share of each subset's images (or queries) that is held out; 0 for no
             validation.
         validation_rows: held-out rows of each subset that are scored by precision@1.
         validation_seed: chooses what is held out; not the run's seed, so that all runs validate
             alike.
+        streaming: read rows on the fly; then the first `validation_rows` of each subset are held
+            out, and with them every row of the same image.
+        window: of a stream, see `PairStream`.
+        rows: of a stream, subset -> its number of rows, for mixing by size; None for all alike.
+
+    Raises:
+        UserError: for caps or caption subsets of no subset, or a validation file and a fraction.
     """
 
     def __init__(
         self,
         *,
-        root: str,
+        path: str | None,
+        root: str | None,
+        files: str | None,
+        split: str | Sequence[str] | None,
+        subsets: Sequence[str] | None,
+        columns: Sequence[Columns],
         image_root: str,
-        subsets: Sequence[str],
-        split: str | Sequence[str],
+        images_placed: bool,
+        other_columns: bool,
+        drop_orphan_slots: bool,
+        repeated: Repeated,
         max_rows: Count | None,
         caps: Mapping[str, Count | None] | None,
-        drop_orphan_slots: bool,
-        caption_subsets: Sequence[str],
+        caption_subsets: Sequence[str] | None,
+        validation_path: str | None,
         validation_fraction: ShareBelowOne,
-        validation_rows: Count,
+        validation_rows: Whole,
         validation_seed: Seed,
+        streaming: bool,
+        window: Count,
+        rows: Mapping[str, Count] | None,
         on_bad_row: OnBadRow,
     ) -> None:
-        for key, names in (("caption_subsets", caption_subsets), ("caps", caps or {})):
-            if unknown := [name for name in names if name not in subsets]:
+        for key, names in (("caption_subsets", caption_subsets), ("caps", caps), ("rows", rows)):
+            if unknown := [name for name in names or () if name not in (subsets or ())]:
                 raise UserError(f"data.{key} names {', '.join(unknown)}, not among data.subsets")
-        self.root = Path(root)
-        self.image_root = Path(image_root)
-        self.names = tuple(subsets)
-        self.split = split
-        self.caps = {name: (caps or {}).get(name, max_rows) for name in subsets}
-        self.drop_orphan_slots = drop_orphan_slots
-        self.caption_subsets = tuple(caption_subsets)
+        if validation_path is not None and validation_fraction:
+            raise UserError(
+                "data.validation_path and data.validation_fraction are both set; "
+                "set the fraction to 0 to validate on the file"
+            )
+        if rows and len(rows) < len(subsets or ()):
+            raise UserError("data.rows must name every subset, or be null")
+        self.root, self.files = str(root if path is None else path), files
+        self.splits = [split] if isinstance(split, str) else list(split or ())
+        self.names = subsets
+        self.form = RowFormat(
+            columns=columns,
+            image_root=Path(image_root),
+            images_placed=images_placed,
+            other_columns=other_columns,
+            drop_orphan_slots=drop_orphan_slots,
+        )
+        self.repeated: Repeated = repeated
+        self.max_rows, self.caps = max_rows, caps or {}
+        self.caption_subsets = caption_subsets
+        self.validation_path = validation_path
         self.validation_fraction = validation_fraction
         self.validation_rows = validation_rows
         self.validation_seed = validation_seed
-        self.on_bad_row = on_bad_row
+        self.streaming, self.window, self.rows = streaming, window, rows
+        self.on_bad_row: OnBadRow = on_bad_row
 
-    def train_pairs(self) -> Sequence[Pair]:
+    def train_pairs(self) -> Pairs | PairStream:
         """All rows that are not held out, subset after subset."""
         return self._parts[0]
 
-    def validation_pairs(self) -> Sequence[Pair]:
-        """The held-out rows."""
+    def validation_pairs(self) -> Pairs:
+        """The held-out rows, or those of the validation file."""
         return self._parts[1]
 
     def validation_subsets(self) -> list[EvalSubset]:
@@ -85,110 +138,231 @@ class MmebData:
         return as_subsets(self.validation_pairs(), max_rows=self.validation_rows)
 
     def training_texts(self) -> list[str]:
-        """All distinct training texts without image slots, sorted: a tokenizer learns from them."""
-        return distinct_texts(self.train_pairs())
+        """All distinct training texts without slots, sorted: a tokenizer learns from them.
+
+        Of a stream, the held-out rows' texts, which are all that is at hand.
+        """
+        pairs, held_out = self._parts
+        return distinct_texts(held_out if isinstance(pairs, PairStream) else pairs)
 
     @cached_property
-    def _parts(self) -> tuple[Sequence[Pair], Sequence[Pair]]:
-        tables = [
-            read_train(
-                self.root,
-                subsets=[name],
-                split=self.split,
-                image_root=self.image_root,
-                on_bad_row=self.on_bad_row,
-                max_rows=self.caps[name],
-                drop_orphan_slots=self.drop_orphan_slots,
-            )
-            for name in self.names
-        ]
-        pairs = PairTable.concatenated(tables)
+    def _parts(self) -> tuple[Pairs | PairStream, Pairs]:
+        if self.streaming:
+            return self._streamed()
+        pairs = Pairs.joined([self._read(name, files) for name, files in self._subsets()])
+        if self.validation_path is not None:
+            # Both files feed the same stages, so their pairs carry the same subset's name.
+            return pairs, self._read(pairs.parts[0].subset, _one_file(self.validation_path))
         return hold_out(
             pairs,
             fraction=self.validation_fraction,
             seed=self.validation_seed,
-            source=str(self.root),
+            source=self.root,
+        )
+
+    def _streamed(self) -> tuple[PairStream, Pairs]:
+        subsets, first_rows = {}, []
+        for name, files in self._patterns().items():
+            subsets[name] = open_stream(self.root, list(files.values()), self.form, source=name)
+            rows = subsets[name].take(self.validation_rows)
+            for table in rows.iter(batch_size=self.validation_rows or 1):
+                first = Rows(datasets.Dataset(table), self.form, name, f"{name} row")
+                first_rows.append(
+                    read([first], source=name, on_bad_row=self.on_bad_row, repeated=self.repeated)
+                )
+        validation = Pairs.joined(first_rows)
+        sizes = np.array([self.rows[name] if self.rows else 1 for name in subsets])
+        held_out = frozenset(validation.groups.tolist())
+        return PairStream(subsets, sizes, self.form, self.window, held_out), validation
+
+    def _subsets(self) -> Iterator[tuple[str, Mapping[str, Sequence[Path]]]]:
+        """Each subset's name, and what its rows are called in messages -> the files of these."""
+        if self.files is None:
+            yield Path(self.root).stem, _one_file(self.root)
+        elif self.names is None:
+            for file in find_files(Path(self.root), self.files, source=self.root):
+                yield file.stem, {file.name: [file]}
+        else:
+            subsets = self._patterns()
+            folder = local_folder(self.root, [p for one in subsets.values() for p in one.values()])
+            for name, patterns in subsets.items():
+                yield (
+                    name,
+                    {
+                        label: find_files(folder, pattern, source=name)
+                        for label, pattern in patterns.items()
+                    },
+                )
+
+    def _patterns(self) -> dict[str, dict[str, str]]:
+        """Subset -> what its rows are called in messages -> a pattern for the files of these."""
+        for key, given in (("files", self.files), ("subsets", self.names), ("split", self.splits)):
+            if not given:
+                raise UserError(f"data.{key} is empty; name at least one")
+        several, files = len(self.splits) > 1, str(self.files)
+        return {
+            name: {
+                f"{name} ({split})" if several else name: files.format(subset=name, split=split)
+                for split in self.splits
+            }
+            for name in self.names or ()
+        }
+
+    def _read(self, subset: str, files: Mapping[str, Sequence[Path]]) -> Pairs:
+        return read_files(
+            files,
+            self.form,
+            subset=subset,
+            max_rows=self.caps.get(subset, self.max_rows),
+            on_bad_row=self.on_bad_row,
+            repeated=self.repeated,
         )
 
 
-class PairsData:
-    """One file of the user's own pairs; validation from a second file, or held out of the first.
+def _one_file(path: str) -> Mapping[str, Sequence[Path]]:
+    if not Path(path).is_file():
+        raise UserError(f"{path} does not exist; set data.path to a .jsonl, .json or .parquet file")
+    return {path: [Path(path)]}
 
-    Args:
-        path: `.jsonl` or `.parquet`, columns as in `pairs`.
-        image_root: folder that the rows' image paths are relative to.
-        captions: whether the pairs are a picture and its caption, so that the generative stages can
-            use them.
-        validation_path: file of validation pairs; None to hold out a part of `path`.
-        validation_fraction: share of the images (or queries) of `path` that is held out; 0 for no
-            validation.
-        validation_rows: validation rows that are scored by precision@1.
-        validation_seed: chooses what is held out; not the run's seed, so that all runs validate
-            alike.
+
+def local_folder(root: str, patterns: Sequence[str]) -> Path:
+    """A folder, or that of the hub's cache into which these files of a data set are fetched.
+
+    Images are not fetched: the hub keeps them as archives, which have to be unpacked somewhere.
 
     Raises:
-        UserError: both a validation file and a fraction to hold out.
+        UserError: if the hub cannot be reached and the cache has no copy.
+    """
+    if Path(root).is_dir() or not HUB_ID.fullmatch(root):
+        return Path(root)
+    repo, _, revision = root.partition("@")
+    log.info(
+        "%s: fetching %d kind(s) of files without images, which are archives on the hub "
+        "(MMEB-train: images_zip/*.zip) to be unpacked below data.image_root",
+        *(root, len(patterns)),
+    )
+    try:
+        return Path(
+            snapshot_download(
+                repo, repo_type="dataset", revision=revision or None, allow_patterns=list(patterns)
+            )
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        raise UserError(
+            f"{root} is no folder and cannot be fetched from the hub ({first_line(error):.200}); "
+            f"where there is a network, run: hf download {repo} --repo-type dataset --local-dir "
+            "FOLDER, unpack its image archives there, and use data=mmeb data.root=FOLDER"
+        ) from error
+
+
+def hold_out(
+    pairs: Pairs, *, fraction: ShareBelowOne, seed: int, source: str
+) -> tuple[Pairs, Pairs]:
+    """Training and validation pairs; rows with the same image, or else query, stay together.
+
+    Of each subset the same share of such groups is held out, at least one; 0 holds out nothing. The
+    choice depends on the seed and the rows themselves, not on their order.
+
+    Raises:
+        UserError: a subset with a single group.
+    """
+    is_held_out = np.zeros(len(pairs), dtype=bool)
+    names, codes = pairs.subset_codes()
+    for code, subset in enumerate(names if fraction else ()):
+        rows = np.flatnonzero(codes == code)
+        keys = np.unique(pairs.groups[rows]).tolist()
+        if len(keys) < 2:
+            raise UserError(
+                f"{source}: {subset} has one distinct image or query, so none can be held out; "
+                "set validation_fraction to 0"
+            )
+        ranked = sorted(keys, key=lambda key: _mixed(key, seed=seed))
+        chosen = ranked[: min(math.ceil(fraction * len(keys)), len(keys) - 1)]
+        is_held_out[rows] = np.isin(pairs.groups[rows], chosen)
+    return pairs.select(~is_held_out), pairs.select(is_held_out)
+
+
+def _mixed(key: int, *, seed: int) -> bytes:
+    return hashlib.blake2b(f"{seed} {key}".encode(), digest_size=8).digest()
+
+
+def as_subsets(pairs: Iterable[Pair], *, max_rows: int) -> list[EvalSubset]:
+    """One retrieval task for each subset: its first `max_rows` rows, among their positives.
+
+    A row's candidates leave out the other positives of its own query, which are right answers too.
+    """
+    by_subset: dict[str, list[Pair]] = defaultdict(list)
+    for pair in pairs:
+        by_subset[pair.subset].append(pair)
+    return [_as_subset(name, rows[:max_rows]) for name, rows in by_subset.items()]
+
+
+def _as_subset(name: str, rows: Sequence[Pair]) -> EvalSubset:
+    queries, query_index = numbered([row.query for row in rows])
+    candidates, positive_index = numbered([row.positive for row in rows])
+    answers: dict[int, list[int]] = defaultdict(list)
+    for query, positive in zip(query_index, positive_index, strict=True):
+        answers[query].append(positive)
+    everything = np.arange(len(candidates), dtype=np.int32)
+    return EvalSubset(
+        name=name,
+        group="retrieval",
+        in_distribution=True,
+        queries=queries,
+        candidates=candidates,
+        query_index=np.asarray(query_index, dtype=np.int32),
+        candidate_index=[
+            np.concatenate([everything[[positive]], np.delete(everything, answers[query])])
+            for query, positive in zip(query_index, positive_index, strict=True)
+        ],
+        row_ids=[row.row_id for row in rows],
+    )
+
+
+def distinct_texts(pairs: Iterable[Pair]) -> list[str]:
+    """All distinct texts of the pairs without slots, sorted."""
+    items = (item for pair in pairs for item in (pair.query, pair.positive, *pair.negatives))
+    return sorted({item.text.replace(IMAGE_SLOT, "") for item in items})
+
+
+class DataOfStages:
+    """A source of its own for each stage: generative stages on captions, contrast on pairs.
+
+    Args:
+        stages: stage name -> what any other data config builds.
+        scored: the stage whose held-out rows `benchmark=pairs` scores.
     """
 
-    def __init__(
-        self,
-        *,
-        path: str,
-        image_root: str,
-        captions: bool,
-        validation_path: str | None,
-        validation_fraction: ShareBelowOne,
-        validation_rows: Count,
-        validation_seed: Seed,
-        on_bad_row: OnBadRow,
-    ) -> None:
-        if validation_path is not None and validation_fraction:
-            raise UserError(
-                "data.validation_path and data.validation_fraction are both set; "
-                "set the fraction to 0 to validate on the file"
-            )
-        self.path = Path(path)
-        self.image_root = Path(image_root)
-        self.caption_subsets = (self.path.stem,) if captions else ()
-        self.validation_path = None if validation_path is None else Path(validation_path)
-        self.validation_fraction = validation_fraction
-        self.validation_rows = validation_rows
-        self.validation_seed = validation_seed
-        self.on_bad_row = on_bad_row
-
-    def train_pairs(self) -> Sequence[Pair]:
-        """All rows of the file that are not held out."""
-        return self._parts[0]
-
-    def validation_pairs(self) -> Sequence[Pair]:
-        """The rows of the validation file, or the held-out rows."""
-        return self._parts[1]
+    def __init__(self, *, stages: Mapping[str, Any], scored: str) -> None:
+        if scored not in stages:
+            raise UserError(f"data.scored names {scored}; data.stages holds {', '.join(stages)}")
+        self.stages = dict(stages)
+        self.scored = scored
 
     def validation_subsets(self) -> list[EvalSubset]:
-        """The validation rows as a retrieval task among their own positives."""
-        return as_subsets(self.validation_pairs(), max_rows=self.validation_rows)
+        """The held-out rows of the scored stage's source."""
+        subsets: list[EvalSubset] = self.stages[self.scored].validation_subsets()
+        return subsets
 
-    def training_texts(self) -> list[str]:
-        """All distinct training texts without image slots, sorted: a tokenizer learns from them."""
-        return distinct_texts(self.train_pairs())
+    def training_texts(self) -> Sequence[str]:
+        """All distinct training texts of all stages, sorted."""
+        return sorted({t for source in self.stages.values() for t in source.training_texts()})
 
-    @cached_property
-    def _parts(self) -> tuple[Sequence[Pair], Sequence[Pair]]:
-        pairs = self._read(self.path)
-        if self.validation_path is not None:
-            return pairs, self._read(self.validation_path)
-        return hold_out(
-            pairs,
-            fraction=self.validation_fraction,
-            seed=self.validation_seed,
-            source=str(self.path),
+
+def source_of(data: Any, stage: str) -> Any:
+    """What a stage trains on: the data themselves, or the stage's own among data of stages.
+
+    Raises:
+        UserError: if it has none.
+    """
+    if not isinstance(data, DataOfStages):
+        return data
+    if stage not in data.stages:
+        raise UserError(
+            f"stage {stage} has no data; data.stages holds {', '.join(data.stages)}: "
+            f"add data.stages.{stage}, or leave the stage out with stage.order"
         )
-
-    def _read(self, path: Path) -> Sequence[Pair]:
-        # Both files feed the same stages, so their pairs carry the same subset's name.
-        return read_pairs(
-            path, subset=self.path.stem, image_root=self.image_root, on_bad_row=self.on_bad_row
-        )
+    return data.stages[stage]
 
 
 class HeldOut(Protocol):

@@ -1,86 +1,31 @@
-"""A hub data set or a parquet folder in, pairs read on the fly out: for corpora that fit no disk.
+"""Pairs read on the fly, for corpora that fit no disk: shared by ranks and workers, and resumable.
 
-Rows have MMEB's columns (`mmeb_rows`); images are paths below an image root, or embedded. What is
-opened here is read by `stream_reader`, in the loader's workers.
+Step t is of lane t modulo the number of workers. A lane reads its own share of each subset, and
+shuffles it window by window. Where it goes on travels with its batches, so a checkpoint holds the
+place behind the last batch that was trained on, however many were loaded ahead.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
-from pathlib import Path
-from typing import Any
+from itertools import compress
+from typing import Any, NamedTuple
 
 import datasets
+import fsspec.asyn  # type: ignore[import-untyped]
 import numpy as np
+import pyarrow as pa
+from datasets.distributed import split_dataset_by_node
+from torch.utils.data import IterableDataset, get_worker_info
 
-from cocoa_pl.config.bounds import Count, Whole
-from cocoa_pl.data.holdout import as_subsets, group_key
-from cocoa_pl.data.items import EvalSubset, Pair
-from cocoa_pl.data.mmeb_rows import NEGATIVE_COLUMNS, TRAIN_COLUMNS, parse_row
-from cocoa_pl.data.rows import OnBadRow, check_on_bad_row, distinct_texts
-from cocoa_pl.errors import UserError
+from cocoa_pl.data.items import Pair
+from cocoa_pl.data.readers import as_row, group_key
+from cocoa_pl.data.rows import RowFormat
+from cocoa_pl.data.sampler import Mixing, check_shareable, draw_subsets, mix
+from cocoa_pl.errors import UserError, first_line
 
-log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class StreamedFiles:
-    """Where streamed rows come from, and how they are read.
-
-    Args:
-        path: a local folder or the id of a hub data set.
-        pattern: files of a subset, with `{subset}` and `{split}`.
-        image_root: folder that image paths are relative to; the images are not streamed.
-        window: rows of a subset that a reader holds in memory and shuffles among themselves.
-        drop_orphan_slots: as in `mmeb_rows.parse_row`.
-    """
-
-    path: str
-    pattern: str
-    split: str
-    image_root: Path
-    window: int
-    drop_orphan_slots: bool
-
-    def open(self, subset: str) -> datasets.IterableDataset:
-        """The subset's rows as Arrow, needed columns only, as many shards as there are row groups.
-
-        Raises:
-            UserError: if they cannot be reached, or lack a column.
-        """
-        pattern = self.pattern.format(subset=subset, split=self.split)
-        try:
-            rows = datasets.load_dataset(
-                self.path, data_files={"train": pattern}, split="train", streaming=True
-            )
-            rows = rows.reshard()
-        except (OSError, ValueError) as error:  # includes what cannot be found or reached
-            raise UserError(
-                f"{subset}: cannot stream {pattern} of {self.path} "
-                f"({str(error).splitlines()[0]:.200}); check the name, the network, or fetch it "
-                f"with: hf download {self.path} --repo-type dataset --local-dir FOLDER"
-            ) from error
-        present = rows.column_names or []
-        if missing := [name for name in TRAIN_COLUMNS if name not in present]:
-            raise UserError(
-                f"{subset}: {pattern} of {self.path} has no column {', '.join(missing)} "
-                f"(it has {', '.join(present)})"
-            )
-        wanted = [n for n in (*TRAIN_COLUMNS, *NEGATIVE_COLUMNS) if n in present]
-        return rows.select_columns(wanted).with_format("arrow")
-
-    def parse(self, row: dict[str, Any], *, row_id: str, subset: str) -> Pair:
-        """One row as a pair."""
-        return parse_row(
-            row,
-            row_id=row_id,
-            subset=subset,
-            image_root=self.image_root,
-            drop_orphan_slots=self.drop_orphan_slots,
-        )
+Places = dict[str, dict[str, Any]]  # subset -> where a lane goes on: numbers, and `datasets`' state
 
 
 @dataclass(frozen=True)
@@ -88,121 +33,143 @@ class PairStream:
     """Training pairs without a length, subset by subset.
 
     Args:
-        rows: of each subset, as far as they are known: what mixing takes for its size.
-        held_out: `group_key`s of validation rows; training rows that share one are passed over.
+        subsets: name -> rows.
+        sizes: [S], rows of each subset, what mixing goes by.
+        window: rows of a subset that a lane holds in memory and shuffles among themselves.
+        held_out: `group_key`s of validation rows; rows that share one are passed over.
         first: rows of each subset that are used, from the first on; None for all.
-        only_describing: pass over rows with an image on both sides.
+        is_describing: pass over rows with media on both sides.
     """
 
-    files: StreamedFiles
-    names: tuple[str, ...]
-    rows: Mapping[str, int]
+    subsets: Mapping[str, datasets.IterableDataset]
+    sizes: np.ndarray
+    form: RowFormat
+    window: int
     held_out: frozenset[int]
-    first: int | None
-    only_describing: bool
+    first: int | None = None
+    is_describing: bool = False
 
-    def describing(self, subsets: Sequence[str] | None) -> PairStream:
-        """The given subsets' pairs of an image and its text.
+    def describing(self, names: Sequence[str] | None) -> PairStream:
+        """The given subsets' pairs of an image and its text."""
+        wanted = [names is None or name in names for name in self.subsets]
+        if not any(wanted):
+            raise UserError(f"the stream holds none of the subsets {names}")
+        subsets = dict(compress(self.subsets.items(), wanted))
+        return replace(self, subsets=subsets, sizes=self.sizes[wanted], is_describing=True)
 
-        Raises:
-            UserError: if there is none of these subsets.
+    def pairs(self, name: str, place: dict[str, Any], lane: int, lanes: int, seed: int) -> Any:
+        """A lane's endless rows of a subset: each a pair, or what is wrong with it.
+
+        `place` says where to begin, and is kept behind the last row.
         """
-        names = tuple(name for name in self.names if subsets is None or name in subsets)
-        if not names:
-            raise UserError(f"the stream holds none of the subsets {subsets}")
-        return replace(self, names=names, only_describing=True)
+        rows, by = self.subsets[name], "auto"
+        if self.first is not None:  # they are not the first of each lane's share
+            rows, by = rows.take(self.first), "examples"
+        share = split_dataset_by_node(rows, rank=lane, world_size=lanes, strategy=by)
+        while True:
+            is_any = bool(place["window"] or place["taken"])
+            share.set_epoch(mix(seed, place["epoch"]) >> 33)  # the order of row groups
+            share.load_state_dict(place["rows"])
+            windows = share.iter(batch_size=self.window)
+            while (table := _next(windows, name)) is not None:
+                rng = np.random.default_rng([seed, lane, place["epoch"], place["window"]])
+                for at in rng.permutation(len(table))[place["taken"] :].tolist():
+                    place["taken"] += 1
+                    where = f"(streamed, reader {lane + 1}/{lanes}, window {place['window']})"
+                    row = as_row(table.slice(at, 1).to_pylist()[0])
+                    try:
+                        pair = self.form.pair(row, row_id=f"{name} {where} row {at}", subset=name)
+                    except UserError as error:
+                        yield str(error)
+                        continue
+                    both = pair.query.media and pair.positive.media
+                    if not (self.is_describing and both) and group_key(pair) not in self.held_out:
+                        is_any = True
+                        yield pair
+                place.update(window=place["window"] + 1, taken=0, rows=share.state_dict())
+            if not is_any:
+                raise UserError(
+                    f"{name}: reader {lane + 1} of {lanes} (ranks x workers) has no row to train "
+                    "on; use fewer workers, lower data.validation_rows or leave the subset out"
+                )
+            place.update(epoch=place["epoch"] + 1, window=0, taken=0, rows=None)
 
-    def first_of_each_subset(self, count: int | None) -> PairStream:
-        """At most `count` rows of each subset in each epoch; None keeps all."""
-        return replace(self, first=count)
 
-    @property
-    def sizes(self) -> np.ndarray:
-        """int64 [S], rows of each subset; all 1 where none is known."""
-        return np.array([self.rows.get(name, 1) for name in self.names], dtype=np.int64)
-
-    @cached_property
-    def opened(self) -> tuple[datasets.IterableDataset, ...]:
-        """The subsets' files; opened once, in the process that starts the workers."""
-        opened = [self.files.open(name) for name in self.names]
-        if self.first is None:
-            return tuple(opened)
-        return tuple(rows.take(self.first) for rows in opened)
+def _next(windows: Iterator[pa.Table], name: str) -> pa.Table | None:
+    try:
+        return next(windows, None)
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(
+            f"{name}: the stream broke off ({first_line(error):.200}); "
+            "resume=RUN goes on behind the last checkpoint"
+        ) from error
 
 
-class StreamData:
-    """MMEB's columns, streamed; the first rows of each subset are held out for validation.
+class Streamed(NamedTuple):
+    """A batch, and where its lane goes on behind it."""
+
+    batch: Any
+    lane: int
+    places: Places
+
+
+class StreamBatches(IterableDataset[Streamed]):
+    """This rank's share of every step's batch.
 
     Args:
-        path, files, split, image_root, window, drop_orphan_slots: see `StreamedFiles`.
-        subsets: names, as in the file pattern.
-        rows: subset -> its number of rows, for mixing by size; a stream cannot count them.
-        caption_subsets: those whose pairs are a picture and its whole caption.
-        validation_rows: first rows of each subset that are held out, and with them every row of the
-            same image; 0 for none.
+        encode: makes of a pair and a seed what `collate` takes, as it takes what is wrong with one.
+        batch_size: rows of a step over all ranks.
+        places: of the lanes of this rank, one for each worker and at least one.
     """
 
     def __init__(
         self,
+        stream: PairStream,
+        mixing: Mixing,
+        encode: Callable[[Pair, int], Any],
+        collate: Callable[[Sequence[Any]], Any],
         *,
-        path: str,
-        files: str,
-        split: str,
-        subsets: Sequence[str],
-        image_root: str,
-        rows: Mapping[str, Count] | None,
-        window: Count,
-        drop_orphan_slots: bool,
-        caption_subsets: Sequence[str],
-        validation_rows: Whole,
-        on_bad_row: OnBadRow,
+        batch_size: int,
+        steps: int,
+        start_step: int,
+        seed: int,
+        on_bad_row: str,
+        rank: int,
+        world_size: int,
+        places: Sequence[Places],
     ) -> None:
-        check_on_bad_row(on_bad_row)
-        for told, names in (("caption_subsets", caption_subsets), ("rows", rows or {})):
-            if unknown := [name for name in names if name not in subsets]:
-                raise UserError(f"data.{told} names {unknown[0]}, not among data.subsets")
-        if not subsets:
-            raise UserError("data.subsets is empty; name at least one")
-        if rows and len(rows) < len(subsets):
-            raise UserError("data.rows must name every subset, or be null")
-        self.files = StreamedFiles(path, files, split, Path(image_root), window, drop_orphan_slots)
-        self.names = tuple(subsets)
-        self.rows = dict(rows or {})
-        self.caption_subsets = tuple(caption_subsets)
-        self.validation_rows = validation_rows
-        self.on_bad_row = on_bad_row
+        check_shareable(batch_size, world_size)
+        each = mixing.sub_batch_rows(batch_size)
+        shares = mixing.shares(list(stream.subsets), stream.sizes)
+        drawn = draw_subsets(shares, count=steps * batch_size // each, seed=mix(seed))
+        self.drawn = drawn.repeat(each).reshape(steps, batch_size)  # the subset of every row
+        self.stream, self.encode, self.collate = stream, encode, collate
+        self.start_step, self.seed, self.on_bad_row = start_step, seed, on_bad_row
+        self.rank, self.world_size, self.places = rank, world_size, places
 
-    def train_pairs(self) -> PairStream:
-        """All rows that are not held out, as a stream."""
-        held_out = frozenset(group_key(pair) for pair in self.validation_pairs())
-        return PairStream(self.files, self.names, self.rows, held_out, None, False)
-
-    def validation_pairs(self) -> list[Pair]:
-        """The held-out rows."""
-        return self._held_out
-
-    def validation_subsets(self) -> list[EvalSubset]:
-        """The held-out rows of each subset as a retrieval task among their own positives."""
-        return as_subsets(self.validation_pairs(), max_rows=self.validation_rows)
-
-    def training_texts(self) -> list[str]:
-        """The held-out rows' texts: all that is at hand of a stream."""
-        return distinct_texts(self.validation_pairs())
-
-    @cached_property
-    def _held_out(self) -> list[Pair]:
-        if not self.validation_rows:
-            return []
-        pairs = []
-        for name in self.names:
-            rows = self.files.open(name).take(self.validation_rows)
-            for table in rows.iter(batch_size=self.validation_rows):
-                for number, row in enumerate(table.to_pylist()):
-                    try:
-                        row_id = f"{name} row {number}"
-                        pairs.append(self.files.parse(row, row_id=row_id, subset=name))
-                    except UserError as error:
-                        if self.on_bad_row == "fail":
-                            raise
-                        log.warning("left out of validation: %s", error)
-        return pairs
+    def __iter__(self) -> Iterator[Streamed]:
+        fsspec.asyn.reset_lock()  # it may have been held when this process was forked
+        worker, lanes = get_worker_info(), len(self.places)
+        first = self.start_step + (worker.id if worker else 0)
+        lane = first % lanes
+        places: Places = {
+            name: {"epoch": 0, "window": 0, "taken": 0, "rows": None}
+            | self.places[lane].get(name, {})
+            for name in self.stream.subsets
+        }
+        share, shares = self.rank * lanes + lane, self.world_size * lanes
+        readers = [
+            self.stream.pairs(name, place, share, shares, mix(self.seed, code))
+            for code, (name, place) in enumerate(places.items())
+        ]
+        for step in range(first, len(self.drawn), lanes):
+            rows = []
+            for position in range(self.rank, len(self.drawn[step]), self.world_size):
+                row = next(readers[self.drawn[step, position]])
+                if isinstance(row, Pair):
+                    row = self.encode(row, mix(self.seed, step, position))
+                elif self.on_bad_row == "fail":
+                    raise UserError(row)
+                rows.append(row)
+            behind = {name: dict(place) for name, place in places.items()}
+            yield Streamed(self.collate(rows), lane, behind)

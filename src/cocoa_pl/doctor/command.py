@@ -16,8 +16,7 @@ from cocoa_pl.config.build import build, register_resolvers
 from cocoa_pl.config.command_line import compose_overrides
 from cocoa_pl.config.folders import new_folder
 from cocoa_pl.data.processor import Processor
-from cocoa_pl.data.rows import distinct_texts
-from cocoa_pl.data.sources import HeldOutBenchmark
+from cocoa_pl.data.sources import HeldOutBenchmark, distinct_texts
 from cocoa_pl.doctor.check_data import Settings, Watch, check_data
 from cocoa_pl.doctor.findings import Findings
 from cocoa_pl.doctor.reading import Pieces, Reading, read
@@ -104,7 +103,7 @@ def _one_by_one(node: DictConfig) -> list[Any]:
     for name in names:
         alone = dict(content)
         for key, value in content.items():
-            if isinstance(value, list) and set(value) <= set(names):
+            if isinstance(value, list) and all(entry in names for entry in value):
                 alone[key] = [entry for entry in value if entry == name]
             elif isinstance(value, dict) and set(value) <= set(names):
                 alone[key] = {entry: about for entry, about in value.items() if entry == name}

@@ -12,8 +12,8 @@ from functools import cache
 from itertools import chain
 from typing import Any, Protocol
 
-from cocoa_pl.data.composite import DataOfStages, source_of
 from cocoa_pl.data.items import EvalSubset, Pair
+from cocoa_pl.data.sources import DataOfStages, source_of
 from cocoa_pl.data.stream import PairStream
 from cocoa_pl.doctor.findings import Finding, Findings
 from cocoa_pl.doctor.row_errors import collect_row_errors

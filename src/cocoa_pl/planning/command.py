@@ -197,7 +197,7 @@ def _rows(cfg: DictConfig, stage: Stage) -> int | None:
         return int(cfg.lengths.rows)
     parts = cfg.data.get("stages")
     data = cfg.data if parts is None else parts.get(stage.name)
-    if data is None or OmegaConf.is_missing(data, "subsets") or "subsets" not in data:
+    if data is None or OmegaConf.is_missing(data, "subsets") or not data.get("subsets"):
         return None
     captions = data.get("caption_subsets") if stage.describing else None
     subsets = data.subsets if captions is None else captions

@@ -14,12 +14,12 @@ from rich.console import Console
 
 from cocoa_pl.attention import Policy
 from cocoa_pl.config.bounds import Count, Positive
-from cocoa_pl.data.composite import DataOfStages, source_of
 from cocoa_pl.data.datamodule import StageData, check_mixing
 from cocoa_pl.data.examples import MakeSamples, check_contrast, describing, first_of_each_subset
 from cocoa_pl.data.items import Pair
 from cocoa_pl.data.processor import Processor
 from cocoa_pl.data.sampler import Mixing, mix
+from cocoa_pl.data.sources import DataOfStages, source_of
 from cocoa_pl.data.stream import PairStream
 from cocoa_pl.errors import UserError
 from cocoa_pl.models.backbone import Backbone

@@ -1,0 +1,272 @@
+"""Files become pairs that are made when asked for: names, bad rows, and a few bytes a row."""
+
+from __future__ import annotations
+
+import json
+import logging
+import pickle
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from torch.utils.data import DataLoader
+
+from cocoa_pl.data.items import Pair
+from cocoa_pl.data.readers import Pairs, has_media, select, subset_codes
+from cocoa_pl.data.sources import PairSource
+from cocoa_pl.errors import UserError
+
+MakeSource = Callable[..., PairSource]
+Read = Callable[..., Pairs]
+GOOD = {"query": "Find the caption", "positive": "a dog asleep on a sofa"}
+
+
+@pytest.fixture
+def read(tmp_path: Path, pair_source: MakeSource) -> Read:
+    """The pairs of a file of one's own."""
+
+    def make(path: Path, on_bad_row: str = "fail", **changes: Any) -> Pairs:
+        root = str(tmp_path)
+        source = pair_source(
+            "pairs", path=str(path), image_root=root, on_bad_row=on_bad_row, **changes
+        )
+        pairs = source.train_pairs()
+        assert isinstance(pairs, Pairs)
+        return pairs
+
+    return make
+
+
+def write(path: Path, *rows: Any) -> Path:
+    if path.suffix == ".parquet":
+        names = dict.fromkeys(name for row in rows for name in row)
+        pq.write_table(pa.table({name: [row.get(name) for row in rows] for name in names}), path)
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows))
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def texts(pairs: Pairs) -> list[str]:
+    return [pair.positive.text for pair in pairs]
+
+
+@pytest.mark.parametrize(
+    ("name", "numbers"),
+    [("my [1].jsonl", "line 1, line 2"), ("a.parquet", "row 0, row 1"), ("a.json", "row 0, row 1")],
+)
+def test_rows_are_named_by_file_and_line_or_row(
+    tmp_path: Path, read: Read, name: str, numbers: str
+) -> None:
+    path = write(tmp_path / name, GOOD, GOOD | {"positive": "b", "negatives": [{"text": "é"}]})
+    pairs = read(path)
+    assert [pair.row_id for pair in pairs] == [f"{path} {n}" for n in numbers.split(", ")]
+    assert texts(pairs) == ["a dog asleep on a sofa", "b"]
+    assert [item.text for item in pairs[1].negatives] == ["é"]
+    assert {pair.subset for pair in pairs} == {path.stem}
+
+
+def test_blank_lines_count_but_are_not_rows(tmp_path: Path, read: Read) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("\ufeff\n" + json.dumps(GOOD) + "\r\n\n \n", encoding="utf-8")
+    assert [pair.row_id for pair in read(path)] == [f"{path} line 2"]
+
+
+def test_a_file_that_changes_is_read_again(tmp_path: Path, read: Read) -> None:
+    path = write(tmp_path / "a.jsonl", GOOD)
+    assert len(read(path)) == 1
+    write(path, GOOD, GOOD | {"positive": "b"})
+    assert len(read(path)) == 2
+
+
+BAD_LINES = {
+    "empty": (b'{"query": "a"}', "the positive is empty"),
+    "cut off": (b'{"query": "a"', "not valid JSON"),
+    "not UTF-8": (b'{"query": "\xff"}', "not valid JSON"),
+    "too deep": (b"[" * 100_000, "not valid JSON"),
+    "another type": (b'{"query": ["a"], "positive": "b"}', "the query must be a text"),
+    "no object": (b'["a", "b"]', "a row must be an object, found list"),
+    "again": (json.dumps(GOOD).encode(), "same query and positive as .*line 1; remove one"),
+}
+
+
+@pytest.mark.parametrize(("line", "message"), BAD_LINES.values(), ids=BAD_LINES.keys())
+def test_a_bad_row_stops_or_is_left_out_and_counted(
+    tmp_path: Path, read: Read, line: bytes, message: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "a.jsonl"
+    rows = [json.dumps(GOOD).encode(), line, json.dumps(GOOD | {"positive": "b"}).encode()]
+    path.write_bytes(b"\n".join(rows))
+    with pytest.raises(UserError, match=rf"a\.jsonl line 2: .*{message}"):
+        read(path)
+    with caplog.at_level(logging.WARNING):
+        pairs = read(path, on_bad_row="skip")
+    assert [pair.row_id for pair in pairs] == [f"{path} line 1", f"{path} line 3"]
+    assert f"skipped 1 bad row(s): {path} line 2" in caplog.text
+
+
+def test_many_skips_are_one_line_with_the_first_three_rows(
+    tmp_path: Path, read: Read, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write(tmp_path / "a.parquet", GOOD, *[{"query": "a", "positive": ""}] * 9)
+    with caplog.at_level(logging.WARNING):
+        read(path, on_bad_row="skip")
+    (record,) = caplog.records
+    assert "skipped 9 bad row(s)" in record.getMessage()
+    shown = [f"row {number}:" in record.getMessage() for number in range(1, 6)]
+    assert shown == [True] * 3 + [False] * 2
+
+
+def damaged(path: Path) -> None:
+    rows = [{"query": f"{n}" * 999, "positive": str(n)} for n in range(9)]
+    write(path, *rows)
+    content = path.read_bytes()
+    path.write_bytes(content[:40] + b"\0" * 200 + content[240:])
+
+
+@pytest.mark.parametrize("on_bad_row", ["fail", "skip"])
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b"", "no usable row"),
+        ("a.jsonl", b"\n\n", "no usable row"),
+        ("a.parquet", b"PAR1", "cannot be read as parquet"),
+        ("a.parquet", damaged, "cannot be read as parquet"),
+        ("a.parquet", lambda path: write(path, {"other": 1}), "unknown column other; known are"),
+        ("a.json", b'{"a": 1}', "not a JSON array of objects, but dict"),
+        ("a.json", b"[1] 2", "not a JSON array"),
+        ("a.json", b'[{"a": "\xff"}]', "not a JSON array"),
+        ("a.json", b"[" * 100_000, "not a JSON array"),
+        ("a.csv", b"query,positive\n", r"files ending in '\.csv' are not read"),
+    ],
+)
+def test_an_unusable_file_is_an_error_whatever_on_bad_row_says(
+    tmp_path: Path, read: Read, name: str, content: Any, message: str, on_bad_row: str
+) -> None:
+    path = tmp_path / name
+    content(path) if callable(content) else path.write_bytes(content)
+    with pytest.raises(UserError, match=rf"{name}:? .*{message}|{name}: {message}"):
+        read(path, on_bad_row=on_bad_row)
+
+
+def test_a_missing_file_is_an_error(tmp_path: Path, read: Read) -> None:
+    with pytest.raises(UserError, match=r"a\.jsonl does not exist; set data\.path"):
+        read(tmp_path / "a.jsonl")
+
+
+# --- A sequence ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pairs(tmp_path: Path, pair_source: MakeSource) -> Pairs:
+    """Subsets A, B and A again in two splits; a picture in the rows of B."""
+    for subset, split in (("A", "one"), ("B", "one"), ("A", "two")):
+        (tmp_path / subset).mkdir(exist_ok=True)
+        image = {"bytes": b"png", "path": None} if subset == "B" else ""
+        rows = [
+            {
+                "qry": f"{'<image>' * (subset == 'B')}{subset} {n}",
+                "qry_image_path": image,
+                "pos_text": f"{split} {n}",
+                "pos_image_path": "",
+            }
+            for n in range(3)
+        ]
+        table = pa.Table.from_pylist(rows if split == "one" else [*rows, rows[0]])
+        pq.write_table(table, tmp_path / subset / f"{split}-0.parquet")
+    root = str(tmp_path)
+    options: dict[str, Any] = {"root": root, "image_root": root, "caption_subsets": []}
+    parts = [
+        pair_source("mmeb", subsets=[subset], split=split, **options).train_pairs()
+        for subset, split in (("A", "one"), ("B", "one"), ("A", ["one", "two"]))
+    ]
+    return Pairs.joined(parts)
+
+
+def test_slices_and_selections_are_the_same_rows(pairs: Pairs) -> None:
+    whole = [pairs[row] for row in range(len(pairs))]
+    names = [pair.row_id for pair in whole]
+    assert names[:6] == [f"{subset} row {n}" for subset in "AB" for n in range(3)]
+    assert names[6:] == [f"A ({split}) row {n}" for split in ("one", "two") for n in range(3)]
+    assert list(pairs) == whole
+    assert [pairs[row] for row in (-1, 3)] == [whole[-1], whole[3]]
+    assert list(pairs[1:7][::-2]) == whole[1:7][::-2]
+    assert list(select(pairs, np.array([4, 0, 0]))) == [whole[row] for row in (4, 0, 0)]
+    assert list(pickle.loads(pickle.dumps(pairs))) == whole
+    with pytest.raises(IndexError):
+        pairs[len(pairs)]
+
+
+def test_subsets_and_media_are_known_without_making_pairs(pairs: Pairs) -> None:
+    for some in (pairs, list(pairs)):
+        names, codes = subset_codes(some)
+        assert (names, codes.tolist()) == (["A", "B"], [0] * 3 + [1] * 3 + [0] * 6)
+        assert has_media(some).tolist() == [[3 <= row < 6, False] for row in range(12)]
+        names, codes = subset_codes(select(some, np.array([3, 1, 11])))
+        assert (names, codes.tolist()) == (["B", "A"], [0, 1, 1])
+
+
+def test_workers_read_the_same_rows(pairs: Pairs) -> None:
+    for context in ("fork", "spawn"):
+        loader: DataLoader[Pair] = DataLoader(
+            pairs,  # type: ignore[arg-type]
+            batch_size=None,
+            num_workers=2,
+            multiprocessing_context=context,
+        )
+        assert list(loader) == list(pairs)
+
+
+def test_a_row_costs_a_few_bytes(tmp_path: Path, read: Read) -> None:
+    count = 20_000
+    rows = {
+        "query": [f"what is number {n} of the things that are shown?" for n in range(count)],
+        "positive": [f"answer {n}" for n in range(count)],
+    }
+    pq.write_table(pa.table(rows), tmp_path / "a.parquet")
+    read(tmp_path / "a.parquet")  # what is imported and cached once
+    tracemalloc.start()
+    arrow = pa.total_allocated_bytes()
+    pairs = read(tmp_path / "a.parquet")
+    kept, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(pairs) == count
+    assert kept / count < 40
+    assert pa.total_allocated_bytes() - arrow < 1e6  # rows are on disk
+    assert len(pickle.dumps(pairs)) / count < 40
+
+
+# --- Fingerprint -----------------------------------------------------------------------------
+
+
+def test_a_fingerprint_is_of_content_order_and_mapping(tmp_path: Path, read: Read) -> None:
+    rows = [GOOD | {"positive": str(n), "query_image": None} for n in range(300)]
+    path = write(tmp_path / "a.parquet", *rows)
+    first = read(path).fingerprint
+    pq.write_table(pq.read_table(path), path, row_group_size=7, compression="none")
+    assert read(path).fingerprint == first  # however the file is laid out
+
+    changes: list[Callable[[list[dict[str, Any]]], object]] = [
+        lambda rows: rows.reverse(),
+        lambda rows: rows.pop(),
+        lambda rows: rows[150].update(positive="x"),
+        lambda rows: rows[150].update(query_image=b"png"),
+        lambda rows: rows[150].update(query_image=b"another"),
+    ]
+    found = {first}
+    for change in changes:
+        changed = [dict(row) for row in rows]
+        change(changed)
+        found.add(read(write(path, *changed)).fingerprint)
+    write(path, *rows)
+    columns = [{"query": {"text": "positive"}, "positive": {"text": "query"}, "required": []}]
+    found.add(read(path, columns=columns, other_columns=True).fingerprint)
+    assert len(found) == len(changes) + 2
+    assert read(path)[1:].fingerprint != read(path)[:-1].fingerprint != first
+    assert read(path).fingerprint == first

@@ -1,0 +1,240 @@
+"""Rows become pairs as the mappings of conf/data say; a bad row is named."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from cocoa_pl.data.items import IMAGE_SLOT, Item, Pair
+from cocoa_pl.data.sources import PairSource
+from cocoa_pl.errors import UserError
+
+MakeSource = Callable[..., PairSource]
+SLOT = IMAGE_SLOT
+NONE = {"bytes": None, "path": None}
+
+# A row each as in TIGER-Lab/MMEB-train; the negative image of VisDial has no placeholder there.
+VISDIAL = {
+    "qry": "Represent the given dialogue about an image, which is used for image retrieval: "
+    "Q:is the photo in color\nA:yes\n\n",
+    "qry_image_path": "",
+    "pos_text": "<|image_1|>\nRepresent the given image\n",
+    "pos_image_path": "images/a.png",
+    "neg_text": "",
+    "neg_image_path": "images/b.png",
+}
+MSCOCO = {
+    "qry": "<|image_1|>\nFind an image caption describing the given everyday image.\n",
+    "qry_image_path": "images/a.png",
+    "pos_text": "A man with a red helmet.",
+    "pos_image_path": "",
+}
+OWN = {"query": "Find the caption", "query_image": "images/a.png", "positive": "a dog asleep"}
+CAPTION = {"image_path": "images/a.png", "caption": "a dog asleep on a sofa", "id": 17}
+QUERY = {"qry": "<|image_1|>\nFind it", "qry_image_path": "images/b.png", "pos_text": "a cat"}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("rows")
+    (root / "images").mkdir()
+    for name in ("a", "b"):
+        Image.new("RGB", (4, 4)).save(root / f"images/{name}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def pair(root: Path, pair_source: MakeSource) -> Callable[..., Pair]:
+    def make(config: str, row: object, **changes: Any) -> Pair:
+        form = pair_source(config, image_root=str(root), path=".", **changes).form
+        found = form.pair(row, row_id="Set row 1", subset="Set")
+        assert form.pair(row, row_id="Set row 1", subset="Set", is_known=True) == found
+        return found
+
+    return make
+
+
+def picture(root: Path, *names: str, text: str = "") -> Item:
+    return Item(SLOT * len(names) + text, tuple(root / f"images/{name}.png" for name in names))
+
+
+def test_published_rows_are_read_to_the_letter(root: Path, pair: Callable[..., Pair]) -> None:
+    assert pair("mmeb", VISDIAL) == Pair(
+        query=Item(VISDIAL["qry"]),
+        positive=picture(root, "a", text="\nRepresent the given image\n"),
+        negatives=(picture(root, "b"),),
+        subset="Set",
+        row_id="Set row 1",
+    )
+    mscoco = pair("mmeb", MSCOCO)
+    assert mscoco.query == picture(root, "a", text=MSCOCO["qry"].removeprefix("<|image_1|>"))
+    assert (mscoco.positive, mscoco.negatives) == (Item(MSCOCO["pos_text"]), ())
+
+
+def test_image_comes_first_unless_the_text_places_it(root: Path, pair: Callable[..., Pair]) -> None:
+    placed = {"positive": "The dog in <|image_1|> sleeps", "positive_image": "images/b.png"}
+    found = pair("pairs", OWN | placed)
+    assert found.query == picture(root, "a", text="\nFind the caption")
+    assert found.positive == Item(f"The dog in {SLOT} sleeps", (root / "images/b.png",))
+    assert pair("pairs", OWN | {"query": None}).query == picture(root, "a")
+
+
+def test_captions_and_queries_of_cocoa_become_pairs(root: Path, pair: Callable[..., Pair]) -> None:
+    found = pair("cocoa_json", CAPTION)
+    assert (found.query, found.positive) == (picture(root, "a"), Item("a dog asleep on a sofa"))
+    found = pair("cocoa_json", QUERY)
+    assert (found.query, found.positive) == (picture(root, "b", text="\nFind it"), Item("a cat"))
+    found = pair("cocoa_json", {"qry": "only", "pos_text": "text"})
+    assert (found.query, found.positive) == (Item("only"), Item("text"))
+    below = pair("cocoa_json", CAPTION | {"image_path": str(root / "images/b.png")})
+    assert below.query == picture(root, "b")
+
+
+def test_a_side_may_have_several_images(root: Path, pair: Callable[..., Pair]) -> None:
+    both = ["images/a.png", "images/b.png"]
+    found = pair("pairs", OWN | {"query_image": both})
+    assert found.query == picture(root, "a", "b", text="\nFind the caption")
+    placed = MSCOCO | {"qry": "<|image_1|> or <|image_2|>", "qry_image_path": both}
+    assert pair("mmeb", placed).query.text == f"{SLOT} or {SLOT}"
+    negatives = [{"text": "no", "image": both}, {"text": "", "image": both[:1]}]
+    assert pair("pairs", OWN | {"negatives": negatives}).negatives == (
+        picture(root, "a", "b", text="\nno"),
+        picture(root, "a"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (b"png", (b"png",)),
+        ({"bytes": b"png", "path": "elsewhere.png"}, (b"png",)),
+        ({"bytes": b"", "path": "images/a.png"}, ("images/a.png",)),
+        ([{"bytes": b"png", "path": None}, "images/b.png"], (b"png", "images/b.png")),
+        (NONE, ()),
+        (b"", ()),
+        ([], ()),
+    ],
+    ids=str,
+)
+def test_images_in_the_rows_are_images(
+    root: Path, pair: Callable[..., Pair], value: Any, expected: tuple[Any, ...]
+) -> None:
+    media = tuple(root / one if isinstance(one, str) else one for one in expected)
+    found = pair(
+        "pairs", OWN | {"query_image": value, "negatives": [{"text": "n", "image": value}]}
+    )
+    assert found.query.media == found.negatives[0].media == media
+    row = MSCOCO | {"qry": "<image>" * len(media) + "a", "qry_image_path": value}
+    assert pair("mmeb", row).query.media == media
+
+
+@pytest.mark.parametrize(
+    ("texts", "images", "expected"),
+    [
+        (None, None, []),
+        ("", "", []),
+        ("[]", "[]", []),
+        ("a cat", "", [("a cat", None)]),
+        ("['a cat', \"a dog's\", \"it's [third]\"]", "", ["a cat", "a dog's", "it's [third]"]),
+        ("['a cat', 'a dog']", "['', '']", ["a cat", "a dog"]),
+        ("['a cat', '']", "", ["a cat"]),
+        ("", "['images/a.png', 'images/b.png']", [(SLOT, "a.png"), (SLOT, "b.png")]),
+        ("['<|image_1|> red', 'x']", "['images/a.png', '']", [(f"{SLOT} red", "a.png"), "x"]),
+        ("['no slot']", "images/b.png", [(f"{SLOT}\nno slot", "b.png")]),
+        (["a cat", "a dog"], ["", "images/a.png"], ["a cat", (f"{SLOT}\na dog", "a.png")]),
+        (["", "n"], [{"bytes": b"png", "path": None}, NONE], [(SLOT, b"png"), "n"]),
+    ],
+)
+def test_negatives_may_be_strings_lists_or_written_lists(
+    pair: Callable[..., Pair], texts: Any, images: Any, expected: list[Any]
+) -> None:
+    found = pair("mmeb", MSCOCO | {"neg_text": texts, "neg_image_path": images}).negatives
+    names = [getattr(one, "name", one) for item in found for one in item.media or [None]]
+    wanted = [one if isinstance(one, tuple) else (one, None) for one in expected]
+    assert list(zip([item.text for item in found], names, strict=True)) == wanted
+
+
+@pytest.mark.parametrize(
+    "expression", ["open({path!r}, 'w')", "__import__('pathlib').Path({path!r}).touch()"]
+)
+def test_negative_lists_are_parsed_never_executed(
+    tmp_path: Path, pair: Callable[..., Pair], expression: str
+) -> None:
+    trap = tmp_path / "executed"
+    text = "[" + expression.format(path=str(trap)) + "]"
+    with pytest.raises(UserError, match="Set row 1: neg_text looks like a list"):
+        pair("mmeb", MSCOCO | {"neg_text": text})
+    assert not trap.exists()
+
+
+def test_placeholder_without_an_image_is_taken_out_on_request(pair: Callable[..., Pair]) -> None:
+    orphan = MSCOCO | {"pos_text": "<|image_1|>\nRepresent the page"}
+    orphan |= {"neg_text": "['<|image_1|>\\nof nothing']", "neg_image_path": "['']"}
+    found = pair("mmeb", orphan, drop_orphan_slots=True)
+    assert found.positive.text == "\nRepresent the page"
+    assert [item.text for item in found.negatives] == ["\nof nothing"]
+    with pytest.raises(UserError, match="Set row 1: the positive is empty"):
+        pair("mmeb", MSCOCO | {"pos_text": "<|image_1|>\n"}, drop_orphan_slots=True)
+
+
+BAD_ROWS: list[tuple[str, Any, str]] = [
+    ("mmeb", {"qry_image_path": ""}, "query text holds .* names no image"),
+    ("mmeb", {"qry": "Find it"}, "query has image .* but no <|image_1|>"),
+    ("mmeb", {"qry": "a", "qry_image_path": b"png"}, "query has image 'in the row' but no"),
+    ("mmeb", {"pos_image_path": "images/b.png"}, "positive has image"),
+    ("mmeb", {"pos_text": ""}, "positive is empty"),
+    ("mmeb", {"pos_text": " \n\t"}, "positive is empty"),
+    ("mmeb", {"qry": "", "qry_image_path": ""}, "query is empty"),
+    ("mmeb", {"pos_text": None}, "positive is empty"),
+    ("mmeb", {"pos_text": f"a {SLOT} b"}, "positive text holds U\\+FDD0"),
+    ("mmeb", {"qry": "<|image_1|><|image_1|>"}, "once"),
+    ("mmeb", {"qry": "<|image_1|><|image_2|>"}, r"query text holds .* for 1 image\(s\)"),
+    ("mmeb", {"qry": "<|image_1|> <image>"}, "query text holds both"),
+    ("mmeb", {"qry_image_path": "images/c.png"}, r"Set row 1, query: image .*c\.png does not"),
+    ("mmeb", {"qry_image_path": "../a.png"}, "leaves the image root"),
+    ("mmeb", {"qry_image_path": "/etc/hostname"}, "is absolute"),
+    ("mmeb", {"qry": b"text"}, r"the query must be a text .* found bytes"),
+    ("mmeb", {"qry_image_path": 7}, "found int"),
+    ("mmeb", {"neg_text": "['a', 'b']", "neg_image_path": "['x']"}, "has 2 entries .* 1"),
+    ("mmeb", {"neg_text": "[1, 2]"}, "the negative must be a text .* found int"),
+    ("mmeb", {"neg_text": "['a', ']"}, "looks like a list"),
+    ("mmeb", {"neg_text": "<|image_1|> b"}, "negative text holds"),
+    ("pairs", {"query": "<image> or <image>"}, "holds 2 <image> for 1"),
+    ("pairs", {"positive": 7}, r"the positive must be a text .* found int"),
+    ("pairs", {"query_image": {"url": "a.png"}}, r"the query must .* found dict"),
+    ("pairs", {"query": "a \ud800"}, "not valid Unicode"),
+    ("pairs", {"postive": "a"}, "unknown column postive; known are query, query_image"),
+    ("pairs", {"negatives": "a cat"}, r"negatives must be a list of {text, image} .* found str"),
+    ("pairs", {"negatives": ["a cat"]}, "a negative must be an object, found str"),
+    ("pairs", {"negatives": [{"txt": "a"}]}, "unknown key txt of a negative; known are text, im"),
+    ("pairs", {"negatives": [{"text": ""}]}, "the negative is empty"),
+    ("cocoa_json", {"caption": None}, "the positive is empty"),
+    ("cocoa_json", {"image_path": "images/c.png"}, r"query: image .*c\.png does not exist"),
+]
+GOOD = {"mmeb": MSCOCO, "pairs": OWN, "cocoa_json": CAPTION}
+
+
+@pytest.mark.parametrize(("config", "changes", "message"), BAD_ROWS)
+def test_a_bad_row_is_named(
+    pair: Callable[..., Pair], config: str, changes: Any, message: str
+) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        pair(config, GOOD[config] | changes)
+    assert str(caught.value).startswith("Set row 1")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("text", "a row must be an object, found str"),
+        (b'{"a"', "not valid JSON: b'{\"a\"'; write one object a line, in UTF-8"),
+        ({"image": "a", "text": "b"}, "image_path and caption, or qry and pos_text are needed; it"),
+    ],
+)
+def test_what_is_no_row_is_named(pair: Callable[..., Pair], row: Any, message: str) -> None:
+    with pytest.raises(UserError, match=f"Set row 1: .*{message}"):
+        pair("cocoa_json", row)
