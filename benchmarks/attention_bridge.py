@@ -122,7 +122,7 @@ def policy(name: str) -> Policy:
 
 
 def segment_lengths(size: Size, generator: torch.Generator) -> Tensor:
-    """(S, 3) int64: CONTEXT, EOS, TARGET."""
+    """(S, 3) int64: CONTEXT, BOTTLENECK, TARGET."""
     spread = torch.exp(size.spread * torch.randn(size.samples, 2, generator=generator))
     lengths = (spread * torch.tensor([size.context, size.target])).round().long().clamp(min=1)
     return torch.stack([lengths[:, 0], torch.ones_like(lengths[:, 0]), lengths[:, 1]], dim=1)

@@ -31,7 +31,7 @@ from cocoa_pl.run import make_processor, open_model
 from cocoa_pl.stages.pictures import unpatchify
 
 ROOT = Path(__file__).resolve().parents[1]
-EXAMPLE = (5, 1, 4)  # CONTEXT, EOS, TARGET in the pictures of attention
+EXAMPLE = (5, 1, 4)  # CONTEXT, BOTTLENECK, TARGET in the pictures of attention
 LAYOUTS = ((7, 2, 0, 4), (3, 8, 8, 1), (9, 0, 5, 6))
 
 

@@ -46,8 +46,8 @@ def test_every_policy_has_a_picture(policy: str, tmp_path: Path) -> None:
     ("arguments", "told"),
     [
         (["eos_brigde"], "there is no attention policy eos_brigde"),
-        (["causal", "--lengths", "2,1"], "--lengths is CONTEXT,EOS,TARGET"),
-        (["causal", "--lengths", "2,2,1"], "one EOS"),
+        (["causal", "--lengths", "2,1"], "--lengths is CONTEXT,BOTTLENECK,TARGET"),
+        (["causal", "--lengths", "2,0,1"], "has a BOTTLENECK"),
         (["causal", "--text", "a dog"], "needs --model"),
         (["causal", "--target", "a dog", "--model", "runs/A"], "needs --text or --image"),
         (["causal", "--png", "/no/folder.png"], "/no/folder.png: No such file or directory"),

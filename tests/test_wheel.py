@@ -21,7 +21,7 @@ from cocoa_pl.export.folder import export
 from cocoa_pl.models.loading import Loaded
 
 ROOT = Path(__file__).resolve().parents[1]
-EVERYTHING = ("context", "eos", "target")
+EVERYTHING = ("context", "bottleneck", "target")
 
 # Every command on what lies in the working directory; cocoa_pl is the wheel's.
 COMMANDS = """

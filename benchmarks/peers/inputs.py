@@ -22,7 +22,7 @@ class Row:
         input_ids: (t) int64, a picture's tokens already repeated.
         image_mask: (t) bool.
         labels: (t) int64, `IGNORED` where nothing is hidden.
-        segment_lengths: (3) int64, CONTEXT, EOS, TARGET.
+        segment_lengths: (3) int64, CONTEXT, BOTTLENECK, TARGET.
         picture: at most one.
         hidden_patches: (p) bool; None without a picture.
         noise: (h, B) float, one frame of each hidden patch; None where nothing is hidden.

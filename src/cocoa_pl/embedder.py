@@ -78,7 +78,7 @@ class Embedder:
             num_token_rows=loaded.backbone.num_token_rows,
         )
         backbone = loaded.backbone.to(chosen_device(device)).eval()
-        embedder = cls(backbone, processor, Policy(**described["policy"]))
+        embedder = cls(backbone, processor, Policy.from_dict(described["policy"]))
         expected = np.array(described["fingerprint"], dtype=np.float32)
         check_fingerprint(embedder.encode, expected, dtype=dtype, where=str(folder))
         return embedder

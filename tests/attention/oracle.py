@@ -24,12 +24,17 @@ def table(name: str, *rows: str, causal: bool = False) -> Policy:
 
 
 OURS = {file.stem: load_policy(file.stem) for file in sorted(CONF.glob("*.yaml"))}
+TABLES = {
+    "full": ("AEB", "AEB", "AEB"),
+    "bridge": ("AE", "AEB", "EB"),
+    "isolated": ("A", "E", "B"),
+    "gap": ("AB", "AEB", "AB"),  # two ranges of keys with one between them
+    "late": ("A", "E", "AB"),
+}
 POLICIES = OURS | {
-    policy.name: policy
-    for policy in (
-        table("isolated", "A", "E", "B"),
-        table("gap", "AB", "AEB", "AB"),  # two ranges of keys with one between them
-    )
+    name: table(name, *rows, causal=name.startswith("causal "))
+    for stem, rows in TABLES.items()
+    for name in (stem, f"causal {stem}")
 }
 
 LENGTHS = {
@@ -38,15 +43,16 @@ LENGTHS = {
     "no context": [[0, 1, 4], [0, 1, 2]],
     "equal samples": [[3, 1, 2], [3, 1, 2]],
     "mixed": [[9, 1, 4], [0, 1, 7], [2, 1, 0], [0, 1, 0], [17, 1, 30], [1, 1, 1]],
+    "bottleneck of three": [[9, 3, 4], [0, 3, 7], [2, 3, 0], [0, 3, 0], [17, 3, 30], [1, 3, 1]],
 }
 
 
 def random_lengths(seed: int, *, longest: int = 24) -> Tensor:
-    """(S, 3) with one EOS each; about every fourth CONTEXT or TARGET is empty."""
+    """(S, 3) with 1 or 3 tokens of BOTTLENECK; about every fourth CONTEXT or TARGET is empty."""
     generator = torch.Generator().manual_seed(seed)
     samples = int(torch.randint(1, 9, (), generator=generator))
     lengths = torch.randint(-longest // 3, longest, (samples, 3), generator=generator).clamp(min=0)
-    lengths[:, 1] = 1
+    lengths[:, 1] = 1 + 2 * (seed % 2)
     return lengths
 
 

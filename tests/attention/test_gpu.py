@@ -101,6 +101,17 @@ def test_the_language_model_sees_what_its_policy_says(
     assert_equals_dense(output, inputs, dense_mask(POLICIES[name], LENGTHS), 128**-0.5)
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("name", [f"causal {stem}" for stem in oracle.TABLES])
+def test_causal_tables_end_with_the_last_key(name: str, kernel: str) -> None:
+    """Segments with more keys than queries, and a BOTTLENECK of three."""
+    lengths = LENGTHS * torch.tensor([1, 3, 1])
+    plan = make_plan(oracle.POLICIES[name], lengths).to("cuda")
+    inputs = states(int(lengths.sum()), torch.bfloat16, **TEXT)
+    output = attend(*inputs, plan, kernel=kernel, scale=0.1)
+    assert_equals_dense(output, inputs, dense_mask(oracle.POLICIES[name], lengths), 0.1)
+
+
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("kernel", [*KERNELS, "auto"])
 @pytest.mark.parametrize("tower", TOWERS)

@@ -56,6 +56,17 @@ def test_a_plan_and_its_rectangles_hold_the_pairs_of_the_dense_mask(name: str, s
     assert plan.causal or plan.num_scores == int(expected.sum())
 
 
+def test_a_causal_bridge_is_two_segments_a_sample() -> None:
+    """CONTEXT and BOTTLENECK see themselves as one; TARGET's keys end with its own tokens."""
+    plan = make_plan(POLICIES["causal bridge"], torch.tensor([[2, 3, 2]]))
+    assert plan.cu_seqlens_q.tolist() == [0, 5, 7]
+    assert plan.kv_index.tolist() == [0, 1, 2, 3, 4, 2, 3, 4, 5, 6]
+    corner, square = plan.padded.masks
+    assert square is None  # SDPA's own causal mask, from the top left corner
+    assert corner is not None
+    assert corner[0, 0].long().tolist() == [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
+
+
 def test_bridge_is_three_segments_a_sample_and_bidirectional_one() -> None:
     lengths = torch.tensor([[2, 1, 2], [4, 1, 3]])
     bridge = make_plan(POLICIES["eos_bridge"], lengths)

@@ -1,16 +1,20 @@
 """The table of each YAML policy, drawn as the grid of the paper's figure."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from hydra.utils import instantiate
+import yaml
 from omegaconf import OmegaConf
 
-from cocoa_pl.attention import Policy, dense_mask, grid_text
+from cocoa_pl.attention import Policy, dense_mask, grid_text, segment_letters
+from cocoa_pl.config.build import build
+from cocoa_pl.config.saved import load_config
+from cocoa_pl.errors import UserError
+from tests.attention.oracle import OURS, table
 
-CONF = Path(__file__).parents[2] / "conf" / "attention"
-LABELS = "AAEBB"
 GRIDS = {
     "bidirectional": """\
 A A E B B
@@ -42,59 +46,83 @@ A A E B B
 1 1 1 1 0
 1 1 1 1 1""",
 }
-ALL = ("context", "eos", "target")
-
-
-def load_policy(name: str) -> Policy:
-    policy: Policy = instantiate(OmegaConf.load(CONF / f"{name}.yaml"), _convert_="all")
-    return policy
 
 
 def test_every_policy_file_has_a_grid_here() -> None:
-    assert {path.stem for path in CONF.glob("*.yaml")} == set(GRIDS)
+    assert OURS.keys() == GRIDS.keys()
 
 
 @pytest.mark.parametrize("name", GRIDS)
 def test_printed_grid_is_the_documented_one(name: str) -> None:
-    policy = load_policy(name)
+    policy = OURS[name]
     assert policy.name == name
-    assert grid_text(dense_mask(policy, torch.tensor([[2, 1, 2]])), LABELS) == GRIDS[name]
+    mask = dense_mask(policy, torch.tensor([[2, 1, 2]]))
+    assert grid_text(mask, segment_letters((2, 1, 2))) == GRIDS[name]
+
+
+def test_a_bottleneck_of_two_and_a_causal_bridge() -> None:
+    policy = table("causal bridge", "AE", "AEB", "EB", causal=True)
+    assert grid_text(dense_mask(policy, torch.tensor([[1, 2, 2]])), segment_letters((1, 2, 2))) == (
+        "A E E B B\n1 0 0 0 0\n1 1 0 0 0\n1 1 1 0 0\n0 1 1 1 0\n0 1 1 1 1"
+    )
 
 
 @pytest.mark.parametrize("name", GRIDS)
 def test_without_target_every_policy_but_causal_is_bidirectional(name: str) -> None:
-    mask = dense_mask(load_policy(name), torch.tensor([[3, 1, 0]]))
+    mask = dense_mask(OURS[name], torch.tensor([[3, 1, 0]]))
     full = torch.ones(4, 4, dtype=torch.bool)
     assert torch.equal(mask, full.tril() if name == "causal" else full)
 
 
 @pytest.mark.parametrize("name", GRIDS)
 def test_samples_never_see_each_other(name: str) -> None:
-    lengths = torch.tensor([[2, 1, 2], [1, 1, 0], [0, 1, 3]])
-    mask = dense_mask(load_policy(name), lengths)
-    alone = [dense_mask(load_policy(name), one[None]) for one in lengths]
-    assert torch.equal(mask, torch.block_diag(*alone).bool())
+    lengths = torch.tensor([[2, 1, 2], [1, 3, 0], [0, 1, 3]])
+    alone = [dense_mask(OURS[name], one[None]) for one in lengths]
+    assert torch.equal(dense_mask(OURS[name], lengths), torch.block_diag(*alone).bool())
+
+
+# --- Stored and written by hand ----------------------------------------------------------------
+
+
+def before(policy: Policy) -> dict[str, Any]:
+    """Plain data as it was written when BOTTLENECK was called `eos`."""
+    renamed: dict[str, Any] = json.loads(json.dumps(policy.to_dict()).replace("bottleneck", "eos"))
+    return renamed
 
 
 @pytest.mark.parametrize("name", GRIDS)
-def test_policy_is_rebuilt_from_its_plain_data(name: str) -> None:
-    policy = load_policy(name)
-    again = Policy(**policy.to_dict())  # type: ignore[arg-type]
-    assert again == policy
-    assert again.to_dict() == policy.to_dict()
+def test_a_policy_is_built_from_stored_data_of_today_and_before(name: str) -> None:
+    policy = OURS[name]
+    assert "eos" in before(policy)
+    for data in (policy.to_dict(), before(policy)):
+        assert Policy.from_dict(data).to_dict() == policy.to_dict()
 
 
-def test_unknown_segment_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match=r"toy: eos names unknown segments \{'targets'\}"):
-        Policy("toy", context=ALL, eos=("eos", "targets"), target=ALL, causal=False)
+def test_the_config_of_an_older_run_is_read(tmp_path: Path) -> None:
+    target = {"_target_": "cocoa_pl.attention.Policy"}
+    stages = {name: {"policy": {**target, **before(policy)}} for name, policy in OURS.items()}
+    config = {"stage": {"order": list(stages), **stages}, "seed": 1}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    saved = load_config(tmp_path)
+    assert saved.seed == 1
+    for name, policy in OURS.items():
+        assert build(saved.stage[name].policy).to_dict() == policy.to_dict()
 
 
-@pytest.mark.parametrize("seen", [(), ("context", "eos")], ids=["empty row", "not itself"])
-def test_row_that_does_not_see_itself_is_refused(seen: tuple[str, ...]) -> None:
+def test_eos_in_a_file_of_ones_own_is_answered_with_the_new_key(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    rows = yaml.safe_dump({"_target_": "cocoa_pl.attention.Policy", **before(OURS["eos_bridge"])})
+    file.write_text(rows)
+    with pytest.raises(UserError, match="the segment `eos` is called `bottleneck` now"):
+        build(OmegaConf.load(file))
+    file.write_text(rows.replace("\neos:", "\nbottleneck:"))
+    with pytest.raises(
+        UserError, match=r"unknown segments \{'eos'\}; there are context, bottleneck"
+    ):
+        build(OmegaConf.load(file))
+
+
+@pytest.mark.parametrize("seen", ["", "AE"], ids=["empty row", "not itself"])
+def test_row_that_does_not_see_itself_is_refused(seen: str) -> None:
     with pytest.raises(ValueError, match="toy: target must at least see itself"):
-        Policy("toy", context=ALL, eos=ALL, target=seen, causal=False)
-
-
-def test_causal_policy_with_a_partial_table_is_refused() -> None:
-    with pytest.raises(ValueError, match="toy: a causal policy sees all segments"):
-        Policy("toy", context=("context", "eos"), eos=ALL, target=ALL, causal=True)
+        table("toy", "AEB", "AEB", seen)

@@ -24,7 +24,7 @@ from cocoa_pl.errors import UserError
 MakeItem = Callable[..., Item]
 BAD = 5
 SHUFFLED = Mixing(composition="shuffled", sub_batches=None, exponent=1.0, weights=None)
-EVERYTHING = ("context", "eos", "target")
+EVERYTHING = ("context", "bottleneck", "target")
 POLICY = Policy("bidirectional", EVERYTHING, EVERYTHING, EVERYTHING, causal=False)
 BRIDGE = BridgeExamples(sources={"query": 0.5, "self": 0.5})
 

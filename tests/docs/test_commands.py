@@ -219,7 +219,7 @@ def test_the_new_backbone_gives_the_stock_models_vectors(
         max_pixels=4704,
         num_token_rows=stock.backbone.num_token_rows,
     )
-    everyone = ("context", "eos", "target")
+    everyone = ("context", "bottleneck", "target")
     policy = Policy("all", everyone, everyone, everyone, causal=False)
     items = ["a dog", {"image": Image.radial_gradient("L").convert("RGB"), "text": "a cat"}]
     vectors = [Embedder(m.backbone, processor, policy).encode(items) for m in (stock, found)]

@@ -21,7 +21,7 @@ from cocoa_pl.evaluation.comparison import difference
 from cocoa_pl.evaluation.report import Provenance, write_report
 from cocoa_pl.evaluation.results import Results, SubsetScore
 
-ALL = ("context", "eos", "target")
+ALL = ("context", "bottleneck", "target")
 NAMES = ("scene_i2t", "a subset whose name is long", "vqa")
 
 

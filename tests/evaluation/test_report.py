@@ -20,11 +20,13 @@ from cocoa_pl.evaluation.report import Provenance, picture, score_table, write_r
 from cocoa_pl.evaluation.results import Results
 
 EVIL = '<script>alert("x")</script><img src=x onerror=alert(1)> 5'
-ALL = ("context", "eos", "target")
+ALL = ("context", "bottleneck", "target")
 POLICIES = {
     "warmup": Policy("bidirectional", ALL, ALL, ALL, causal=False),
     "contrast": Policy("bidirectional", ALL, ALL, ALL, causal=False),
-    "reconstruct": Policy("bridge", ("context", "eos"), ALL, ("eos", "target"), causal=False),
+    "reconstruct": Policy(
+        "bridge", ("context", "bottleneck"), ALL, ("bottleneck", "target"), causal=False
+    ),
 }
 LINEAGE = [
     {

@@ -15,7 +15,7 @@ from cocoa_pl.evaluation.scoring import Hits
 from cocoa_pl.evaluation.similarities import EDGES, Similarities, counted, histogram
 from cocoa_pl.evaluation.space import MAPPED_ROWS, Mapped, flattened, sample
 
-ALL = ("context", "eos", "target")
+ALL = ("context", "bottleneck", "target")
 
 
 def mapped(*vectors: np.ndarray) -> list[Mapped]:
@@ -112,7 +112,9 @@ def test_bars_are_those_of_the_filled_bins() -> None:
 
 def test_grids_show_each_policy_once_and_who_uses_it() -> None:
     bidirectional = Policy("both ways", ALL, ALL, ALL, causal=False)
-    bridge = Policy("bridge", ("context", "eos"), ALL, ("eos", "target"), causal=False)
+    bridge = Policy(
+        "bridge", ("context", "bottleneck"), ALL, ("bottleneck", "target"), causal=False
+    )
     grids = Provenance(policies={"a": bidirectional, "b": bridge, "c": bidirectional}).grids
     assert [grid.name for grid in grids] == ["both ways: a, c", "bridge: b"]
     assert grids[0].rows == ("AAAAEBBB",) * 8

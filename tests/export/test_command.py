@@ -23,7 +23,7 @@ from cocoa_pl.export.folder import export
 from cocoa_pl.export.parity import Compared, images_only
 from cocoa_pl.models.loading import Loaded
 
-ALL = ("context", "eos", "target")
+ALL = ("context", "bottleneck", "target")
 STAGE = {"stage": "contrast", "steps": 7, "batch_size": 4, "lr": 1e-4, "policy": "all", "seed": 3}
 SCORES = Results(
     "digits", "run", (SubsetScore("scene", "Retrieval", True, 0.5, 0.25, 40, 40, 0.1),), ()

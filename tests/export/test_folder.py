@@ -29,7 +29,7 @@ from cocoa_pl.models.adapters import FullTuning, LowRank
 from cocoa_pl.models.exported import digest_of_file, take_fingerprint, write_description
 from cocoa_pl.models.loading import Loaded
 
-EVERYTHING = ("context", "eos", "target")
+EVERYTHING = ("context", "bottleneck", "target")
 POLICIES = {
     name: Policy(name, EVERYTHING, EVERYTHING, EVERYTHING, causal=name == "causal")
     for name in ("causal", "bidirectional")

@@ -37,7 +37,7 @@ from cocoa_pl.export.sentence_transformers import write_sentence_transformers
 from cocoa_pl.models.exported import described_in, write_description
 from cocoa_pl.models.loading import FAMILIES, Loaded
 
-ALL = ("context", "eos", "target")
+ALL = ("context", "bottleneck", "target")
 POLICIES = {
     "bidirectional": Policy("bidirectional", ALL, ALL, ALL, causal=False),
     "causal": Policy("causal", ALL, ALL, ALL, causal=True),

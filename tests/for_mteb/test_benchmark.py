@@ -25,7 +25,7 @@ from cocoa_pl.for_mteb import digits
 from cocoa_pl.for_mteb.benchmark import MtebBenchmark
 from cocoa_pl.models.loading import Loaded
 
-ALL = ("context", "eos", "target")
+ALL = ("context", "bottleneck", "target")
 TASKS = [f"cocoa_pl.for_mteb.digits.{name}" for name in ("DigitScenes", "DigitCount")]
 
 

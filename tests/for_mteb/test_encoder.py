@@ -24,7 +24,7 @@ from cocoa_pl.errors import UserError
 from cocoa_pl.for_mteb.encoder import MMEB_TRAIN, CocoaEncoder
 from cocoa_pl.models.loading import Loaded
 
-ALL = ("context", "eos", "target")
+ALL = ("context", "bottleneck", "target")
 QUERY, DOCUMENT = PromptType.query, PromptType.document
 WHERE = {"hf_split": "test", "hf_subset": "default"}
 

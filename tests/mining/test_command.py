@@ -27,7 +27,7 @@ from cocoa_pl.mining.folder import image_root, write_subset
 from cocoa_pl.mining.mine import mine
 from cocoa_pl.models.loading import Loaded
 
-ALL = ("context", "eos", "target")
+ALL = ("context", "bottleneck", "target")
 
 
 def read_back(folder: Path, subsets: list[str], root: Path) -> list[Pair]:

@@ -32,15 +32,19 @@ from cocoa_pl.stages.base import Optimization, StageModule
 from cocoa_pl.stages.contrastive import ContrastiveModule
 from cocoa_pl.stages.reconstruction import ReconstructionModule
 
-EVERYTHING = ("context", "eos", "target")
+EVERYTHING = ("context", "bottleneck", "target")
 POLICIES = {
     "bidirectional": Policy("bidirectional", EVERYTHING, EVERYTHING, EVERYTHING, causal=False),
     "causal": Policy("causal", EVERYTHING, EVERYTHING, EVERYTHING, causal=True),
     "eos_bridge": Policy(
-        "eos_bridge", ("context", "eos"), EVERYTHING, ("eos", "target"), causal=False
+        "eos_bridge", ("context", "bottleneck"), EVERYTHING, ("bottleneck", "target"), causal=False
     ),
     "eos_bridge_strict": Policy(
-        "eos_bridge_strict", ("context", "eos"), ("context", "eos"), ("eos", "target"), causal=False
+        "eos_bridge_strict",
+        ("context", "bottleneck"),
+        ("context", "bottleneck"),
+        ("bottleneck", "target"),
+        causal=False,
     ),
 }
 TARGETS = (

@@ -19,7 +19,7 @@ from cocoa_pl.errors import UserError
 from cocoa_pl.planning.samples import Lengths, grid_of, grid_of_tokens, rank_rows
 from cocoa_pl.planning.work import attention_work, window_lengths
 
-ALL = ("context", "eos", "target")
+ALL = ("context", "bottleneck", "target")
 
 
 def test_an_assumed_sample_is_laid_out_as_the_processor_does(
@@ -76,7 +76,9 @@ def test_windows_tile_an_image() -> None:
 
 
 def test_scores_follow_from_segments() -> None:
-    bridge = Policy("bridge", ("context", "eos"), ALL, ("eos", "target"), causal=False)
+    bridge = Policy(
+        "bridge", ("context", "bottleneck"), ALL, ("bottleneck", "target"), causal=False
+    )
     plan = make_plan(bridge, torch.tensor([[5, 1, 3], [7, 1, 0]]))
     exact = 5 * 6 + 1 * 9 + 3 * 4 + 7 * 8 + 1 * 8
     assert attention_work(plan, "varlen").scores == exact == plan.num_scores

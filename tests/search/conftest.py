@@ -14,7 +14,7 @@ from cocoa_pl.embedder import Embedder
 from cocoa_pl.models.loading import Loaded
 from cocoa_pl.search.index import ImageIndex
 
-ALL = ("context", "eos", "target")
+ALL = ("context", "bottleneck", "target")
 FULL = Policy("bidirectional", ALL, ALL, ALL, causal=False)
 
 HOSTILE = ["<img src=x onerror=alert(1)>.png", '"quoted" & [bold].png', "ends with a space .png"]

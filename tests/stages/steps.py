@@ -18,10 +18,12 @@ from cocoa_pl.stages.base import Optimization, StageModule
 from cocoa_pl.stages.contrastive import ContrastiveModule
 from cocoa_pl.stages.reconstruction import ReconstructionModule
 
-ALL = ("context", "eos", "target")
+ALL = ("context", "bottleneck", "target")
 FULL = Policy("bidirectional", ALL, ALL, ALL, causal=False)
 CAUSAL = Policy("causal", ALL, ALL, ALL, causal=True)
-BRIDGE = Policy("eos_bridge", ("context", "eos"), ALL, ("eos", "target"), causal=False)
+BRIDGE = Policy(
+    "eos_bridge", ("context", "bottleneck"), ALL, ("bottleneck", "target"), causal=False
+)
 CAPTIONS: dict[str, Any] = {
     "text_ratio": None,
     "text_segment": "context",

@@ -1,4 +1,4 @@
-"""`cocoa attention`: a policy in, its grid on the terminal and its picture as a PNG out."""
+"""`cocoa attention` prints a policy as a grid and draws it as a PNG."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def run(arguments: Sequence[str], console: Console) -> int:
     counts = lengths[0].tolist()
     letters = segment_letters(counts)
     mask = dense_mask(policy, lengths)
-    console.print(f"{policy.name}: rows attend to columns (A context, E eos, B target)")
+    console.print(f"{policy.name}: rows attend to columns (A context, E bottleneck, B target)")
     console.print(grid_text(mask, letters), highlight=False, soft_wrap=True)
     png = Path(parsed.png or f"{policy.name}.png")
     png = png if png.suffix else png.with_suffix(".png")  # as it is written
@@ -51,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("policy", help="a file of conf/attention, e.g. eos_bridge, or a path")
     parser.add_argument(
-        "--lengths", default="2,1,2", help="CONTEXT,EOS,TARGET of one sample, e.g. 2,1,2"
+        "--lengths", default="2,1,2", help="CONTEXT,BOTTLENECK,TARGET of one sample, e.g. 2,1,2"
     )
     parser.add_argument("--text", help="CONTEXT of an example")
     parser.add_argument("--image", help="an image in front of the text")
@@ -76,12 +76,14 @@ def load_policy(name: str) -> Policy:
 
 def _lengths(text: str) -> Tensor:
     try:
-        context, eos, target = (int(part) for part in text.split(","))
+        context, bottleneck, target = (int(part) for part in text.split(","))
     except ValueError as error:
-        raise UserError(f"--lengths is CONTEXT,EOS,TARGET, e.g. 2,1,2, not {text}") from error
-    if min(context, target) < 0 or eos != 1:
-        raise UserError("--lengths: a sample has one EOS and no negative lengths")
-    return torch.tensor([[context, eos, target]])
+        raise UserError(
+            f"--lengths is CONTEXT,BOTTLENECK,TARGET, e.g. 2,1,2, not {text}"
+        ) from error
+    if min(context, target) < 0 or bottleneck < 1:
+        raise UserError("--lengths: a sample has a BOTTLENECK and no negative lengths")
+    return torch.tensor([[context, bottleneck, target]])
 
 
 def _example(arguments: argparse.Namespace) -> tuple[Tensor, list[str]]:

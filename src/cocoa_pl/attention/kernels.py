@@ -81,7 +81,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> Tensor:
             keys,
             values,
             mask,
-            is_causal=plan.causal and mask is None,
+            is_causal=plan.causal and mask is None,  # aligned at the first query and key
             scale=scale,
             enable_gqa=groups > 1,
         )
@@ -167,8 +167,11 @@ def torch_call(function: Callable[..., Any]) -> VarlenCall:
         groups = q.shape[1] // k.shape[1]
         keywords: dict[str, Any] = {}
         if "window_size" in names:
+            # Of unequal numbers of queries and keys the last ones are aligned: row_idx +
+            # max_seqlen_k - max_seqlen_q in
+            # https://github.com/pytorch/pytorch/blob/v2.13.0/aten/src/ATen/native/transformers/cuda/flash_attn/mask.h
             keywords["window_size"] = (-1, 0) if causal else (-1, -1)
-        else:
+        else:  # the same kernel
             keywords["is_causal"] = causal
         if "enable_gqa" in names:
             keywords["enable_gqa"] = groups > 1
@@ -185,7 +188,11 @@ def torch_call(function: Callable[..., Any]) -> VarlenCall:
 
 
 def flash_call(function: Callable[..., Any]) -> VarlenCall:
-    """Adapt flash-attn's `flash_attn_varlen_func` (2.x), which takes grouped heads as they are."""
+    """Adapt flash-attn's `flash_attn_varlen_func`, which takes grouped heads as they are.
+
+    From 2.1 on its causal mask is aligned at the last query and key
+    (https://github.com/Dao-AILab/flash-attention#21-change-behavior-of-causal-flag).
+    """
 
     def call(q: Tensor, k: Tensor, v: Tensor, inputs: Varlen, causal: bool, scale: float) -> Tensor:
         deterministic = torch.are_deterministic_algorithms_enabled()

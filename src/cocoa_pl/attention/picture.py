@@ -1,4 +1,4 @@
-"""A mask in, the picture of it out: rows attend to columns, coloured by segment."""
+"""Draw a mask: rows attend to columns, coloured by segment."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,9 +12,10 @@ from matplotlib.colors import ListedColormap
 from matplotlib.patches import Patch
 from torch import Tensor
 
-# Unseen, then CONTEXT, EOS and TARGET as the column that is seen; colour-blind safe (Paul Tol).
+from cocoa_pl.attention.policy import SEGMENTS
+
+# Unseen, then the segments as the column that is seen; colour-blind safe (Paul Tol).
 COLOURS = ("#f4f4f2", "#4477aa", "#ccbb44", "#aa3377")
-NAMES = ("context", "eos", "target")
 MAX_LABELS = 48
 
 
@@ -31,7 +32,7 @@ def draw_grid(
     Args:
         mask: (t, t) bool of one sample.
         tokens: what stands at each position.
-        segment_lengths: CONTEXT, EOS, TARGET.
+        segment_lengths: CONTEXT, BOTTLENECK, TARGET.
     """
     columns = np.repeat([1, 2, 3], segment_lengths)
     cells = mask.numpy() * columns[None, :]
@@ -52,6 +53,6 @@ def draw_grid(
     axes.spines[:].set_visible(False)
     axes.set_title(f"{title}: rows see columns", fontsize=10)
     handles = [Patch(color=colour) for colour in COLOURS[1:]]
-    figure.legend(handles, NAMES, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    figure.legend(handles, SEGMENTS, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)
     plt.close(figure)

@@ -175,15 +175,17 @@ def make_plan(policy: Policy, segment_lengths: Tensor) -> Plan:
     """Turn a policy and the packed segments into query and key ranges.
 
     Neighbouring segments that see the same columns are one query segment, so `bidirectional` is one
-    per sample.
+    per sample, and so is `causal`. Where the policy is causal, keys end with the queries' own
+    tokens: nothing behind a segment is seen.
 
     Args:
         segment_lengths: (S, 3) int64 on the CPU.
     """
-    table = policy.table
+    table = policy.table.tril() if policy.causal else policy.table
     merged = [[0]]  # rows of the table that are one query segment
     for after in (1, 2):
-        if table[after].equal(table[after - 1]):
+        columns = after if policy.causal else 3  # where two rows may differ
+        if table[after, :columns].equal(table[after - 1, :columns]):
             merged[-1].append(after)
         else:
             merged.append([after])

@@ -1,6 +1,6 @@
 """A policy is a 3 x 3 table of data: which segment's rows see which segment's columns.
 
-    eos_bridge, CONTEXT of 2, EOS, TARGET of 2 (rows attend to columns):
+    eos_bridge, CONTEXT of 2, BOTTLENECK of 1 (EOS), TARGET of 2 (rows attend to columns):
 
         A A E B B
         1 1 1 0 0
@@ -10,17 +10,19 @@
         0 0 1 1 1
 
 `dense_mask` spells the table out for every pair of tokens. It is the oracle in tests and the
-picture in docs, never
-the fast path: that is `plan.py`.
+picture in docs, never the fast path: that is `plan.py`.
 """
 
-from collections.abc import Sequence
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-SEGMENTS = ("context", "eos", "target")
+SEGMENTS = ("context", "bottleneck", "target")
 
 
 @dataclass(frozen=True)
@@ -29,31 +31,37 @@ class Policy:
 
     Args:
         name: what logs and exports call it.
-        context, eos, target: the segments that the rows of this segment attend to.
-        causal: additionally, a token sees only itself and earlier tokens.
+        context, bottleneck, target: the segments that the rows of this segment attend to.
+        causal: a token sees of these only itself and earlier tokens.
 
     Raises:
-        ValueError: for an unknown segment, an empty row, or a causal policy that is not a full
-            table.
+        ValueError: for an unknown segment, or a row that does not see itself.
     """
 
     name: str
     context: Sequence[str]
-    eos: Sequence[str]
+    bottleneck: Sequence[str]
     target: Sequence[str]
     causal: bool
+
+    def __new__(cls, *_: object, **named: object) -> Policy:
+        if "eos" in named:
+            raise ValueError(
+                f"attention policy {named.get('name')}: the segment `eos` is called `bottleneck` "
+                "now, as a key and in the lists"
+            )
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         for row in SEGMENTS:
             seen = getattr(self, row)
             if unknown := set(seen) - set(SEGMENTS):
                 raise ValueError(
-                    f"attention policy {self.name}: {row} names unknown segments {unknown}"
+                    f"attention policy {self.name}: {row} names unknown segments {unknown}; there "
+                    f"are {', '.join(SEGMENTS)}"
                 )
             if row not in seen:
                 raise ValueError(f"attention policy {self.name}: {row} must at least see itself")
-        if self.causal and not self.table.all():
-            raise ValueError(f"attention policy {self.name}: a causal policy sees all segments")
 
     @property
     def table(self) -> Tensor:
@@ -63,9 +71,21 @@ class Policy:
         )
 
     def to_dict(self) -> dict[str, object]:
-        """Plain data from which `Policy(**data)` is built again."""
+        """Plain data from which `from_dict` builds the policy again."""
         rows: dict[str, object] = {row: list(getattr(self, row)) for row in SEGMENTS}
         return {"name": self.name, **rows, "causal": self.causal}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Policy:
+        """The policy that a model's folder describes."""
+        return cls(**with_current_names(data))
+
+
+def with_current_names(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Plain data of a policy, in which BOTTLENECK was called `eos` at first."""
+    rows = {"bottleneck" if key == "eos" else key: value for key, value in data.items()}
+    seen = {s: ["bottleneck" if x == "eos" else x for x in rows[s]] for s in SEGMENTS}
+    return {**rows, **seen}
 
 
 def dense_mask(policy: Policy, segment_lengths: Tensor) -> Tensor:
@@ -86,7 +106,7 @@ def dense_mask(policy: Policy, segment_lengths: Tensor) -> Tensor:
 
 
 def segment_letters(segment_lengths: Sequence[int]) -> str:
-    """What stands over the grid of one sample: A for CONTEXT, E for EOS, B for TARGET."""
+    """What stands over the grid of one sample: A for CONTEXT, E for BOTTLENECK, B for TARGET."""
     return "".join(letter * length for letter, length in zip("AEB", segment_lengths, strict=True))
 
 

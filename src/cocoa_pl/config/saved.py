@@ -23,6 +23,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from transformers import PretrainedConfig
 
+from cocoa_pl.attention.policy import with_current_names
 from cocoa_pl.errors import UserError, first_line
 from cocoa_pl.evaluation.results import read_config
 from cocoa_pl.models.adapters import base_path
@@ -62,7 +63,11 @@ def load_config(run_dir: Path) -> DictConfig:
     Raises:
         UserError: if it is damaged.
     """
-    return OmegaConf.create(read_config(run_dir))
+    config = read_config(run_dir)
+    for stage in config.get("stage", {}).values():
+        if isinstance(stage, dict) and "policy" in stage:
+            stage["policy"] = with_current_names(stage["policy"])
+    return OmegaConf.create(config)
 
 
 def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -36,7 +36,7 @@ from cocoa_pl.evaluation.similarities import histogram
 
 QUERY_BOX, CANDIDATE_BOX, MAP_BOX = 168, 112, 96  # CSS pixels
 TEXT_LIMIT = 320  # characters of an item shown in the gallery
-GRID_LENGTHS = (4, 1, 3)  # CONTEXT, EOS, TARGET of the sample that grids show
+GRID_LENGTHS = (4, 1, 3)  # CONTEXT, BOTTLENECK, TARGET of the sample that grids show
 COLUMN_MEANS = ("in_distribution", "out_of_distribution", "overall")  # as papers have them
 OWN = "this run"
 
