@@ -15,7 +15,7 @@ from cocoa_pl.attention import Policy
 from cocoa_pl.data.items import IMAGE_SLOT, EvalSubset, Item
 from cocoa_pl.errors import UserError
 from cocoa_pl.evaluation.benchmark import evaluate
-from cocoa_pl.evaluation.curves import read_panels
+from cocoa_pl.evaluation.figures import read_panels
 from cocoa_pl.evaluation.report import Provenance, picture, score_table, write_report
 from cocoa_pl.evaluation.results import Results
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from cocoa_pl.data.items import Item
 from cocoa_pl.errors import UserError, renamed
+from cocoa_pl.evaluation.figures import MAPPED_ROWS, Mapped, counted, flattened, sample
 from cocoa_pl.evaluation.results import GalleryRow, RankedCandidate, Results, SubsetScore
 from cocoa_pl.evaluation.scoring import (
     BLOCK,
@@ -21,8 +22,6 @@ from cocoa_pl.evaluation.scoring import (
     row_scores,
     score_rows,
 )
-from cocoa_pl.evaluation.similarities import counted
-from cocoa_pl.evaluation.space import MAPPED_ROWS, Mapped, flattened, sample
 from cocoa_pl.evaluation.vectors import Floats, evenly_spaced
 
 if TYPE_CHECKING:

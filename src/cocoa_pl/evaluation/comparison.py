@@ -23,7 +23,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from cocoa_pl.errors import UserError
-from cocoa_pl.evaluation.curves import Panel, read_panels
+from cocoa_pl.evaluation.figures import Panel, read_panels
 from cocoa_pl.evaluation.report import templates
 from cocoa_pl.evaluation.results import CONFIDENCE, MEANS, Interval, read_config, read_results
 

@@ -23,7 +23,7 @@ from cocoa_pl.attention import Policy, dense_mask, segment_letters
 from cocoa_pl.data.images import ImageSource, open_image
 from cocoa_pl.data.items import Item
 from cocoa_pl.errors import UserError
-from cocoa_pl.evaluation.curves import read_panels
+from cocoa_pl.evaluation.figures import histogram, read_panels
 from cocoa_pl.evaluation.results import (
     GalleryRow,
     Interval,
@@ -32,7 +32,6 @@ from cocoa_pl.evaluation.results import (
     mean_score,
     score_interval,
 )
-from cocoa_pl.evaluation.similarities import histogram
 
 QUERY_BOX, CANDIDATE_BOX, MAP_BOX = 168, 112, 96  # CSS pixels
 TEXT_LIMIT = 320  # characters of an item shown in the gallery

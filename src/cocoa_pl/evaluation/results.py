@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 
 from cocoa_pl.data.items import Item
 from cocoa_pl.errors import UserError
-from cocoa_pl.evaluation.similarities import Similarities
-from cocoa_pl.evaluation.space import Space
+from cocoa_pl.evaluation.figures import Similarities, Space
 
 CONFIDENCE = 0.95
 RESAMPLES = 10_000

@@ -206,14 +206,15 @@ def embed_missing(
     first = np.sort(np.unique(keys, return_index=True)[1])
     own = first[keys[first] % world_size == rank]
     todo = own[store.missing(keys[own])]
-    log.info(
-        "%s of %s vectors are in %s; embedding %s%s",
-        f"{len(own) - len(todo):,}",
-        f"{len(own):,}",
-        store.folder,
-        f"{len(todo):,}",
-        f" in process {rank + 1} of {world_size}" if world_size > 1 else "",
-    )
+    if len(todo):
+        log.info(
+            "%s of %s vectors are in %s; embedding %s%s",
+            f"{len(own) - len(todo):,}",
+            f"{len(own):,}",
+            store.folder,
+            f"{len(todo):,}",
+            f" in process {rank + 1} of {world_size}" if world_size > 1 else "",
+        )
     batches: list[tuple[NDArray[np.intp], Floats]] = []
 
     def write() -> None:

@@ -10,10 +10,18 @@ import pytest
 from cocoa_pl.attention import Policy
 from cocoa_pl.data.items import EvalSubset, Item
 from cocoa_pl.evaluation.benchmark import evaluate
+from cocoa_pl.evaluation.figures import (
+    EDGES,
+    MAPPED_ROWS,
+    Mapped,
+    Similarities,
+    counted,
+    flattened,
+    histogram,
+    sample,
+)
 from cocoa_pl.evaluation.report import Provenance, grid_rows
 from cocoa_pl.evaluation.scoring import Hits
-from cocoa_pl.evaluation.similarities import EDGES, Similarities, counted, histogram
-from cocoa_pl.evaluation.space import MAPPED_ROWS, Mapped, flattened, sample
 
 ALL = ("context", "bottleneck", "target")
 
