@@ -80,8 +80,9 @@ def info_nce(
         losses, hits, compared = rows(queries, positive_index, query_keys)
         return losses, hits, compared
     own_keys = [None] * len(queries) if query_keys is None else query_keys.split(block)
-    blocks = zip(queries.split(block), positive_index.split(block), own_keys, strict=False)
-    found = [checkpoint(rows, *each, use_reentrant=False) for each in blocks]
+    found = []
+    for each in zip(queries.split(block), positive_index.split(block), own_keys, strict=False):
+        found.append(checkpoint(rows, *each, use_reentrant=False))
     losses, hits, compared = (torch.cat(part) for part in zip(*found, strict=True))
     return losses, hits, compared
 

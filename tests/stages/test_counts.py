@@ -5,14 +5,19 @@ Times are noise on a busy machine; operations, rows and bytes are not.
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+import cocoa_pl
 from benchmarks.counting import LiveBytes
+from cocoa_pl import losses
 from cocoa_pl.data.batch import Batch
 from cocoa_pl.data.items import Item
 from cocoa_pl.data.processor import Processor
@@ -20,6 +25,7 @@ from cocoa_pl.models.loading import Loaded
 from cocoa_pl.stages.base import StageModule
 from tests.stages.steps import STAGES, Rows, batches_of, make_module, make_rows
 
+PACKAGE = Path(cocoa_pl.__file__).parent
 CONTRAST = {"learn_temperature": False, "symmetric": False, "matryoshka_dims": ()}
 Make = Callable[..., StageModule]
 MakeRows = Callable[[str, int], Rows]
@@ -128,8 +134,36 @@ def test_memory_of_contrast_grows_with_the_embeddings_and_a_block_of_similaritie
 
 def test_memory_of_rebuilding_does_not_grow_with_the_step(make: Make, rows: MakeRows) -> None:
     for stage in ("warmup", "reconstruct"):
-        peaks = [peak(make(stage), rows(stage, n)) for n in (8, 32)]
+        peaks = [peak(make(stage), rows(stage, n)) for n in (16, 64)]
         assert peaks[1] < 1.05 * peaks[0]
+
+
+@pytest.mark.parametrize("block", [4, 1000])
+@pytest.mark.parametrize("stage", ["reconstruct", "contrast"])
+def test_a_training_step_reaches_its_loss_in_six_frames_of_three_files(
+    stage: str, block: int, make: Make, rows: MakeRows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, seen = make(stage), []
+    module.similarity_block = block  # type: ignore[assignment]
+    original = losses.cross_entropy
+
+    def traced(*args: Any, **kwargs: Any) -> Any:
+        own = [Path(f.filename) for f in traceback.extract_stack() if "cocoa_pl" in f.filename]
+        seen.append([file for file in own if file.is_relative_to(PACKAGE)])
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(losses, "cross_entropy", traced)
+    batches = batches_of(module, rows(stage, 8))
+    monkeypatch.setattr(module, "optimizers", MagicMock())
+    monkeypatch.setattr(module, "lr_schedulers", MagicMock())
+    monkeypatch.setattr(module, "log_dict", lambda metrics: None)
+    monkeypatch.setattr(module, "_finite", MagicMock(look_back=lambda: None))
+    monkeypatch.setattr(type(module), "global_step", 0)
+    module.training_step(batches, 0)
+    assert seen
+    for files in seen:
+        assert len(files) <= 6
+        assert len(set(files)) <= 3
 
 
 @pytest.mark.gpu
