@@ -166,9 +166,9 @@ def test_deterministic_algorithms_give_the_same_bits_twice(
         assert all(map(torch.equal, gradients(output, inputs), expected))
 
 
-def plans(name: str) -> dict[str, Plan]:
+def plans(name: str, kernel: str) -> dict[str, Plan]:
     made = make_plan(POLICIES[name], LENGTHS).to("cuda")
-    prepared = made.prepared("sdpa").prepared("varlen")
+    prepared = made.prepared(kernel)
     return {
         "made in the step": made,
         "prepared": pickle.loads(pickle.dumps(prepared)),
@@ -180,9 +180,9 @@ def plans(name: str) -> dict[str, Plan]:
 @pytest.mark.parametrize("name", POLICIES)
 def test_a_plan_and_its_kernel_never_wait_for_the_device(name: str, kernel: str) -> None:
     inputs = states(int(LENGTHS.sum()), torch.bfloat16, **TEXT)
-    for plan in plans(name).values():  # whatever is set up once
+    for plan in plans(name, kernel).values():  # whatever is set up once
         attend(*inputs, plan, kernel=kernel, scale=0.1).sum().backward()
-    fresh = plans(name)
+    fresh = plans(name, kernel)
     torch.cuda.synchronize()
     mode = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
@@ -193,9 +193,10 @@ def test_a_plan_and_its_kernel_never_wait_for_the_device(name: str, kernel: str)
         torch.cuda.set_sync_debug_mode(mode)
 
 
-def test_pinned_forms_are_pinned() -> None:
-    plan = plans("eos_bridge")["pinned"]
-    assert plan.host_padded is not None
-    assert plan.host_varlen is not None
-    tensors = (*plan.host_padded[2:], *plan.host_varlen[:2], plan.host_varlen.k_index)
-    assert all(x is not None and x.is_pinned() for x in tensors)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_pinned_forms_are_pinned(kernel: str) -> None:
+    form = plans("eos_bridge", kernel)["pinned"].form
+    assert form is not None
+    tensors = [part for part in form if isinstance(part, Tensor)]
+    assert len(tensors) == 3
+    assert all(tensor.is_pinned() for tensor in tensors)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cocoa_pl.attention import Plan, dense_mask, make_plan, self_plan
-from cocoa_pl.attention.plan import Padded, on_device
+from cocoa_pl.attention.plan import on_device
 from tests.attention.oracle import OURS, POLICIES, random_lengths
 
 
@@ -143,12 +143,9 @@ def test_what_is_prepared_travels_and_moves_once(
 
 def test_nothing_is_made_to_be_pinned_and_the_kernel_must_be_named() -> None:
     plan = self_plan(torch.tensor([3]))
-    assert plan.pin_memory().host_padded is None
+    assert plan.pin_memory().form is None
     with pytest.raises(ValueError, match="cannot prepare a plan for attention kernel 'auto'"):
         plan.prepared("auto")
-    both = plan.prepared("sdpa").prepared("varlen")
-    assert isinstance(both.host_padded, Padded)
-    assert both.host_varlen is not None
 
 
 def test_copies_to_a_gpu_start_from_pinned_memory_and_wait_for_nothing(

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
@@ -92,14 +93,21 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> Tensor:
 def varlen(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> Tensor:
     """torch's `varlen_attn`; deterministic under `torch.use_deterministic_algorithms`."""
     _require_flash_inputs(v, "varlen")
-    return over_segments(_torch_call(), q, k, v, plan, scale)
+    return over_segments(torch_call(varlen_attn), q, k, v, plan, scale)
 
 
 def flash(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> Tensor:
     """flash-attn's `flash_attn_varlen_func`; deterministic as above."""
-    call = _flash_call()
+    try:
+        function = import_module("flash_attn").flash_attn_varlen_func
+    except ImportError as error:
+        raise UserError(
+            "model.kernel=flash needs flash-attn, which cannot be imported "
+            f"({str(error).splitlines()[0]}): pip install 'cocoa_pl[flash]', or take "
+            "model.kernel=varlen, which comes with torch"
+        ) from error
     _require_flash_inputs(v, "flash")
-    return over_segments(call, q, k, v, plan, scale)
+    return over_segments(flash_call(function), q, k, v, plan, scale)
 
 
 def auto(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> Tensor:
@@ -145,6 +153,7 @@ def over_segments(
     return call(q, k, v, inputs, plan.causal, scale)
 
 
+@cache
 def torch_call(function: Callable[..., Any]) -> VarlenCall:
     """Adapt `varlen_attn` as the installed torch has it.
 
@@ -250,26 +259,6 @@ def flash_refusal(device: torch.device, dtype: torch.dtype, head_width: int) -> 
 def _require_flash_inputs(states: Tensor, kernel: str) -> None:
     if reason := flash_refusal(states.device, states.dtype, states.shape[-1]):
         raise UserError(f"model.kernel={kernel} {reason}; model.kernel=sdpa runs anywhere")
-
-
-@cache
-def _torch_call() -> VarlenCall:
-    from torch.nn.attention.varlen import varlen_attn
-
-    return torch_call(varlen_attn)
-
-
-@cache
-def _flash_call() -> VarlenCall:
-    try:
-        module = import_module("flash_attn")
-    except ImportError as error:
-        raise UserError(
-            "model.kernel=flash needs flash-attn, which cannot be imported "
-            f"({str(error).splitlines()[0]}): pip install 'cocoa_pl[flash]', or take "
-            "model.kernel=varlen, which comes with torch"
-        ) from error
-    return flash_call(module.flash_attn_varlen_func)
 
 
 def _rows(states: Tensor, index: Tensor | None) -> Tensor:

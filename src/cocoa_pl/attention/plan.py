@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
@@ -20,8 +20,6 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from cocoa_pl.attention.policy import Policy
-
-Form = TypeVar("Form", "Padded", "Varlen")
 
 
 class Rectangle(NamedTuple):
@@ -74,8 +72,7 @@ class Plan:
     kv_index: Tensor  # (K) int64
     causal: bool  # query i of a segment with Lq queries and Lk keys sees key j <= i + Lk - Lq
     device: torch.device  # where kernels read it
-    host_padded: Padded | None = None
-    host_varlen: Varlen | None = None
+    form: Padded | Varlen | None = None  # what is prepared
 
     def to(self, device: torch.device | str) -> Plan:
         """The same plan for kernels on another device; what is prepared stays so."""
@@ -93,20 +90,14 @@ class Plan:
             ValueError: for another name.
         """
         if kernel == "sdpa":
-            return replace(self, host_padded=self._pad())
+            return replace(self, form=self._pad())
         if kernel in ("varlen", "flash"):
-            return replace(self, host_varlen=self._varlen())
+            return replace(self, form=self._varlen())
         raise ValueError(f"cannot prepare a plan for attention kernel {kernel!r}")
 
     def pin_memory(self) -> Plan:
         """The same plan with what is prepared in pinned memory."""
-        return replace(
-            self,
-            host_padded=self.host_padded
-            and apply_to_collection(self.host_padded, Tensor, Tensor.pin_memory),
-            host_varlen=self.host_varlen
-            and apply_to_collection(self.host_varlen, Tensor, Tensor.pin_memory),
-        )
+        return replace(self, form=apply_to_collection(self.form, Tensor, Tensor.pin_memory))
 
     @property
     def num_scores(self) -> int:
@@ -116,21 +107,19 @@ class Plan:
     @property
     def rectangles(self) -> tuple[Rectangle, ...]:
         """What `sdpa` computes for this plan, padding included."""
-        return (self.host_padded or self._pad()).rectangles
+        return (self.form if isinstance(self.form, Padded) else self._pad()).rectangles
 
     @cached_property
     def padded(self) -> Padded:
         """For `sdpa`, on the plan's device."""
-        return self._there(self.host_padded or self._pad())
+        form = self.form if isinstance(self.form, Padded) else self._pad()
+        return Padded(*apply_to_collection(form, Tensor, on_device, self.device))
 
     @cached_property
     def varlen(self) -> Varlen:
         """For `varlen` and `flash`, on the plan's device."""
-        return self._there(self.host_varlen or self._varlen())
-
-    def _there(self, form: Form) -> Form:
-        moved: Form = apply_to_collection(form, Tensor, on_device, self.device)
-        return moved
+        form = self.form if isinstance(self.form, Varlen) else self._varlen()
+        return Varlen(*apply_to_collection(form, Tensor, on_device, self.device))
 
     def _varlen(self) -> Varlen:
         q, k = self.cu_seqlens_q, self.cu_seqlens_k
@@ -167,7 +156,7 @@ class Plan:
             tuple(masks),
             _unless_in_place(torch.cat(queries), tokens),
             _unless_in_place(torch.cat(keys), tokens),
-            _unless_in_place(ranges(first_places, q_lengths), num_places),
+            _unless_in_place(_ranges(first_places, q_lengths), num_places),
         )
 
 
@@ -197,7 +186,7 @@ def make_plan(policy: Policy, segment_lengths: Tensor) -> Plan:
     return Plan(
         cu_seqlens_q=_cumulative(q_lengths[sample, row]),
         cu_seqlens_k=_cumulative(k_parts.sum(1)),
-        kv_index=ranges(starts[sample].flatten(), k_parts.flatten()),
+        kv_index=_ranges(starts[sample].flatten(), k_parts.flatten()),
         causal=policy.causal,
         device=torch.device("cpu"),
     )
@@ -213,13 +202,6 @@ def self_plan(lengths: Tensor) -> Plan:
     return Plan(bounds, bounds, tokens, causal=False, device=torch.device("cpu"))
 
 
-def ranges(starts: Tensor, lengths: Tensor) -> Tensor:
-    """Concatenated arange(start, start + length) for each pair: (N), (N) -> (sum of lengths)."""
-    ends = lengths.cumsum(0)
-    within = torch.arange(int(lengths.sum())) - torch.repeat_interleave(ends - lengths, lengths)
-    return torch.repeat_interleave(starts, lengths) + within
-
-
 def on_device(tensor: Tensor, device: torch.device) -> Tensor:
     """A host tensor on another device, without waiting for it: from pinned memory, the copy takes
     its turn behind the work that is queued there.
@@ -232,6 +214,13 @@ def on_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 def _cumulative(lengths: Tensor) -> Tensor:
     return pad(lengths.cumsum(0), (1, 0)).int()
+
+
+def _ranges(starts: Tensor, lengths: Tensor) -> Tensor:
+    """Concatenated arange(start, start + length) for each pair: (N), (N) -> (sum of lengths)."""
+    ends = lengths.cumsum(0)
+    within = torch.arange(int(lengths.sum())) - torch.repeat_interleave(ends - lengths, lengths)
+    return torch.repeat_interleave(starts, lengths) + within
 
 
 def _padded_ranges(starts: Tensor, lengths: Tensor) -> Tensor:
