@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,13 @@ class StopAt(L.Callback):
 
 class PowerCut(Exception):
     """Ends a run without a chance to save anything."""
+
+
+def copy_of(source: PairSource) -> PairSource:
+    """The same source, which has read nothing yet."""
+    made = copy(source)
+    vars(made).pop("_parts", None)
+    return made
 
 
 def fall(*_: Any) -> None:
@@ -145,6 +153,44 @@ def test_a_stopped_run_goes_on_bit_by_bit(
     assert read_metrics(tmp_path) == whole.metrics
     assert equal(weights(backbone), whole.weights)
     assert lineage == whole.lineage
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda lines: lines[:-1], "13 rows then, 12 now"),
+        (lambda lines: lines[::-1], "as many rows, of other content or in another order"),
+        (lambda lines: [lines[0].replace("sofa", "sea"), *lines[1:]], "as many rows, of other .*"),
+    ],
+    ids=["fewer", "turned", "edited"],
+)
+def test_data_that_changed_is_no_data_to_resume_on(
+    change: Callable[[list[str]], list[str]],
+    said: str,
+    tmp_path: Path,
+    data: PairSource,
+    make_stages: MakeStages,
+    train: Train,
+    fresh: Fresh,
+) -> None:
+    """Whatever the workers have read ahead; a file that is written again as it was is no change."""
+    file = tmp_path / "train.jsonl"
+    lines = Path(data.root).read_text().splitlines()
+    file.write_text("\n".join(lines))
+
+    def reading() -> PairSource:
+        made = copy_of(data)
+        made.root = str(file)
+        return made
+
+    stages = make_stages("stage.order=[contrast]", steps=STEPS)
+    with pytest.raises(Interrupted):
+        train(tmp_path, stages, fresh(), data=reading(), num_workers=2, callbacks=[StopAt(2)])
+    file.write_text("\n".join(change(lines)))
+    with pytest.raises(UserError, match=rf"stage contrast changed .* \({said}\).*init_from=FOLDER"):
+        train(tmp_path, stages, fresh(), data=reading(), num_workers=2, resume=True)
+    file.write_text("\n".join(lines) + "\n")
+    train(tmp_path, stages, fresh(), data=reading(), num_workers=2, resume=True)
 
 
 def test_a_run_can_be_stopped_and_resumed_twice(

@@ -401,3 +401,11 @@ def select(pairs: Sequence[Pair], rows: np.ndarray) -> Sequence[Pair]:
     if isinstance(pairs, Pairs):
         return pairs.select(rows)
     return [pairs[row] for row in rows.tolist()]
+
+
+def fingerprint(pairs: Sequence[Pair]) -> str:
+    """Of all content in its order; of images that are files of their own, the paths."""
+    if isinstance(pairs, Pairs):
+        return pairs.fingerprint
+    items = (item for pair in pairs for item in (pair.query, pair.positive, *pair.negatives))
+    return xxhash.xxh3_128(repr([item.key for item in items]).encode()).hexdigest()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +18,7 @@ from cocoa_pl.data.datamodule import StageData, check_mixing
 from cocoa_pl.data.examples import MakeSamples, check_contrast, describing, first_of_each_subset
 from cocoa_pl.data.items import Pair
 from cocoa_pl.data.processor import Processor
+from cocoa_pl.data.readers import fingerprint
 from cocoa_pl.data.sampler import Mixing, mix
 from cocoa_pl.data.sources import DataOfStages, source_of
 from cocoa_pl.data.stream import PairStream
@@ -184,6 +185,9 @@ def run_stages(
         state = checkpoint.read(settings.last)
         checkpoint.check_base(state, backbone, where=str(settings.last))
     base = checkpoint.base_of(backbone)
+    facts = [[one.num_train, one.fingerprint] for one in rows]
+    if state is not None:
+        _check_rows(stages, facts, state["cocoa"], settings)
     lineage: list[dict[str, Any]] = []
     for index, stage in enumerate(stages):
         stage_of_state = state["cocoa"]["stage_index"] if state else -1
@@ -200,7 +204,7 @@ def run_stages(
             settings,
             label=f"{index + 1}/{len(stages)} {stage.name}",
             index=index,
-            position={"stage_index": index, "lineage": lineage, "base": base},
+            position={"stage_index": index, "lineage": lineage, "base": base, "rows": facts},
             start_step=resumed["global_step"] if resumed is not None else 0,
         )
         lineage = [*lineage, entry]
@@ -218,6 +222,33 @@ class StageRows:
     def num_train(self) -> int | None:
         """None for a stream."""
         return None if isinstance(self.train, PairStream) else len(self.train)
+
+    @property
+    def fingerprint(self) -> str | None:
+        """None for a stream, whose rows are not known."""
+        return None if isinstance(self.train, PairStream) else fingerprint(self.train)
+
+
+def _check_rows(
+    stages: Sequence[Stage], facts: list[Any], before: Mapping[str, Any], settings: RunSettings
+) -> None:
+    """Refuse to resume on training rows that are not those which the run was trained on.
+
+    Raises:
+        UserError: naming the stage, what changed, and what to do.
+    """
+    start = before["stage_index"]  # what stages before it have read is learnt
+    for stage, was, now in list(zip(stages, before.get("rows", facts), facts, strict=True))[start:]:
+        if was != now:
+            what = f"{was[0]} rows then, {now[0]} now"
+            if was[0] == now[0]:
+                what = "as many rows, of other content or in another order"
+            raise UserError(
+                f"the training data of stage {stage.name} changed since the run stopped ({what}), "
+                "and a run goes on exactly or not at all: put the data back, or begin another run "
+                f"with its weights: cocoa export {settings.last} --to hf --out FOLDER, then "
+                "init_from=FOLDER instead of resume"
+            )
 
 
 def _rows_of(stage: Stage, source: TrainingData) -> StageRows:
