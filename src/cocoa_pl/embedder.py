@@ -1,4 +1,4 @@
-"""Texts and images in, unit vectors out: the library's front door."""
+"""`Embedder`, the library's front door: unit vectors of texts and images."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from cocoa_pl.models.loading import load
 log = logging.getLogger(__name__)
 
 EVERY_SECONDS = 30.0  # between two lines in the log; short work logs nothing
-THREADS = 4  # that read and encode ahead of the model
+THREADS = 4  # that read images and tokenize ahead of the model
 
 Fetch = Callable[[], NDArray[np.float32]]
 Part = tuple[NDArray[np.intp], NDArray[np.float32]]  # places of items, and their vectors

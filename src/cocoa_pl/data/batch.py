@@ -42,7 +42,7 @@ class Sample:
     """One sequence as a data worker makes it: CONTEXT, BOTTLENECK and TARGET tokens in this order,
     with the patches of its images, and what is hidden of it.
 
-    The processor *writes* the segment lengths; nobody searches for EOS in `input_ids` later.
+    The processor *writes* the segment lengths; no code searches for EOS in `input_ids` later.
     """
 
     input_ids: Ints  # (t), the mask token where text is hidden

@@ -62,7 +62,7 @@ def item_batches(
         item_at: the item of a number from 0 to `count`; may be called twice, from any thread.
         lay_out: is called in the threads too.
         batch_tokens: of a batch at most; a longer single item is a batch alone.
-        threads: that read and encode ahead; 0 does so when a batch is asked for.
+        threads: that read ahead; 0 does so when a batch is asked for.
 
     Raises:
         UserError: what `item_at` or the processor says of the first bad item in the order of the
@@ -107,7 +107,7 @@ def _cut_windows(
 
 
 def _measure(item_at: Callable[[int], Item], number: int, processor: Processor) -> Measure:
-    """From the text and the images' headers; what is wrong with an item is told by encoding it."""
+    """From the text and the images' headers; reading a bad item will say what is wrong with it."""
     try:
         item = item_at(number)
         sizes = [image_size(image, where=name_of(number)) for image in item.media]

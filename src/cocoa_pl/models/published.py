@@ -1,4 +1,4 @@
-"""A model's name in, its true architecture out, without weights and without a network.
+"""True architectures of published models by name, without weights and without a network.
 
 `published.yaml`, beside this file, holds the published configurations of the supported models.
 """

@@ -298,11 +298,11 @@ class StageModule(L.LightningModule, ABC):
                 log.warning("step %d: %s (said once)", number, self.empty)
             return
         ids = [row_id for part in all_objects(list(mine)) for row_id in part]
-        told = ", ".join(ids[:SHOWN_ROWS]) + (", ..." if len(ids) > SHOWN_ROWS else "")
+        shown = ", ".join(ids[:SHOWN_ROWS]) + (", ..." if len(ids) > SHOWN_ROWS else "")
         path = Path(self.trainer.default_root_dir) / "bad_batch.txt"
         if rank() == 0:
             path.write_text("".join(f"{row_id}\n" for row_id in ids))
         raise UserError(
-            f"step {number}: the gradient is {done.norm}; the batch had the rows {told} "
+            f"step {number}: the gradient is {done.norm}; the batch had the rows {shown} "
             f"(all {len(ids)} in {path}). The weights are as before this step"
         )

@@ -172,10 +172,10 @@ def run_stages(
         One lineage entry for each stage.
 
     Raises:
-        Interrupted: when somebody stopped the run.
+        Interrupted: when the run was stopped.
     """
     settings.last.parent.mkdir(parents=True, exist_ok=True)
-    for stage in stages:  # what the last one's module refuses is not told after days of others
+    for stage in stages:  # a module of the last stage refuses before days of the others
         stage.make_module(backbone, processor, steps=1, seed=0)
     rows = [_rows_of(stage, source_of(data, stage.name)) for stage in stages]
     state = None
