@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks.counting import LiveBytes
-from cocoa_pl.planning.activations import Numbers, kept_by_chunk
+from cocoa_pl.planning.activations import ByteWidths, kept_by_chunk
 from cocoa_pl.planning.memory import (
     ACTIVATIONS,
     BUFFERS,
@@ -131,7 +131,7 @@ def test_what_a_forward_pass_keeps_is_known_to_two_per_cent(
     kept = kept_by_chunk(
         small.shape,
         small.tuning,
-        Numbers(product=dtype.itemsize, weight=weight, on_gpu=False),
+        ByteWidths(product=dtype.itemsize, weight=weight, on_gpu=False),
         small.works[0],
         checkpointing=False,
         decoder=False,

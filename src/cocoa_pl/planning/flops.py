@@ -47,7 +47,7 @@ Costs = dict[str, Cost]
 
 @dataclass
 class _Tape:
-    """Costs as they add up along a forward pass, and whether a gradient flows back to here."""
+    """Costs that add up along a forward pass; methods return if their output needs a gradient."""
 
     tuning: Tuning
     costs: Costs = field(default_factory=dict)
@@ -56,34 +56,34 @@ class _Tape:
         self.costs[part] = self.costs.get(part, Cost()) + cost
 
     def linear(
-        self, part: str, linear: Linear, rows: int, *, block: int, flows: bool, again: bool
+        self, part: str, linear: Linear, rows: int, *, block: int, requires_grad: bool, again: bool
     ) -> bool:
         """Charge one linear; True if its output needs a gradient.
 
         Args:
-            flows: its input needs a gradient.
+            requires_grad: its input needs a gradient.
             again: it is recomputed under checkpointing.
         """
         product = 2.0 * rows * linear.fan_in * linear.fan_out
-        backward = product * (flows + self.tuning.full)
+        backward = product * (requires_grad + self.tuning.full)
         self.add(part, Cost(product, backward, product * again))
         if self.tuning.adapts(linear, block):
-            self._adapter(linear, rows, product, flows=flows)
-        return flows or self.tuning.learns(linear, block)
+            self._adapter(linear, rows, product, requires_grad=requires_grad)
+        return requires_grad or self.tuning.learns(linear, block)
 
-    def _adapter(self, linear: Linear, rows: int, product: float, *, flows: bool) -> None:
+    def _adapter(self, linear: Linear, rows: int, product: float, *, requires_grad: bool) -> None:
         adapter = self.tuning.adapter
         assert adapter is not None
         pairs = 2.0 * rows * adapter.rank
         down, up = pairs * linear.fan_in, pairs * linear.fan_out
-        forward, backward = down + up, down * (1 + flows) + 2 * up
+        forward, backward = down + up, down * (1 + requires_grad) + 2 * up
         if adapter.use_dora:
             if not adapter.lean:  # peft builds B A from an identity matrix for the norm of W + B A
                 matrix = 2.0 * linear.fan_in * adapter.rank
                 forward += matrix * (linear.fan_in + linear.fan_out)
             if adapter.dropout and adapter.dropout_on_base:
                 forward += product
-                backward += product * flows
+                backward += product * requires_grad
         self.add(ADAPTERS, Cost(forward, backward))
 
 
@@ -97,21 +97,21 @@ def chunk_costs(
         decoder: the image decoder runs.
     """
     tape = _Tape(tuning)
-    flows = _vision(tape, shape, work, checkpointing) if work.patches else False
-    flows = flows or tuning.full or checkpointing
+    requires_grad = _vision(tape, shape, work, checkpointing) if work.patches else False
+    requires_grad = requires_grad or tuning.full or checkpointing
     for number in range(shape.text.count):
-        flows = _block(
+        requires_grad = _block(
             tape,
             TEXT,
             shape.text,
             number,
             work.tokens,
             work.text,
-            flows=flows,
+            requires_grad=requires_grad,
             checkpointing=checkpointing,
         )
     vocabulary = 2.0 * work.predicted * shape.text.width * shape.vocabulary
-    tape.add(HEAD, Cost(vocabulary, vocabulary * (flows + tuning.full)))
+    tape.add(HEAD, Cost(vocabulary, vocabulary * (requires_grad + tuning.full)))
     if decoder:
         tape.add(DECODER, _decoder(shape, work))
     return tape.costs
@@ -165,21 +165,21 @@ def _vision(tape: _Tape, shape: ModelShape, work: Work, checkpointing: bool) -> 
     vision, tuning = shape.vision, tape.tuning
     embedding = 2.0 * work.patches * vision.patch_values * vision.block.width
     tape.add(VISION, Cost(embedding, embedding * tuning.full))
-    flows = tuning.full or (checkpointing and vision.input_hook)
+    requires_grad = tuning.full or (checkpointing and vision.input_hook)
     for number in range(vision.block.count):
         # Where windows are, the blocks that see whole images cost the same wherever they stand.
         whole = number < vision.full_blocks
-        flows = _block(
+        requires_grad = _block(
             tape,
             VISION,
             vision.block,
             number,
             work.patches,
             work.images if whole else work.windows,
-            flows=flows,
+            requires_grad=requires_grad,
             checkpointing=checkpointing,
         )
-    merged = [_merger(tape, merger, work.visual_tokens, flows) for merger in vision.mergers]
+    merged = [_merger(tape, merger, work.visual_tokens, requires_grad) for merger in vision.mergers]
     return any(merged)
 
 
@@ -191,28 +191,28 @@ def _block(
     rows: int,
     attention: Attention,
     *,
-    flows: bool,
+    requires_grad: bool,
     checkpointing: bool,
 ) -> bool:
     """Charge one transformer block; True if its output needs a gradient."""
     before = tape.costs.get(ADAPTERS, Cost())
 
-    def linear(one: Linear, flows: bool, again: bool = checkpointing) -> bool:
-        return tape.linear(part, one, rows, block=number, flows=flows, again=again)
+    def linear(one: Linear, requires_grad: bool, again: bool = checkpointing) -> bool:
+        return tape.linear(part, one, rows, block=number, requires_grad=requires_grad, again=again)
 
-    attends = any([linear(one, flows) for one in block.inputs])
+    attends = any([linear(one, requires_grad) for one in block.inputs])
     scores = attention_flops(block, attention)
     # Backward: the scores again, and gradients of values, scores, queries and keys.
     tape.add(SCORES, Cost(scores, 2.5 * scores * attends, scores * checkpointing))
-    flows = linear(block.output, attends) or flows
-    raised = any([linear(one, flows) for one in block.up])
+    requires_grad = linear(block.output, attends) or requires_grad
+    raised = any([linear(one, requires_grad) for one in block.up])
     # Recomputation stops at the last tensor that backward asks for: the input of the last product.
     redone = checkpointing and _last_is_redone(tape.tuning, block.down, number)
-    flows = linear(block.down, raised, redone) or flows
+    requires_grad = linear(block.down, raised, redone) or requires_grad
     if checkpointing and ADAPTERS in tape.costs:
         forward = tape.costs[ADAPTERS].forward - before.forward
         tape.add(ADAPTERS, Cost(recomputed=forward - _not_redone(tape.tuning, block, number, rows)))
-    return flows
+    return requires_grad
 
 
 def _last_is_redone(tuning: Tuning, last: Linear, number: int) -> bool:
@@ -231,10 +231,12 @@ def attention_flops(block: BlockShape, attention: Attention) -> float:
     return 4.0 * attention.scores * block.heads * block.head_dim
 
 
-def _merger(tape: _Tape, merger: MergerShape, rows: int, flows: bool) -> bool:
+def _merger(tape: _Tape, merger: MergerShape, rows: int, requires_grad: bool) -> bool:
     for linear in (merger.first, merger.second):
-        flows = tape.linear(VISION, linear, rows, block=0, flows=flows, again=False)
-    return flows
+        requires_grad = tape.linear(
+            VISION, linear, rows, block=0, requires_grad=requires_grad, again=False
+        )
+    return requires_grad
 
 
 def _decoder(shape: ModelShape, work: Work) -> Cost:
@@ -242,6 +244,6 @@ def _decoder(shape: ModelShape, work: Work) -> Cost:
     tokens; it trains whole and is not checkpointed.
     """
     tape, block = _Tape(FULL), shape.text
-    _block(tape, TEXT, block, 0, work.tokens, work.text, flows=True, checkpointing=False)
+    _block(tape, TEXT, block, 0, work.tokens, work.text, requires_grad=True, checkpointing=False)
     projection = 2.0 * work.rebuilt * shape.text.width * decoder_values(shape)
     return sum(tape.costs.values(), Cost(projection, 2 * projection))

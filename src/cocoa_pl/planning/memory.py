@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from cocoa_pl.distributed.collectives import BUCKET_BYTES
 from cocoa_pl.planning import peaks
-from cocoa_pl.planning.activations import FLOAT32, Kept, Numbers, kept_by_chunk
+from cocoa_pl.planning.activations import FLOAT32, ByteWidths, Kept, kept_by_chunk
 from cocoa_pl.planning.shapes import ModelShape
 from cocoa_pl.planning.tuning import (
     Adapter,
@@ -31,7 +31,7 @@ class Setup:
     Args:
         width: bytes of inputs and outputs of matrix products, 4 (float32) or 2 (bfloat16).
         sharded: weights, gradients and optimizer state are split over the GPUs (FSDP2).
-        on_gpu: False for the CPU, which keeps other masks (see `activations.Numbers`).
+        on_gpu: False for the CPU, which keeps other masks (see `activations.ByteWidths`).
     """
 
     shape: ModelShape
@@ -57,10 +57,10 @@ class Setup:
         return FLOAT32 if self.tuning.full else self.width
 
     @property
-    def numbers(self) -> Numbers:
+    def widths(self) -> ByteWidths:
         # FSDP2 gathers weights in the type of the products; otherwise autocast copies them.
         used = self.width if self.sharded else self.weight_width
-        return Numbers(product=self.width, weight=used, on_gpu=self.on_gpu)
+        return ByteWidths(product=self.width, weight=used, on_gpu=self.on_gpu)
 
     def with_changes(self, **changes: object) -> Setup:
         return replace(self, **changes)  # type: ignore[arg-type]
@@ -145,7 +145,7 @@ def activation_peak(setup: Setup, load: ChunkLoad, gradients: int) -> int:
             absent = missing[name] if first else gradients if name == peaks.HIDING else 0
             highest = max(highest, size - absent)
         if load.cached and number:
-            graphless = peaks.without_graph(setup.shape, setup.tuning, setup.numbers, work)
+            graphless = peaks.without_graph(setup.shape, setup.tuning, setup.widths, work)
             highest = max(highest, graphless - gradients + first_graph)
     return highest
 
@@ -155,7 +155,7 @@ def graph(setup: Setup, decoder: bool, work: Work) -> Kept:
     return kept_by_chunk(
         setup.shape,
         setup.tuning,
-        setup.numbers,
+        setup.widths,
         work,
         checkpointing=setup.checkpointing,
         decoder=decoder,
@@ -167,7 +167,7 @@ def chunk_moments(setup: Setup, load: ChunkLoad, work: Work) -> dict[str, int]:
     return peaks.moments(
         setup.shape,
         setup.tuning,
-        setup.numbers,
+        setup.widths,
         work,
         graph(setup, load.decoder, work),
         checkpointing=setup.checkpointing,
@@ -210,7 +210,7 @@ def _gathered(setup: Setup, *, decoder: bool) -> int:
     """Weights that FSDP2 holds whole: what is in no block, two blocks (one runs, one arrives), the
     flat buffer that one arrives in, and a block's gradients before and while they are reduced.
     """
-    shape, width = setup.shape, setup.numbers.weight
+    shape, width = setup.shape, setup.widths.weight
     blocks = (shape.text, shape.vision.block)
     outside = shape.parameters - sum(block.count * block.parameters for block in blocks)
     largest = max(block.parameters for block in blocks)

@@ -8,7 +8,7 @@ what is kept until then. The factors of working memory are measured, as docs/pla
 
 from __future__ import annotations
 
-from cocoa_pl.planning.activations import FLOAT32, Kept, Numbers
+from cocoa_pl.planning.activations import FLOAT32, ByteWidths, Kept
 from cocoa_pl.planning.shapes import BlockShape, ModelShape
 from cocoa_pl.planning.tuning import Tuning, decoder_values
 from cocoa_pl.planning.work import Work
@@ -23,7 +23,7 @@ HIDING_BYTES = 28  # for each value of noise: int64 counters, hashes and their t
 def moments(
     shape: ModelShape,
     tuning: Tuning,
-    numbers: Numbers,
+    byte_widths: ByteWidths,
     work: Work,
     kept: Kept,
     *,
@@ -31,7 +31,7 @@ def moments(
 ) -> dict[str, int]:
     """Bytes at each moment of a chunk's forward and backward pass, beside weights and gradients."""
     blocks = kept.vision + kept.text
-    working = _backward(shape.text, work.tokens, tuning, numbers)
+    working = _backward(shape.text, work.tokens, tuning, byte_widths)
     text_block = kept.text // shape.text.count
     found = {
         HEAD: blocks + kept.head + 2 * work.predicted * shape.vocabulary * FLOAT32,
@@ -44,62 +44,62 @@ def moments(
         found[HIDING] = HIDING_BYTES * values
     if work.patches:
         block = shape.vision.block
-        working = _backward(block, work.patches, tuning, numbers)
+        working = _backward(block, work.patches, tuning, byte_widths)
         vision_block = kept.vision // block.count
         found[VISION] = kept.vision + kept.vision_block * checkpointing + working
         found[VISION_END] = _last(vision_block, kept.vision_block, checkpointing) + working
-        pixels = _pixels(shape, tuning, numbers, work)
-        found[PIXELS] = kept.vision + pixels + _forward(block, work.patches, tuning, numbers)
+        pixels = _pixels(shape, tuning, byte_widths, work)
+        found[PIXELS] = kept.vision + pixels + _forward(block, work.patches, tuning, byte_widths)
     return found
 
 
-def without_graph(shape: ModelShape, tuning: Tuning, numbers: Numbers, work: Work) -> int:
+def without_graph(shape: ModelShape, tuning: Tuning, byte_widths: ByteWidths, work: Work) -> int:
     """Bytes at the fullest moment of a forward pass that keeps nothing."""
-    text = _forward(shape.text, work.tokens, tuning, numbers)
-    vision = _forward(shape.vision.block, work.patches, tuning, numbers)
-    return max(text, vision + _pixels(shape, tuning, numbers, work))
+    text = _forward(shape.text, work.tokens, tuning, byte_widths)
+    vision = _forward(shape.vision.block, work.patches, tuning, byte_widths)
+    return max(text, vision + _pixels(shape, tuning, byte_widths, work))
 
 
 def _last(inputs: int, block: int, checkpointing: bool) -> int:
     return inputs + block if checkpointing else inputs
 
 
-def _pixels(shape: ModelShape, tuning: Tuning, numbers: Numbers, work: Work) -> int:
+def _pixels(shape: ModelShape, tuning: Tuning, byte_widths: ByteWidths, work: Work) -> int:
     """Float pixels, the same with noise where patches are hidden, both frames of them, and these
     in the tower's width where that is another; what is kept of these for the backward pass, with
     full tuning the last, is counted there.
     """
     values = work.patches * shape.vision.patch_values  # of both frames
-    widths = [FLOAT32, *([numbers.product] if numbers.product != FLOAT32 else [])]
+    widths = [FLOAT32, *([byte_widths.product] if byte_widths.product != FLOAT32 else [])]
     passing = widths[:-1] if tuning.full else widths
     return values // 2 * FLOAT32 * (1 + (work.rebuilt > 0)) + values * sum(passing)
 
 
-def _forward(block: BlockShape, rows: int, tuning: Tuning, numbers: Numbers) -> int:
+def _forward(block: BlockShape, rows: int, tuning: Tuning, byte_widths: ByteWidths) -> int:
     """Inner states of a perceptron; with adapters what the last one is fed, also in float32 where
     it is widened, its mask, the dropped-out copy and one temporary; and DoRA's two scaled results.
     """
-    width, adapter = 4 * numbers.product, tuning.adapter
+    width, adapter = 4 * byte_widths.product, tuning.adapter
     if adapter is not None:
-        copy = FLOAT32 * (numbers.dropped(adapter) != numbers.product)
-        width = numbers.product + copy + numbers.mask(adapter) + 2 * FLOAT32
+        copy = FLOAT32 * (byte_widths.dropped(adapter) != byte_widths.product)
+        width = byte_widths.product + copy + byte_widths.mask(adapter) + 2 * FLOAT32
         width += 2 * FLOAT32 * adapter.use_dora
     return rows * block.intermediate * width
 
 
-def _backward(block: BlockShape, rows: int, tuning: Tuning, numbers: Numbers) -> int:
+def _backward(block: BlockShape, rows: int, tuning: Tuning, byte_widths: ByteWidths) -> int:
     """Gradients of a perceptron's inner states, and what its last linear works with."""
     adapter = tuning.adapter
     if adapter is None:  # a weight's gradient in both widths
-        inner = 2 * rows * block.intermediate * numbers.product
-        both = block.intermediate * block.width * (numbers.product + FLOAT32)
-        return inner + both * numbers.casts
-    inner = 2 * rows * block.intermediate * numbers.dropped(adapter)
+        inner = 2 * rows * block.intermediate * byte_widths.product
+        both = block.intermediate * block.width * (byte_widths.product + FLOAT32)
+        return inner + both * byte_widths.casts
+    inner = 2 * rows * block.intermediate * byte_widths.dropped(adapter)
     inner += 3 * rows * block.width * FLOAT32
     if adapter.use_dora:
         inner += rows * block.width * FLOAT32  # a third scaled result
     if adapter.widens:  # three matrices for the norm of W + B A, the identity behind them
-        narrow = numbers.product * (numbers.product != FLOAT32)
+        narrow = byte_widths.product * (byte_widths.product != FLOAT32)
         inner += 3 * block.intermediate * block.width * FLOAT32
         inner += block.intermediate**2 * (FLOAT32 + narrow)
     return inner
