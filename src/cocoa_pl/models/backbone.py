@@ -17,12 +17,22 @@ from torch.nn.functional import normalize
 from cocoa_pl.attention import Plan, Policy, make_plan
 from cocoa_pl.attention.kernels import KERNELS, chosen
 from cocoa_pl.data.batch import Batch, PlanBatch
+from cocoa_pl.errors import UserError
 
 log = logging.getLogger(__name__)
 
 # Grids (I, 3) of at least one image -> keywords of the family's vision tower: tensors and plans on
 # the CPU, and numbers.
 VisionInputs = Callable[[Tensor], Mapping[str, Any]]
+
+
+class NoVocabularyHead(nn.Module):
+    """In the place of an untied vocabulary head that the files lack, as those of models that others
+    trained to embed and no more; to embed needs none, and one at random is nothing to export.
+    """
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        raise UserError("the model's files hold no vocabulary head (lm_head.weight)")
 
 
 class Backbone(nn.Module, ABC):

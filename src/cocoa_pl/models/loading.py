@@ -10,12 +10,11 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
-from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
 from cocoa_pl.attention import TEXT_ATTENTION
 from cocoa_pl.errors import UserError
-from cocoa_pl.models.backbone import Backbone
+from cocoa_pl.models.backbone import Backbone, NoVocabularyHead
 from cocoa_pl.models.qwen_vl import Qwen2VLBackbone, Qwen3VLBackbone, Qwen25VLBackbone
 from cocoa_pl.models.tiny import Texts
 
@@ -29,15 +28,6 @@ FAMILIES: dict[str, type[Backbone]] = {
 ADAPTER_CONFIG = "adapter_config.json"  # of a folder that holds an adapter (`adapters.py`)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-class NoVocabularyHead(nn.Module):
-    """In the place of an untied vocabulary head that the files lack, as those of models that others
-    trained to embed and no more; to embed needs none, and one at random is nothing to export.
-    """
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        raise UserError("the model's files hold no vocabulary head (lm_head.weight)")
 
 
 class ModelSource(Protocol):
