@@ -65,10 +65,6 @@ class Item:
             )
 
     @property
-    def images(self) -> tuple[Medium, ...]:
-        return self.media
-
-    @property
     def plain_text(self) -> str:
         """The words alone, without slots."""
         return self.text.replace(IMAGE_SLOT, "").strip()

@@ -70,23 +70,17 @@ class PairStream:
             is_any = bool(place["window"] or place["taken"])
             share.set_epoch(mix(seed, place["epoch"]) >> 33)  # the order of row groups
             share.load_state_dict(place["rows"])
-            windows = share.iter(batch_size=self.window)
-            while (table := _next(windows, name)) is not None:
-                rng = np.random.default_rng([seed, lane, place["epoch"], place["window"]])
-                for at in rng.permutation(len(table))[place["taken"] :].tolist():
-                    place["taken"] += 1
-                    where = f"(streamed, reader {lane + 1}/{lanes}, window {place['window']})"
-                    row = as_row(table.slice(at, 1).to_pylist()[0])
-                    try:
-                        pair = self.form.pair(row, row_id=f"{name} {where} row {at}", subset=name)
-                    except UserError as error:
-                        yield str(error)
-                        continue
-                    both = pair.query.media and pair.positive.media
-                    if not (self.is_describing and both) and group_key(pair) not in self.held_out:
-                        is_any = True
-                        yield pair
-                place.update(window=place["window"] + 1, taken=0, rows=share.state_dict())
+            try:
+                for table in share.iter(batch_size=self.window):
+                    for row in self._window(table, name, place, lane, lanes, seed):
+                        is_any |= isinstance(row, Pair)
+                        yield row
+                    place.update(window=place["window"] + 1, taken=0, rows=share.state_dict())
+            except (OSError, pa.ArrowException) as error:
+                raise UserError(
+                    f"{name}: the stream broke off ({first_line(error):.200}); "
+                    "resume=RUN goes on behind the last checkpoint"
+                ) from error
             if not is_any:
                 raise UserError(
                     f"{name}: reader {lane + 1} of {lanes} (ranks x workers) has no row to train "
@@ -94,15 +88,23 @@ class PairStream:
                 )
             place.update(epoch=place["epoch"] + 1, window=0, taken=0, rows=None)
 
-
-def _next(windows: Iterator[pa.Table], name: str) -> pa.Table | None:
-    try:
-        return next(windows, None)
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(
-            f"{name}: the stream broke off ({first_line(error):.200}); "
-            "resume=RUN goes on behind the last checkpoint"
-        ) from error
+    def _window(
+        self, table: pa.Table, name: str, place: dict[str, Any], lane: int, lanes: int, seed: int
+    ) -> Iterator[Pair | str]:
+        """What is left of a window, in its order."""
+        where = f"(streamed, reader {lane + 1}/{lanes}, window {place['window']})"
+        rng = np.random.default_rng([seed, lane, place["epoch"], place["window"]])
+        for at in rng.permutation(len(table))[place["taken"] :].tolist():
+            place["taken"] += 1
+            try:
+                row = as_row(table.slice(at, 1).to_pylist()[0])
+                pair = self.form.pair(row, row_id=f"{name} {where} row {at}", subset=name)
+            except UserError as error:
+                yield str(error)
+                continue
+            both = self.is_describing and pair.query.media and pair.positive.media
+            if not both and group_key(pair) not in self.held_out:
+                yield pair
 
 
 class Streamed(NamedTuple):
@@ -113,61 +115,56 @@ class Streamed(NamedTuple):
     places: Places
 
 
+@dataclass
 class StreamBatches(IterableDataset[Streamed]):
     """This rank's share of every step's batch.
 
     Args:
-        encode: makes of a pair and a seed what `collate` takes, as it takes what is wrong with one.
+        make_row: makes of a pair and a seed what `collate` takes, as it takes what is wrong with
+            a row.
         batch_size: rows of a step over all ranks.
         places: of the lanes of this rank, one for each worker and at least one.
     """
 
-    def __init__(
-        self,
-        stream: PairStream,
-        mixing: Mixing,
-        encode: Callable[[Pair, int], Any],
-        collate: Callable[[Sequence[Any]], Any],
-        *,
-        batch_size: int,
-        steps: int,
-        start_step: int,
-        seed: int,
-        on_bad_row: str,
-        rank: int,
-        world_size: int,
-        places: Sequence[Places],
-    ) -> None:
-        check_shareable(batch_size, world_size)
-        each = mixing.sub_batch_rows(batch_size)
-        shares = mixing.shares(list(stream.subsets), stream.sizes)
-        drawn = draw_subsets(shares, count=steps * batch_size // each, seed=mix(seed))
-        self.drawn = drawn.repeat(each).reshape(steps, batch_size)  # the subset of every row
-        self.stream, self.encode, self.collate = stream, encode, collate
-        self.start_step, self.seed, self.on_bad_row = start_step, seed, on_bad_row
-        self.rank, self.world_size, self.places = rank, world_size, places
+    stream: PairStream
+    mixing: Mixing
+    make_row: Callable[[Pair, int], Any]
+    collate: Callable[[Sequence[Any]], Any]
+    batch_size: int
+    steps: int
+    start_step: int
+    seed: int
+    on_bad_row: str
+    rank: int
+    world_size: int
+    places: Sequence[Places]
+
+    def __post_init__(self) -> None:
+        check_shareable(self.batch_size, self.world_size)
+        each = self.mixing.sub_batch_rows(self.batch_size)
+        shares = self.mixing.shares(list(self.stream.subsets), self.stream.sizes)
+        count = self.steps * self.batch_size // each
+        drawn = draw_subsets(shares, count=count, seed=mix(self.seed))
+        self.drawn = drawn.repeat(each).reshape(-1, self.batch_size)  # the subset of every row
 
     def __iter__(self) -> Iterator[Streamed]:
         fsspec.asyn.reset_lock()  # it may have been held when this process was forked
         worker, lanes = get_worker_info(), len(self.places)
         first = self.start_step + (worker.id if worker else 0)
         lane = first % lanes
-        places: Places = {
-            name: {"epoch": 0, "window": 0, "taken": 0, "rows": None}
-            | self.places[lane].get(name, {})
-            for name in self.stream.subsets
-        }
-        share, shares = self.rank * lanes + lane, self.world_size * lanes
+        start = {"epoch": 0, "window": 0, "taken": 0, "rows": None}
+        places = {n: start | self.places[lane].get(n, {}) for n in self.stream.subsets}
+        share = (self.rank * lanes + lane, self.world_size * lanes)
         readers = [
-            self.stream.pairs(name, place, share, shares, mix(self.seed, code))
+            self.stream.pairs(name, place, *share, mix(self.seed, code))
             for code, (name, place) in enumerate(places.items())
         ]
-        for step in range(first, len(self.drawn), lanes):
+        for step in range(first, self.steps, lanes):
             rows = []
-            for position in range(self.rank, len(self.drawn[step]), self.world_size):
+            for position in range(self.rank, self.batch_size, self.world_size):
                 row = next(readers[self.drawn[step, position]])
                 if isinstance(row, Pair):
-                    row = self.encode(row, mix(self.seed, step, position))
+                    row = self.make_row(row, mix(self.seed, step, position))
                 elif self.on_bad_row == "fail":
                     raise UserError(row)
                 rows.append(row)
