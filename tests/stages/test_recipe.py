@@ -175,12 +175,12 @@ def test_data_that_changed_is_no_data_to_resume_on(
 ) -> None:
     """Whatever the workers have read ahead; a file that is written again as it was is no change."""
     file = tmp_path / "train.jsonl"
-    lines = Path(data.root).read_text().splitlines()
+    lines = Path(data.place).read_text().splitlines()
     file.write_text("\n".join(lines))
 
     def reading() -> PairSource:
         made = copy_of(data)
-        made.root = str(file)
+        made.place = str(file)
         return made
 
     stages = make_stages("stage.order=[contrast]", steps=STEPS)

@@ -11,6 +11,7 @@ import logging
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -39,6 +40,7 @@ from cocoa_pl.errors import UserError, first_line
 log = logging.getLogger(__name__)
 
 
+@dataclass(kw_only=True, eq=False)
 class PairSource:
     """Pairs of files, subset by subset; a part of them is held out for validation.
 
@@ -69,61 +71,49 @@ class PairSource:
         UserError: for caps or caption subsets of no subset, or a validation file and a fraction.
     """
 
-    def __init__(
-        self,
-        *,
-        path: str | None,
-        root: str | None,
-        files: str | None,
-        split: str | Sequence[str] | None,
-        subsets: Sequence[str] | None,
-        columns: Sequence[Columns],
-        image_root: str,
-        images_placed: bool,
-        other_columns: bool,
-        drop_orphan_slots: bool,
-        repeated: Repeated,
-        max_rows: Count | None,
-        caps: Mapping[str, Count | None] | None,
-        caption_subsets: Sequence[str] | None,
-        validation_path: str | None,
-        validation_fraction: ShareBelowOne,
-        validation_rows: Whole,
-        validation_seed: Seed,
-        streaming: bool,
-        window: Count,
-        rows: Mapping[str, Count] | None,
-        on_bad_row: OnBadRow,
-    ) -> None:
-        for key, names in (("caption_subsets", caption_subsets), ("caps", caps), ("rows", rows)):
-            if unknown := [name for name in names or () if name not in (subsets or ())]:
+    path: str | None
+    root: str | None
+    files: str | None
+    split: str | Sequence[str] | None
+    subsets: Sequence[str] | None
+    columns: Sequence[Columns]
+    image_root: str
+    images_placed: bool
+    other_columns: bool
+    drop_orphan_slots: bool
+    repeated: Repeated
+    max_rows: Count | None
+    caps: Mapping[str, Count | None] | None
+    caption_subsets: Sequence[str] | None
+    validation_path: str | None
+    validation_fraction: ShareBelowOne
+    validation_rows: Whole
+    validation_seed: Seed
+    streaming: bool
+    window: Count
+    rows: Mapping[str, Count] | None
+    on_bad_row: OnBadRow
+
+    def __post_init__(self) -> None:
+        names = self.subsets or ()
+        for key in ("caption_subsets", "caps", "rows"):
+            if unknown := [name for name in getattr(self, key) or () if name not in names]:
                 raise UserError(f"data.{key} names {', '.join(unknown)}, not among data.subsets")
-        if validation_path is not None and validation_fraction:
+        if self.rows and len(self.rows) < len(names):
+            raise UserError("data.rows must name every subset, or be null")
+        if self.validation_path is not None and self.validation_fraction:
             raise UserError(
                 "data.validation_path and data.validation_fraction are both set; "
                 "set the fraction to 0 to validate on the file"
             )
-        if rows and len(rows) < len(subsets or ()):
-            raise UserError("data.rows must name every subset, or be null")
-        self.root, self.files = str(root if path is None else path), files
-        self.splits = [split] if isinstance(split, str) else list(split or ())
-        self.names = subsets
+        self.place = str(self.root if self.path is None else self.path)
         self.form = RowFormat(
-            columns=columns,
-            image_root=Path(image_root),
-            images_placed=images_placed,
-            other_columns=other_columns,
-            drop_orphan_slots=drop_orphan_slots,
+            columns=self.columns,
+            image_root=Path(self.image_root),
+            images_placed=self.images_placed,
+            other_columns=self.other_columns,
+            drop_orphan_slots=self.drop_orphan_slots,
         )
-        self.repeated: Repeated = repeated
-        self.max_rows, self.caps = max_rows, caps or {}
-        self.caption_subsets = caption_subsets
-        self.validation_path = validation_path
-        self.validation_fraction = validation_fraction
-        self.validation_rows = validation_rows
-        self.validation_seed = validation_seed
-        self.streaming, self.window, self.rows = streaming, window, rows
-        self.on_bad_row: OnBadRow = on_bad_row
 
     def train_pairs(self) -> Pairs | PairStream:
         """All rows that are not held out, subset after subset."""
@@ -157,13 +147,13 @@ class PairSource:
             pairs,
             fraction=self.validation_fraction,
             seed=self.validation_seed,
-            source=self.root,
+            source=self.place,
         )
 
     def _streamed(self) -> tuple[PairStream, Pairs]:
         subsets, first_rows = {}, []
         for name, files in self._patterns().items():
-            subsets[name] = open_stream(self.root, list(files.values()), self.form, source=name)
+            subsets[name] = open_stream(self.place, list(files.values()), self.form, source=name)
             rows = subsets[name].take(self.validation_rows)
             for table in rows.iter(batch_size=self.validation_rows or 1):
                 first = Rows(datasets.Dataset(table), self.form, name, f"{name} row")
@@ -178,34 +168,30 @@ class PairSource:
     def _subsets(self) -> Iterator[tuple[str, Mapping[str, Sequence[Path]]]]:
         """Each subset's name, and what its rows are called in messages -> the files of these."""
         if self.files is None:
-            yield Path(self.root).stem, _one_file(self.root)
-        elif self.names is None:
-            for file in find_files(Path(self.root), self.files, source=self.root):
+            yield Path(self.place).stem, _one_file(self.place)
+        elif self.subsets is None:
+            for file in find_files(Path(self.place), self.files, source=self.place):
                 yield file.stem, {file.name: [file]}
         else:
             subsets = self._patterns()
-            folder = local_folder(self.root, [p for one in subsets.values() for p in one.values()])
+            folder = local_folder(self.place, [p for one in subsets.values() for p in one.values()])
             for name, patterns in subsets.items():
-                yield (
-                    name,
-                    {
-                        label: find_files(folder, pattern, source=name)
-                        for label, pattern in patterns.items()
-                    },
-                )
+                found = {k: find_files(folder, one, source=name) for k, one in patterns.items()}
+                yield name, found
 
     def _patterns(self) -> dict[str, dict[str, str]]:
         """Subset -> what its rows are called in messages -> a pattern for the files of these."""
-        for key, given in (("files", self.files), ("subsets", self.names), ("split", self.splits)):
+        splits = [self.split] if isinstance(self.split, str) else list(self.split or ())
+        for key, given in (("subsets", self.subsets), ("split", splits)):
             if not given:
                 raise UserError(f"data.{key} is empty; name at least one")
-        several, files = len(self.splits) > 1, str(self.files)
+        files = str(self.files)
         return {
             name: {
-                f"{name} ({split})" if several else name: files.format(subset=name, split=split)
-                for split in self.splits
+                f"{name} ({split})" if splits[1:] else name: files.format(subset=name, split=split)
+                for split in splits
             }
-            for name in self.names or ()
+            for name in self.subsets or ()
         }
 
     def _read(self, subset: str, files: Mapping[str, Sequence[Path]]) -> Pairs:
@@ -213,7 +199,7 @@ class PairSource:
             files,
             self.form,
             subset=subset,
-            max_rows=self.caps.get(subset, self.max_rows),
+            max_rows=(self.caps or {}).get(subset, self.max_rows),
             on_bad_row=self.on_bad_row,
             repeated=self.repeated,
         )
@@ -294,7 +280,7 @@ def as_subsets(pairs: Iterable[Pair], *, max_rows: int) -> list[EvalSubset]:
     by_subset: dict[str, list[Pair]] = defaultdict(list)
     for pair in pairs:
         by_subset[pair.subset].append(pair)
-    return [_as_subset(name, rows[:max_rows]) for name, rows in by_subset.items()]
+    return [_as_subset(name, rows[:max_rows]) for name, rows in by_subset.items() if max_rows]
 
 
 def _as_subset(name: str, rows: Sequence[Pair]) -> EvalSubset:
