@@ -178,7 +178,7 @@ def as_list(items: Iterable[Input]) -> Sequence[Input]:
             f"an array of shape {items.shape} is taken for one picture; write [array], or "
             "list(array) for several without colours"
         )
-    datasets = sys.modules.get("datasets")  # whoever has a data set of it has imported it
+    datasets = sys.modules.get("datasets")  # imported, if there is a data set of it
     if isinstance(items, Sequence) or (datasets and isinstance(items, datasets.Dataset)):
         return items
     if not isinstance(items, Iterable):

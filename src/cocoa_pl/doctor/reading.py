@@ -1,7 +1,7 @@
-"""Data and a benchmark in, the rows that can be used out; complaints about the others are kept.
+"""The rows that training would use, read by training's own readers, and findings about the others.
 
-The training readers read, told to leave out bad rows; what cannot be read as a whole is read subset
-by subset, so that one missing folder does not hide the rest.
+Bad rows are left out. What cannot be read as a whole is read subset by subset, so that one missing
+folder does not hide the rest.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Pieces:
 
 @dataclass(frozen=True)
 class Source:
-    """Rows of one data source, bad ones left out and complained about.
+    """Rows of one data source without the bad ones, which are findings.
 
     Attributes:
         suffix: of the names of its parts, where stages have sources of their own.
@@ -82,7 +82,7 @@ def read(
     *,
     pieces: Pieces,
 ) -> Reading:
-    """Read all rows with readers that were told to skip bad ones, and keep their complaints.
+    """Read all rows; readers that skip bad ones log what is wrong with them.
 
     Args:
         pieces: what is read instead where the whole cannot be, such as each subset on its own.
@@ -123,8 +123,8 @@ def _read(
     findings: Findings,
 ) -> Any:
     """All rows, or those of the pieces that can be read."""
-    complaints = Findings()
-    with collect_row_errors(complaints, part=part):
+    found = Findings()
+    with collect_row_errors(found, part=part):
         try:
             rows = whole()
         except UserError as error:
@@ -133,9 +133,9 @@ def _read(
                 return [row for rows in read_rows for row in rows]
             if any(str(error) == said.message for said in findings.kept("unreadable_source")):
                 return []  # the same files were read for another part
-            complaints.add(Finding("unreadable_source", part, "", "", "", str(error)))
+            found.add(Finding("unreadable_source", part, "", "", "", str(error)))
             rows = []
-    findings.join(complaints)
+    findings.join(found)
     if isinstance(rows, PairStream):
         raise UserError(
             "streamed rows cannot be compared with each other; fetch a part of the corpus and "
