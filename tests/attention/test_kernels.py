@@ -145,10 +145,6 @@ def torch_2_11(*states: Any, scale: Any = None, window_size: Any = (-1, -1)) -> 
     return segment_by_segment(*states, causal=causal, scale=scale, grouped=False)
 
 
-def torch_2_10(*states: Any, is_causal: bool = False, return_aux: Any = None) -> Tensor:
-    return segment_by_segment(*states, causal=is_causal, scale=None, grouped=False)
-
-
 def flash_attn_2(*states: Any, softmax_scale: float, causal: bool, deterministic: bool) -> Tensor:
     assert deterministic == torch.are_deterministic_algorithms_enabled()
     return segment_by_segment(*states, causal=causal, scale=softmax_scale)
@@ -157,7 +153,6 @@ def flash_attn_2(*states: Any, softmax_scale: float, causal: bool, deterministic
 CALLS: dict[str, VarlenCall] = {
     "torch 2.12": torch_call(torch_2_12),
     "torch 2.11": torch_call(torch_2_11),
-    "torch 2.10": torch_call(torch_2_10),
     "flash-attn": flash_call(flash_attn_2),
 }
 

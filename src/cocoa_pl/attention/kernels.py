@@ -157,16 +157,14 @@ def over_segments(
 def torch_call(function: Callable[..., Any]) -> VarlenCall:
     """Adapt `varlen_attn` as the installed torch has it.
 
-    Its documented keywords changed: 2.10 takes `is_causal` and no `scale`; 2.11 `scale` and
-    `window_size`, where (-1, 0) is causal; 2.12 and 2.13 `enable_gqa` too. Where grouped heads are
-    not promised, keys and values are repeated. What else there is (`seqused_k`, `block_table`,
-    `num_splits`, caches) is for inference.
+    2.11 takes `scale` and `window_size`, where (-1, 0) is causal; from 2.12 on `enable_gqa` too.
+    Where grouped heads are not promised, keys and values are repeated.
 
     Raises:
-        UserError: for a signature that is none of these.
+        UserError: for another signature.
     """
     names: Mapping[str, Any] = inspect.signature(function).parameters
-    if not {"window_size", "is_causal"} & set(names):
+    if not {"window_size", "scale"} <= set(names):
         raise UserError(
             f"model.kernel=varlen does not know varlen_attn of torch {torch.__version__}; "
             "take model.kernel=sdpa"
@@ -174,24 +172,15 @@ def torch_call(function: Callable[..., Any]) -> VarlenCall:
 
     def call(q: Tensor, k: Tensor, v: Tensor, inputs: Varlen, causal: bool, scale: float) -> Tensor:
         groups = q.shape[1] // k.shape[1]
-        keywords: dict[str, Any] = {}
-        if "window_size" in names:
-            # Of unequal numbers of queries and keys the last ones are aligned: row_idx +
-            # max_seqlen_k - max_seqlen_q in
-            # https://github.com/pytorch/pytorch/blob/v2.13.0/aten/src/ATen/native/transformers/cuda/flash_attn/mask.h
-            keywords["window_size"] = (-1, 0) if causal else (-1, -1)
-        else:  # the same kernel
-            keywords["is_causal"] = causal
+        # Of unequal numbers of queries and keys the last ones are aligned: row_idx + max_seqlen_k -
+        # max_seqlen_q in
+        # https://github.com/pytorch/pytorch/blob/v2.13.0/aten/src/ATen/native/transformers/cuda/flash_attn/mask.h
+        keywords: dict[str, Any] = {"scale": scale, "window_size": (-1, 0 if causal else -1)}
         if "enable_gqa" in names:
             keywords["enable_gqa"] = groups > 1
         elif groups > 1:
             k, v = (states.repeat_interleave(groups, dim=1) for states in (k, v))
-        if "scale" in names:
-            keywords["scale"] = scale
-        elif (factor := scale * q.shape[2] ** 0.5) != 1:  # of what it scales by itself
-            q = q * factor
-        output: Tensor = function(q, k, v, *inputs[:4], **keywords)
-        return output
+        return function(q, k, v, *inputs[:4], **keywords)
 
     return call
 
