@@ -113,7 +113,7 @@ def test_eos_in_a_file_of_ones_own_is_answered_with_the_new_key(tmp_path: Path) 
     file = tmp_path / "mine.yaml"
     rows = yaml.safe_dump({"_target_": "cocoa_pl.attention.Policy", **before(OURS["eos_bridge"])})
     file.write_text(rows)
-    with pytest.raises(UserError, match="the segment `eos` is called `bottleneck` now"):
+    with pytest.raises(UserError, match="argument 'eos'; its keys are name, context, bottleneck"):
         build(OmegaConf.load(file))
     file.write_text(rows.replace("\neos:", "\nbottleneck:"))
     with pytest.raises(

@@ -44,14 +44,6 @@ class Policy:
     target: Sequence[str]
     causal: bool
 
-    def __new__(cls, *_: object, **named: object) -> Policy:
-        if "eos" in named:
-            raise ValueError(
-                f"attention policy {named.get('name')}: the segment `eos` is called `bottleneck` "
-                "now, as a key and in the lists"
-            )
-        return super().__new__(cls)
-
     def __post_init__(self) -> None:
         for row in SEGMENTS:
             seen = getattr(self, row)

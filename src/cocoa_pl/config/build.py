@@ -149,6 +149,10 @@ def build(node: Any, **extra: Any) -> Any:
         if str(error).startswith("Error locating target"):
             message = first_line(error).partition(",")[0]
             raise UserError(f"{message}; it must be importable (PYTHONPATH)") from error
+        target = re.match(r"Error in call to target '([\w.]+)'", str(error))
+        if target and "unexpected keyword argument" in str(error.__cause__):
+            keys = ", ".join(_parameters(target[1]))
+            raise UserError(f"{error.__cause__}; its keys are {keys}") from error
         raise
     except MissingMandatoryValue as error:
         raise UserError(
