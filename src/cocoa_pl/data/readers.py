@@ -152,7 +152,7 @@ def as_row(columns: dict[str, Any]) -> object:
         return columns[_JSON_COLUMN].encode()
 
 
-class Rows(Sequence[Pair]):
+class FileRows(Sequence[Pair]):
     """A file's rows.
 
     Args:
@@ -216,7 +216,7 @@ class Pairs(Sequence[Pair]):
 
     def __init__(
         self,
-        parts: Sequence[Rows],
+        parts: Sequence[FileRows],
         numbers: np.ndarray,
         groups: np.ndarray,
         has_media: np.ndarray,
@@ -284,7 +284,7 @@ class Pairs(Sequence[Pair]):
     def _parts_of(self) -> np.ndarray:
         return np.searchsorted(self._starts, self.numbers, side="right") - 1
 
-    def _place(self, position: int) -> tuple[Rows, int]:
+    def _place(self, position: int) -> tuple[FileRows, int]:
         number = int(self.numbers[position])
         part = bisect_right(self._starts, number) - 1
         return self.parts[part], number - self._starts[part]
@@ -314,12 +314,12 @@ def read_files(
                 rows = rows.select(range(min(len(rows), max_rows - count)))
             is_lines = file.suffix == ".jsonl"  # which editors count from 1
             label = f"{name} line" if is_lines else f"{name} row"
-            parts.append(Rows(rows, form, subset, label, first=count + is_lines))
+            parts.append(FileRows(rows, form, subset, label, first=count + is_lines))
             count += len(rows)
     return read(parts, source=", ".join(files), on_bad_row=on_bad_row, repeated=repeated)
 
 
-def read(parts: Sequence[Rows], *, source: str, on_bad_row: OnBadRow, repeated: Repeated) -> Pairs:
+def read(parts: Sequence[FileRows], *, source: str, on_bad_row: OnBadRow, repeated: Repeated) -> Pairs:
     """Look at every row once, and keep which of them are pairs.
 
     Args:

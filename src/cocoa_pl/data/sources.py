@@ -27,7 +27,7 @@ from cocoa_pl.data.readers import (
     HUB_ID,
     Pairs,
     Repeated,
-    Rows,
+    FileRows,
     find_files,
     open_stream,
     read,
@@ -156,7 +156,7 @@ class PairSource:
             subsets[name] = open_stream(self.place, list(files.values()), self.form, source=name)
             rows = subsets[name].take(self.validation_rows)
             for table in rows.iter(batch_size=self.validation_rows or 1):
-                first = Rows(datasets.Dataset(table), self.form, name, f"{name} row")
+                first = FileRows(datasets.Dataset(table), self.form, name, f"{name} row")
                 first_rows.append(
                     read([first], source=name, on_bad_row=self.on_bad_row, repeated=self.repeated)
                 )
