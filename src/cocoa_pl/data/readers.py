@@ -319,7 +319,9 @@ def read_files(
     return read(parts, source=", ".join(files), on_bad_row=on_bad_row, repeated=repeated)
 
 
-def read(parts: Sequence[FileRows], *, source: str, on_bad_row: OnBadRow, repeated: Repeated) -> Pairs:
+def read(
+    parts: Sequence[FileRows], *, source: str, on_bad_row: OnBadRow, repeated: Repeated
+) -> Pairs:
     """Look at every row once, and keep which of them are pairs.
 
     Args:

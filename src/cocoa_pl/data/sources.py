@@ -25,9 +25,9 @@ from cocoa_pl.config.bounds import Count, Seed, ShareBelowOne, Whole
 from cocoa_pl.data.items import IMAGE_SLOT, EvalSubset, Pair, numbered
 from cocoa_pl.data.readers import (
     HUB_ID,
+    FileRows,
     Pairs,
     Repeated,
-    FileRows,
     find_files,
     open_stream,
     read,
