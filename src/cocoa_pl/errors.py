@@ -29,9 +29,9 @@ def renamed(error: UserError, name: Callable[[int], str]) -> UserError:
     return UserError(f"{name(int(match[1]))}: {match[2]}") if match else error
 
 
-def first_line(error: Exception) -> str:
-    """The first line of another library's message."""
-    return str(error).strip().splitlines()[0]
+def first_line(error: BaseException) -> str:
+    """The first line of another library's message, or the error's kind where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def extra(package: str, *, of: str, wanted_by: str) -> Any:

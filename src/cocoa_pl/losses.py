@@ -62,12 +62,13 @@ def info_nce(
         negative has a loss of 0 and is no hit.
     """
 
-    def rows(queries: Tensor, index: Tensor, query_keys: Tensor | None) -> tuple[Tensor, ...]:
+    def some(rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+        index = positive_index[rows]
         with torch.autocast(queries.device.type, enabled=False):
-            similarity = _widened(queries) @ _widened(candidates).T
+            similarity = _widened(queries[rows]) @ _widened(candidates).T
         logits, similarity = similarity * scale, similarity.detach()
-        if keys is not None and query_keys is not None:
-            ignored = same_content(index, query_keys, keys[1], keys[2])
+        if keys is not None:
+            ignored = same_content(index, keys[0][rows], keys[1], keys[2])
             # Behind the product: 0 * -inf would be the temperature's gradient.
             logits = logits.masked_fill(ignored, -torch.inf)
             similarity = similarity.masked_fill(ignored, -torch.inf)
@@ -75,14 +76,11 @@ def info_nce(
         compared = (~similarity.isneginf()).sum(1) > 1  # its own positive is always seen
         return losses, (similarity.argmax(1) == index) & compared, compared
 
-    query_keys = None if keys is None else keys[0]
     if len(queries) <= block:
-        losses, hits, compared = rows(queries, positive_index, query_keys)
-        return losses, hits, compared
-    own_keys = [None] * len(queries) if query_keys is None else query_keys.split(block)
+        return some(slice(None))
     found = []
-    for each in zip(queries.split(block), positive_index.split(block), own_keys, strict=False):
-        found.append(checkpoint(rows, *each, use_reentrant=False))
+    for start in range(0, len(queries), block):
+        found.append(checkpoint(some, slice(start, start + block), use_reentrant=False))
     losses, hits, compared = (torch.cat(part) for part in zip(*found, strict=True))
     return losses, hits, compared
 

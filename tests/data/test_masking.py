@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cocoa_pl.data.batch import TEXT, Batch, Sample
-from cocoa_pl.data.datamodule import StageRows, samples_of
+from cocoa_pl.data.datamodule import RowSamples, samples_of
 from cocoa_pl.data.examples import PairExamples
 from cocoa_pl.data.items import Item, Pair
 from cocoa_pl.data.masking import Masking, with_noise
@@ -109,7 +109,7 @@ def test_the_mask_of_a_row_follows_from_seed_epoch_and_row(
     )
 
     def drawn(seed: int, epoch: int, row: int) -> list[list[int]]:
-        samples = StageRows(pairs, make_row, seed=seed)[epoch, row]
+        samples = RowSamples(pairs, make_row, seed=seed)[epoch, row]
         assert not isinstance(samples, str)
         return [[*s.hidden, *s.hidden_visual, s.noise_seed] for s in samples]
 

@@ -205,7 +205,7 @@ def make_small() -> MakeSmall:
             batches=batches,
             shape=shape,
             tuning=Tuning(ADAPTERS[adapter]),
-            works=[_work(module, batch, shape) for batch in batches],
+            works=[work_of(batch, vision=shape.vision, kernel="sdpa") for batch in batches],
             checkpointing=checkpointing,
             decoder=bool(choices.get("patch_ratio")),
         )
@@ -271,17 +271,6 @@ def _module(
     )
     module.manual_backward = lambda loss: loss.backward()  # type: ignore[method-assign, misc]
     return module.train()
-
-
-def _work(module: StageModule, batch: Batch, shape: ModelShape) -> Work:
-    return work_of(
-        batch,
-        policy=module.policy,
-        vision=shape.vision,
-        kernel="sdpa",
-        predicted=len(batch.targets),
-        rebuilt=len(batch.patch_rows),
-    )
 
 
 @pytest.fixture(scope="session")

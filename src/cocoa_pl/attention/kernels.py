@@ -17,7 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from cocoa_pl.attention.plan import Plan, Varlen
-from cocoa_pl.errors import UserError
+from cocoa_pl.errors import UserError, first_line
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +103,7 @@ def flash(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> Tensor:
     except ImportError as error:
         raise UserError(
             "model.kernel=flash needs flash-attn, which cannot be imported "
-            f"({str(error).splitlines()[0]}): pip install 'cocoa_pl[flash]', or take "
+            f"({first_line(error)}): pip install 'cocoa_pl[flash]', or take "
             "model.kernel=varlen, which comes with torch"
         ) from error
     _require_flash_inputs(v, "flash")

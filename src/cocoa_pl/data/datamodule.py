@@ -59,7 +59,7 @@ def samples_of(
     return samples if masking is None else [masking(sample, rng) for sample in samples]
 
 
-class StageRows(Dataset[list[Sample] | str]):
+class RowSamples(Dataset[list[Sample] | str]):
     """Rows of a stage, read in the workers: a pure function of (seed, epoch, index)."""
 
     def __init__(self, pairs: Sequence[Pair], make_row: MakeRow, *, seed: int) -> None:
@@ -169,7 +169,7 @@ class StageData(L.LightningDataModule):
             masking=masking,
             on_bad_row=on_bad_row,
         )
-        self.validation_rows = StageRows(validation, self.make_row, seed=seed)
+        self.validation_rows = RowSamples(validation, self.make_row, seed=seed)
         self.on_bad_row = on_bad_row
         self.mixing = mixing
         self.batch_size = batch_size
@@ -183,7 +183,7 @@ class StageData(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         if isinstance(self.train, PairStream):
             return self._stream_loader(self.train)
-        rows = StageRows(self.train, self.make_row, seed=self.seed)
+        rows = RowSamples(self.train, self.make_row, seed=self.seed)
         sampler = StepSampler(
             make_order(self.train, self.mixing, batch_size=self.batch_size, seed=self.seed),
             steps=self.steps,
@@ -267,7 +267,7 @@ class StageData(L.LightningDataModule):
         return self._loader(self.validation_rows, batches, self.validation_collator)
 
     def _loader(
-        self, rows: StageRows, batches: StepSampler | list[list[Index]], collator: Collator
+        self, rows: RowSamples, batches: StepSampler | list[list[Index]], collator: Collator
     ) -> DataLoader[Any]:
         return DataLoader(
             rows,

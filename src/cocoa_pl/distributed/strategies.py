@@ -41,7 +41,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from cocoa_pl.distributed.collectives import rank
-from cocoa_pl.errors import UserError
+from cocoa_pl.errors import UserError, first_line
 
 META = "meta.pt"  # of a checkpoint folder: all that is not a tensor of the model or the optimizer
 MODEL, OPTIMIZER = "state_dict", "optimizer_0"
@@ -240,7 +240,7 @@ def first_reason(error: BaseException) -> str:
     """What lies at the bottom of a failed read or write, in one line."""
     if isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
-    return (str(error) or type(error).__name__).strip().splitlines()[0]
+    return first_line(error)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
 from cocoa_pl.attention import TEXT_ATTENTION
-from cocoa_pl.errors import UserError
+from cocoa_pl.errors import UserError, first_line
 from cocoa_pl.models.backbone import Backbone, NoVocabularyHead
 from cocoa_pl.models.qwen_vl import Qwen2VLBackbone, Qwen3VLBackbone, Qwen25VLBackbone
 from cocoa_pl.models.tiny import Texts
@@ -170,4 +170,4 @@ def _naming(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"{folder} cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{folder} cannot be loaded: {first_line(error)}") from error

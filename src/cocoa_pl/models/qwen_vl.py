@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, pad
+from torch.nn.functional import linear
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.vision_utils import (
     get_vision_interpolation_indices_and_weights,
@@ -213,11 +213,12 @@ def whole_images(grids: Tensor, *, merge_size: int) -> dict[str, Any]:
         grids: (I, 3) int64 of at least one image, on the CPU.
     """
     patches = grids.prod(1)  # of each image
+    plan = self_plan(patches)
     return {
         "position_ids": torch.cat([_positions(grid, merge_size) for grid in _sizes(grids)]),
-        "cu_seqlens": _bounds(patches),
+        "cu_seqlens": plan.cu_seqlens_q,
         "max_seqlen": int(patches.max()),
-        "plan": self_plan(patches),
+        "plan": plan,
     }
 
 
@@ -233,11 +234,12 @@ def windowed_images(
     tokens = torch.tensor([len(index) for index, _ in pieces])
     first = torch.repeat_interleave(tokens.cumsum(0) - tokens, tokens)
     lengths = torch.cat([patches for _, patches in pieces])
+    plan = self_plan(lengths)
     return {
         **whole_images(grids, merge_size=merge_size),
-        "window_plan": self_plan(lengths),
+        "window_plan": plan,
         "window_index": torch.cat([index for index, _ in pieces]) + first,
-        "cu_window_seqlens": _bounds(lengths),
+        "cu_window_seqlens": plan.cu_seqlens_q,
         "max_window_seqlen": int(lengths.max()),
     }
 
@@ -252,10 +254,6 @@ def interpolated_images(grids: Tensor, *, merge_size: int, side: int) -> dict[st
         "interp_indices": torch.cat([index for index, _ in pieces]),  # (P, 4) int64
         "interp_weights": torch.cat([weights for _, weights in pieces]),  # (P, 4) float32
     }
-
-
-def _bounds(lengths: Tensor) -> Tensor:
-    return pad(lengths.cumsum(0), (1, 0)).int()
 
 
 def _sizes(grids: Tensor) -> list[Grid]:

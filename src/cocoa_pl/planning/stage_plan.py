@@ -154,14 +154,7 @@ class StagePlan:
         return StagePlan(stage, setup, self.lengths, self.max_length, self.rows_of_epoch)
 
     def _work(self, chunk: Batch) -> Work:
-        return work_of(
-            chunk,
-            policy=self.stage.policy,
-            vision=self.setup.shape.vision,
-            kernel=self.setup.kernel,
-            predicted=len(chunk.targets),
-            rebuilt=len(chunk.patch_rows),
-        )
+        return work_of(chunk, vision=self.setup.shape.vision, kernel=self.setup.kernel)
 
 
 def _signature(chunk: Batch) -> bytes:

@@ -12,7 +12,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from cocoa_pl.attention import Plan, Policy, make_plan, self_plan
+from cocoa_pl.attention import Plan, self_plan
 from cocoa_pl.data.batch import Batch
 from cocoa_pl.planning.shapes import VisionShape
 
@@ -46,15 +46,7 @@ class Work:
 NOTHING = Attention(0, 0, 0)
 
 
-def work_of(
-    batch: Batch,
-    *,
-    policy: Policy,
-    vision: VisionShape,
-    kernel: str,
-    predicted: int,
-    rebuilt: int,
-) -> Work:
+def work_of(batch: Batch, *, vision: VisionShape, kernel: str) -> Work:
     """Count the work of one chunk.
 
     Args:
@@ -69,11 +61,11 @@ def work_of(
         samples=batch.num_samples,
         patches=patches,
         visual_tokens=patches // vision.merge_size**2,
-        text=attention_work(make_plan(policy, batch.segment_lengths), kernel),
+        text=attention_work(batch.plan, kernel),
         images=attention_work(self_plan(batch.grids.prod(1)), kernel) if has_images else NOTHING,
         windows=attention_work(self_plan(windows), kernel) if len(windows) else NOTHING,
-        predicted=predicted,
-        rebuilt=rebuilt,
+        predicted=len(batch.targets),
+        rebuilt=len(batch.patch_rows),
     )
 
 
