@@ -67,7 +67,7 @@ GATES: dict[str, dict[str, float]] = {
     "gradient_cache": {"model_calls": 1.3, "flops": 1.25},
     "scoring": {},
     "scoring_shared": {},
-    "similarities": {"similarities": 4, "flops": 3, "peak_saved_bytes": 4},
+    "similarities": {"similarities": 4, "flops": 3, "peak_bytes": 3},
     "warmup_step": {"head_rows": 10, "flops": 2, "peak_saved_bytes": 1.3},
     "reconstruct_step": {"head_rows": 3, "flops": 1.6, "peak_saved_bytes": 2},
     "contrast_step": {"token_slots_per_real_token": 1.3, "flops": 2, "peak_saved_bytes": 1.3},
