@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# The peer embeds patches by a convolution, which cuDNN computes in TF32 unless told not to: 3e-4.
+# The peer embeds patches by a convolution, which cuDNN computes in TF32 unless that is off: 3e-4.
 torch.backends.cudnn.allow_tf32 = False
 
 # Of the norm of the difference, relative to the norm. The two sides add up in different orders: in

@@ -1,4 +1,4 @@
-"""Overrides that leave of everything as little as works, for commands that tests run whole."""
+"""Overrides for the smallest run that works, for tests of whole commands."""
 
 STAGES = ("pretrain", "warmup", "reconstruct", "contrast")
 SMALL_DIGITS = ["data.scenes=60", "data.task_rows=20", "data.validation_rows=25"]

@@ -1,4 +1,4 @@
-"""What trains is saved whole, and loaded whole or not at all."""
+"""A checkpoint holds all that trains, and is loaded completely or refused."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_a_refused_checkpoint_changes_nothing(load_tiny: LoadTiny) -> None:
     assert all(torch.equal(backbone.state_dict()[n], v) for n, v in before.items())
 
 
-def test_folders_of_shards_that_somebody_kept_stay(tmp_path: Path) -> None:
+def test_renamed_folders_of_shards_stay(tmp_path: Path) -> None:
     for name in ("0-100.shards", "0-200.shards", "best.shards"):
         (tmp_path / name).mkdir()
     checkpoint._put_in_place(tmp_path / "0-200.shards", tmp_path / "last.ckpt")
@@ -230,8 +230,8 @@ def test_a_write_that_fails_leaves_the_old_file(
         raise OSError("no space left on device")
 
     monkeypatch.setattr(L.Trainer, "save_checkpoint", full)
-    told = r"of step 2 cannot be written \(no space left on device\); .*last\.ckpt is as it was"
-    with pytest.raises(UserError, match=told):
+    message = r"of step 2 cannot be written \(no space left on device\); .*last\.ckpt is as it was"
+    with pytest.raises(UserError, match=message):
         fit(path, steps=2, every=2, module=Toy())
     assert path.read_bytes() == before
     assert [left.name for left in tmp_path.iterdir()] == ["last.ckpt"]

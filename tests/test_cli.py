@@ -1,4 +1,4 @@
-"""The `cocoa` command: light until a sub-command is asked for, mistakes told in one sentence."""
+"""The `cocoa` command imports a sub-command only when it runs, and reports mistakes in one line."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_every_policy_has_a_picture(policy: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["eos_brigde"], "there is no attention policy eos_brigde"),
         (["causal", "--lengths", "2,1"], "--lengths is CONTEXT,BOTTLENECK,TARGET"),
@@ -54,12 +54,12 @@ def test_every_policy_has_a_picture(policy: str, tmp_path: Path) -> None:
     ],
 )
 def test_a_mistake_is_one_sentence(
-    arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.run(["attention", *arguments]) == MISTAKE
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
-    assert told in line
+    assert message in line
 
 
 def test_help_names_every_command_and_loads_none() -> None:

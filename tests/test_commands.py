@@ -250,7 +250,7 @@ def test_a_stage_starts_from_an_earlier_run(
 
 
 PAIRS = ["data=pairs", "data.image_root=.", "evaluate=false"]
-# What somebody may type, and a part of the sentence that answers it.
+# A mistaken command line, and a part of the error message.
 MISTAKES: dict[str, tuple[list[str], str]] = {
     "unknown key": (["train.py", "sede=3"], "unknown key sede (did you mean seed?)"),
     "no network": (["train.py", "SMALL", "model=qwen2vl", "schedule=tiny"], "model.source.path="),
@@ -292,7 +292,7 @@ def files(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", MISTAKES)
 @pytest.mark.usefixtures("files")
 def test_a_mistake_is_one_sentence_and_status_two(name: str, small: list[str], run: Run) -> None:
-    (script, *arguments), told = MISTAKES[name]
+    (script, *arguments), message = MISTAKES[name]
     if "SMALL" in arguments:
         place = arguments.index("SMALL")
         chosen = [a.split("=")[0] for a in arguments]
@@ -301,7 +301,7 @@ def test_a_mistake_is_one_sentence_and_status_two(name: str, small: list[str], r
         arguments[place : place + 1] = kept
     ended = run(script, *arguments)
     assert ended.status == 2, ended.err
-    assert told in ended.err
+    assert message in ended.err
     assert ended.err.startswith("error: ")
     assert ended.err.count("\n") == 1
     assert "Traceback" not in ended.err + ended.out
@@ -333,10 +333,10 @@ def test_ctrl_c_ends_a_run_that_can_be_resumed(small: list[str], run: Run, tmp_p
         if "1/1 contrast 6/60" in line:
             break
     process.send_signal(signal.SIGINT)
-    _, told = process.communicate(timeout=60)
+    _, output = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert told.startswith("stopped in contrast at step ")
-    assert told.count("\n") == 1
+    assert output.startswith("stopped in contrast at step ")
+    assert output.count("\n") == 1
     assert not (tmp_path / "run" / "model").exists()
     ended = run("train.py", "resume=run")
     assert ended.status == 0, ended.err

@@ -331,9 +331,9 @@ def test_gradients_go_in_pieces_of_one_type_and_bounded_size(
 
 
 def test_only_an_exchange_that_failed_is_a_lost_peer(monkeypatch: pytest.MonkeyPatch) -> None:
-    told = RuntimeError("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer")
-    assert not is_lost_peer(told)  # alone
+    lost = RuntimeError("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer")
+    assert not is_lost_peer(lost)  # alone
     monkeypatch.setattr(collectives, "world_size", lambda: 2)
-    assert is_lost_peer(told)
+    assert is_lost_peer(lost)
     assert is_lost_peer(dist.DistBackendError("NCCL"))
     assert not is_lost_peer(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))

@@ -1,4 +1,4 @@
-"""Texts and images as users pass them become unit vectors that depend on nothing else."""
+"""Each text or image becomes a unit vector that does not depend on the rest of its batch."""
 
 from __future__ import annotations
 

@@ -191,10 +191,10 @@ def test_a_long_call_says_how_far_it_is(
 
 
 @pytest.mark.parametrize(
-    ("seconds", "told"), [(0.4, "0 s"), (89, "89 s"), (600, "10 min"), (12_240, "3.4 h")]
+    ("seconds", "expected"), [(0.4, "0 s"), (89, "89 s"), (600, "10 min"), (12_240, "3.4 h")]
 )
-def test_durations_are_said_in_the_unit_a_person_would_use(seconds: float, told: str) -> None:
-    assert embedder_module._duration(seconds) == told
+def test_durations_have_a_readable_unit(seconds: float, expected: str) -> None:
+    assert embedder_module._duration(seconds) == expected
 
 
 def test_identity_is_the_same_for_the_same_model_and_changes_with_whatever_vectors_depend_on(

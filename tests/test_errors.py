@@ -1,4 +1,4 @@
-"""A user reads one sentence, wherever the mistake was noticed."""
+"""A UserError keeps its message, also when a data worker raised it."""
 
 import pickle
 

@@ -69,8 +69,8 @@ def start(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Start:
 
 def finish(process: subprocess.Popen[str], *, within: float = 240) -> tuple[int, str]:
     """Exit status, and what was said to stderr."""
-    _, told = process.communicate(timeout=within)
-    return process.returncode, told
+    _, output = process.communicate(timeout=within)
+    return process.returncode, output
 
 
 def wait_for_checkpoint(process: subprocess.Popen[str], run_dir: Path) -> None:
@@ -115,15 +115,15 @@ def test_a_killed_rank_ends_the_job_and_the_run_goes_on_exactly(
     ranks = ranks_of(process)
     killed = time.monotonic()
     os.kill(ranks[victim], signal.SIGKILL)
-    status, told = finish(process, within=60)
+    status, output = finish(process, within=60)
     while any(is_running(pid) for pid in ranks):
         assert time.monotonic() - killed < 60
         time.sleep(0.1)
     assert status == (-signal.SIGKILL if victim == 0 else 3)
-    assert "error: " in told
-    assert "of this job was killed" in told
-    assert "resume=RUN" in told
-    assert "Traceback" not in told
+    assert "error: " in output
+    assert "of this job was killed" in output
+    assert "resume=RUN" in output
+    assert "Traceback" not in output
     assert finish(start("resume=run"))[0] == 0
     assert finish(start(f"trainer={trainer}", "hydra.run.dir=undisturbed"))[0] == 0
     assert_as_if_nothing_had_happened(tmp_path / "run", tmp_path / "undisturbed")
@@ -166,11 +166,11 @@ def test_a_killed_data_worker_is_said_in_one_sentence_and_the_run_goes_on(
     process = start("trainer=cpu", *ALONE["cpu"], "hydra.run.dir=run", "num_workers=2")
     wait_for_checkpoint(process, tmp_path / "run")
     os.kill(descendants(process.pid)[0], signal.SIGKILL)
-    status, told = finish(process, within=60)
+    status, output = finish(process, within=60)
     assert status == 3
-    assert "error: a data worker was killed, probably because memory ran out" in told
-    assert "resume=RUN goes on from the last checkpoint" in told
-    assert "Traceback" not in told
+    assert "error: a data worker was killed, probably because memory ran out" in output
+    assert "resume=RUN goes on from the last checkpoint" in output
+    assert "Traceback" not in output
     assert finish(start("resume=run"))[0] == 0
     assert read(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"] == STEPS
 
@@ -185,11 +185,11 @@ def test_a_full_disk_leaves_the_checkpoint_before(
     wait_for_checkpoint(process, tmp_path / "run")
     for pid in ranks_of(process):
         resource.prlimit(pid, resource.RLIMIT_FSIZE, (100_000, 100_000))
-    status, told = finish(process)
+    status, output = finish(process)
     assert status == 2
-    assert "cannot be written (" in told
-    assert "last.ckpt is as it was. Make room, then resume the run" in told
-    assert "Traceback" not in told
+    assert "cannot be written (" in output
+    assert "last.ckpt is as it was. Make room, then resume the run" in output
+    assert "Traceback" not in output
     path = tmp_path / "run" / "checkpoints" / "last.ckpt"
     content = read(path)
     assert content["global_step"] % 4 == 0
@@ -211,9 +211,9 @@ def test_a_run_that_is_asked_to_leave_saves_itself(
         assert time.monotonic() < deadline
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    status, told = finish(process, within=60)
+    status, output = finish(process, within=60)
     assert status == 130
-    assert "stopped in contrast at step " in told
+    assert "stopped in contrast at step " in output
     saved = read(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"]
     assert 0 < saved < STEPS
     assert finish(start("resume=run"))[0] == 0

@@ -1,4 +1,4 @@
-"""Gradients of many batches in the memory of one."""
+"""The gradient cache gives the gradients of one large batch in the memory of a chunk."""
 
 import weakref
 from collections.abc import Callable, Sequence

@@ -1,7 +1,7 @@
 """The house rules that a syntax tree can show.
 
-Every rule is a function from a parsed `Module` to complaints. Each is run over the whole package,
-and over snippets that must and must not be reported: a rule that has gone blind fails.
+Each rule takes a parsed `Module` and returns its violations. It is run over the whole package, and
+over snippets that must and must not be reported: a rule that has gone blind fails.
 """
 
 import ast
@@ -117,14 +117,14 @@ def imports_go_one_way(module: Module) -> list[str]:
     own = layer_of(module.component)
     if own is None:
         return [f"{module.component} has no place in LAYERS; give it one"]
-    complaints = []
+    violations = []
     for line, name in found:
         other = layer_of(name)
         if other is None:
-            complaints.append(f"line {line}: imports {name}, which has no place in LAYERS")
+            violations.append(f"line {line}: imports {name}, which has no place in LAYERS")
         elif other > own or (module.component, name) in FORBIDDEN:
-            complaints.append(f"line {line}: {module.component} must not import {name}")
-    return complaints
+            violations.append(f"line {line}: {module.component} must not import {name}")
+    return violations
 
 
 def hydra_stays_at_the_entry_points(module: Module) -> list[str]:
@@ -243,7 +243,7 @@ RULES: dict[str, Rule] = {
 }
 
 
-def complaints_of(rule: Rule) -> list[str]:
+def violations_of(rule: Rule) -> list[str]:
     return [f"{'.'.join(m.path) or PACKAGE}: {said}" for m in MODULES for said in rule(m)]
 
 
@@ -256,7 +256,7 @@ def test_the_walker_sees_the_package() -> None:
 
 @pytest.mark.parametrize("name", RULES)
 def test_the_package_keeps_the_rule(name: str) -> None:
-    assert complaints_of(RULES[name]) == []
+    assert violations_of(RULES[name]) == []
 
 
 def test_components_do_not_import_each_other_in_a_circle() -> None:
@@ -271,7 +271,7 @@ def test_components_do_not_import_each_other_in_a_circle() -> None:
 def test_no_branch_on_a_configured_name(group: str) -> None:
     names = config_names(group)
     assert names, f"conf/{group} is empty: nothing was checked"
-    assert complaints_of(no_branch_on(names)) == []
+    assert violations_of(no_branch_on(names)) == []
 
 
 # ---- the rules see what they are meant to see ----
@@ -305,7 +305,7 @@ GOOD: list[tuple[str, str, str]] = [
     ("imports_go_one_way", "models.heads", "from cocoa_pl.attention.plan import Plan"),
     ("imports_go_one_way", "stages.recipe", "import torch\nfrom cocoa_pl import models"),
     ("hydra_stays_at_the_entry_points", "sweep", "from omegaconf import OmegaConf"),
-    ("modules_say_what_they_are", "items", '"""Rows in, items out."""'),
+    ("modules_say_what_they_are", "items", '"""Items of rows."""'),
     ("nothing_prints", "items", "log.info('print this')\npprint = 1"),
     ("nothing_catches_everything", "items", "try:\n    f()\nexcept (OSError, ValueError): 0"),
 ]

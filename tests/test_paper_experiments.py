@@ -165,23 +165,23 @@ def test_hours_of_the_header_are_those_of_the_plan_at_the_share_that_the_docs_ha
     experiment: str,
 ) -> None:
     text = header(experiment)
-    told = re.search(
+    hours = re.search(
         r"at least (?P<h200>[\d.]+) on 8 H200, (?P<h100_80gb>[\d.]+) on 8 H100.*"
         r"warmup (?P<warmup>[\d.]+), reconstruct (?P<reconstruct>[\d.]+), "
         r"contrast (?P<contrast>\d+\.\d)",
         text,
     )
-    assert told
+    assert hours
     shares = dict(re.findall(r"hardware=(\w+) mfu=([\d.]+)", text))
     pages = (CONFIGS.parent / "docs" / "plan.md").read_text()
     assert f"| {shares['h100_80gb']} | {shares['h200']} |" in pages
     plan = make_plan(compose_overrides("plan", [f"experiment={experiment}", *ROOTS, "gpus=8"]))
     for hardware, share in shares.items():  # both have the same peak
         plan = replace(plan, mfu=float(share))
-        assert f"{sum(map(plan.hours, plan.stages)):.1f}" == told[hardware]
+        assert f"{sum(map(plan.hours, plan.stages)):.1f}" == hours[hardware]
         if hardware == "h200":
             for stage in plan.stages:
-                assert f"{8 * plan.hours(stage):.1f}" == told[stage.stage.name]
+                assert f"{8 * plan.hours(stage):.1f}" == hours[stage.stage.name]
 
 
 def test_the_values_of_the_code_are_one_override_each() -> None:

@@ -1,4 +1,4 @@
-"""Processes that wait for one that is gone, with a real SIGKILL."""
+"""Processes that wait for a killed one end with an error."""
 
 from __future__ import annotations
 

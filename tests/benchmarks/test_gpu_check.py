@@ -157,7 +157,7 @@ def test_wheels_are_unpacked_without_pip_and_come_first(store: Path) -> None:
 
 
 @pytest.mark.usefixtures("store")
-def test_missing_wheels_are_told_in_one_sentence() -> None:
+def test_missing_wheels_are_reported_in_one_sentence() -> None:
     with pytest.raises(SystemExit, match=r"hydra is not installed .*gpu_check pack"):
         gpu_check.unpack()
 

@@ -193,7 +193,7 @@ def test_every_number_of_a_config_has_bounds(name: str, chosen: list[str]) -> No
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "told"),
+    ("key", "value", "message"),
     [
         ("schedule.clip_norm", -1, "at least 0 or null"),  # trained upwards
         ("schedule.clip_norm", math.nan, "at least 0 or null"),
@@ -219,12 +219,12 @@ def test_every_number_of_a_config_has_bounds(name: str, chosen: list[str]) -> No
     ],
 )
 def test_a_value_that_makes_no_sense_is_named_by_its_key(
-    key: str, value: Any, told: str, default: DictConfig
+    key: str, value: Any, message: str, default: DictConfig
 ) -> None:
     cfg = copy.deepcopy(default)
     OmegaConf.update(cfg, key, value)
     name = re.sub(r"\.(\d)$", r"[\1]", key)
-    with pytest.raises(UserError, match=rf"{re.escape(name)}.*=\S+ must be .*{told}"):
+    with pytest.raises(UserError, match=rf"{re.escape(name)}.*=\S+ must be .*{message}"):
         check_values(cfg)
 
 
@@ -246,7 +246,7 @@ def test_no_clipping_is_said_as_elsewhere(value: int | None, default: DictConfig
 
 
 @pytest.mark.parametrize(
-    ("values", "told"),
+    ("values", "message"),
     [
         ({"schedule.warmup.warmup_steps": 101}, r"warmup: a warm-up of 101 .* than its 100 steps"),
         ({"schedule.weight_decay": 1e3}, "would turn the sign of every weight"),
@@ -254,12 +254,12 @@ def test_no_clipping_is_said_as_elsewhere(value: int | None, default: DictConfig
     ],
 )
 def test_what_makes_no_sense_together_is_refused_before_anything_is_loaded(
-    values: dict[str, Any], told: str, default: DictConfig
+    values: dict[str, Any], message: str, default: DictConfig
 ) -> None:
     cfg = copy.deepcopy(default)
     for key, value in values.items():
         OmegaConf.update(cfg, key, value)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         _ = check_values(cfg), build_stages(cfg)
 
 

@@ -1,4 +1,4 @@
-"""A slip on a command line is one sentence, also with a user's own configs."""
+"""Mistakes on a command line are reported in one sentence, also with a user's own configs."""
 
 from __future__ import annotations
 

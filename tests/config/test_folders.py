@@ -1,4 +1,4 @@
-"""Of one run, one config and one model: no two share a folder, none writes beside old results."""
+"""Run folders: no two runs share one, and no run writes into that of another."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_of_two_that_claim_a_folder_one_has_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("sweeps", [False, True])
-def test_a_default_folder_is_new_and_hydra_is_told(sweeps: bool) -> None:
+def test_a_default_folder_is_new_and_is_hydras_too(sweeps: bool) -> None:
     for ending in ("noon", "noon_2"):
         give_folder(composed(sweeps=sweeps), way="")
         assert sys.argv[-1].endswith(f"{ending}'")
@@ -153,7 +153,7 @@ def test_processes_of_one_job_share_the_folder_that_the_first_has_taken(
         (SLURM | {"SLURM_JOB_NAME": "interactive"}, False),
     ],
 )
-def test_processes_started_from_outside_must_be_told_the_run_folder(
+def test_processes_started_from_outside_need_a_run_folder(
     environment: dict[str, str], refused: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in environment.items():

@@ -95,7 +95,7 @@ def test_a_model_that_is_chosen_is_obeyed_where_it_fits(run: Path, tiny_folder: 
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["init_from=Qwen/Qwen3-VL-2B-Instruct"], "does not tell .*; add model=qwen3vl_2b$"),
         (["init_from=TINY"], "add model=qwen2vl or model=qwen2vl_7b or model=tiny$"),
@@ -107,13 +107,13 @@ def test_a_model_that_is_chosen_is_obeyed_where_it_fits(run: Path, tiny_folder: 
     ],
 )
 def test_a_model_that_tells_no_settings_needs_one_of_the_options_that_fit(
-    words: list[str], told: str, tiny_folder: Path, tmp_path: Path
+    words: list[str], message: str, tiny_folder: Path, tmp_path: Path
 ) -> None:
     described = {"base_model_name_or_path": "Qwen/Qwen2.5-VL-7B-Instruct", "peft_type": "LORA"}
     (tmp_path / "adapter_config.json").write_text(json.dumps(described))
     places = {"TINY": str(tiny_folder), "ADAPTER": str(tmp_path)}
     overrides = [key + "=" + places.get(name, name) for key, _, name in map(halves, words)]
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         started(*overrides)
 
 

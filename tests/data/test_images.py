@@ -1,4 +1,4 @@
-"""Every kind of odd image file has one defined outcome, and none of them is an invented picture."""
+"""Unusual image files are read correctly or refused with a message."""
 
 import io
 import struct

@@ -1,4 +1,4 @@
-"""What users write, and the one format that becomes of it: lists, placeholders, instructions."""
+"""Users' inputs (lists, placeholders, instructions) become items of one format."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def built(text: str, count: int, instruction: str | None) -> str:
     return as_item({"text": text, "image": list(PICTURES[:count])}, instruction).text
 
 
-def told(make: Callable[..., str], *arguments: Any) -> str:
+def result_of(make: Callable[..., str], *arguments: Any) -> str:
     try:
         return make(*arguments)
     except ValueError as error:
@@ -79,8 +79,8 @@ def test_items_are_what_the_exported_template_makes_of_messages(
     for text, instruction in product(TEXTS, INSTRUCTIONS):
         if not text and not count:
             continue  # nothing to embed
-        expected = told(rendered, template, text, count, instruction)
-        assert told(built, text, count, instruction) == expected
+        expected = result_of(rendered, template, text, count, instruction)
+        assert result_of(built, text, count, instruction) == expected
         refused += expected.startswith("refused")
     assert 0 < refused < len(TEXTS) * len(INSTRUCTIONS)
 

@@ -1,4 +1,4 @@
-"""Threads that work ahead: the same results in the same order, never too far, and then gone."""
+"""Threads that work ahead keep the order, a bounded distance, and end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is hidden: exactly as much as asked, never what must stay, and by the generator alone."""
+"""Masks have the exact ratio, spare special tokens, and depend on the generator alone."""
 
 import math
 from collections.abc import Callable

@@ -343,7 +343,7 @@ def test_image_and_text_look_for_images(root: Path) -> None:
     assert (found.group, found.in_distribution) == ("grounding", False)
 
 
-def test_objects_of_one_image_are_told_apart_by_their_captions(root: Path) -> None:
+def test_objects_of_one_image_differ_by_their_captions(root: Path) -> None:
     """RefCOCO-Matching: path and caption are the name, quotation marks around it are not."""
     row = image_to_image(
         tgt_text=['"left dog"', "right dog", "left dog"],

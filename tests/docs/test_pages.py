@@ -1,5 +1,5 @@
-"""What the pages say is so: quoted errors exist, examples are short and run, every module is in the
-reference, links lead somewhere.
+"""Facts that the pages state: quoted errors exist, examples are short and run, every module is in
+the reference, links lead somewhere.
 """
 
 from __future__ import annotations

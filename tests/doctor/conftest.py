@@ -79,7 +79,7 @@ def write_rows(root: Path, rows: list[dict[str, Any]], *, subset: str = "Set") -
 
 
 def issues(root: Path) -> dict[str, dict[str, Any]]:
-    """Disease -> the row that has it; files are written below `root`."""
+    """Issue -> the row that has it; files are written below `root`."""
     images = root / "images"
     for number in range(12):
         noise(images / f"{number}.png", (28, 28), seed=number)

@@ -44,13 +44,13 @@ EXPECTED = {
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a row of each issue."""
-    root = tmp_path_factory.mktemp("diseased") / "root"
+    root = tmp_path_factory.mktemp("issues") / "root"
     return write_rows(root, list(issues(root).values()))
 
 
 @pytest.fixture(scope="module")
 def numbers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Name of a issue -> number of its row."""
+    """Name of an issue -> number of its row."""
     named = issues(tmp_path_factory.mktemp("names") / "root")
     return {name: str(number) for number, name in enumerate(named)}
 
@@ -67,12 +67,12 @@ def by_three(root: Path, check_up: Callable[..., Checkup]) -> Checkup:
     return check_up(*mmeb(root), f"cache_dir={cache}", "workers=3", width=80)
 
 
-def test_every_disease_is_expected_somewhere(numbers: dict[str, str]) -> None:
+def test_every_issue_is_expected_somewhere(numbers: dict[str, str]) -> None:
     assert numbers.keys() - {name for rows in EXPECTED.values() for name in rows} == {"other rows"}
 
 
 @pytest.mark.parametrize("kind", EXPECTED)
-def test_a_disease_is_found_in_its_rows_and_no_other(
+def test_an_issue_is_found_in_its_rows_and_no_other(
     kind: str, checkup: Checkup, numbers: dict[str, str]
 ) -> None:
     assert checkup.rows(kind) == [numbers[name] for name in EXPECTED[kind]]

@@ -115,7 +115,7 @@ def _die(number: int) -> int:
     return number
 
 
-def test_embedded_images_are_told_apart_by_their_bytes(tmp_path: Path) -> None:
+def test_embedded_images_are_identified_by_their_bytes(tmp_path: Path) -> None:
     content = noise(tmp_path / "a.png", (20, 30), seed=0).read_bytes()
     items = [Item(IMAGE_SLOT, (image,)) for image in (content, bytes(content), b"no picture")]
     images = DistinctImages()

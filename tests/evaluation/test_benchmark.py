@@ -88,9 +88,9 @@ def test_queries_that_have_nothing_to_choose_from_are_counted(
     rows = [ROWS[1], ("q 9", ["a 5"]), ("q 8", ["a 5", "a 5"])]
     results = evaluate(compass, [make_subset("one", rows)], benchmark="x", checkpoint="x")
     assert results.to_json()["subsets"]["one"]["num_queries_without_choice"] == 2
-    told = "2 of 3 queries have a single candidate, which is right whatever the model says"
-    assert results.subsets[0].caveat == told
-    assert score_table(results).caption == f"one: {told}"
+    caveat = "2 of 3 queries have a single candidate, which is right whatever the model says"
+    assert results.subsets[0].caveat == caveat
+    assert score_table(results).caption == f"one: {caveat}"
 
 
 def test_a_split_without_subsets_is_null_not_nan(

@@ -238,7 +238,7 @@ def test_rows_that_do_not_differ_can_be_hidden(side_by_side: Any) -> None:
     assert visible(side_by_side, "#score-table tr.group") == 2
 
 
-def test_what_was_configured_otherwise_is_told(side_by_side: Any) -> None:
+def test_configs_that_differ_are_shown(side_by_side: Any) -> None:
     assert texts(side_by_side, ".changed tbody tr") == [
         "schedule.lr 0.1 0.2",
         "stage given –",  # noqa: RUF001

@@ -1,4 +1,4 @@
-"""A whole benchmark stands beside published rows, a choice of it beside nothing."""
+"""Published scores are shown beside a whole benchmark, and not beside a part of one."""
 
 from __future__ import annotations
 

@@ -118,7 +118,7 @@ def test_all_text_is_escaped(page: str) -> None:
     assert "Tiny &amp; small" in page
 
 
-def test_hit_and_miss_are_told_in_words(page: str) -> None:
+def test_hit_and_miss_are_words(page: str) -> None:
     assert "✓ Hit" in page
     assert "✗ Miss: the positive is number 2 of 2" in page
     assert page.count('<li class="positive') == len(re.findall("· right", page)) == 4

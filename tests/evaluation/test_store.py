@@ -1,4 +1,4 @@
-"""A store holds what was embedded, whole or not at all, of this model and the files as they are."""
+"""A store keeps complete files of vectors, for one model and unchanged images."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def test_files_swapped_for_each_other_are_other_vectors(tmp_path: Path) -> None:
     assert not np.isin(cache_keys(items), before).any()
 
 
-def test_pictures_of_the_same_bytes_are_told_apart() -> None:
+def test_pictures_of_the_same_bytes_have_different_keys() -> None:
     """In another shape, or with other colours of their palette."""
     flat, tall = (Image.new("RGB", size, "white") for size in ((4, 2), (2, 4)))
     red, blue = Image.new("P", (2, 2)), Image.new("P", (2, 2))
@@ -275,7 +275,7 @@ def test_a_file_has_its_name_only_when_all_of_it_is_on_the_disk(
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"weights": "2e11"}, "its weights is another"),
         ({"policy": {"name": "causal"}}, "its policy is another"),
@@ -287,11 +287,11 @@ def test_a_file_has_its_name_only_when_all_of_it_is_on_the_disk(
     ],
 )
 def test_another_models_vectors_are_refused(
-    changes: dict[str, Any], told: str, tmp_path: Path
+    changes: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     store = open_store(tmp_path)
     store.add(cache_keys(texts(0)), vectors_of(1))
-    with pytest.raises(UserError, match=f"{tmp_path} holds vectors of another model.*{told}"):
+    with pytest.raises(UserError, match=f"{tmp_path} holds vectors of another model.*{message}"):
         open_store(tmp_path, **changes)
     assert len(open_store(tmp_path)) == 1
 

@@ -93,7 +93,7 @@ def test_a_configuration_without_any_result_keeps_its_line(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"groups": None}, "'NoneType' object has no attribute"),
         ({"overall": "0.5"}, "not supported between"),
@@ -102,12 +102,14 @@ def test_a_configuration_without_any_result_keeps_its_line(tmp_path: Path) -> No
         ({"tasks": {"CIRR": {"main_score": 0.5}}}, "it lacks 'metric'"),
     ],
 )
-def test_a_damaged_results_json_is_told(change: dict[str, Any], told: str, tmp_path: Path) -> None:
+def test_a_damaged_results_json_is_refused(
+    change: dict[str, Any], message: str, tmp_path: Path
+) -> None:
     make_run(tmp_path, [], overall=0.5)
     path = tmp_path / "results.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
-    told = rf"results\.json is damaged \(.*{re.escape(told)}.*; score the model again"
-    with pytest.raises(UserError, match=told):
+    whole = rf"results\.json is damaged \(.*{re.escape(message)}.*; score the model again"
+    with pytest.raises(UserError, match=whole):
         read_results(path)
 
 

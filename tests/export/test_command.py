@@ -1,4 +1,4 @@
-"""`cocoa export` as it is typed: a folder that others open, or one sentence and nothing."""
+"""`cocoa export`: what it writes, and errors that leave nothing behind."""
 
 from __future__ import annotations
 
@@ -44,9 +44,7 @@ def run_folder(load_tiny: Callable[..., Loaded], processor: Processor, tmp_path:
     run = tmp_path / "run"
     export(embedder, run / "model", lineage=[STAGE], rounding=5e-5)
     SCORES.write_json(run / "results.json")
-    data = (
-        "data:\n  _target_: Mine\n  root: /home/somebody\n  stages: {warmup: {path: /x, rows: 3}}\n"
-    )
+    data = "data:\n  _target_: Mine\n  root: /home/user\n  stages: {warmup: {path: /x, rows: 3}}\n"
     (run / "config.yaml").write_text(data)
     return run
 
@@ -91,7 +89,7 @@ def test_the_card_tells_recipe_scores_and_parity(run_folder: Path, console: Cons
     for way in ("Embedder", "transformers"):
         assert re.search(rf"^\| {way} \| \d\.\de[-+]\d\d \|", card, re.MULTILINE)
     assert "_target_: Mine\nstages:\n  warmup:\n    rows: 3\n```" in card
-    assert "/home/somebody" not in card
+    assert "/home/user" not in card
     assert "SentenceTransformer" not in card
     assert not (out / "modules.json").exists()
 
@@ -119,7 +117,7 @@ def test_vectors_that_differ_leave_nothing_behind(
     assert "1.0e-02" in console.export_text()
 
 
-def test_exporting_again_keeps_what_somebody_wrote(run_folder: Path, console: Console) -> None:
+def test_exporting_again_keeps_added_and_edited_files(run_folder: Path, console: Console) -> None:
     out = run_folder / "hf"
     command.run([str(run_folder), "--to", "sentence-transformers", "--out", str(out)], console)
     (out / "onnx").mkdir()
@@ -139,12 +137,12 @@ def test_exporting_again_keeps_what_somebody_wrote(run_folder: Path, console: Co
 def test_what_is_no_export_is_not_replaced(run_folder: Path, console: Console) -> None:
     model = str(run_folder / "model")
     (run_folder / "model/README.md").write_text("mine")  # `export` writes none there
-    for out, told in (
+    for out, message in (
         (run_folder / "notes", "exists and is no exported model"),
         (run_folder / "model", r"README\.md is of no export and would be overwritten"),
     ):
         out.mkdir(exist_ok=True)
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             command.run([str(run_folder), "--to", "hf", "--out", str(out)], console)
     with pytest.raises(UserError, match="replaced by itself"):
         command.run([model, "--to", "hf", "--out", model], console)
@@ -160,7 +158,7 @@ def test_a_run_that_mteb_scored_is_exported(run_folder: Path, console: Console) 
 
 
 @pytest.mark.parametrize("name", ["results.json", "config.yaml"])
-def test_a_damaged_file_of_a_run_is_told(name: str, run_folder: Path, console: Console) -> None:
+def test_a_damaged_file_of_a_run_is_refused(name: str, run_folder: Path, console: Console) -> None:
     (run_folder / name).write_text("{")
     with pytest.raises(UserError, match=f"{name} is damaged"):
         command.run([str(run_folder), "--to", "hf"], console)
@@ -169,7 +167,7 @@ def test_a_damaged_file_of_a_run_is_told(name: str, run_folder: Path, console: C
 
 def test_a_hub_id_needs_a_place(console: Console) -> None:
     with pytest.raises(UserError, match="--out"):
-        command.run(["somebody/some-model", "--to", "hf"], console)
+        command.run(["user/some-model", "--to", "hf"], console)
 
 
 def test_without_sentence_transformers_the_report_says_so(

@@ -209,7 +209,7 @@ def test_a_run_folder_stands_for_its_model(exported: dict[str, Path], items: lis
     np.testing.assert_array_equal(inner, outer)
 
 
-def test_exporting_again_keeps_what_somebody_added(
+def test_exporting_again_keeps_added_files(
     copy: Path, load_tiny: LoadTiny, processor: Processor
 ) -> None:
     (copy / "notes").mkdir()
@@ -225,7 +225,7 @@ def test_exporting_again_keeps_what_somebody_added(
 
 
 @pytest.mark.parametrize("name", ["config.json", "cocoa.json", "generation_config.json"])
-def test_what_somebody_edited_is_not_written_over(
+def test_an_edited_file_is_not_overwritten(
     name: str, copy: Path, load_tiny: LoadTiny, processor: Processor
 ) -> None:
     path = copy / name
@@ -240,7 +240,7 @@ def test_what_somebody_edited_is_not_written_over(
         assert "mine" not in path.read_text()
 
 
-def test_a_file_of_somebody_else_is_not_written_over(
+def test_a_file_of_no_export_is_not_overwritten(
     load_tiny: LoadTiny, processor: Processor, tmp_path: Path
 ) -> None:
     (tmp_path / "config.json").write_text("another model's")
@@ -250,7 +250,7 @@ def test_a_file_of_somebody_else_is_not_written_over(
     assert [path.read_text() for path in tmp_path.iterdir()] == ["another model's"]
 
 
-def test_how_to_renew_a_folder_without_digests_is_told(
+def test_a_folder_without_digests_is_refused_with_a_way_to_renew_it(
     copy: Path, load_tiny: LoadTiny, processor: Processor
 ) -> None:
     path = copy / "cocoa.json"

@@ -1,4 +1,4 @@
-"""Other tools read the trained model's vectors out of an exported folder, or it is refused."""
+"""An exported folder gives the trained model's vectors in other tools, or is refused."""
 
 from __future__ import annotations
 

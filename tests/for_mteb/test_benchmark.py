@@ -141,7 +141,7 @@ def test_results_of_the_same_weights_are_not_computed_again(
         ({"training_datasets": "SUN397"}, r"is a list, or mmeb; .*training_datasets=\[SUN397\]"),
     ],
 )
-def test_mistakes_are_told_before_a_model_is_there(changes: dict[str, Any], said: str) -> None:
+def test_mistakes_are_reported_before_a_model_is_loaded(changes: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said):
         benchmark(**changes)
 

@@ -105,7 +105,7 @@ def test_every_adapter_gets_a_gradient_and_the_merged_model_embeds_alike(
     assert all(p.grad is None for p in backbone.parameters() if not p.requires_grad)
 
 
-def test_adapters_that_never_trained_are_told_from_those_of_an_unused_part(
+def test_adapters_that_never_trained_differ_from_those_of_an_unused_part(
     adapted: Adapted, caplog: pytest.LogCaptureFixture
 ) -> None:
     fresh, state = adapted(trained=False).state_dict(), adapted().state_dict()

@@ -1,4 +1,4 @@
-"""The image decoder of every family: its layer follows the batch's plan, and it says pixels."""
+"""The image decoder of every family: its layer follows the batch's plan, and it predicts pixels."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""What vision towers are given of packed images equals what they would work out themselves."""
+"""Inputs made for vision towers from packed images equal those that they compute themselves."""
 
 import pytest
 import torch

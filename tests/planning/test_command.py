@@ -33,12 +33,12 @@ def plan(*overrides: str, width: int = 80) -> tuple[int, str]:
 
 def test_the_papers_run_fits_eight_gpus(tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
-    status, told = plan("experiment=paper_qwen2vl_2b", "gpus=8", f"json={path}")
+    status, output = plan("experiment=paper_qwen2vl_2b", "gpus=8", f"json={path}")
     assert status == 0
-    assert "It fits" in told
-    assert max(len(line) for line in told.splitlines() if "plan.json" not in line) <= 80
+    assert "It fits" in output
+    assert max(len(line) for line in output.splitlines() if "plan.json" not in line) <= 80
     for stage in ("warmup", "reconstruct", "contrast"):
-        assert stage in told
+        assert stage in output
     found = json.loads(path.read_text())
     assert found["fits"]
     assert found["parameters"]["model"] == 2_208_985_600
@@ -64,25 +64,25 @@ def test_auto_is_planned_as_the_kernel_that_it_comes_to(tmp_path: Path) -> None:
 
 
 def test_the_default_run_fits_a_cpu() -> None:
-    status, told = plan("trainer=cpu", "lengths.image_tokens=4")
+    status, output = plan("trainer=cpu", "lengths.image_tokens=4")
     assert status == 0
-    assert "1 x cpu (one process), full fine-tuning, products in float32" in told
-    assert "2 x 2 = 4 visual" in told
+    assert "1 x cpu (one process), full fine-tuning, products in float32" in output
+    assert "2 x 2 = 4 visual" in output
 
 
 def test_full_tuning_of_7b_on_one_gpu_is_refused_and_helped() -> None:
-    status, told = plan(
+    status, output = plan(
         *("model=qwen2vl_7b", "data=mmeb", "stage=warmup", "adapter=none", "gpus=1")
     )
     assert status == 1
-    assert "It does not fit" in told
-    assert "It would with  gpus=2 trainer=fsdp" in told
-    assert "It would with  adapter=lora  " in told
-    assert "hardware=" not in told  # 134 GiB would hardly fit the 139 of an h200
+    assert "It does not fit" in output
+    assert "It would with  gpus=2 trainer=fsdp" in output
+    assert "It would with  adapter=lora  " in output
+    assert "hardware=" not in output  # 134 GiB would hardly fit the 139 of an h200
 
 
 @pytest.mark.parametrize(
-    ("overrides", "told"),
+    ("overrides", "message"),
     [
         (["gpu=8"], r"unknown key gpu \(did you mean gpus\?\)"),
         (["hardware=h100"], "hardware=h100 does not exist"),
@@ -90,14 +90,14 @@ def test_full_tuning_of_7b_on_one_gpu_is_refused_and_helped() -> None:
         (["trainer=ddp"], "how many GPUs"),
     ],
 )
-def test_a_mistake_is_one_sentence(overrides: list[str], told: str) -> None:
-    with pytest.raises(UserError, match=told):
+def test_a_mistake_is_one_sentence(overrides: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         plan(*overrides)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("overrides", "told"),
+    ("overrides", "message"),
     [
         (["trainer.precision=bf16-mixed"], "trainer.precision=bf16-mixed cannot be planned"),
         (["gpus=0"], "gpus=0 must be a whole number of at least 1 or null"),
@@ -109,8 +109,8 @@ def test_a_mistake_is_one_sentence(overrides: list[str], told: str) -> None:
         ),
     ],
 )
-def test_more_mistakes_are_one_sentence(overrides: list[str], told: str) -> None:
-    with pytest.raises(UserError, match=told):
+def test_more_mistakes_are_one_sentence(overrides: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         plan(*overrides)
 
 
@@ -118,9 +118,9 @@ def test_more_mistakes_are_one_sentence(overrides: list[str], told: str) -> None
 def test_what_it_says_would_fit_does() -> None:
     """The words it prints, given back to it."""
     asked = ["experiment=paper_qwen25vl_7b", "adapter=none", "gpus=8", "hardware=a100_40gb"]
-    status, told = plan(*asked, width=200)
+    status, output = plan(*asked, width=200)
     assert status == 1
-    lines = [line for line in told.splitlines() if line.startswith("It would with")]
+    lines = [line for line in output.splitlines() if line.startswith("It would with")]
     assert lines
     for line in lines:
         words = line.split("  ")[1].split()
@@ -132,8 +132,8 @@ def test_what_it_says_would_fit_does() -> None:
 @pytest.mark.slow
 def test_every_experiment_of_the_paper_fits_eight_gpus() -> None:
     for path in sorted((CONFIGS / "experiment").glob("paper_*.yaml")):
-        status, told = plan(f"experiment={path.stem}", "gpus=8")
-        assert status == 0, told
+        status, output = plan(f"experiment={path.stem}", "gpus=8")
+        assert status == 0, output
 
 
 @pytest.mark.slow

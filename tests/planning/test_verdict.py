@@ -1,4 +1,4 @@
-"""What does not fit is refused, and what is said to fit does."""
+"""A plan's verdict on memory, and the changes that it proposes."""
 
 from __future__ import annotations
 

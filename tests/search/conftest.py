@@ -1,4 +1,4 @@
-"""A folder of pictures with names that nobody would choose, and what must not be shown of it."""
+"""A folder of pictures with hostile names, and files that must not be shown."""
 
 from __future__ import annotations
 

@@ -39,19 +39,19 @@ def test_it_is_a_command() -> None:
 
 
 def test_the_best_come_first_with_their_scores(run: Run, folder: Path) -> None:
-    told = run(folder, "--image", folder / "1.png", "--top", 3)
-    assert "8 images, 8 of them new" in told
-    assert "broken.png left out: " in told
-    rows = [line.split() for line in told.splitlines() if line.strip()[:1].isdigit()][1:]
+    output = run(folder, "--image", folder / "1.png", "--top", 3)
+    assert "8 images, 8 of them new" in output
+    assert "broken.png left out: " in output
+    rows = [line.split() for line in output.splitlines() if line.strip()[:1].isdigit()][1:]
     assert [row[0] for row in rows] == ["1", "2", "3"]
     assert rows[0][1] == "1.000"
     assert rows[0][2] == str(folder / "1.png")
 
 
 def test_names_are_no_markup(run: Run, folder: Path) -> None:
-    told = run(folder, "two boats")
-    assert '"quoted" & [bold].png' in told
-    assert "<img src=x onerror=alert(1)>.png" in told
+    output = run(folder, "two boats")
+    assert '"quoted" & [bold].png' in output
+    assert "<img src=x onerror=alert(1)>.png" in output
 
 
 def test_json_is_one_object_a_line(
@@ -68,8 +68,8 @@ def test_json_is_one_object_a_line(
 def test_text_image_and_instruction_all_count(run: Run, folder: Path) -> None:
     by_text = run(folder, "two boats", "--json")
     both = run(folder, "two boats", "--image", folder / "1.png", "--json")
-    told = run(folder, "two boats", "--instruction", "Find it:", "--json")
-    assert len({by_text, both, told}) == 3
+    output = run(folder, "two boats", "--instruction", "Find it:", "--json")
+    assert len({by_text, both, output}) == 3
 
 
 def test_without_a_query_it_indexes(run: Run, folder: Path) -> None:
@@ -91,7 +91,7 @@ def test_a_mistake_is_one_sentence(
         run(folder, "two boats", *arguments)
 
 
-def test_a_wrong_folder_is_told_before_a_model_is_loaded() -> None:
+def test_a_wrong_folder_is_refused_before_a_model_is_loaded() -> None:
     with pytest.raises(UserError, match="nowhere is no folder"):
         command.run(["nowhere", "two boats", "--model", "no/model"], Console())
 

@@ -1,4 +1,4 @@
-"""What an index finds is what is in the folder now."""
+"""An image index holds the folder's present files."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def again(folder: Path, embedder: Embedder, **choices: Any) -> ImageIndex:
 
 def test_files_are_those_of_the_folder_and_no_others(folder: Path) -> None:
     names = {os.fsencode(file.as_posix()) for file in image_files(folder)}
-    assert len(names) == READABLE + 1  # the broken one is told later
+    assert len(names) == READABLE + 1  # the broken one is found when it is opened
     assert {b"1.png", b"2.JPG", b"below/3.png", b"below/4.webp", b"\xff\xfe.png"} <= names
     assert not {n for n in names if n.startswith((b".", b"link", b"gone")) or b"hidden" in n}
 

@@ -62,14 +62,14 @@ def test_it_shows_what_the_index_finds(
 
 
 def test_an_instruction_reaches_the_model(index: ImageIndex, embedder: Embedder) -> None:
-    told = Page(index, instruction="Find it:", top=8, hosts=LOCAL)
-    html = search(told.app().test_client(), text="two boats").text
+    page = Page(index, instruction="Find it:", top=8, hosts=LOCAL)
+    html = search(page.app().test_client(), text="two boats").text
     vector = embedder.encode(["two boats"], instruction="Find it:")[0]
     assert numbers(html) == [found.number for found in index.search(vector, 8)]
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("given", "message"),
     [
         ({}, "Type a text or choose an image."),
         ({"text": "   "}, "Type a text or choose an image."),
@@ -78,10 +78,10 @@ def test_an_instruction_reaches_the_model(index: ImageIndex, embedder: Embedder)
     ],
     ids=["nothing", "blank", "no picture", "empty"],
 )
-def test_what_cannot_be_searched_is_said(given: dict[str, Any], told: str, client: Any) -> None:
+def test_what_cannot_be_searched_is_said(given: dict[str, Any], message: str, client: Any) -> None:
     response = search(client, **given)
     assert response.status_code == 400
-    assert told in response.text
+    assert message in response.text
     assert "thumbnail" not in response.text
 
 
@@ -205,7 +205,7 @@ def test_a_person_searches_by_text_and_by_an_uploaded_picture(
         browser, 30, ignored_exceptions=[errors.StaleElementReferenceException]
     )
 
-    def told(text: str) -> bool:
+    def shows(text: str) -> bool:
         return text in browser.find_element(by.TAG_NAME, "body").text
 
     browser.set_window_size(width, 900)
@@ -213,7 +213,7 @@ def test_a_person_searches_by_text_and_by_an_uploaded_picture(
     box = browser.switch_to.active_element  # ready to type
     assert box.get_attribute("name") == "text"
     box.send_keys("two boats\n")
-    wait.until(lambda _: told("5 nearest to “two boats”"))
+    wait.until(lambda _: shows("5 nearest to “two boats”"))
     assert len(browser.find_elements(by.CSS_SELECTOR, "li img")) == 5
 
     def drawn(_: Any) -> bool:
@@ -227,7 +227,7 @@ def test_a_person_searches_by_text_and_by_an_uploaded_picture(
     browser.find_element(by.NAME, "text").clear()
     browser.find_element(by.NAME, "image").send_keys(str(index.folder / HOSTILE[0]))
     browser.find_element(by.TAG_NAME, "button").click()
-    wait.until(lambda _: told(f"5 nearest to the image {HOSTILE[0]}"))
+    wait.until(lambda _: shows(f"5 nearest to the image {HOSTILE[0]}"))
     # A name is shown as it is, and not obeyed.
     assert browser.find_element(by.CSS_SELECTOR, "li span").text == HOSTILE[0]
     wide = browser.execute_script("return document.documentElement.scrollWidth")

@@ -1,4 +1,4 @@
-"""Dummies that keep ranks in step where parameters are sharded are in no loss."""
+"""Dummy samples, which give ranks with sharded parameters equally many passes, are in no loss."""
 
 from __future__ import annotations
 

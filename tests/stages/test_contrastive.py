@@ -1,4 +1,4 @@
-"""What saves memory or time in a contrastive step changes no value of it."""
+"""Ways to save memory or time in a contrastive step do not change its values."""
 
 from __future__ import annotations
 

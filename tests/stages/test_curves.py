@@ -1,4 +1,4 @@
-"""What makes training faster changes none of its numbers: curves of the recipe on digits.
+"""Loss curves of the recipe on digits do not change with the ways of computing them faster.
 
 Once against the curve of the code before any of it (`digits_curve.csv`), and for each way of saving
 work against the run without it.

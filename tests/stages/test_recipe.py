@@ -418,7 +418,7 @@ def test_a_stage_wants_either_steps_or_epochs(
         make_stages(f"stage.pretrain.steps={steps}", f"stage.pretrain.epochs={epochs}")
 
 
-def test_what_the_last_stage_refuses_is_told_before_the_first(
+def test_what_the_last_stage_refuses_is_reported_before_the_first(
     tmp_path: Path, make_stages: MakeStages, train: Train, fresh: Fresh
 ) -> None:
     with pytest.raises(UserError, match=r"is below 0\.01, the bound of a learnt one"):
@@ -463,7 +463,7 @@ def test_stages_that_predict_words_refuse_a_model_without_a_vocabulary_head(
 
 
 @pytest.mark.parametrize(
-    ("few", "overrides", "told"),
+    ("few", "overrides", "message"),
     [
         (texts_alike("pppppppp"), [], "all 8 rows have the same positive, and there are no"),
         (
@@ -481,13 +481,13 @@ def test_stages_that_predict_words_refuse_a_model_without_a_vocabulary_head(
 def test_rows_without_a_wrong_answer_are_refused_before_training(
     few: FewPairs,
     overrides: list[str],
-    told: str,
+    message: str,
     tmp_path: Path,
     make_stages: MakeStages,
     train: Train,
     fresh: Fresh,
 ) -> None:
-    with pytest.raises(UserError, match=f"stage contrast: {told}"):
+    with pytest.raises(UserError, match=f"stage contrast: {message}"):
         train(tmp_path, make_stages(*ONLY_CONTRAST, *overrides), fresh(), data=few)
     assert not (tmp_path / "metrics.csv").exists()
 
@@ -525,7 +525,7 @@ def test_validation_without_a_wrong_answer_has_no_precision(
 ) -> None:
     caplog.set_level("INFO", logger="cocoa_pl")
     few = texts_alike("pqrstuvw")
-    for kept, told in (
+    for kept, message in (
         (few.training[:1], "and no query had a negative, so that says nothing"),
         (texts_alike("pppq", queries="abcd").training, "of the 50.0% of queries that had a neg"),
     ):
@@ -533,7 +533,7 @@ def test_validation_without_a_wrong_answer_has_no_precision(
         stages = make_stages(*ONLY_CONTRAST, "schedule.validation_batch_size=3", steps=1)
         caplog.clear()
         entry = train(tmp_path, stages, fresh(), data=few)[0]
-        assert told in caplog.text
+        assert message in caplog.text
         assert ("accuracy" in entry["validation"]) == (len(kept) > 1)
 
 
@@ -542,13 +542,13 @@ def test_what_was_not_hidden_has_no_loss(
 ) -> None:
     stages = make_stages()
     nothing = dict.fromkeys(("tokens", "loss", "hits", "patches", "errors"), torch.zeros(()))
-    for stage, told in (
+    for stage, message in (
         (stages[1], "validation: no text was hidden, no image was hidden"),
         (stages[2], "validation: no text was hidden, no other context to measure the bridge gain"),
     ):
         module = stage.make_module(fresh(), processor, steps=1, seed=0)
         assert module.means(nothing) == {}
-        assert module.summary_line({}).startswith(told)
+        assert module.summary_line({}).startswith(message)
 
 
 def test_a_dataset_smaller_than_a_batch_is_refused(

@@ -198,7 +198,7 @@ def log_skipped(messages: list[str], *, source: str) -> None:
     """One warning for all rows skipped in `source`, with the first few spelt out."""
     if messages:
         # All of them, for a listener such as `cocoa doctor`.
-        extra = {"complaints": messages}
+        extra = {"skipped": messages}
         log.warning(
             "%s: skipped %d bad row(s): %s", source, len(messages), _shown(messages), extra=extra
         )

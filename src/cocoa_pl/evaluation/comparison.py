@@ -27,7 +27,7 @@ from cocoa_pl.evaluation.figures import Panel, read_panels
 from cocoa_pl.evaluation.report import templates
 from cocoa_pl.evaluation.results import CONFIDENCE, MEANS, Interval, read_config, read_results
 
-MAX_RUNS = 6  # whose curves can be told apart
+MAX_RUNS = 6  # more curves cannot be distinguished
 SIGN = {"": " ", "above": "+", "below": "-"}
 
 
