@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from transformers import AutoTokenizer
 
-from cocoa_pl.config.build import build, register_resolvers
+from cocoa_pl.config.build import build
 from cocoa_pl.config.command_line import CONFIGS, compose_overrides
 from cocoa_pl.errors import UserError
 from cocoa_pl.planning.command import make_plan
 from cocoa_pl.run import build_stages, choose_end_token
+from tests.configs import composed
 
 ROOTS = ("data.root=MMEB-train", "benchmark.root=MMEB-eval")
 
@@ -92,16 +92,6 @@ NUMBERS: tuple[tuple[str, Any, str], ...] = (
     ("model.max_length", 4096, "C"),
     ("model.eos_token", None, "C"),
 )
-
-
-@pytest.fixture(autouse=True)
-def resolvers() -> None:
-    register_resolvers()
-
-
-def composed(*overrides: str) -> DictConfig:
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return compose("train", overrides=list(overrides))
 
 
 def header(experiment: str) -> str:

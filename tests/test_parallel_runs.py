@@ -16,7 +16,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from rich.console import Console
@@ -24,7 +23,6 @@ from safetensors.torch import load_file
 from torch.multiprocessing.spawn import spawn
 
 from cocoa_pl.config.build import register_resolvers
-from cocoa_pl.config.command_line import CONFIGS
 from cocoa_pl.data.batch import Batch
 from cocoa_pl.distributed.collectives import rank
 from cocoa_pl.errors import UserError
@@ -32,6 +30,7 @@ from cocoa_pl.run import train
 from cocoa_pl.stages.checkpoint import read, read_weights
 from cocoa_pl.stages.contrastive import ContrastiveModule
 from cocoa_pl.stages.recipe import Interrupted
+from tests.configs import composed
 
 STAGES = ("warmup", "reconstruct", "contrast")
 TUNINGS = {
@@ -147,11 +146,9 @@ def compose_run(
     ]
 
     def write(strategy: str, tuning: str, world: int) -> Path:
-        register_resolvers()
         trainer = [f"trainer={strategy}", f"trainer.devices={world}"]
-        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            chosen = [*(TUNINGS | UNUSED | MORE)[tuning], *paths.get(tuning, [])]
-            cfg = compose("train", [*shared, f"cache_dir={folder}", *chosen, *trainer])
+        chosen = [*(TUNINGS | UNUSED | MORE)[tuning], *paths.get(tuning, [])]
+        cfg = composed(*shared, f"cache_dir={folder}", *chosen, *trainer)
         path = folder / f"{strategy}-{tuning}-{world}.yaml"
         OmegaConf.save(cfg, path, resolve=True)
         return path

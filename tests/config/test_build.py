@@ -17,11 +17,12 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
-from cocoa_pl.config.build import build, check_values, declared, register_resolvers
+from cocoa_pl.config.build import build, check_values, declared
 from cocoa_pl.config.command_line import CONFIGS
 from cocoa_pl.distributed import collectives
 from cocoa_pl.errors import UserError
 from cocoa_pl.run import build_stages, scoring_device
+from tests.configs import composed
 
 ROOT = CONFIGS.parent
 GROUPS = (
@@ -34,16 +35,6 @@ PLACED = {
 }
 # What the code fills in where a config is marked `_partial_`.
 PIECES = {"backbone", "shared"}
-
-
-@pytest.fixture(autouse=True)
-def resolvers() -> None:
-    register_resolvers()
-
-
-def composed(*overrides: str, name: str = "train") -> DictConfig:
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return compose(name, overrides=list(overrides))
 
 
 def options(group: str) -> list[str]:
@@ -131,9 +122,7 @@ def test_every_stage_can_be_built_with_every_schedule(stage: str, schedule: str)
 
 @pytest.mark.parametrize("arm", [arm for arm in options("arm") if arm != "from_base"])
 def test_every_arm_of_the_ablation_can_be_built(arm: str) -> None:
-    overrides = ["experiment=ablation", f"arm={arm}"]
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        cfg = compose("train", overrides=overrides)
+    cfg = composed("experiment=ablation", f"arm={arm}")
     assert cfg.arm_name
     assert build_stages(cfg)
 
@@ -230,7 +219,6 @@ def test_a_value_that_makes_no_sense_is_named_by_its_key(
 
 @pytest.fixture(scope="module")
 def default() -> DictConfig:
-    register_resolvers()
     return composed()
 
 

@@ -8,28 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_dir
+from hydra import initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from cocoa_pl.config.build import register_resolvers
 from cocoa_pl.config.command_line import CONFIGS, compose_overrides
 from cocoa_pl.config.folders import save_config
 from cocoa_pl.config.saved import resumed_config, settings_of, settled
 from cocoa_pl.errors import UserError
-
-
-@pytest.fixture(autouse=True)
-def resolvers() -> None:
-    register_resolvers()
+from tests.configs import composed
 
 
 @pytest.fixture(scope="module")
 def trained() -> DictConfig:
     """What a run of another family was trained with."""
-    register_resolvers()
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        own = ["schedule.contrast.lr=0.5", "model.max_pixels=4096"]
-        return compose("train", overrides=["model=tiny_qwen3vl", *own])
+    return composed("model=tiny_qwen3vl", "schedule.contrast.lr=0.5", "model.max_pixels=4096")
 
 
 @pytest.fixture
@@ -51,15 +43,10 @@ def exported(trained: DictConfig, tiny_folder: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def composed(*overrides: str) -> DictConfig:
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return compose("train", overrides=list(overrides))
-
-
 def started(*overrides: str) -> Any:
     """The config of a run that these words start."""
+    cfg = composed(*overrides)
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        cfg = compose("train", overrides=list(overrides))
         return settled(cfg, "train", overrides)
 
 

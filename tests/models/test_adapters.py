@@ -1,13 +1,10 @@
 """LoRA and DoRA on the tiny models: sizes, dtypes, merging."""
 
 from collections.abc import Callable
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from torch import Tensor, nn
 
@@ -21,8 +18,8 @@ from cocoa_pl.models.adapters import (
 )
 from cocoa_pl.models.backbone import Backbone
 from cocoa_pl.models.loading import FAMILIES, Loaded
+from tests.configs import composed
 
-CONF = Path(__file__).parents[2] / "conf"
 # in and out features of the adapted layers of the tiny models: 2 text layers, 2 vision blocks
 TEXT = [(32, 32), (32, 16), (32, 16), (32, 32), (32, 48), (32, 48), (48, 32)]
 VISION = {
@@ -45,18 +42,12 @@ def embed(backbone: Backbone, batch: Batch) -> Tensor:
     return backbone.eval().embed(batch)
 
 
-@cache
-def adapter_file(name: str) -> Any:
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("train", overrides=[f"adapter={name}"]).adapter
-
-
 @every_family
 @pytest.mark.parametrize("name", ["dora", "lora", "none"])
 def test_adapter_files_train_adapters_alone_in_the_size_of_their_rank(
     name: str, family: str, load_tiny: LoadTiny
 ) -> None:
-    adapter: Any = instantiate(adapter_file(name), _convert_="all")
+    adapter: Any = instantiate(composed(f"adapter={name}").adapter, _convert_="all")
     backbone = adapter(load_tiny().backbone)
     if isinstance(adapter, FullTuning):
         assert all(p.requires_grad for p in backbone.parameters())

@@ -10,7 +10,6 @@ import peft
 import pytest
 import torch
 import yaml
-from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from torch import nn
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
@@ -19,6 +18,7 @@ from cocoa_pl.errors import UserError
 from cocoa_pl.models.adapters import LowRank
 from cocoa_pl.models.loading import FAMILIES
 from cocoa_pl.models.published import KNOWN, find_config, meta_model
+from tests.configs import composed
 
 CONF = Path(__file__).parents[2] / "conf"
 TEXT = (
@@ -57,9 +57,7 @@ def model_of(name: str) -> nn.Module:
 
 @cache
 def adapter_of(name: str) -> Any:
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("train", overrides=[f"adapter={name}"])
-    return instantiate(cfg.adapter, _convert_="all")
+    return instantiate(composed(f"adapter={name}").adapter, _convert_="all")
 
 
 def modules_hit(model: nn.Module, adapter: LowRank) -> set[str]:

@@ -10,8 +10,6 @@ from typing import Any
 import peft
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -22,8 +20,8 @@ from cocoa_pl.models.adapters import base_path, is_adapter, load_adapter
 from cocoa_pl.models.backbone import Backbone
 from cocoa_pl.models.loading import FAMILIES, Loaded, find_folder, load
 from cocoa_pl.run import open_model
+from tests.configs import composed
 
-CONF = Path(__file__).parents[2] / "conf"
 # As published: by the last part of the name, the same for every layout.
 TARGETS = ["q_proj", "v_proj", "o_proj", "down_proj", "qkv"]
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -323,11 +321,6 @@ def test_base_that_is_not_here_is_refused(
     describe(folder, base_model_name_or_path=base, revision=revision)
     with pytest.raises(UserError, match=message):
         base_path(folder, copy=None)
-
-
-def composed(*overrides: str) -> DictConfig:
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("train", overrides=[*overrides])
 
 
 def test_training_starts_from_an_adapter_on_its_base_or_a_local_copy_of_it(

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from transformers import (
     AutoConfig,
@@ -19,8 +18,8 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from cocoa_pl.errors import UserError
 from cocoa_pl.models.loading import FAMILIES
 from cocoa_pl.models.tiny import SPECIAL_TOKENS, TWINS, TinySource
+from tests.configs import composed
 
-CONF = Path(__file__).parents[2] / "conf"
 every_family = pytest.mark.parametrize("family", sorted(FAMILIES), indirect=True, scope="session")
 MakeSource = Callable[..., TinySource]
 
@@ -86,8 +85,7 @@ def test_every_family_has_a_twin_and_another_is_refused(make_source: MakeSource)
 def test_tiny_models_are_of_the_size_their_files_tell(
     name: str, texts: list[str], tmp_path: Path
 ) -> None:
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("train", overrides=[f"model={name}", f"cache_dir={tmp_path}"])
+    cfg = composed(f"model={name}", f"cache_dir={tmp_path}")
     source: TinySource = instantiate(cfg.model.source, _convert_="all")
     found = weights(source.folder(lambda: texts))
     assert 0.9e6 < sum(value.numel() for value in found.values()) < 2e6

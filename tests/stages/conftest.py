@@ -11,13 +11,11 @@ from typing import Any
 
 import lightning as L
 import pytest
-from hydra import compose, initialize_config_dir
 from PIL import Image
 from rich.console import Console
 from torch import Tensor
 
-from cocoa_pl.config.build import build, register_resolvers
-from cocoa_pl.config.command_line import CONFIGS
+from cocoa_pl.config.build import build
 from cocoa_pl.data.processor import Processor
 from cocoa_pl.data.sources import PairSource
 from cocoa_pl.models.backbone import Backbone
@@ -25,6 +23,7 @@ from cocoa_pl.models.loading import Loaded
 from cocoa_pl.run import build_stages
 from cocoa_pl.stages.callbacks import nothing
 from cocoa_pl.stages.recipe import RunSettings, Stage, run_stages
+from tests.configs import composed
 
 COLOURS = ("red", "green", "two", "old")
 THINGS = ("dog", "cat", "sofa", "boats", "sea")
@@ -55,9 +54,7 @@ def data(
         *(f"data.validation_path={root}/validation.jsonl", "data.validation_fraction=0"),
         f"data.validation_rows={VALIDATION_ROWS}",
     ]
-    register_resolvers()
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        source: PairSource = build(compose("train", overrides=overrides).data)
+    source: PairSource = build(composed(*overrides).data)
     return source
 
 
@@ -66,18 +63,13 @@ def make_stages() -> MakeStages:
     """The stages of conf/stage/*.yaml for a few steps of four rows."""
 
     def make(*overrides: str, steps: int = 3) -> list[Stage]:
-        register_resolvers()
         small = [
             f"schedule.{name}.{key}"
             for name in ("pretrain", "warmup", "reconstruct", "contrast")
             for key in (f"steps={steps}", "batch_size=4", "warmup_steps=1", "lr=1e-3")
         ]
         shared = ["validate_every=2", "validation_batch_size=2", "token_budget=60"]
-        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            cfg = compose(
-                "train", overrides=[*small, *(f"schedule.{o}" for o in shared), *overrides]
-            )
-        return build_stages(cfg)
+        return build_stages(composed(*small, *(f"schedule.{o}" for o in shared), *overrides))
 
     return make
 

@@ -12,13 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig
 from rich.console import Console
 
-from cocoa_pl.config.build import register_resolvers
-from cocoa_pl.config.command_line import CONFIGS
 from cocoa_pl.run import train
+from tests.configs import composed
 
 Curve = dict[tuple[str, int, str], float]  # stage, step, name
 RECORDED = Path(__file__).parent / "digits_curve.csv"
@@ -38,15 +35,11 @@ Run = Callable[..., Curve]
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """The recipe for a few steps, and what it logged."""
-    register_resolvers()
     cache = tmp_path_factory.mktemp("cache")
 
     def once(*overrides: str) -> Curve:
         folder = tmp_path_factory.mktemp("run")
-        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            cfg = compose("train", overrides=[*SHORT, f"cache_dir={cache}", *overrides])
-        assert isinstance(cfg, DictConfig)
-        train(cfg, folder, Console(quiet=True))
+        train(composed(*SHORT, f"cache_dir={cache}", *overrides), folder, Console(quiet=True))
         return read(folder / "metrics.csv")
 
     return once
