@@ -22,8 +22,7 @@ from cocoa_pl.data.items import Item
 from cocoa_pl.data.processor import Processor
 from cocoa_pl.distributed import collectives
 from cocoa_pl.distributed.collectives import (
-    RowCounts,
-    gather_offset,
+    exchange_counts,
     gather_rows,
     global_sum,
     global_sums,
@@ -142,18 +141,17 @@ GATHERED = {
 def gatherings_of(index: int, world: int) -> Found:
     """Gathers rows that say whose they are; the loss weighs every row differently on every rank."""
     kinds = GATHERED[world]
-    counts = RowCounts({kind: sizes[index] for kind, sizes in kinds.items()}, CPU)
+    counts = exchange_counts([sizes[index] for sizes in kinds.values()], CPU)
     found: Found = {}
-    for kind in kinds:
-        rows = (10.0 * index + torch.arange(float(counts[kind][index]))).requires_grad_()
-        gathered = gather_rows(rows, counts[kind])
+    for kind, sizes in zip(kinds, counts(), strict=True):
+        rows = (10.0 * index + torch.arange(float(sizes[index]))).requires_grad_()
+        gathered = gather_rows(rows, sizes)
         weight = (index + 1) * torch.arange(1.0, len(gathered) + 1)
         (gathered * weight).sum().backward()
         found[kind] = {
-            "counts": counts[kind],
-            "offset": gather_offset(counts[kind]),
+            "counts": sizes,
             "rows": gathered.detach(),
-            "numbers": gather_rows(rows.detach().long(), counts[kind]),
+            "numbers": gather_rows(rows.detach().long(), sizes),
             "gradient": rows.grad,
         }
     return found
@@ -222,9 +220,8 @@ def gatherings(
 def test_gathered_rows_are_those_of_all_ranks_in_order(kind: str, gatherings: list[Found]) -> None:
     sizes = GATHERED[len(gatherings)][kind]
     expected = [10.0 * index + row for index, size in enumerate(sizes) for row in range(size)]
-    for index, found in enumerate(part[kind] for part in gatherings):
+    for found in (part[kind] for part in gatherings):
         assert found["counts"] == sizes
-        assert found["offset"] == sum(sizes[:index])
         assert found["rows"].tolist() == found["numbers"].tolist() == expected
         assert found["numbers"].dtype == torch.int64
 
@@ -287,10 +284,8 @@ def test_on_one_process_everything_is_the_identity() -> None:
     rows, parameter = torch.ones(3, 2, requires_grad=True), nn.Parameter(torch.ones(2))
     parameter.grad = torch.full((2,), 4.0)
     sum_gradients([parameter])
-    counts = RowCounts({"rows": 3, "others": 5}, rows.device)
-    assert (counts["rows"], counts["others"]) == ([3], [5])
-    assert gather_rows(rows, counts["rows"]) is rows
-    assert gather_offset(counts["rows"]) == 0
+    assert exchange_counts([3, 5], rows.device)() == [[3], [5]]
+    assert gather_rows(rows, [3]) is rows
     assert torch.equal(global_sum(rows), rows)
     assert global_sums({"a": rows}) == {"a": rows}
     assert torch.equal(parameter.grad, torch.full((2,), 4.0))

@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
 
 from cocoa_pl.data.batch import Batch
 from cocoa_pl.data.items import Item
@@ -23,17 +22,9 @@ def rows(processor: Processor, make_item: Callable[..., Item]) -> Callable[[str]
     return lambda stage: make_rows(stage, 4, processor, make_item, images=2)
 
 
-def others_have(monkeypatch: pytest.MonkeyPatch, *images: bool) -> None:
+def another_has(monkeypatch: pytest.MonkeyPatch, *images: bool) -> None:
     """As if another rank had such batches."""
-
-    def global_max(mine: Tensor) -> Tensor:
-        if mine.ndim == 0:
-            return mine.clamp(min=len(images))
-        theirs = torch.zeros_like(mine)
-        theirs[: len(images)] = torch.tensor(images)
-        return mine.maximum(theirs)
-
-    monkeypatch.setattr(base, "global_max", global_max)
+    monkeypatch.setattr(base, "all_objects", lambda mine: [mine, list(images)])
 
 
 def test_a_rank_follows_the_others(
@@ -47,9 +38,9 @@ def test_a_rank_follows_the_others(
     assert [len(batch.grids) for batch in own] == [1, 0, 0]
     assert module.aligned(own) == own  # nothing is sharded
     module._dummies = module._make_dummies()
-    others_have(monkeypatch, True)
+    another_has(monkeypatch, True)
     assert module.aligned(own) == own
-    others_have(monkeypatch, False, True, False, True, False)
+    another_has(monkeypatch, False, True, False, True, False)
     found = module.aligned(own)
     assert [len(batch.grids) for batch in found] == [1, 1, 0, 1, 0]
     assert [len(batch.visual_rows) for batch in found] == [len(own[0].visual_rows), 0, 0, 0, 0]
@@ -70,7 +61,7 @@ def test_dummies_are_in_no_loss_gradient_or_measure(
         module = make_module(stage, backbone, processor, token_budget=30)
         if dummies:  # another rank has images everywhere and two batches more
             module._dummies = module._make_dummies()
-            others_have(monkeypatch, *[True] * 9, False)
+            another_has(monkeypatch, *[True] * 9, False)
         metrics = module.accumulate(batches_of(module, rows(stage)))
         gradients = {n: p.grad for n, p in module.named_parameters() if p.grad is not None}
         with torch.no_grad():

@@ -8,18 +8,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cocoa_pl.stages.finite import Done, FiniteSteps
+from cocoa_pl.stages.finite import FiniteSteps
 
 FINE, BAD = 1.0, (math.nan, math.inf)
 
+Seen = tuple[float, float, int] | None  # norm, targets, number of the step before
 
-def steps(gradients: list[float], *, look: bool) -> tuple[list[Tensor], list[Done[int] | None]]:
+
+def steps(gradients: list[float], *, look: bool) -> tuple[list[Tensor], list[Seen]]:
     """Values of a parameter behind each step, and what was said of the step before. Every second
     step has a target.
     """
     parameter = nn.Parameter(torch.ones(3))
     optimizer = torch.optim.AdamW([parameter], lr=0.1, weight_decay=0.1, fused=True)
-    watch: FiniteSteps[int] = FiniteSteps()
+    watch = FiniteSteps()
     values, told = [], []
     for number, gradient in enumerate(gradients):
         parameter.grad = torch.full((3,), gradient)
@@ -49,27 +51,27 @@ def test_finite_steps_are_those_of_the_plain_optimizer() -> None:
         parameter.grad = torch.full((3,), gradient)
         optimizer.step()
         assert torch.equal(value, parameter)
-    assert told == [None, *(Done(pytest.approx(3**0.5 * g), n % 2, n) for n, g in enumerate(used))]
+    assert told == [None, *((pytest.approx(3**0.5 * g), n % 2, n) for n, g in enumerate(used))]
 
 
 @pytest.mark.parametrize("bad", BAD)
 def test_the_bad_step_is_named_once_the_next_one_is_queued(bad: float) -> None:
     _, told = steps([FINE, FINE, bad, FINE], look=True)
-    done = told[3]
-    assert done is not None
-    assert done.facts == 2
-    assert not math.isfinite(done.norm)
-    assert all(other is None or math.isfinite(other.norm) for other in told[:3])
+    assert told[3] is not None
+    norm, _, number = told[3]
+    assert number == 2
+    assert not math.isfinite(norm)
+    assert all(other is None or math.isfinite(other[0]) for other in told[:3])
 
 
 def test_a_bad_last_step_is_named_at_the_end() -> None:
     _, told = steps([FINE, math.nan], look=True)
     assert told[-1] is not None
-    assert math.isnan(told[-1].norm)
+    assert math.isnan(told[-1][0])
 
 
 def test_an_optimizer_that_cannot_skip_is_refused() -> None:
     parameter = nn.Parameter(torch.ones(3))
     optimizer = torch.optim.AdamW([parameter], lr=0.1, fused=False)
     with pytest.raises(AssertionError):
-        FiniteSteps[int]().guard(optimizer, torch.tensor(1.0), torch.tensor(1.0), 0)
+        FiniteSteps().guard(optimizer, torch.tensor(1.0), torch.tensor(1.0), 0)

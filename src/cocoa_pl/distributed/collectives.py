@@ -3,7 +3,7 @@
 Gradients are summed (never averaged), because every loss is already divided by a global count.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -40,44 +40,39 @@ def global_sums(values: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: sum(part[name] for part in gathered if name in part) for name in names}
 
 
-class RowCounts:
-    """How many rows of each kind every rank holds, exchanged while other work goes on.
+def exchange_counts(mine: Sequence[int], device: torch.device) -> Callable[[], list[list[int]]]:
+    """Start to exchange how many rows of each kind every rank holds, while other work goes on.
 
-    Made at the start of a step and read where the numbers are needed, it is there by then: neither
-    the host nor the stream that computes waits for it before. One process exchanges nothing.
+    Started with a step and read where the numbers are needed, it is over by then: neither the host
+    nor the stream that computes waits for it before.
 
     Args:
-        mine: rows of this rank, by kind; the same kinds on all ranks.
+        mine: rows of this rank, by kind; as many kinds on all ranks.
         device: what the process group exchanges on.
+
+    Returns:
+        What waits for the counts: a list for each kind, in rank order.
     """
-
-    def __init__(self, mine: dict[str, int], device: torch.device) -> None:
-        self._mine = mine
-        if world_size() > 1:
-            self._start(device)
-
-    def __getitem__(self, kind: str) -> list[int]:
-        """In rank order."""
-        if world_size() == 1:
-            return [self._mine[kind]]
-        self._wait()
-        return self._table[:, list(self._mine).index(kind)].tolist()
-
-    def _start(self, device: torch.device) -> None:
-        sent = torch.zeros(world_size(), len(self._mine), dtype=torch.int64, device=device)
-        for place, count in enumerate(self._mine.values()):
-            sent[rank(), place] = count
-        work = dist.all_reduce(sent, async_op=True)
-        if device.type != "cuda":
-            self._table, self._wait = sent, work.wait
-            return
-        self._sent = sent  # its memory is in use until it has been copied
-        self._table = torch.empty(sent.shape, dtype=sent.dtype, pin_memory=True)
+    if world_size() == 1:
+        return lambda: [[count] for count in mine]
+    table = torch.zeros(len(mine), world_size(), dtype=torch.int64, device=device)
+    for kind, count in enumerate(mine):
+        table[kind, rank()] = count
+    work: Any = dist.all_reduce(table, async_op=True)
+    on_host, wait = table, work.wait
+    if device.type == "cuda":
         aside = torch.cuda.Stream(device)
         with torch.cuda.stream(aside):
             work.wait()  # makes this stream wait, not the host
-            self._table.copy_(sent, non_blocking=True)
-        self._wait = aside.record_event().synchronize
+            on_host = table.to("cpu", non_blocking=True)  # into pinned memory
+        table.record_stream(aside)  # its memory is in use until it has been copied
+        wait = aside.record_event().synchronize
+
+    def counts() -> list[list[int]]:
+        wait()
+        return on_host.tolist()
+
+    return counts
 
 
 def gather_rows(rows: Tensor, counts: Sequence[int]) -> Tensor:
@@ -87,25 +82,12 @@ def gather_rows(rows: Tensor, counts: Sequence[int]) -> Tensor:
     every rank receives that of its own rows only.
 
     Args:
-        counts: rows of every rank, from `RowCounts`; they may differ.
+        counts: rows of every rank, from `exchange_counts`; they may differ.
     """
     if world_size() == 1:
         return rows
     assert counts[rank()] == len(rows)
     return _GatherRows.apply(rows, counts)
-
-
-def gather_offset(counts: Sequence[int]) -> int:
-    """Where this rank's rows begin in `gather_rows`."""
-    return sum(counts[: rank()])
-
-
-def global_max(value: Tensor) -> Tensor:
-    """Elementwise maximum over ranks, without gradient."""
-    highest = value.detach().clone()
-    if world_size() > 1:
-        dist.all_reduce(highest, op=dist.ReduceOp.MAX)
-    return highest
 
 
 def all_objects(mine: Any) -> list[Any]:
@@ -127,7 +109,7 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
     if world_size() == 1 or not trained:
         return
     here = torch.tensor([p.grad is not None for p in trained], device=trained[0].device)
-    used = global_max(here.int()).tolist()
+    used = global_sum(here.int()).tolist()
     for bucket in _buckets([p for p, anywhere in zip(trained, used, strict=True) if anywhere]):
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
         flat = torch.cat([gradient.flatten() for gradient in gradients])

@@ -9,6 +9,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,6 @@ from cocoa_pl.data.sampler import mix
 from cocoa_pl.distributed.collectives import (
     all_objects,
     clip_gradients,
-    global_max,
     global_sums,
     rank,
     sum_gradients,
@@ -36,12 +36,11 @@ from cocoa_pl.distributed.collectives import (
 from cocoa_pl.distributed.strategies import FullySharded, Replicated, reshard, shard
 from cocoa_pl.errors import UserError
 from cocoa_pl.models.backbone import Backbone
-from cocoa_pl.stages.finite import Done, FiniteSteps
+from cocoa_pl.stages.finite import FiniteSteps
 
 log = logging.getLogger(__name__)
 
 SHOWN_ROWS = 8
-Facts = tuple[int, tuple[str, ...]]  # a step's number and its rows on this rank
 
 
 @dataclass(frozen=True)
@@ -84,6 +83,8 @@ class StageModule(L.LightningModule, ABC):
         seed: of dropout.
     """
 
+    empty: str  # what a step without targets lacks, and what to do about it
+
     def __init__(
         self,
         backbone: Backbone,
@@ -106,14 +107,9 @@ class StageModule(L.LightningModule, ABC):
         self.steps = steps
         self.seed = seed
         self._validation_sums: dict[str, Tensor] = {}
-        self._finite: FiniteSteps[Facts] = FiniteSteps()
+        self._finite = FiniteSteps()
         self._has_learnt = self._said_empty = False
         self._dummies: tuple[Batch, Batch] | None = None  # see `aligned`
-
-    @property
-    @abstractmethod
-    def parts(self) -> list[torch.nn.Module]:
-        """Modules that steps call, which hold all parameters between them."""
 
     def configure_model(self) -> None:
         if self.trainer.precision != "32-true":
@@ -130,7 +126,7 @@ class StageModule(L.LightningModule, ABC):
         everything_trains = all(p.requires_grad for p in self.backbone.parameters())
         half = self.backbone.compute_dtype != torch.float32
         shard(
-            self.parts,
+            [part for part in self.children() if any(p.requires_grad for p in part.parameters())],
             blocks=self.backbone.blocks,
             mesh=strategy.device_mesh["data_parallel"],
             # Adapters stay in float32 beside a base that is in bfloat16 already.
@@ -148,11 +144,6 @@ class StageModule(L.LightningModule, ABC):
     def masking(self) -> Masking | None:
         """What hides parts of samples, in the data workers; None where a stage hides nothing."""
         return None
-
-    @property
-    @abstractmethod
-    def empty(self) -> str:
-        """The message about a step without targets, and what to do about it."""
 
     @abstractmethod
     def accumulate(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
@@ -195,12 +186,11 @@ class StageModule(L.LightningModule, ABC):
         sum_gradients(self.parameters())
         norm = clip_gradients(self.parameters(), self.optimization.clip_norm)
         metrics |= {"gradient_norm": norm, "lr": torch.tensor(scheduler.get_last_lr()[0])}
-        before = self._finite.look_back()  # now that this step is queued
-        row_ids = tuple(dict.fromkeys(row_id for batch in batches for row_id in batch.row_ids))
+        self._judge_last_step()  # now that this one is queued
+        row_ids = list(dict.fromkeys(row_id for batch in batches for row_id in batch.row_ids))
         self._finite.guard(optimizer.optimizer, norm, targets, (self.global_step, row_ids))
         optimizer.step()
         scheduler.step()
-        self._judge(before)
         self.log_dict({f"train/{name}": value for name, value in metrics.items()})
 
     def validation_step(self, batches: Sequence[Batch], batch_idx: int) -> None:
@@ -209,17 +199,17 @@ class StageModule(L.LightningModule, ABC):
             self._validation_sums[name] = total + value
 
     def on_validation_start(self) -> None:
-        self._judge(self._finite.look_back())
+        self._judge_last_step()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._judge(self._finite.look_back())
+        self._judge_last_step()
         checkpoint["has_learnt"] = self._has_learnt
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._has_learnt = checkpoint.get("has_learnt", True)  # older ones do not say
 
     def on_train_end(self) -> None:
-        self._judge(self._finite.look_back())
+        self._judge_last_step()
         if not self._has_learnt and self.global_step >= self.steps:
             raise UserError(f"the stage has learnt nothing: in all of its steps {self.empty}")
 
@@ -264,11 +254,9 @@ class StageModule(L.LightningModule, ABC):
         if self._dummies is None:
             return list(batches)
         text, image = self._dummies
-        count = int(global_max(torch.tensor(len(batches), device=self.device)))
-        has_image = torch.zeros(count, dtype=torch.int32)
-        has_image[: len(batches)] = torch.tensor([len(batch.grids) > 0 for batch in batches])
-        anywhere = global_max(has_image.to(self.device)).tolist()
-        padded = [*batches, *[text] * (count - len(batches))]
+        ranks = all_objects([len(batch.grids) > 0 for batch in batches])
+        anywhere = [any(has_images) for has_images in zip_longest(*ranks, fillvalue=False)]
+        padded = [*batches, *[text] * (len(anywhere) - len(batches))]
         return [
             replace(batch, patches=image.patches, grids=image.grids, vision=image.vision)
             if seen and not len(batch.grids)
@@ -287,22 +275,24 @@ class StageModule(L.LightningModule, ABC):
         unread = {n: getattr(text, n)[:0] for n in ("bottleneck_rows", "keys", "roles", "places")}
         return replace(text, **unread, row_ids=()), image
 
-    def _judge(self, done: Done[Facts] | None) -> None:
-        if done is None:
+    def _judge_last_step(self) -> None:
+        """Stop at a gradient that is not finite, and warn of a step without targets."""
+        step = self._finite.look_back()
+        if step is None:
             return
-        number, mine = done.facts
-        if math.isfinite(done.norm):
-            self._has_learnt |= done.targets > 0
-            if not (done.targets or self._said_empty):
+        norm, targets, (number, row_ids) = step
+        if math.isfinite(norm):
+            self._has_learnt |= targets > 0
+            if not (targets or self._said_empty):
                 self._said_empty = True
                 log.warning("step %d: %s (said once)", number, self.empty)
             return
-        ids = [row_id for part in all_objects(list(mine)) for row_id in part]
+        ids = [row_id for part in all_objects(row_ids) for row_id in part]
         shown = ", ".join(ids[:SHOWN_ROWS]) + (", ..." if len(ids) > SHOWN_ROWS else "")
         path = Path(self.trainer.default_root_dir) / "bad_batch.txt"
         if rank() == 0:
             path.write_text("".join(f"{row_id}\n" for row_id in ids))
         raise UserError(
-            f"step {number}: the gradient is {done.norm}; the batch had the rows {shown} "
+            f"step {number}: the gradient is {norm}; the batch had the rows {shown} "
             f"(all {len(ids)} in {path}). The weights are as before this step"
         )

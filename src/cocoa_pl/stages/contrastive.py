@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from cocoa_pl.attention.plan import on_device
 from cocoa_pl.config.bounds import Count, Positive
 from cocoa_pl.data.batch import Batch
-from cocoa_pl.distributed.collectives import RowCounts, gather_offset, gather_rows, global_sum
+from cocoa_pl.distributed.collectives import exchange_counts, gather_rows, global_sum, rank
 from cocoa_pl.errors import UserError
 from cocoa_pl.grad_cache import GradientCache
 from cocoa_pl.losses import info_nce, matryoshka
@@ -71,6 +71,11 @@ class ContrastiveModule(StageModule):
             more of them similarities are computed again in the backward pass. It changes no value.
     """
 
+    empty = (
+        "no query had a negative; raise the batch size, or give rows whose queries and positives "
+        "differ, or hard negatives"
+    )
+
     def __init__(
         self,
         backbone: Backbone,
@@ -85,7 +90,6 @@ class ContrastiveModule(StageModule):
     ) -> None:
         super().__init__(backbone, **shared)
         self.temperature = Temperature(temperature, learn=learn_temperature)
-        self.learn_temperature = learn_temperature
         self.symmetric = symmetric
         self.mask_false_negatives = mask_false_negatives
         self.dims = (*matryoshka_dims, backbone.hidden_size)
@@ -96,27 +100,26 @@ class ContrastiveModule(StageModule):
             )
         self.similarity_block = similarity_block
 
-    @property
-    def empty(self) -> str:
-        return (
-            "no query had a negative; raise the batch size, or give rows whose "
-            "queries and positives differ, or hard negatives"
-        )
-
-    @property
-    def parts(self) -> list[nn.Module]:
-        return [self.backbone, *([self.temperature] if self.learn_temperature else [])]
-
     def accumulate(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
         """`targets` counts queries that have a negative."""
         counts = self._counts(batches)  # exchanged while batches are embedded
         with shared_norms(self.backbone):
             cache = GradientCache(self._embed, self.aligned(batches))
-            loss, hits, compared, scale = self.loss(cache.embeddings, batches, counts)
+            queries, others, keys = self._sides(cache.embeddings, batches)
+            num_queries, num_candidates = counts()
+            n, scale = len(queries), self.temperature()
+            losses, hits, compared = self._losses(
+                queries, others, keys, num_candidates, scale, self.dims
+            )
+            if self.symmetric:
+                positive_keys = keys[1][:n]
+                keys = (positive_keys, keys[0], positive_keys)
+                reverse, *_ = self._losses(others[:n], queries, keys, num_queries, scale, self.dims)
+                losses = (losses + reverse) / 2
+            loss = losses.sum() / len(self.dims) / sum(num_queries)
             self.manual_backward(loss)
             cache.backward(self.manual_backward)
-        sums = torch.stack([loss.detach(), hits.sum(), compared.sum()])
-        total, found, targets = global_sum(sums)
+        total, found, targets = global_sum(torch.stack([loss.detach(), hits.sum(), compared.sum()]))
         return {
             "loss": total,
             "accuracy": found / targets,
@@ -124,35 +127,32 @@ class ContrastiveModule(StageModule):
             "targets": targets,
         }
 
-    def loss(
-        self, embeddings: Tensor, batches: Sequence[Batch], counts: RowCounts
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """This rank's share of the mean loss over the global batch.
-
-        Args:
-            embeddings: (S, D), of the batches one after the other.
-            counts: of all ranks.
-
-        Returns:
-            The loss (), which of this rank's queries are hits at the full width (n) bool, which
-            have a negative at all (n) bool, and the inverse temperature ().
-        """
-        queries, others, keys = self._sides(embeddings, batches)
-        n, scale = len(queries), self.temperature()
-        losses, hits, compared = self._ranked(
-            queries, others, keys, counts["candidates"], scale, self.dims
+    def measure(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
+        """Among the positives and hard negatives of all ranks at the full width, as in training."""
+        counts = self._counts(batches)
+        queries, others, keys = self._sides(self._embeddings(batches), batches)
+        _, num_candidates = counts()
+        losses, hits, compared = self._losses(
+            queries, others, keys, num_candidates, self.temperature(), self.dims[-1:]
         )
-        if self.symmetric:
-            positive_keys = keys[1][:n]
-            keys = (positive_keys, keys[0], positive_keys)
-            reverse, *_ = self._ranked(
-                others[:n], queries, keys, counts["queries"], scale, self.dims
-            )
-            losses = (losses + reverse) / 2
-        return losses.sum() / len(self.dims) / sum(counts["queries"]), hits, compared, scale
+        return {
+            "rows": torch.full((), len(queries), device=self.device),
+            "loss": losses.sum(),
+            "hits": hits.sum(),
+            "compared": compared.sum(),
+        }
 
     def _embed(self, batch: Batch) -> Tensor:
         return self.backbone.embed(batch.to(self.device))
+
+    def _embeddings(self, batches: Sequence[Batch]) -> Tensor:
+        return torch.cat([self._embed(batch) for batch in self.aligned(batches)])
+
+    def _counts(self, batches: Sequence[Batch]) -> Callable[[], list[list[int]]]:
+        """Queries and candidates of every rank, once they are exchanged."""
+        queries = sum(batch.num_rows for batch in batches)
+        samples = sum(batch.num_samples for batch in batches)
+        return exchange_counts([queries, samples - queries], self.device)
 
     def _sides(self, embeddings: Tensor, batches: Sequence[Batch]) -> tuple[Tensor, Tensor, Keys]:
         """Embeddings of this rank's n queries, and of their positives and all hard negatives, in
@@ -166,7 +166,7 @@ class ContrastiveModule(StageModule):
         partners[:n] = keys[:n]
         return embeddings[:n], embeddings[n:], (keys[:n], keys[n:], partners)
 
-    def _ranked(
+    def _losses(
         self,
         queries: Tensor,
         own_candidates: Tensor,
@@ -190,7 +190,7 @@ class ContrastiveModule(StageModule):
         all_keys = None
         if self.mask_false_negatives:
             all_keys = (keys[0], gather_rows(keys[1], counts), gather_rows(keys[2], counts))
-        index = gather_offset(counts) + torch.arange(len(queries), device=queries.device)
+        index = sum(counts[: rank()]) + torch.arange(len(queries), device=queries.device)
         losses = torch.zeros_like(queries[:, 0])
         hits = compared = torch.empty(0)
         widths = zip(matryoshka(queries, dims), matryoshka(candidates, dims), strict=True)
@@ -205,28 +205,6 @@ class ContrastiveModule(StageModule):
             )
             losses = losses + value
         return losses, hits, compared
-
-    def _counts(self, batches: Sequence[Batch]) -> RowCounts:
-        queries = sum(batch.num_rows for batch in batches)
-        samples = sum(batch.num_samples for batch in batches)
-        return RowCounts({"queries": queries, "candidates": samples - queries}, self.device)
-
-    def _embeddings(self, batches: Sequence[Batch]) -> Tensor:
-        return torch.cat([self._embed(batch) for batch in self.aligned(batches)])
-
-    def measure(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
-        """Among the positives and hard negatives of all ranks at the full width, as in training."""
-        counts = self._counts(batches)
-        queries, others, keys = self._sides(self._embeddings(batches), batches)
-        losses, hits, compared = self._ranked(
-            queries, others, keys, counts["candidates"], self.temperature(), self.dims[-1:]
-        )
-        return {
-            "rows": torch.full((), len(queries), device=self.device),
-            "loss": losses.sum(),
-            "hits": hits.sum(),
-            "compared": compared.sum(),
-        }
 
     def means(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
         found = {"loss": sums["loss"] / sums["rows"]}

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cocoa_pl.attention.plan import on_device
 from cocoa_pl.config.bounds import NotNegative, Share, ShareAboveZero
@@ -54,6 +54,10 @@ class ReconstructionModule(StageModule):
                 "a stage that predicts words needs a vocabulary head, and the model's files hold "
                 "none (lm_head.weight); start from the generative model, or with stage=contrast"
             )
+        self.empty = (
+            f"no {text_segment} had text to hide, and no image; look at the rows that the stage "
+            "is given"
+        )
         self.text_ratio = text_ratio
         self.text_segment = text_segment
         self.patch_ratio = patch_ratio
@@ -76,17 +80,6 @@ class ReconstructionModule(StageModule):
         collator = super().collator(validating=validating, device=device)
         collator.exchange = validating and self.text_segment == "target"
         return collator
-
-    @property
-    def empty(self) -> str:
-        return (
-            f"no {self.text_segment} had text to hide, and no image; look at the rows that the "
-            "stage is given"
-        )
-
-    @property
-    def parts(self) -> list[nn.Module]:
-        return [self.backbone, *([self.image_decoder] if self.image_decoder is not None else [])]
 
     def rebuild(self, batch: Batch) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """What the model predicts of a batch on its device.
