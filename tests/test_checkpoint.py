@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from cocoa_pl.distributed.strategies import FullySharded
 from cocoa_pl.errors import UserError
 from cocoa_pl.models.adapters import LowRank
 from cocoa_pl.models.backbone import Backbone
@@ -125,12 +126,13 @@ def test_renamed_folders_of_shards_stay(tmp_path: Path) -> None:
 def test_adapters_on_another_base_are_refused(load_tiny: LoadTiny) -> None:
     first, other = adapted(load_tiny), adapted(load_tiny)
     content = {"cocoa": {"base": checkpoint.base_of(first)}}
-    checkpoint.check_base(content, other, where="last.ckpt")  # adapters may differ
+    base = checkpoint.base_of(other)
+    checkpoint.check_base(content, base, where="last.ckpt")  # adapters may differ
     frozen = next(p for p in other.parameters() if not p.requires_grad)
     frozen.data.view(-1)[0] += 1e-3
     with pytest.raises(UserError, match=r"last\.ckpt was trained on another base"):
-        checkpoint.check_base(content, other, where="last.ckpt")
-    checkpoint.check_base({"cocoa": {}}, other, where="an older one")
+        checkpoint.check_base(content, checkpoint.base_of(other), where="last.ckpt")
+    checkpoint.check_base({"cocoa": {}}, base, where="an older one")
 
 
 def test_no_checkpoint_is_said_by_path(tmp_path: Path) -> None:
@@ -205,6 +207,20 @@ def test_the_last_step_is_always_saved(steps: int, every: int, tmp_path: Path) -
     assert content["cocoa"] == {"stage": "toy", "stage_index": 0, "finished": True}
     assert content["state_dict"].keys() == {"trained"}
     assert torch.equal(content["state_dict"]["trained"], module.trained.detach())
+
+
+def test_a_run_does_not_go_on_with_another_kind_of_checkpoint(tmp_path: Path) -> None:
+    shards, file = tmp_path / "shards.ckpt", tmp_path / "file.ckpt"
+    shards.mkdir()
+    file.touch()
+    with pytest.raises(UserError, match=r"shards\.ckpt holds sharded .*init_from=FOLDER instead"):
+        fit(shards, steps=1, every=1, module=Toy())
+    trainer = L.Trainer(
+        accelerator="cpu", strategy=FullySharded(timeout_minutes=1), logger=False, barebones=True
+    )
+    saver = LastCheckpoint(file, every=1, position={})
+    with pytest.raises(UserError, match=r"file\.ckpt holds whole .*init_from=FOLDER instead"):
+        saver.setup(trainer, Toy(), "fit")
 
 
 def test_a_checkpoint_needs_no_room_where_temporary_files_go(

@@ -9,15 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Generic, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-Batch = TypeVar("Batch")
 
-
-class GradientCache(Generic[Batch]):
+class GradientCache:
     """One step over a list of batches.
 
     The first batch keeps its graph: that takes no more memory than a batch that is embedded again
@@ -28,7 +26,7 @@ class GradientCache(Generic[Batch]):
         embed: batch -> (n, D).
     """
 
-    def __init__(self, embed: Callable[[Batch], Tensor], batches: Sequence[Batch]) -> None:
+    def __init__(self, embed: Callable[[Any], Tensor], batches: Sequence[Any]) -> None:
         self._embed = embed
         self._replayed = batches[1:]
         self._random: list[_RandomState] = []

@@ -208,7 +208,7 @@ def open_embedder(path: str, *, device: str) -> Embedder:
             f"model that the run exported stands alone: {run_dir / 'model'}"
         ) from error
     backbone = with_adapter(cfg, loaded)
-    checkpoint.check_base(content, backbone, where=path)
+    checkpoint.check_base(content, checkpoint.base_of(backbone), where=path)
     weights = checkpoint.read_weights(Path(path), content)
     checkpoint.load_backbone(backbone, weights, where=path)
     stage = build_stages(cfg)[content["cocoa"]["stage_index"]]

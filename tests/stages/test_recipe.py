@@ -8,6 +8,7 @@ from collections.abc import Callable
 from copy import copy
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import lightning as L
 import pytest
@@ -246,10 +247,14 @@ def test_a_finished_run_resumes_to_itself(
     fresh: Fresh,
     read_metrics: ReadMetrics,
     weights: Weights,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     stages, backbone = make_stages(steps=STEPS), fresh()
     train(tmp_path, stages, fresh())
+    digest = MagicMock(side_effect=checkpoint.digest_of)
+    monkeypatch.setattr(checkpoint, "digest_of", digest)
     lineage = train(tmp_path, stages, backbone, resume=True)
+    digest.assert_called_once()  # minutes for a large frozen model
     assert lineage == whole.lineage
     assert read_metrics(tmp_path) == whole.metrics
     assert equal(weights(backbone), whole.weights)

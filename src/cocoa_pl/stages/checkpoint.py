@@ -78,18 +78,26 @@ def base_of(backbone: nn.Module) -> str:
     return digest_of(frozen)
 
 
-def check_base(content: dict[str, Any], backbone: nn.Module, *, where: str) -> None:
-    """Adapters on other weights than they were trained on would give other vectors.
+def check_base(content: dict[str, Any], base: str, *, where: str) -> None:
+    """Refuse a checkpoint of adapters that were trained on other weights than `base_of` names:
+    they would give other vectors.
 
     Raises:
-        UserError: if a checkpoint was written on another base; older ones do not tell theirs.
+        UserError: if it was written on another base; older ones do not tell theirs.
     """
-    base = base_of(backbone)
     if content["cocoa"].get("base", base) != base:
         raise UserError(
             f"{where} was trained on another base than the one that is there now: the model that "
             "the run started from was changed since"
         )
+
+
+def begin_another(path: Path) -> str:
+    """What to do where a run cannot go on exactly, for the end of a message."""
+    return (
+        f"begin another run with its weights: cocoa export {path} --to hf --out FOLDER, then "
+        "init_from=FOLDER instead of resume"
+    )
 
 
 def load_backbone(backbone: nn.Module, weights: dict[str, Tensor], *, where: str) -> None:
@@ -147,6 +155,12 @@ class LastCheckpoint(L.Callback):
         self._handlers: dict[int, Any] = {}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if self.path.exists() and self.path.is_dir() != isinstance(trainer.strategy, FullySharded):
+            kept = "sharded" if self.path.is_dir() else "whole"
+            raise UserError(
+                f"{self.path} holds {kept} parameters, and a run goes on with them {kept}: keep "
+                f"the strategy of its config, or {begin_another(self.path)}"
+            )
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # not a user's own plugin
             trainer.strategy.checkpoint_io = PlainFile()
 
@@ -216,7 +230,10 @@ class LastCheckpoint(L.Callback):
                 trainer.strategy.barrier()
         failed = trainer.strategy.reduce_boolean_decision(bool(reason), all=False)
         if failed:
-            _remove(partial)
+            if partial.is_dir():
+                shutil.rmtree(partial, ignore_errors=True)
+            else:
+                partial.unlink(missing_ok=True)
             kept = f"{self.path} is as it was" if self.path.exists() else "there is none yet"
             raise UserError(
                 f"the checkpoint of step {trainer.global_step} cannot be written "
@@ -241,10 +258,3 @@ def _put_in_place(partial: Path, path: Path) -> None:
     for folder in path.parent.glob("[0-9]*-[0-9]*.shards"):  # a user's copies have other names
         if folder != partial:
             shutil.rmtree(folder)
-
-
-def _remove(partial: Path) -> None:
-    if partial.is_dir():
-        shutil.rmtree(partial, ignore_errors=True)
-    else:
-        partial.unlink(missing_ok=True)

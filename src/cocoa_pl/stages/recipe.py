@@ -110,14 +110,6 @@ class Stage:
             seed=seed,
         ).train()
 
-    def described(self, *, num_rows: int | None, steps: int) -> str:
-        """One line for the log; `num_rows` is None for a stream."""
-        rows = "streamed" if num_rows is None else num_rows
-        return (
-            f"{rows} rows, {steps} steps of {self.batch_size}, "
-            f"attention {self.policy.name}, lr {self.optimization.lr:g}"
-        )
-
 
 class TrainingData(Protocol):
     """What a data config must offer."""
@@ -178,24 +170,21 @@ def run_stages(
     for stage in stages:  # a module of the last stage refuses before days of the others
         stage.make_module(backbone, processor, steps=1, seed=0)
     rows = [_rows_of(stage, source_of(data, stage.name)) for stage in stages]
-    state = None
+    base = checkpoint.base_of(backbone)
+    facts = [[one.num_train, one.fingerprint] for one in rows]
+    first, start_step = 0, 0
+    lineage: list[dict[str, Any]] = []
     if resume and not (settings.last.exists() or (settings.run_dir / "model").exists()):
         log.info("%s has no checkpoint yet: the run begins anew", settings.run_dir)
     elif resume:
         state = checkpoint.read(settings.last)
-        checkpoint.check_base(state, backbone, where=str(settings.last))
-    base = checkpoint.base_of(backbone)
-    facts = [[one.num_train, one.fingerprint] for one in rows]
-    if state is not None:
+        checkpoint.check_base(state, base, where=str(settings.last))
         _check_rows(stages, facts, state["cocoa"], settings)
-    lineage: list[dict[str, Any]] = []
-    for index, stage in enumerate(stages):
-        stage_of_state = state["cocoa"]["stage_index"] if state else -1
-        if index < stage_of_state:
-            continue
-        resumed = state if index == stage_of_state else None
-        if resumed is not None:
-            lineage = resumed["cocoa"]["lineage"]
+        first, start_step = state["cocoa"]["stage_index"], state["global_step"]
+        lineage = state["cocoa"]["lineage"]
+        del state  # its weights are read once more by the trainer
+    for index, stage in list(enumerate(stages))[first:]:
+        position = {"stage": stage.name, "stage_index": index, "lineage": lineage}
         entry = _run_stage(
             stage,
             backbone,
@@ -203,11 +192,10 @@ def run_stages(
             processor,
             settings,
             label=f"{index + 1}/{len(stages)} {stage.name}",
-            index=index,
-            position={"stage_index": index, "lineage": lineage, "base": base, "rows": facts},
-            start_step=resumed["global_step"] if resumed is not None else 0,
+            position=position | {"base": base, "rows": facts},
+            start_step=start_step,
         )
-        lineage = [*lineage, entry]
+        lineage, start_step = [*lineage, entry], 0
     return lineage
 
 
@@ -245,9 +233,8 @@ def _check_rows(
                 what = "as many rows, of other content or in another order"
             raise UserError(
                 f"the training data of stage {stage.name} changed since the run stopped ({what}), "
-                "and a run goes on exactly or not at all: put the data back, or begin another run "
-                f"with its weights: cocoa export {settings.last} --to hf --out FOLDER, then "
-                "init_from=FOLDER instead of resume"
+                "and a run goes on exactly or not at all: put the data back, or "
+                + checkpoint.begin_another(settings.last)
             )
 
 
@@ -275,18 +262,20 @@ def _run_stage(
     settings: RunSettings,
     *,
     label: str,
-    index: int,
     position: dict[str, Any],
     start_step: int,
 ) -> dict[str, Any]:
-    steps, seed = stage.count_steps(rows.num_train), mix(settings.seed, index)
+    """Train one stage, and return its lineage entry.
+
+    Args:
+        position: where in the run this is, for checkpoints.
+        start_step: of a checkpoint to go on from; 0 for none.
+    """
+    steps = stage.count_steps(rows.num_train)
+    seed = mix(settings.seed, position["stage_index"])
     L.seed_everything(seed % 2**32, verbose=False)  # new heads
     module = stage.make_module(backbone, processor, steps=steps, seed=seed)
-    saver = LastCheckpoint(
-        settings.last,
-        every=settings.checkpoint_every,
-        position={"stage": stage.name, **position},
-    )
+    saver = LastCheckpoint(settings.last, every=settings.checkpoint_every, position=position)
     trainer = _make_trainer(stage, settings, saver, label=label, start_step=start_step, steps=steps)
     device = trainer.strategy.root_device
     data = StageData(
@@ -307,7 +296,15 @@ def _run_stage(
         on_bad_row=settings.on_bad_row,
         pinned=device.type == "cuda",
     )
-    log.info("%s: %s", label, stage.described(num_rows=rows.num_train, steps=steps))
+    log.info(
+        "%s: %s rows, %d steps of %d, attention %s, lr %g",
+        label,
+        "streamed" if rows.num_train is None else rows.num_train,
+        steps,
+        stage.batch_size,
+        stage.policy.name,
+        stage.optimization.lr,
+    )
     trainer.fit(module, data, ckpt_path=settings.last if start_step else None)
     if saver.stopped:
         raise Interrupted(f"stopped in {stage.name} at step {trainer.global_step} of {steps}")

@@ -111,7 +111,9 @@ class ReconstructionModule(StageModule):
 
     def accumulate(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
         """`targets` counts hidden tokens and hidden visual tokens."""
-        hidden = self._counts(batches)
+        counts = [sum(len(b.targets) for b in batches), sum(len(b.patch_rows) for b in batches)]
+        here = on_device(torch.tensor(counts, dtype=torch.float32), self.device)
+        hidden = global_sum(here)  # (2), of the global batch
         num_tokens, num_patches = hidden.clamp(min=1)
         sums = torch.zeros(3, device=self.device)
         with shared_norms(self.backbone):
@@ -126,31 +128,24 @@ class ReconstructionModule(StageModule):
         return metrics | ({"loss_patch": patches} if self.image_decoder is not None else {})
 
     def measure(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
-        tokens, loss, hits, patches, errors = self._sums([b for b in batches if not b.exchanged])
-        sums = {"tokens": tokens, "loss": loss, "hits": hits}
-        sums |= {"patches": patches, "errors": errors}
+        sums = self._sums([batch for batch in batches if not batch.exchanged])
         if self.text_segment == "target":
             exchanged = [batch for batch in batches if batch.exchanged]
-            _, other, *_ = self._sums(exchanged)
-            compared = {"compared": tokens, "loss_own": loss, "loss_other": other}
-            sums |= {name: value * (len(exchanged) > 0) for name, value in compared.items()}
+            is_compared = len(exchanged) > 0  # a row alone has no other context
+            sums |= {
+                "compared": sums["tokens"] * is_compared,
+                "loss_own": sums["loss"] * is_compared,
+                "loss_other": self._sums(exchanged)["loss"],
+            }
         return sums
 
-    def _sums(self, batches: Sequence[Batch]) -> Tensor:
-        """(5): hidden tokens, their losses, hits, hidden visual tokens, their errors."""
+    def _sums(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
         sums = torch.zeros(5, device=self.device)
         for batch in self.aligned(batches):
             losses, hits, errors = self.losses(batch.to(self.device))
             tokens, patches = (torch.full_like(sums[0], len(one)) for one in (losses, errors))
             sums += torch.stack([tokens, losses.sum(), hits.sum(), patches, errors.sum()])
-        return sums
-
-    def _counts(self, batches: Sequence[Batch]) -> Tensor:
-        """Hidden tokens and hidden visual tokens of the global batch: (2) float."""
-        tokens = sum(len(batch.targets) for batch in batches)
-        patches = sum(len(batch.patch_rows) for batch in batches)
-        here = torch.tensor([tokens, patches], dtype=torch.float32)
-        return global_sum(on_device(here, self.device))
+        return dict(zip(("tokens", "loss", "hits", "patches", "errors"), sums, strict=True))
 
     def means(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
         """What nothing was hidden of has no mean."""
@@ -187,9 +182,9 @@ class ReconstructionModule(StageModule):
 
     def pictures(self, batches: Sequence[Batch]) -> dict[str, Any]:
         batch = self.aligned(batches[:1])[0]
-        logits, predicted, _ = self.rebuild(batch.to(self.device))
-        guesses = logits.argmax(1)
-        found: dict[str, Any] = {"text": hidden_text(batch, guesses, self.processor)}
+        moved = batch.to(self.device)
+        logits, predicted, _ = self.rebuild(moved)
+        found: dict[str, Any] = {"text": hidden_text(batch, logits.argmax(1), self.processor)}
         if predicted is not None and len(batch.patch_rows):
-            found["images"] = image_triptychs(self.backbone, batch.to(self.device), predicted)
+            found["images"] = image_triptychs(self.backbone, moved, predicted)
         return found
