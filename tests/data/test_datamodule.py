@@ -9,23 +9,19 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from cocoa_pl.attention import Plan, Policy, make_plan
-from cocoa_pl.data.batch import Batch, Collator, Sample
+from cocoa_pl.data.batch import Batch, Sample
 from cocoa_pl.data.datamodule import LARGE, StageData, validation_batches
 from cocoa_pl.data.examples import BridgeExamples, PairExamples
 from cocoa_pl.data.items import IMAGE_SLOT, Item, Pair
 from cocoa_pl.data.masking import Masking
+from cocoa_pl.data.pairs import Pairs
 from cocoa_pl.data.processor import Processor
-from cocoa_pl.data.sampler import Mixing
 from cocoa_pl.errors import UserError
+from tests.data.loading import stage_data
 
 MakeItem = Callable[..., Item]
 BAD = 5
-SHUFFLED = Mixing(composition="shuffled", sub_batches=None, exponent=1.0, weights=None)
-EVERYTHING = ("context", "bottleneck", "target")
-POLICY = Policy("bidirectional", EVERYTHING, EVERYTHING, EVERYTHING, causal=False)
 BRIDGE = BridgeExamples(sources={"query": 0.5, "self": 0.5})
 
 
@@ -51,10 +47,6 @@ def pairs_with_a_bad_row(pairs: list[Pair], request: pytest.FixtureRequest) -> l
     return [*pairs[:BAD], bad, *pairs[BAD + 1 :]]
 
 
-def plan(segment_lengths: Tensor, grids: Tensor) -> tuple[Plan, dict[str, Any]]:
-    return make_plan(POLICY, segment_lengths), {}
-
-
 def loaded(loader: Any) -> list[Batch]:
     """One batch a step: the budget is large."""
     steps = list(loader)
@@ -62,23 +54,13 @@ def loaded(loader: Any) -> list[Batch]:
     return [batch for step in steps for batch in step]
 
 
-def stage_data(pairs: list[Pair], processor: Processor, **changes: Any) -> StageData:
+def bridge_data(pairs: list[Pair], processor: Processor, **changes: Any) -> StageData:
     values: dict[str, Any] = {
         "make_samples": BRIDGE,
         "masking": Masking(0.7, "target", 0.5, processor.mask_id),
-        "mixing": SHUFFLED,
-        "batch_size": 4,
-        "validation_batch_size": 3,
-        "steps": 6,
-        "start_step": 0,
-        "seed": 0,
-        "num_workers": 0,
-        "on_bad_row": "fail",
-        "pinned": False,
-        **changes,
     }
-    values |= dict.fromkeys(("collator", "validation_collator"), Collator(plan, token_budget=10**6))
-    return StageData(pairs, pairs[:7], processor=processor, **values)
+    rows = Pairs.of(pairs)
+    return stage_data(rows, rows[:7], processor, **(values | changes))
 
 
 def validation(data: StageData) -> list[Batch]:
@@ -105,7 +87,7 @@ def assert_same(first: list[Batch], second: list[Batch]) -> None:
 
 def contrast(pairs: list[Pair], processor: Processor, **changes: Any) -> StageData:
     examples = PairExamples(max_negatives=2)
-    return stage_data(pairs, processor, make_samples=examples, masking=None, **changes)
+    return bridge_data(pairs, processor, make_samples=examples, masking=None, **changes)
 
 
 def test_collated_rows_lie_role_by_role(pairs: list[Pair], processor: Processor) -> None:
@@ -127,7 +109,7 @@ def test_collated_rows_lie_role_by_role(pairs: list[Pair], processor: Processor)
 
 def test_masks_follow_from_seed_epoch_and_row(pairs: list[Pair], processor: Processor) -> None:
     def hidden(epoch: int, row: int, seed: int = 0) -> tuple[int, ...]:
-        data = stage_data([pairs[0]] * 2, processor, seed=seed)
+        data = bridge_data([pairs[0]] * 2, processor, seed=seed)
         sample = samples(data.validation_rows[epoch, row])[0]
         return (*sample.hidden.tolist(), *sample.hidden_visual.tolist(), sample.noise_seed)
 
@@ -147,8 +129,8 @@ def samples(row: list[Sample] | str) -> list[Sample]:
 def test_batches_do_not_depend_on_the_number_of_workers(
     pairs: list[Pair], processor: Processor
 ) -> None:
-    alone = stage_data(pairs, processor)
-    shared = stage_data(pairs, processor, num_workers=2)
+    alone = bridge_data(pairs, processor)
+    shared = bridge_data(pairs, processor, num_workers=2)
     assert_same(loaded(alone.train_dataloader()), loaded(shared.train_dataloader()))
     assert_same(validation(alone), validation(shared))
 
@@ -157,15 +139,15 @@ def test_batches_do_not_depend_on_the_number_of_workers(
 def test_resumed_run_loads_the_batches_that_were_left(
     start: int, pairs: list[Pair], processor: Processor
 ) -> None:
-    whole = loaded(stage_data(pairs, processor).train_dataloader())
-    resumed = loaded(stage_data(pairs, processor, start_step=start).train_dataloader())
+    whole = loaded(bridge_data(pairs, processor).train_dataloader())
+    resumed = loaded(bridge_data(pairs, processor, start_step=start).train_dataloader())
     assert_same(resumed, whole[start:])
 
 
 def test_training_batches_have_the_batch_size_and_no_row_twice(
     pairs: list[Pair], processor: Processor
 ) -> None:
-    batches = loaded(stage_data(pairs, processor).train_dataloader())
+    batches = loaded(bridge_data(pairs, processor).train_dataloader())
     assert len(batches) == 6
     for batch in batches:
         assert batch.num_rows == batch.num_samples == len(set(batch.row_ids)) == 4
@@ -174,7 +156,7 @@ def test_training_batches_have_the_batch_size_and_no_row_twice(
 def test_validation_shows_every_row_once_in_order_and_always_alike(
     pairs: list[Pair], processor: Processor
 ) -> None:
-    data = stage_data(pairs, processor)
+    data = bridge_data(pairs, processor)
     first = validation(data)
     assert [batch.num_rows for batch in first] == [3, 2, 2]  # at most 3 each, about equal
     assert [row for batch in first for row in names(batch)] == list(range(7))
@@ -182,14 +164,14 @@ def test_validation_shows_every_row_once_in_order_and_always_alike(
 
 
 def test_no_validation_rows_means_no_loader(pairs: list[Pair], processor: Processor) -> None:
-    data = stage_data(pairs, processor)
+    data = bridge_data(pairs, processor)
     data.validation_rows.pairs = []
     assert data.val_dataloader() == []
 
 
 def test_dataset_smaller_than_a_batch_is_refused(pairs: list[Pair], processor: Processor) -> None:
     with pytest.raises(UserError, match="has 11 rows, fewer than one batch of 12"):
-        stage_data(pairs, processor, batch_size=12).train_dataloader()
+        bridge_data(pairs, processor, batch_size=12).train_dataloader()
 
 
 # --- Bad rows --------------------------------------------------------------------------------

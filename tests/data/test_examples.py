@@ -10,11 +10,10 @@ from cocoa_pl.data.examples import (
     BridgeExamples,
     CaptionExamples,
     PairExamples,
-    describing,
-    first_of_each_subset,
     sides,
 )
 from cocoa_pl.data.items import IMAGE_SLOT, Item, Pair
+from cocoa_pl.data.pairs import Pairs
 from cocoa_pl.errors import UserError
 
 PICTURE = Item(f"{IMAGE_SLOT}\nFind the caption", (b"picture",))
@@ -81,13 +80,15 @@ def test_pair_gives_query_positive_and_the_first_negatives(count: int) -> None:
 def test_only_pairs_with_a_describing_text_and_of_the_subsets_are_kept() -> None:
     good, images = pair(PICTURE, CAPTION, subset="a"), pair(PICTURE, OTHER, subset="a")
     elsewhere = pair(CAPTION, PICTURE, subset="b")
-    assert describing([good, images, elsewhere], None) == [good, elsewhere]
-    assert describing([good, images, elsewhere], ["a"]) == [good]
+    pairs = Pairs.of([good, images, elsewhere])
+    assert list(pairs.describing(None)) == [good, elsewhere]
+    assert list(pairs.describing(["a"])) == [good]
     with pytest.raises(UserError, match=r"no pair has an image .* \(subsets: \['b'\]\)"):
-        describing([good], ["b"])
+        Pairs.of([good]).describing(["b"])
 
 
 def test_each_subset_gives_its_first_pairs_in_order() -> None:
     pairs = [pair(PICTURE, CAPTION, subset=name) for name in "abaaba"]
-    assert first_of_each_subset(pairs, 2) == [pairs[i] for i in (0, 1, 2, 4)]
-    assert first_of_each_subset(pairs, None) == pairs
+    first = Pairs.of(pairs).first_of_each_subset
+    assert list(first(2)) == [pairs[i] for i in (0, 1, 2, 4)]
+    assert list(first(None)) == pairs

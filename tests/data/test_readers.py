@@ -17,7 +17,7 @@ import pytest
 from torch.utils.data import DataLoader
 
 from cocoa_pl.data.items import Pair
-from cocoa_pl.data.readers import Pairs, has_media, select, subset_codes
+from cocoa_pl.data.pairs import Pairs
 from cocoa_pl.data.sources import PairSource
 from cocoa_pl.errors import UserError
 
@@ -197,18 +197,18 @@ def test_slices_and_selections_are_the_same_rows(pairs: Pairs) -> None:
     assert list(pairs) == whole
     assert [pairs[row] for row in (-1, 3)] == [whole[-1], whole[3]]
     assert list(pairs[1:7][::-2]) == whole[1:7][::-2]
-    assert list(select(pairs, np.array([4, 0, 0]))) == [whole[row] for row in (4, 0, 0)]
+    assert list(pairs.select(np.array([4, 0, 0]))) == [whole[row] for row in (4, 0, 0)]
     assert list(pickle.loads(pickle.dumps(pairs))) == whole
     with pytest.raises(IndexError):
         pairs[len(pairs)]
 
 
 def test_subsets_and_media_are_known_without_making_pairs(pairs: Pairs) -> None:
-    for some in (pairs, list(pairs)):
-        names, codes = subset_codes(some)
+    for some in (pairs, Pairs.of(list(pairs))):
+        names, codes = some.subset_codes()
         assert (names, codes.tolist()) == (["A", "B"], [0] * 3 + [1] * 3 + [0] * 6)
-        assert has_media(some).tolist() == [[3 <= row < 6, False] for row in range(12)]
-        names, codes = subset_codes(select(some, np.array([3, 1, 11])))
+        assert some.known["has_media"].tolist() == [[3 <= row < 6, False] for row in range(12)]
+        names, codes = some.select(np.array([3, 1, 11])).subset_codes()
         assert (names, codes.tolist()) == (["B", "A"], [0, 1, 1])
 
 

@@ -12,6 +12,7 @@ from hydra import compose, initialize_config_dir
 from cocoa_pl.config.build import register_resolvers
 from cocoa_pl.config.command_line import CONFIGS
 from cocoa_pl.data.items import Item, Pair
+from cocoa_pl.data.pairs import Pairs
 from cocoa_pl.data.sampler import (
     AllRows,
     Index,
@@ -24,20 +25,12 @@ from cocoa_pl.data.sampler import (
 )
 from cocoa_pl.errors import UserError
 from cocoa_pl.run import build_stages
+from tests.data.loading import mixing
 
 NAMES = ["big", "middle", "small"]
 SIZES = np.array([500, 160, 48])
+BY_NAME = dict(zip(NAMES, SIZES.tolist(), strict=True))
 CODES = np.repeat(np.arange(3), SIZES)[np.random.default_rng(0).permutation(SIZES.sum())]
-
-
-def mixing(**changes: Any) -> Mixing:
-    values: dict[str, Any] = {
-        "composition": "shuffled",
-        "sub_batches": None,
-        "exponent": 1.0,
-        "weights": None,
-    }
-    return Mixing(**(values | changes))
 
 
 COMPOSITIONS = {
@@ -129,13 +122,13 @@ def test_batch_that_ranks_cannot_share_is_refused() -> None:
     ],
 )
 def test_share_is_weight_times_a_power_of_the_size(changes: Any, expected: Any) -> None:
-    shares = mixing(**changes).shares(NAMES, SIZES)
+    shares = mixing(**changes).shares(BY_NAME)
     np.testing.assert_allclose(shares, np.asarray(expected) / np.sum(expected))
 
 
 @pytest.mark.parametrize("exponent", [0.0, 0.3, 1.0])
 def test_1024_sub_batches_keep_the_shares_to_one_draw(exponent: float) -> None:
-    shares = mixing(exponent=exponent, weights={"small": 0.37}).shares(NAMES, SIZES)
+    shares = mixing(exponent=exponent, weights={"small": 0.37}).shares(BY_NAME)
     drawn = draw_subsets(shares, count=40 * 1024, seed=3).reshape(40, 1024)
     counts = np.stack([np.bincount(cycle, minlength=3) for cycle in drawn])
     assert (np.abs(counts - 1024 * shares) < 1).all()
@@ -268,14 +261,14 @@ def pair(number: int, subset: str) -> Pair:
 
 def test_plain_shuffling_permutes_all_rows_and_anything_else_mixes_subsets() -> None:
     pairs = [pair(number, "ab"[number % 2]) for number in range(20)]
-    assert isinstance(make_order(pairs, mixing(), batch_size=4, seed=0), AllRows)
-    mixed = make_order(pairs, mixing(weights={"a": 3}), batch_size=4, seed=0)
+    assert isinstance(make_order(Pairs.of(pairs), mixing(), batch_size=4, seed=0), AllRows)
+    mixed = make_order(Pairs.of(pairs), mixing(weights={"a": 3}), batch_size=4, seed=0)
     rows = [pairs[row].subset for batch in mixed.batches(0, 256) for _, row in batch]
     assert Counter(rows)["a"] == 768
 
 
 def test_data_smaller_than_a_batch_are_refused() -> None:
-    pairs = [pair(number, "a") for number in range(5)]
+    pairs = Pairs.of([pair(number, "a") for number in range(5)])
     make_order(pairs, mixing(), batch_size=5, seed=0)
     with pytest.raises(UserError, match=r"has 5 rows, fewer than one batch of 6; lower"):
         make_order(pairs, mixing(), batch_size=6, seed=0)

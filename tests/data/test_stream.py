@@ -19,34 +19,29 @@ import torch
 from hydra import compose, initialize_config_dir
 from torch import Tensor, nn
 
-from cocoa_pl.attention import Plan, Policy, make_plan
 from cocoa_pl.config.build import register_resolvers
 from cocoa_pl.config.command_line import CONFIGS
-from cocoa_pl.data.batch import Batch, Collator
-from cocoa_pl.data.datamodule import StageData, check_mixing
-from cocoa_pl.data.examples import PairExamples, describing, first_of_each_subset
+from cocoa_pl.data.batch import Batch
+from cocoa_pl.data.datamodule import Places, StageData, StreamBatches, Streamed, check_mixing
+from cocoa_pl.data.examples import PairExamples
 from cocoa_pl.data.items import Pair
 from cocoa_pl.data.masking import Masking
 from cocoa_pl.data.processor import Processor
-from cocoa_pl.data.sampler import Mixing
 from cocoa_pl.data.sources import PairSource
-from cocoa_pl.data.stream import PairStream, Places, StreamBatches, Streamed
+from cocoa_pl.data.stream import PairStream
 from cocoa_pl.errors import UserError
 from cocoa_pl.run import build_stages
+from tests.data.loading import COLLATOR, mixing, stage_data
 
 MakeStream = Callable[..., PairSource]
 A_ROWS, B_ROWS = 23, 17
-
-
-def beginning() -> dict[str, Any]:
-    return {"epoch": 0, "window": 0, "taken": 0, "rows": None}
 
 
 def reader(
     stream: Any, name: str = "A", *, lane: int = 0, lanes: int = 1, seed: int = 0, place: Any = None
 ) -> Iterator[Any]:
     assert isinstance(stream, PairStream)
-    return stream.pairs(name, beginning() if place is None else place, lane, lanes, seed)
+    return stream.pairs(name, {} if place is None else place, lane, lanes, seed)
 
 
 def texts(rows: Iterator[Pair], count: int) -> list[str]:
@@ -61,7 +56,7 @@ def test_lanes_together_read_every_row_once_an_epoch(make_stream: MakeStream, la
     stream = make_stream().train_pairs()
     epochs: list[list[str]] = [[], []]
     for lane in range(lanes):
-        place = beginning()
+        place = {}
         for pair in reader(stream, lane=lane, lanes=lanes, place=place):
             if place["epoch"] > 1:
                 break
@@ -89,7 +84,7 @@ def test_a_lane_goes_on_with_the_very_next_row(
     make_stream: MakeStream, lanes: int, window: int
 ) -> None:
     stream = make_stream(window=window).train_pairs()
-    place = beginning()
+    place = {}
     whole = reader(stream, lane=lanes - 1, lanes=lanes, place=place)
     places, found = [], []
     for _ in range(2 * A_ROWS):
@@ -110,7 +105,7 @@ def test_rows_with_files_and_rows_with_embedded_images_become_pairs(
     one, other = next(reader(stream)), next(reader(stream, "E"))
     number = one.positive.text.removeprefix("A ")
     assert one.query.media == (hub_folder / f"images/A{number}.png",)
-    assert one.row_id.startswith("A (streamed, reader 1/1, window 0) row ")
+    assert one.row_id.startswith("A (streamed, reader 1/1, epoch 0) row ")
     assert other.query.media[0].startswith(b"\x89PNG")
 
 
@@ -118,7 +113,12 @@ def test_lines_of_json_are_streamed(tmp_path: Path, make_stream: MakeStream) -> 
     lines = ['{"query": "a", "positive": "b"}', "{", '{"query": "c", "positive": "d"}']
     (tmp_path / "A.jsonl").write_text("\n".join(lines))
     columns = [{"query": {"text": "query"}, "positive": {"text": "positive"}, "required": []}]
-    options = {"files": "{subset}.jsonl", "subsets": ["A"], "columns": columns}
+    options = {
+        "files": "{subset}.jsonl",
+        "subsets": ["A"],
+        "columns": columns,
+        "on_bad_row": "skip",
+    }
     rows = reader(make_stream(path=str(tmp_path), **options).train_pairs())
     found = [next(rows) for _ in range(6)]
     assert Counter(row.positive.text for row in found if isinstance(row, Pair)) == {"b": 2, "d": 2}
@@ -126,14 +126,15 @@ def test_lines_of_json_are_streamed(tmp_path: Path, make_stream: MakeStream) -> 
 
 
 def test_stage_takes_the_first_rows_of_the_subsets_it_can_use(make_stream: MakeStream) -> None:
-    stream = describing(make_stream().train_pairs(), ["A"])
+    stream = make_stream().train_pairs().describing(["A"])
     assert isinstance(stream, PairStream)
     assert list(stream.subsets) == ["A"]
-    few = first_of_each_subset(stream, 7)
+    few = stream.first_of_each_subset(7)
     assert sorted(texts(reader(few), 7)) == [f"A {number}" for number in range(7)]
-    assert sorted(texts(reader(few, lanes=2), 8)) == sorted([f"A {n}" for n in (0, 2, 4, 6)] * 2)
+    shares = [texts(reader(few, lane=lane, lanes=2), 4 - lane) for lane in (0, 1)]
+    assert sorted(shares[0] + shares[1]) == [f"A {number}" for number in range(7)]
     with pytest.raises(UserError, match="none of the subsets"):
-        describing(make_stream().train_pairs(), ["C"])
+        make_stream().train_pairs().describing(["C"])
 
 
 def test_generative_stage_passes_over_rows_of_two_images(
@@ -146,7 +147,7 @@ def test_generative_stage_passes_over_rows_of_two_images(
     table = pa.Table.from_pylist([row | image, row | caption])
     pq.write_table(table, tmp_path / "A/original-0.parquet")
     stream = make_stream(path=str(tmp_path), subsets=["A"]).train_pairs()
-    assert texts(reader(describing(stream, None)), 3) == ["a caption"] * 3
+    assert texts(reader(stream.describing(None)), 3) == ["a caption"] * 3
     assert len(set(texts(reader(stream), 2))) == 2
 
 
@@ -169,7 +170,9 @@ def test_first_rows_are_held_out_and_never_trained_on(make_stream: MakeStream) -
 
 def test_a_lane_without_rows_is_refused(make_stream: MakeStream) -> None:
     for source, lanes in ((make_stream(), 30), (make_stream(validation_rows=A_ROWS), 1)):
-        with pytest.raises(UserError, match=rf"A: reader {lanes} of {lanes} .* has no row to tra"):
+        with pytest.raises(
+            UserError, match=rf"A \(streamed, reader {lanes}/{lanes}, .*: no row to train on"
+        ):
             next(reader(source.train_pairs(), lane=lanes - 1, lanes=lanes))
 
 
@@ -198,21 +201,11 @@ def test_a_stream_that_breaks_off_is_no_bad_row(
     rows = reader(make_stream(path=str(tmp_path)).train_pairs())
     texts(rows, 4)
     shutil.rmtree(tmp_path / "A")
-    with pytest.raises(UserError, match=r"A: the stream broke off \(.*; resume=RUN goes on"):
+    with pytest.raises(UserError, match=r"A .*: the stream broke off \(.*; resume=RUN goes on"):
         texts(rows, A_ROWS)
 
 
 # --- Batches ---------------------------------------------------------------------------------
-
-
-def mixing(**changes: Any) -> Mixing:
-    values: dict[str, Any] = {
-        "composition": "shuffled",
-        "sub_batches": None,
-        "exponent": 1.0,
-        "weights": None,
-    }
-    return Mixing(**(values | changes))
 
 
 SHUFFLED = mixing()
@@ -220,36 +213,15 @@ ONE_SUBSET = mixing(composition="one_subset")
 INTERLEAVED = mixing(composition="interleaved", sub_batches=2)
 
 
-EVERYTHING = ("context", "bottleneck", "target")
-POLICY = Policy("bidirectional", EVERYTHING, EVERYTHING, EVERYTHING, causal=False)
-
-
-def plan(segment_lengths: Tensor, grids: Tensor) -> tuple[Plan, dict[str, Any]]:
-    return make_plan(POLICY, segment_lengths), {}
-
-
-COLLATOR = Collator(plan, token_budget=10**6)  # one batch a step
-
-
-def stage_data(source: PairSource, processor: Processor, **changes: Any) -> StageData:
+def streamed_data(source: PairSource, processor: Processor, **changes: Any) -> StageData:
     values: dict[str, Any] = {
         "make_samples": PairExamples(max_negatives=0),
         "masking": Masking(0.5, "context", 0.0, processor.mask_id),
         "mixing": INTERLEAVED,
-        "batch_size": 4,
-        "validation_batch_size": 3,
         "steps": 12,
-        "start_step": 0,
-        "seed": 0,
-        "num_workers": 0,
-        "on_bad_row": "fail",
-        "pinned": False,
-        "collator": COLLATOR,
-        "validation_collator": COLLATOR,
     }
-    return StageData(
-        source.train_pairs(), source.validation_pairs(), processor=processor, **(values | changes)
-    )
+    rows = source.train_pairs(), source.validation_pairs()
+    return stage_data(*rows, processor, **(values | changes))
 
 
 def loaded(data: StageData) -> list[list[Batch]]:
@@ -278,7 +250,7 @@ def test_batches_are_composed_as_the_mixing_says(
 ) -> None:
     source = make_stream(subsets=["A", "B", "E"])
     for chosen, size in ((ONE_SUBSET, 4), (INTERLEAVED, 2)):
-        batches = loaded(stage_data(source, processor, mixing=chosen, steps=20))
+        batches = loaded(streamed_data(source, processor, mixing=chosen, steps=20))
         runs = [
             subsets_of(step)[start : start + size]
             for step in batches
@@ -293,7 +265,7 @@ def test_weights_decide_where_sizes_are_unknown(
 ) -> None:
     def count(*, rows: dict[str, int] | None = None, **changes: Any) -> list[int]:
         source = make_stream(rows=rows)
-        data = stage_data(source, processor, batch_size=32, steps=32, mixing=mixing(**changes))
+        data = streamed_data(source, processor, batch_size=32, steps=32, mixing=mixing(**changes))
         drawn = data.train_dataloader().dataset.drawn
         return [(drawn == 0).sum().item(), (drawn == 1).sum().item()]
 
@@ -317,14 +289,11 @@ def batches(
     return list(
         StreamBatches(
             stream,
-            INTERLEAVED,
-            stage_data(source, processor).make_row,
+            INTERLEAVED.subsets(stream.sizes, batch_size=4, steps=10, seed=0),
+            streamed_data(source, processor).make_row,
             COLLATOR,
-            batch_size=4,
-            steps=10,
             start_step=start_step,
             seed=0,
-            on_bad_row="fail",
             rank=rank,
             world_size=world_size,
             places=[places or {}],
@@ -352,8 +321,6 @@ def test_each_of_two_ranks_reads_its_own_rows_and_resumes_where_it_stood(
             places=whole[3].places,
         )
         assert [content(one.batch) for one in resumed] == [content(one.batch) for one in whole[4:]]
-    with pytest.raises(UserError, match="a batch of 4 cannot be shared by 3 ranks"):
-        batches(make_stream(), processor, rank=0, world_size=3)
 
 
 def test_bad_row_stops_the_run_or_leaves_the_batch(
@@ -362,8 +329,9 @@ def test_bad_row_stops_the_run_or_leaves_the_batch(
     """Images that are not below the root are missing: all rows of A and B, none of E."""
     source = make_stream(image_root=str(tmp_path), subsets=["A", "E"])
     with pytest.raises(UserError, match=r"A \(streamed, .*\.png does not exist"):
-        list(stage_data(source, processor, mixing=SHUFFLED).train_dataloader())
-    skipping = stage_data(
+        list(streamed_data(source, processor, mixing=SHUFFLED).train_dataloader())
+    source = make_stream(image_root=str(tmp_path), subsets=["A", "E"], on_bad_row="skip")
+    skipping = streamed_data(
         source, processor, mixing=SHUFFLED, batch_size=16, steps=2, on_bad_row="skip"
     )
     for step in loaded(skipping):
@@ -422,7 +390,7 @@ def test_interrupted_run_trains_on_the_same_rows_as_a_whole_one(
 
     def data(**changes: Any) -> StageData:
         source = make_stream(subsets=["A", "B", "E"], validation_rows=3)
-        return stage_data(source, processor, num_workers=num_workers, **changes)
+        return streamed_data(source, processor, num_workers=num_workers, **changes)
 
     whole = fit(data(), 12, folder=tmp_path).seen
     first = fit(data(), stop, folder=tmp_path).seen
@@ -437,15 +405,15 @@ def test_interrupted_run_trains_on_the_same_rows_as_a_whole_one(
 def test_other_numbers_of_workers_or_ranks_are_refused(
     make_stream: MakeStream, processor: Processor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    state = stage_data(make_stream(), processor, num_workers=2).state_dict()
-    stage_data(make_stream(), processor, num_workers=2).load_state_dict(state)
+    state = streamed_data(make_stream(), processor, num_workers=2).state_dict()
+    streamed_data(make_stream(), processor, num_workers=2).load_state_dict(state)
     with pytest.raises(
         UserError, match=r"1 ranks x 2 workers and cannot go on with 1 x 1; .* num_workers=2"
     ):
-        stage_data(make_stream(), processor, num_workers=1).load_state_dict(state)
+        streamed_data(make_stream(), processor, num_workers=1).load_state_dict(state)
     monkeypatch.setattr("cocoa_pl.data.datamodule.world_size", lambda: 4)
     with pytest.raises(UserError, match="with 4 x 2"):
-        stage_data(make_stream(), processor, num_workers=2).load_state_dict(state)
+        streamed_data(make_stream(), processor, num_workers=2).load_state_dict(state)
 
 
 # --- Before the first stage begins -----------------------------------------------------------

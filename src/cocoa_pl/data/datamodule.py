@@ -1,34 +1,37 @@
 """The LightningDataModule of a stage: pairs become batches in the data workers."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from multiprocessing.reduction import ForkingPickler
-from typing import Any
+from typing import Any, NamedTuple
 
+import fsspec.asyn  # type: ignore[import-untyped]
 import lightning as L
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.multiprocessing.reductions import reduce_tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from cocoa_pl.data.batch import Collator, Sample
 from cocoa_pl.data.examples import MakeSamples
 from cocoa_pl.data.items import Pair
 from cocoa_pl.data.masking import Masking
+from cocoa_pl.data.pairs import Pairs
 from cocoa_pl.data.processor import Processor
-from cocoa_pl.data.sampler import Index, Mixing, StepSampler, make_order, mix
-from cocoa_pl.data.stream import PairStream, Places, StreamBatches, Streamed
-from cocoa_pl.distributed.collectives import rank, world_size
+from cocoa_pl.data.sampler import Index, Mixing, StepSampler, check_shareable, make_order, mix
+from cocoa_pl.data.stream import PairStream
+from cocoa_pl.distributed.collectives import all_objects, rank, world_size
 from cocoa_pl.distributed.processes import end_with_parent
 from cocoa_pl.errors import UserError
 
 _VALIDATION_EPOCH = -1  # its masks are drawn once and for all
 LARGE = 1 << 20  # bytes; below, one copy through a pipe costs less than a file
 
+Places = dict[str, dict[str, Any]]  # subset -> where a reader of a stream goes on
 MakeRow = Callable[[Pair, int], list[Sample] | str]
 
 
@@ -75,6 +78,60 @@ class RowSamples(Dataset[list[Sample] | str]):
         return self.make_row(self.pairs[row], mix(self.seed, epoch, row))
 
 
+class Streamed(NamedTuple):
+    """A batch, and where its lane goes on behind it."""
+
+    batch: Any
+    lane: int
+    places: Places
+
+
+@dataclass
+class StreamBatches(IterableDataset[Streamed]):
+    """This rank's share of every step's batch of a stream.
+
+    Step t is of lane t modulo the number of workers, and a lane reads a share of its own. Where it
+    goes on travels with its batches, so a checkpoint holds the place behind the last batch that was
+    trained on, however many were loaded ahead.
+
+    Args:
+        drawn: int64 [steps, rows of a step over all ranks], the subset of every row.
+        make_row: makes of a pair and a seed what `collate` takes, as it takes what is wrong with
+            a row.
+        places: of the lanes of this rank, one for each worker and at least one.
+    """
+
+    stream: PairStream
+    drawn: np.ndarray
+    make_row: Callable[[Pair, int], Any]
+    collate: Callable[[Sequence[Any]], Any]
+    start_step: int
+    seed: int
+    rank: int
+    world_size: int
+    places: Sequence[Places]
+
+    def __iter__(self) -> Iterator[Streamed]:
+        fsspec.asyn.reset_lock()  # it may have been held when this process was forked
+        worker, lanes = get_worker_info(), len(self.places)
+        first = self.start_step + (worker.id if worker else 0)
+        lane = first % lanes
+        places = {name: dict(self.places[lane].get(name, {})) for name in self.stream.subsets}
+        share = (self.rank * lanes + lane, self.world_size * lanes)
+        readers = [
+            self.stream.pairs(name, place, *share, mix(self.seed, code))
+            for code, (name, place) in enumerate(places.items())
+        ]
+        for step in range(first, len(self.drawn), lanes):
+            rows = []
+            for position in range(self.rank, self.drawn.shape[1], self.world_size):
+                row = next(readers[self.drawn[step, position]])
+                seed = mix(self.seed, step, position)
+                rows.append(row if isinstance(row, str) else self.make_row(row, seed))
+            behind = {name: dict(place) for name, place in places.items()}
+            yield Streamed(self.collate(rows), lane, behind)
+
+
 def start_worker(worker: int) -> None:
     """Set up a data worker: it ends with the process that started it, and sends small tensors
     through its pipe; only large ones (pixels) go in shared memory of their own.
@@ -111,15 +168,14 @@ def validation_batches(
     ]
 
 
-def check_mixing(train: Sequence[Pair] | PairStream, mixing: Mixing, *, batch_size: int) -> None:
+def check_mixing(train: Pairs | PairStream, mixing: Mixing, *, batch_size: int) -> None:
     """Refuse a mixing that does not fit the data, before anything is trained.
 
     Raises:
-        UserError: as `make_order` and `StreamBatches` would.
+        UserError: as `train_dataloader` would.
     """
     if isinstance(train, PairStream):
-        mixing.shares(list(train.subsets), train.sizes)
-        mixing.sub_batch_rows(batch_size)
+        mixing.subsets(train.sizes, batch_size=batch_size, steps=0, seed=0)
     else:
         make_order(train, mixing, batch_size=batch_size, seed=0)
 
@@ -140,7 +196,7 @@ class StageData(L.LightningDataModule):
 
     def __init__(
         self,
-        train: Sequence[Pair] | PairStream,
+        train: Pairs | PairStream,
         validation: Sequence[Pair],
         *,
         make_samples: MakeSamples,
@@ -170,7 +226,6 @@ class StageData(L.LightningDataModule):
             on_bad_row=on_bad_row,
         )
         self.validation_rows = RowSamples(validation, self.make_row, seed=seed)
-        self.on_bad_row = on_bad_row
         self.mixing = mixing
         self.batch_size = batch_size
         self.validation_batch_size = validation_batch_size
@@ -182,7 +237,21 @@ class StageData(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         if isinstance(self.train, PairStream):
-            return self._stream_loader(self.train)
+            check_shareable(self.batch_size, world_size())
+            batches = StreamBatches(
+                self.train,
+                self.mixing.subsets(
+                    self.train.sizes, batch_size=self.batch_size, steps=self.steps, seed=self.seed
+                ),
+                self.make_row,
+                self.collator,
+                start_step=self.start_step,
+                seed=self.seed,
+                rank=rank(),
+                world_size=world_size(),
+                places=self._lanes,
+            )
+            return self._loader(batches, batch_size=None)
         rows = RowSamples(self.train, self.make_row, seed=self.seed)
         sampler = StepSampler(
             make_order(self.train, self.mixing, batch_size=self.batch_size, seed=self.seed),
@@ -191,7 +260,7 @@ class StageData(L.LightningDataModule):
             rank=rank(),
             world_size=world_size(),
         )
-        return self._loader(rows, sampler, self.collator)
+        return self._loader(rows, batch_sampler=sampler, collate_fn=self.collator)
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Remember where a stream stands: not what is loaded counts, but what is trained on."""
@@ -208,13 +277,8 @@ class StageData(L.LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """Where the streams of all ranks stand; empty for data that need no state."""
-        if not isinstance(self.train, PairStream):
-            return {}
-        lanes: list[Any] = [self._lanes]
-        if world_size() > 1:
-            lanes = [None] * world_size()
-            dist.all_gather_object(lanes, self._lanes)
-        return {"lanes_of_ranks": lanes}
+        is_stream = isinstance(self.train, PairStream)
+        return {"lanes_of_ranks": all_objects(self._lanes)} if is_stream else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where this rank's stream stood.
@@ -232,29 +296,6 @@ class StageData(L.LightningDataModule):
             )
         self._lanes = list(lanes[rank()])
 
-    def _stream_loader(self, stream: PairStream) -> DataLoader[Any]:
-        batches = StreamBatches(
-            stream,
-            self.mixing,
-            self.make_row,
-            self.collator,
-            batch_size=self.batch_size,
-            steps=self.steps,
-            start_step=self.start_step,
-            seed=self.seed,
-            on_bad_row=self.on_bad_row,
-            rank=rank(),
-            world_size=world_size(),
-            places=self._lanes,
-        )
-        return DataLoader(
-            batches,
-            batch_size=None,
-            num_workers=self.num_workers,
-            worker_init_fn=start_worker,
-            pin_memory=self.pinned,
-        )
-
     def val_dataloader(self) -> DataLoader[Any] | list[None]:
         if not len(self.validation_rows):
             return []
@@ -264,17 +305,16 @@ class StageData(L.LightningDataModule):
             rank=rank(),
             world_size=world_size(),
         )
-        return self._loader(self.validation_rows, batches, self.validation_collator)
+        return self._loader(
+            self.validation_rows, batch_sampler=batches, collate_fn=self.validation_collator
+        )
 
-    def _loader(
-        self, rows: RowSamples, batches: StepSampler | list[list[Index]], collator: Collator
-    ) -> DataLoader[Any]:
+    def _loader(self, rows: Dataset[Any], **how: Any) -> DataLoader[Any]:
         return DataLoader(
             rows,
-            batch_sampler=batches,
-            collate_fn=collator,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             worker_init_fn=start_worker,
             pin_memory=self.pinned,
+            **how,
         )

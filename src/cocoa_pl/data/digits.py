@@ -46,7 +46,8 @@ from cocoa_pl.data.digit_scenes import (
 )
 from cocoa_pl.data.items import EvalSubset, Pair
 from cocoa_pl.data.mmeb_eval import read_eval_subset
-from cocoa_pl.data.readers import Pairs, find_files, read_files
+from cocoa_pl.data.pairs import Pairs, read_files
+from cocoa_pl.data.readers import find_files
 from cocoa_pl.data.rows import OnBadRow, RowFormat
 from cocoa_pl.data.sources import distinct_texts
 from cocoa_pl.errors import UserError
@@ -152,6 +153,8 @@ class DigitsData:
             images_placed=True,
             other_columns=False,
             drop_orphan_slots=False,
+            on_bad_row=self.on_bad_row,
+            repeated="drop",
         )
 
         def read(name: str, split: str) -> Pairs:
@@ -161,8 +164,6 @@ class DigitsData:
                 form,
                 subset=name,
                 max_rows=None,
-                on_bad_row=self.on_bad_row,
-                repeated="drop",
             )
 
         return {

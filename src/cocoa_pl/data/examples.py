@@ -1,14 +1,12 @@
 """Examples that a stage makes of a pair: one class for each way of using a pair."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from typing import overload
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
 from cocoa_pl.config.bounds import Share, Whole
 from cocoa_pl.data.items import Item, Pair
-from cocoa_pl.data.readers import has_media, select, subset_codes
+from cocoa_pl.data.pairs import Pairs
 from cocoa_pl.data.stream import PairStream
 from cocoa_pl.errors import UserError
 
@@ -79,7 +77,7 @@ class PairExamples:
 
 
 def check_contrast(
-    pairs: Sequence[Pair] | PairStream, make_samples: MakeSamples, *, batch_size: int
+    pairs: Pairs | PairStream, make_samples: MakeSamples, *, batch_size: int
 ) -> None:
     """Refuse pairs without negatives: a stage that embeds pairs needs two rows that differ in query
     and in positive, or hard negatives.
@@ -90,71 +88,24 @@ def check_contrast(
     """
     if not isinstance(make_samples, PairExamples):
         return
+    rows = pairs if isinstance(pairs, Pairs) else ()  # those of a stream are not known
+
+    def all_share(role: str) -> bool:
+        keys = (getattr(pair, role).key for pair in rows)
+        first = next(keys, None)
+        return first is not None and all(key == first for key in keys)  # up to the first that isn't
+
     alike = ""
     if batch_size == 1:
         alike = "a batch has one row"
-    elif not isinstance(pairs, PairStream):  # whose rows are not known
-        if _all_alike(pair.positive.key for pair in pairs):
-            alike = f"all {len(pairs)} rows have the same positive"
-        elif _all_alike(pair.query.key for pair in pairs):
-            alike = f"all {len(pairs)} rows have the same query"
-    if not alike or (make_samples.max_negatives and _have_negatives(pairs)):
-        return
-    raise UserError(
-        f"{alike}, and there are no hard negatives: no query has a wrong answer; "
-        "raise the stage's batch_size, or give other rows or hard negatives"
-    )
-
-
-def _have_negatives(pairs: Sequence[Pair] | PairStream) -> bool:
-    return isinstance(pairs, PairStream) or any(pair.negatives for pair in pairs)
-
-
-def _all_alike(keys: Iterator[int]) -> bool:
-    """Looks no further than the first that is not."""
-    first = next(keys, None)
-    return all(key == first for key in keys)
-
-
-@overload
-def describing(pairs: PairStream, subsets: Sequence[str] | None) -> PairStream: ...
-
-
-@overload
-def describing(pairs: Sequence[Pair], subsets: Sequence[str] | None) -> Sequence[Pair]: ...
-
-
-def describing(
-    pairs: Sequence[Pair] | PairStream, subsets: Sequence[str] | None
-) -> Sequence[Pair] | PairStream:
-    """Pairs of an image and its text, of the given subsets: what generative stages can use.
-
-    Raises:
-        UserError: if none is left.
-    """
-    if isinstance(pairs, PairStream):
-        return pairs.describing(subsets)
-    names, codes = subset_codes(pairs)
-    wanted = [subsets is None or name in subsets for name in names]
-    kept = np.array(wanted, dtype=bool)[codes] & ~has_media(pairs).all(axis=1)
-    if not kept.any():
+    elif shared := next(filter(all_share, ("positive", "query")), ""):
+        alike = f"all {len(rows)} rows have the same {shared}"
+    have_negatives = not rows or any(pair.negatives for pair in rows)
+    if alike and not (make_samples.max_negatives and have_negatives):
         raise UserError(
-            f"no pair has an image on one side and text on the other (subsets: {subsets})"
+            f"{alike}, and there are no hard negatives: no query has a wrong answer; "
+            "raise the stage's batch_size, or give other rows or hard negatives"
         )
-    return select(pairs, np.flatnonzero(kept))
-
-
-def first_of_each_subset(
-    pairs: Sequence[Pair] | PairStream, count: int | None
-) -> Sequence[Pair] | PairStream:
-    """At most `count` pairs of each subset, in their order; None keeps all."""
-    if isinstance(pairs, PairStream):
-        return replace(pairs, first=count)
-    if count is None:
-        return pairs
-    names, codes = subset_codes(pairs)
-    kept = [np.flatnonzero(codes == code)[:count] for code in range(len(names))]
-    return select(pairs, np.sort(np.concatenate([np.empty(0, np.int64), *kept])))
 
 
 def _sides(pair: Pair) -> tuple[Item, str]:

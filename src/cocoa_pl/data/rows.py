@@ -17,6 +17,7 @@ from cocoa_pl.data.items import PLACEHOLDER, Item, Medium, Pair, placed
 from cocoa_pl.errors import UserError
 
 OnBadRow = Literal["fail", "skip"]
+Repeated = Literal["bad", "drop"]
 Columns = Mapping[str, Any]
 
 _ANY_PLACEHOLDER = re.compile(r"<\|image_\d+\|>|<image>")
@@ -27,7 +28,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RowFormat:
-    """What the columns of a row mean.
+    """What the columns of a row mean, and what becomes of a row that cannot be used.
 
     Args:
         columns: mappings, of which the first counts whose `required` columns a row has. Each says
@@ -41,6 +42,10 @@ class RowFormat:
         other_columns: a row may have columns that no mapping names.
         drop_orphan_slots: take `<|image_1|>` out of texts that have no image instead of refusing
             the row; MoCa-CL-Pairs and mmE5's files hold such rows.
+        on_bad_row: a row that cannot be used ends the run (`fail`), or is left out and counted in
+            the log (`skip`).
+        repeated: a row whose query and positive occurred before cannot be used (`bad`), or is left
+            out and counted in the log (`drop`), because published corpora hold such rows.
     """
 
     columns: Sequence[Columns]
@@ -48,6 +53,8 @@ class RowFormat:
     images_placed: bool
     other_columns: bool
     drop_orphan_slots: bool
+    on_bad_row: OnBadRow
+    repeated: Repeated
 
     @cached_property
     def names(self) -> list[str]:
@@ -72,6 +79,15 @@ class RowFormat:
         needed = ", or ".join(" and ".join(columns["required"]) for columns in self.columns)
         has = ", ".join(map(str, names)) or "none"
         raise UserError(f"{where}: the columns {needed} are needed; it has {has}")
+
+    def checked(self, row: object, *, row_id: str, subset: str) -> Pair | str:
+        """The row as a pair, or what is wrong with it where such rows are skipped."""
+        try:
+            return self.pair(row, row_id=row_id, subset=subset)
+        except UserError as error:
+            if self.on_bad_row == "fail":
+                raise
+            return str(error)
 
     def pair(self, row: object, *, row_id: str, subset: str, is_known: bool = False) -> Pair:
         """The row as a pair.

@@ -14,8 +14,7 @@ import numpy as np
 import torch
 
 from cocoa_pl.config.bounds import Count, NotNegative
-from cocoa_pl.data.items import Pair
-from cocoa_pl.data.readers import subset_codes
+from cocoa_pl.data.pairs import Pairs
 from cocoa_pl.errors import UserError
 
 Index = tuple[int, int]  # epoch (of the data, or of the row's subset), row
@@ -57,20 +56,23 @@ class Mixing:
         """Whether every row of the data is as likely as any other, apart from its batch."""
         return self.composition == "shuffled" and self.exponent == 1 and not self.weights
 
-    def shares(self, names: Sequence[str], sizes: np.ndarray) -> np.ndarray:
+    def shares(self, sizes: Mapping[str, int]) -> np.ndarray:
         """float64 [S], the share of each subset; they add up to one.
+
+        Args:
+            sizes: rows of each subset.
 
         Raises:
             UserError: for a weight of an unknown subset, or if all weights are 0 or too large.
         """
         given = self.weights or {}
-        if unknown := [name for name in given if name not in names]:
+        if unknown := [name for name in given if name not in sizes]:
             raise UserError(
-                f"mixing.weights names {unknown[0]}, but the stage's data has {', '.join(names)}"
+                f"mixing.weights names {unknown[0]}, but the stage's data has {', '.join(sizes)}"
             )
-        weights = np.array([given.get(name, 1.0) for name in names], dtype=np.float64)
+        weights = np.array([given.get(name, 1.0) for name in sizes], dtype=np.float64)
         with np.errstate(over="ignore"):
-            wanted = weights * np.asarray(sizes, dtype=np.float64) ** self.exponent
+            wanted = weights * np.array([*sizes.values()], dtype=np.float64) ** self.exponent
             total = wanted.sum()
         if not total > 0:
             raise UserError("mixing.weights are all 0; give at least one subset a positive weight")
@@ -93,6 +95,15 @@ class Mixing:
             )
         return batch_size // count
 
+    def subsets(
+        self, sizes: Mapping[str, int], *, batch_size: int, steps: int, seed: int
+    ) -> np.ndarray:
+        """int64 [steps, batch_size], the place of every row's subset among those of `sizes`."""
+        each = self.sub_batch_rows(batch_size)
+        count = steps * batch_size // each
+        drawn = draw_subsets(self.shares(sizes), count=count, seed=mix(seed))
+        return drawn.repeat(each).reshape(steps, batch_size)
+
 
 def draw_subsets(shares: np.ndarray, *, count: int, seed: int) -> np.ndarray:
     """int64 [count], the subset of each sub-batch; a longer draw begins with the shorter one.
@@ -100,7 +111,7 @@ def draw_subsets(shares: np.ndarray, *, count: int, seed: int) -> np.ndarray:
     In every 1024 sub-batches a subset of share p occurs 1024 p times, rounded up or down at random
     so that the mean is exact (systematic sampling), in random order.
     """
-    cycles = []
+    cycles = [np.empty(0, np.int64)]
     for cycle in range(-(-count // _CYCLE)):
         rng = np.random.default_rng([seed, _SUBSETS, cycle])
         points = (np.arange(_CYCLE) + rng.random()) / _CYCLE
@@ -109,7 +120,7 @@ def draw_subsets(shares: np.ndarray, *, count: int, seed: int) -> np.ndarray:
     return np.concatenate(cycles)[:count]
 
 
-def make_order(pairs: Sequence[Pair], mixing: Mixing, *, batch_size: int, seed: int) -> Order:
+def make_order(pairs: Pairs, mixing: Mixing, *, batch_size: int, seed: int) -> Order:
     """The order in which a stage sees these pairs.
 
     Raises:
@@ -123,17 +134,17 @@ def make_order(pairs: Sequence[Pair], mixing: Mixing, *, batch_size: int, seed: 
         )
     if mixing.by_rows:
         return AllRows(len(pairs), batch_size=batch_size, seed=seed)
-    names, codes = subset_codes(pairs)
+    names, codes = pairs.subset_codes()
     return MixedSubsets(names, codes, mixing, batch_size=batch_size, seed=seed)
 
 
+@dataclass
 class AllRows:
     """A fresh permutation of all rows each epoch, whole batches only."""
 
-    def __init__(self, num_rows: int, *, batch_size: int, seed: int) -> None:
-        self.num_rows = num_rows
-        self.batch_size = batch_size
-        self.seed = seed
+    num_rows: int
+    batch_size: int
+    seed: int
 
     def batches(self, start: int, stop: int) -> Iterator[list[Index]]:
         """The global batches of the steps from `start` to before `stop`."""
@@ -162,36 +173,37 @@ class MixedSubsets:
     def __init__(
         self, names: Sequence[str], codes: np.ndarray, mixing: Mixing, *, batch_size: int, seed: int
     ) -> None:
-        sizes = np.bincount(codes, minlength=len(names))
-        self.batch_size = batch_size
-        self.seed = mix(seed)
-        self._shares = mixing.shares(names, sizes)
-        self._each = mixing.sub_batch_rows(batch_size)
-        for name, size, share in zip(names, sizes, self._shares, strict=True):
-            if share and size < self._each:
+        self._rows = [np.flatnonzero(codes == code) for code in range(len(names))]
+        self._sizes = dict(zip(names, map(len, self._rows), strict=True))
+        self.mixing, self.batch_size, self.seed = mixing, batch_size, seed
+        each = mixing.sub_batch_rows(batch_size)
+        for (name, size), share in zip(
+            self._sizes.items(), mixing.shares(self._sizes), strict=True
+        ):
+            if share and size < each:
                 raise UserError(
-                    f"{name} has {size} rows, fewer than one sub-batch of {self._each}; "
+                    f"{name} has {size} rows, fewer than one sub-batch of {each}; "
                     "raise mixing.sub_batches, lower the stage's batch_size, "
                     f"or set mixing.weights.{name}=0"
                 )
-        self._rows = [np.flatnonzero(codes == code) for code in range(len(names))]
         self._orders: dict[int, tuple[int, np.ndarray]] = {}  # subset -> its epoch at hand
 
     def batches(self, start: int, stop: int) -> Iterator[list[Index]]:
         """The global batches of the steps from `start` to before `stop`."""
-        count = self.batch_size // self._each
-        drawn = draw_subsets(self._shares, count=stop * count, seed=self.seed).reshape(-1, count)
-        used = np.bincount(drawn[:start].ravel(), minlength=len(self._rows)) * self._each
+        drawn = self.mixing.subsets(
+            self._sizes, batch_size=self.batch_size, steps=stop, seed=self.seed
+        )
+        used = np.bincount(drawn[:start].ravel(), minlength=len(self._rows)).tolist()
         for subsets in drawn[start:].tolist():
-            batch: list[Index] = []
+            batch = []
             for subset in subsets:
-                batch += [self._index(subset, used[subset] + place) for place in range(self._each)]
-                used[subset] += self._each
+                batch.append(self._index(subset, used[subset]))
+                used[subset] += 1
             yield batch
 
     def _index(self, subset: int, position: int) -> Index:
         """Place `position` in the endless sequence of a subset's epochs."""
-        epoch, place = divmod(int(position), len(self._rows[subset]))
+        epoch, place = divmod(position, len(self._rows[subset]))
         if self._orders.get(subset, (None,))[0] != epoch:
             self._orders[subset] = (epoch, self._order(subset, epoch))
         return epoch, int(self._orders[subset][1][place])
@@ -207,13 +219,14 @@ class MixedSubsets:
         return np.concatenate([start[~is_late], start[is_late], order[2 * apart :]])
 
     def _permutation(self, subset: int, epoch: int) -> np.ndarray:
-        rng = np.random.default_rng([self.seed, _ROWS, subset, epoch + 1])
+        rng = np.random.default_rng([mix(self.seed), _ROWS, subset, epoch + 1])
         return rng.permutation(self._rows[subset])
 
 
 Order = AllRows | MixedSubsets
 
 
+@dataclass
 class StepSampler:
     """A batch sampler: this rank's rows of every step.
 
@@ -225,15 +238,14 @@ class StepSampler:
         UserError: if ranks cannot share a batch evenly.
     """
 
-    def __init__(
-        self, order: Order, *, steps: int, start_step: int, rank: int, world_size: int
-    ) -> None:
-        check_shareable(order.batch_size, world_size)
-        self.order = order
-        self.steps = steps
-        self.start_step = start_step
-        self.rank = rank
-        self.world_size = world_size
+    order: Order
+    steps: int
+    start_step: int
+    rank: int
+    world_size: int
+
+    def __post_init__(self) -> None:
+        check_shareable(self.order.batch_size, self.world_size)
 
     def __len__(self) -> int:
         return self.steps

@@ -23,17 +23,9 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, Offl
 
 from cocoa_pl.config.bounds import Count, Seed, ShareBelowOne, Whole
 from cocoa_pl.data.items import IMAGE_SLOT, EvalSubset, Pair, numbered
-from cocoa_pl.data.readers import (
-    HUB_ID,
-    FileRows,
-    Pairs,
-    Repeated,
-    find_files,
-    open_stream,
-    read,
-    read_files,
-)
-from cocoa_pl.data.rows import Columns, OnBadRow, RowFormat
+from cocoa_pl.data.pairs import FileRows, Pairs, read, read_files
+from cocoa_pl.data.readers import HUB_ID, find_files, open_stream
+from cocoa_pl.data.rows import Columns, OnBadRow, Repeated, RowFormat
 from cocoa_pl.data.stream import PairStream
 from cocoa_pl.errors import UserError, first_line
 
@@ -50,8 +42,8 @@ class PairSource:
         files: in the folder, a pattern with `{subset}` and `{split}`; None for a single file.
         split: of the files' names; or several such splits.
         subsets: names; None for one of each file, named by it.
-        columns, image_root, images_placed, other_columns, drop_orphan_slots: see `RowFormat`.
-        repeated: see `readers.read`.
+        columns, image_root, images_placed, other_columns, drop_orphan_slots, on_bad_row, repeated:
+            see `RowFormat`.
         max_rows: rows of each subset and split that are used, from the first on; None for all.
         caps: the same for single subsets, a null for all rows of one.
         caption_subsets: those whose pairs are a picture and its whole caption, for the generative
@@ -113,6 +105,8 @@ class PairSource:
             images_placed=self.images_placed,
             other_columns=self.other_columns,
             drop_orphan_slots=self.drop_orphan_slots,
+            on_bad_row=self.on_bad_row,
+            repeated=self.repeated,
         )
 
     def train_pairs(self) -> Pairs | PairStream:
@@ -142,7 +136,7 @@ class PairSource:
         pairs = Pairs.joined([self._read(name, files) for name, files in self._subsets()])
         if self.validation_path is not None:
             # Both files feed the same stages, so their pairs carry the same subset's name.
-            return pairs, self._read(pairs.parts[0].subset, _one_file(self.validation_path))
+            return pairs, self._read(pairs.names[0], _one_file(self.validation_path))
         return hold_out(
             pairs,
             fraction=self.validation_fraction,
@@ -151,19 +145,22 @@ class PairSource:
         )
 
     def _streamed(self) -> tuple[PairStream, Pairs]:
-        subsets, first_rows = {}, []
+        subsets, validation = {}, []
         for name, files in self._patterns().items():
             subsets[name] = open_stream(self.place, list(files.values()), self.form, source=name)
-            rows = subsets[name].take(self.validation_rows)
-            for table in rows.iter(batch_size=self.validation_rows or 1):
-                first = FileRows(datasets.Dataset(table), self.form, name, f"{name} row")
-                first_rows.append(
-                    read([first], source=name, on_bad_row=self.on_bad_row, repeated=self.repeated)
-                )
-        validation = Pairs.joined(first_rows)
-        sizes = np.array([self.rows[name] if self.rows else 1 for name in subsets])
-        held_out = frozenset(validation.groups.tolist())
-        return PairStream(subsets, sizes, self.form, self.window, held_out), validation
+            first = datasets.Dataset.from_list(list(subsets[name].take(self.validation_rows)))
+            if len(first):
+                rows = FileRows(first, self.form, name, f"{name} row")
+                validation.append(read([rows], source=name))
+        held_out = Pairs.joined(validation)
+        stream = PairStream(
+            subsets,
+            dict.fromkeys(subsets, 1) | dict(self.rows or {}),
+            self.form,
+            self.window,
+            frozenset(held_out.known["group"].tolist()),
+        )
+        return stream, held_out
 
     def _subsets(self) -> Iterator[tuple[str, Mapping[str, Sequence[Path]]]]:
         """Each subset's name, and what its rows are called in messages -> the files of these."""
@@ -200,8 +197,6 @@ class PairSource:
             self.form,
             subset=subset,
             max_rows=(self.caps or {}).get(subset, self.max_rows),
-            on_bad_row=self.on_bad_row,
-            repeated=self.repeated,
         )
 
 
@@ -256,7 +251,7 @@ def hold_out(
     names, codes = pairs.subset_codes()
     for code, subset in enumerate(names if fraction else ()):
         rows = np.flatnonzero(codes == code)
-        keys = np.unique(pairs.groups[rows]).tolist()
+        keys = np.unique(pairs.known["group"][rows]).tolist()
         if len(keys) < 2:
             raise UserError(
                 f"{source}: {subset} has one distinct image or query, so none can be held out; "
@@ -264,7 +259,7 @@ def hold_out(
             )
         ranked = sorted(keys, key=lambda key: _mixed(key, seed=seed))
         chosen = ranked[: min(math.ceil(fraction * len(keys)), len(keys) - 1)]
-        is_held_out[rows] = np.isin(pairs.groups[rows], chosen)
+        is_held_out[rows] = np.isin(pairs.known["group"][rows], chosen)
     return pairs.select(~is_held_out), pairs.select(is_held_out)
 
 

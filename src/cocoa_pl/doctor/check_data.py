@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cocoa_pl.data.examples import check_contrast, describing, first_of_each_subset
+from cocoa_pl.data.examples import check_contrast
 from cocoa_pl.data.items import Pair
+from cocoa_pl.data.pairs import Pairs
 from cocoa_pl.data.processor import Processor
 from cocoa_pl.data.sampler import make_order, mix
-from cocoa_pl.data.stream import PairStream
 from cocoa_pl.doctor.checks import (
     LeakageCheck,
     SideCheck,
@@ -137,18 +137,16 @@ def _check_stages(
 
 def _rows_of_stage(stage: Stage, source: Source, findings: Findings) -> Sequence[Pair]:
     """The rows that the stage would train on, and a finding if they are not enough."""
+    rows = Pairs.of(source.train)
+    if not rows:
+        return rows  # the reader's error is a finding
     usable: Sequence[Pair] = []
-    if not len(source.train):
-        return usable  # the reader's error is a finding
     try:
-        rows: Sequence[Pair] | PairStream = source.train
         if stage.describing:
-            rows = describing(source.train, source.caption_subsets)
+            rows = rows.describing(source.caption_subsets)
             if len(source.validation):
-                describing(source.validation, source.caption_subsets)
-        rows = first_of_each_subset(rows, stage.max_rows_per_subset)
-        assert not isinstance(rows, PairStream), "streams are refused when they are read"
-        usable = rows
+                Pairs.of(source.validation).describing(source.caption_subsets)
+        rows = usable = rows.first_of_each_subset(stage.max_rows_per_subset)
         make_order(rows, stage.mixing, batch_size=stage.batch_size, seed=0)
         check_contrast(rows, stage.make_samples, batch_size=stage.batch_size)
     except UserError as error:

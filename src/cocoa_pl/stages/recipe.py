@@ -15,10 +15,10 @@ from rich.console import Console
 from cocoa_pl.attention import Policy
 from cocoa_pl.config.bounds import Count, Positive
 from cocoa_pl.data.datamodule import StageData, check_mixing
-from cocoa_pl.data.examples import MakeSamples, check_contrast, describing, first_of_each_subset
+from cocoa_pl.data.examples import MakeSamples, check_contrast
 from cocoa_pl.data.items import Pair
+from cocoa_pl.data.pairs import Pairs
 from cocoa_pl.data.processor import Processor
-from cocoa_pl.data.readers import fingerprint
 from cocoa_pl.data.sampler import Mixing, mix
 from cocoa_pl.data.sources import DataOfStages, source_of
 from cocoa_pl.data.stream import PairStream
@@ -171,7 +171,7 @@ def run_stages(
         stage.make_module(backbone, processor, steps=1, seed=0)
     rows = [_rows_of(stage, source_of(data, stage.name)) for stage in stages]
     base = checkpoint.base_of(backbone)
-    facts = [[one.num_train, one.fingerprint] for one in rows]
+    facts = [[train.num_rows, train.fingerprint] for train, _ in rows]
     first, start_step = 0, 0
     lineage: list[dict[str, Any]] = []
     if resume and not (settings.last.exists() or (settings.run_dir / "model").exists()):
@@ -188,7 +188,7 @@ def run_stages(
         entry = _run_stage(
             stage,
             backbone,
-            rows[index],
+            *rows[index],
             processor,
             settings,
             label=f"{index + 1}/{len(stages)} {stage.name}",
@@ -197,24 +197,6 @@ def run_stages(
         )
         lineage, start_step = [*lineage, entry], 0
     return lineage
-
-
-@dataclass(frozen=True)
-class StageRows:
-    """Pairs of a stage."""
-
-    train: Sequence[Pair] | PairStream
-    validation: Sequence[Pair]
-
-    @property
-    def num_train(self) -> int | None:
-        """None for a stream."""
-        return None if isinstance(self.train, PairStream) else len(self.train)
-
-    @property
-    def fingerprint(self) -> str | None:
-        """None for a stream, whose rows are not known."""
-        return None if isinstance(self.train, PairStream) else fingerprint(self.train)
 
 
 def _check_rows(
@@ -238,26 +220,30 @@ def _check_rows(
             )
 
 
-def _rows_of(stage: Stage, source: TrainingData) -> StageRows:
-    """What the stage trains on; what it cannot train on is refused before any stage begins."""
-    train, validation = source.train_pairs(), source.validation_pairs()
+def _rows_of(stage: Stage, source: TrainingData) -> tuple[Pairs | PairStream, Pairs]:
+    """What the stage trains on and what validates it; what it cannot train on is refused before any
+    stage begins.
+    """
+    train, validation = source.train_pairs(), Pairs.of(source.validation_pairs())
+    train = train if isinstance(train, PairStream) else Pairs.of(train)
     if stage.describing:
-        train = describing(train, source.caption_subsets)
-        validation = describing(validation, source.caption_subsets) if validation else []
-    rows = StageRows(first_of_each_subset(train, stage.max_rows_per_subset), validation)
-    stage.count_steps(rows.num_train)
-    check_mixing(rows.train, stage.mixing, batch_size=stage.batch_size)
+        train = train.describing(source.caption_subsets)
+        validation = validation.describing(source.caption_subsets) if validation else validation
+    train = train.first_of_each_subset(stage.max_rows_per_subset)
+    stage.count_steps(train.num_rows)
+    check_mixing(train, stage.mixing, batch_size=stage.batch_size)
     try:
-        check_contrast(rows.train, stage.make_samples, batch_size=stage.batch_size)
+        check_contrast(train, stage.make_samples, batch_size=stage.batch_size)
     except UserError as error:
         raise UserError(f"stage {stage.name}: {error}") from error
-    return rows
+    return train, validation
 
 
 def _run_stage(
     stage: Stage,
     backbone: Backbone,
-    rows: StageRows,
+    train: Pairs | PairStream,
+    validation: Pairs,
     processor: Processor,
     settings: RunSettings,
     *,
@@ -271,7 +257,7 @@ def _run_stage(
         position: where in the run this is, for checkpoints.
         start_step: of a checkpoint to go on from; 0 for none.
     """
-    steps = stage.count_steps(rows.num_train)
+    steps = stage.count_steps(train.num_rows)
     seed = mix(settings.seed, position["stage_index"])
     L.seed_everything(seed % 2**32, verbose=False)  # new heads
     module = stage.make_module(backbone, processor, steps=steps, seed=seed)
@@ -279,8 +265,8 @@ def _run_stage(
     trainer = _make_trainer(stage, settings, saver, label=label, start_step=start_step, steps=steps)
     device = trainer.strategy.root_device
     data = StageData(
-        rows.train,
-        rows.validation,
+        train,
+        validation,
         make_samples=stage.make_samples,
         processor=processor,
         masking=module.masking(),
@@ -299,7 +285,7 @@ def _run_stage(
     log.info(
         "%s: %s rows, %d steps of %d, attention %s, lr %g",
         label,
-        "streamed" if rows.num_train is None else rows.num_train,
+        train.num_rows or "streamed",
         steps,
         stage.batch_size,
         stage.policy.name,
