@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from cocoa_pl.attention import Policy
     from cocoa_pl.data.batch import Batch, Sample
     from cocoa_pl.data.processor import Processor
+    from cocoa_pl.embedder import Embedder
     from cocoa_pl.models.loading import Loaded
     from cocoa_pl.models.tiny import TinySource
 
@@ -301,6 +302,14 @@ def policies() -> dict[str, Policy]:
     files = (Path(__file__).parents[1] / "conf/attention").glob("*.yaml")
     values = [yaml.safe_load(file.read_text()) for file in files]
     return {v["name"]: Policy(**{k: v[k] for k in v if k != "_target_"}) for v in values}
+
+
+@pytest.fixture(scope="session")
+def embedder(loaded: Loaded, processor: Processor, policies: dict[str, Policy]) -> Embedder:
+    """Of the tiny model with bidirectional attention, for tests that only read it."""
+    from cocoa_pl.embedder import Embedder
+
+    return Embedder(loaded.backbone, processor, policies["bidirectional"])
 
 
 @pytest.fixture(scope="session")

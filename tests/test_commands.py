@@ -136,31 +136,6 @@ def test_a_run_says_what_it_does(finished: tuple[Path, Ended]) -> None:
     assert ended.err == ""
 
 
-def test_results_have_the_public_schema(finished: tuple[Path, Ended]) -> None:
-    content = json.loads((finished[0] / "results.json").read_text())
-    assert {
-        "benchmark",
-        "checkpoint",
-        "overall",
-        "in_distribution",
-        "out_of_distribution",
-        "groups",
-        "subsets",
-    } <= content.keys()
-    assert content["groups"].keys() == {"classification", "vqa", "retrieval", "grounding"}
-    for subset in content["subsets"].values():
-        assert {
-            "group",
-            "in_distribution",
-            "precision_at_1",
-            "precision_at_1_strict",
-            "num_queries",
-            "num_candidates",
-        } <= subset.keys()
-        assert 0 <= subset["precision_at_1_strict"] <= subset["precision_at_1"] <= 1
-    assert {"scene_i2t", "scene_t2i", "scene_i2i", "scene_it2i"} <= content["subsets"].keys()
-
-
 def test_evaluating_a_run_gives_its_scores(
     finished: tuple[Path, Ended], small: list[str], run: Run, tmp_path: Path
 ) -> None:
@@ -254,21 +229,11 @@ PAIRS = ["data=pairs", "data.image_root=.", "evaluate=false"]
 MISTAKES: dict[str, tuple[list[str], str]] = {
     "unknown key": (["train.py", "sede=3"], "unknown key sede (did you mean seed?)"),
     "no network": (["train.py", "SMALL", "model=qwen2vl", "schedule=tiny"], "model.source.path="),
-    "nothing to resume": (["train.py", "resume=folder"], "there is no run"),
     "not a run to start from": (["train.py", "SMALL", "init_from=folder"], "folder"),
     "nothing exported to start from": (["train.py", "SMALL", "init_from=stopped"], "resume="),
     "no such data": (["train.py", *PAIRS, "data.path=no.jsonl"], "no.jsonl does not exist"),
-    "no path": (["train.py", *PAIRS], "data.path has no value; give it as data.path=..."),
     "empty data": (["train.py", *PAIRS, "data.path=empty.jsonl"], "empty.jsonl"),
     "bad row": (["train.py", *PAIRS, "data.path=bad.jsonl"], "bad.jsonl line 1, query: "),
-    "batch too large": (
-        ["train.py", "SMALL", "schedule.pretrain.batch_size=4096"],
-        "the training data has 60 rows, fewer than one batch of 4096",
-    ),
-    "no benchmark": (
-        ["train.py", "SMALL", "benchmark=mmeb_v1"],
-        "benchmark.root",
-    ),
     "nothing to score": (["evaluate.py"], "say which model to score"),
     "no such model": (["evaluate.py", "ckpt=./none"], "./none is no model folder"),
     "no such checkpoint": (["evaluate.py", "ckpt=none.ckpt"], "no checkpoint none.ckpt"),

@@ -11,19 +11,11 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from cocoa_pl.attention import Policy
 from cocoa_pl.data.items import IMAGE_SLOT, Item, as_item
-from cocoa_pl.data.processor import Processor
 from cocoa_pl.embedder import Embedder
 from cocoa_pl.errors import UserError
-from cocoa_pl.models.loading import Loaded
 
 Vectors = NDArray[np.float32]
-
-
-@pytest.fixture(scope="module")
-def embedder(loaded: Loaded, processor: Processor, policies: dict[str, Policy]) -> Embedder:
-    return Embedder(loaded.backbone, processor, policies["bidirectional"])
 
 
 @pytest.fixture(scope="module")

@@ -13,15 +13,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from cocoa_pl.attention import Policy
-from cocoa_pl.data.processor import Processor
 from cocoa_pl.embedder import Embedder
 from cocoa_pl.evaluation.results import Results, SubsetScore
 from cocoa_pl.export.folder import export
-from cocoa_pl.models.loading import Loaded
 
 ROOT = Path(__file__).resolve().parents[1]
-EVERYTHING = ("context", "bottleneck", "target")
 
 # Every command on what lies in the working directory; cocoa_pl is the wheel's.
 COMMANDS = """
@@ -65,13 +61,11 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_command_runs_from_the_wheel(
     installed: Path,
-    load_tiny: Callable[..., Loaded],
-    processor: Processor,
+    embedder: Embedder,
     make_image: Callable[..., Image.Image],
     tmp_path: Path,
 ) -> None:
-    policy = Policy("all", EVERYTHING, EVERYTHING, EVERYTHING, causal=False)
-    export(Embedder(load_tiny().backbone, processor, policy), tmp_path / "run/model", lineage=[])
+    export(embedder, tmp_path / "run/model", lineage=[])
     for run in ("run", "other"):
         (tmp_path / run).mkdir(exist_ok=True)
         subset = SubsetScore("scene", "Retrieval", True, 0.5, 0.25, 40, 40, 0.1)

@@ -132,22 +132,11 @@ def test_gallery_appends_a_positive_that_is_far_down(
     assert gallery[0].ranked[-1].is_positive
 
 
-@pytest.mark.parametrize(
-    ("vector", "message"),
-    [
-        ([1.0, 0.0], "scene_i2t queries: all 4 embeddings are the same vector"),
-        ([np.nan, 0.0], "scene_i2t queries: 4 of 4 .* NaN"),
-        ([0.0, 0.0], "scene_i2t queries: 4 of 4 .* length other than 1"),
-    ],
-    ids=["collapsed", "nan", "zero"],
-)
-def test_a_broken_model_is_an_error_and_never_100_percent(
-    corpus: list[EvalSubset], vector: list[float], message: str
-) -> None:
+def test_a_collapsed_model_is_an_error_and_never_100_percent(corpus: list[EvalSubset]) -> None:
     def encode(items: Sequence[Item]) -> np.ndarray:
-        return np.tile(np.array(vector, dtype=np.float32), (len(items), 1))
+        return np.tile(np.array([1, 0], dtype=np.float32), (len(items), 1))
 
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match="scene_i2t queries: all 4 embeddings are the same vector"):
         evaluate(encode, corpus, benchmark="digits", checkpoint="x")
 
 

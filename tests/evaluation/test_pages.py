@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -93,19 +92,8 @@ def choose(browser: Any, label: str) -> None:
     raise AssertionError(label)
 
 
-def test_tables_hold_the_numbers_of_results_json(opened: Any, results: Results) -> None:
-    written = json.loads(json.dumps(results.to_json()))
-    rows = texts(opened, "#subsets + table tbody tr")
-    for name, subset in written["subsets"].items():
-        (row,) = [row for row in rows if row.startswith(name)]
-        low, high = written["intervals"]["subsets"][name]
-        for number in (subset["precision_at_1"], subset["precision_at_1_strict"]):
-            assert f"{100 * number:.1f}" in row
-        assert f"{100 * low:.1f} to {100 * high:.1f}" in row
-    assert opened.get_log("browser") == []
-
-
 def test_a_subset_can_be_chosen(opened: Any) -> None:
+    assert opened.get_log("browser") == []
     assert visible(opened, "figure[data-subset]") == 3
     everything = visible(opened, ".point")
     choose(opened, "vqa")

@@ -90,10 +90,12 @@ class Tags(HTMLParser):
         self.tags.append((tag, dict(attrs)))
 
 
-def test_report_tells_the_numbers_of_results_json(page: str, results: Results) -> None:
+def test_report_holds_the_numbers_of_results_json(page: str, results: Results) -> None:
     written = results.to_json()
     shown = [written["overall"], *written["groups"].values(), written["out_of_distribution"]]
-    for subset in written["subsets"].values():
+    for name, subset in written["subsets"].items():
+        low, high = written["intervals"]["subsets"][name]
+        assert f"{100 * low:.1f} to {100 * high:.1f}" in page
         shown += [subset["precision_at_1"], subset["precision_at_1_strict"], subset["chance"]]
     for score in shown:
         assert f">{100 * score:.1f}<" in page

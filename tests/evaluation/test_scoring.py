@@ -1,4 +1,4 @@
-"""Scores in blocks against every score and against the definition."""
+"""Scores in blocks against the definition."""
 
 from __future__ import annotations
 
@@ -30,31 +30,6 @@ def by_definition(
         strict.append(leads and bool(np.isfinite(scores[0])))
         positive.append(scores[0])
         hardest.append(np.max([-np.inf, *others]))
-    return Hits(np.array(official), np.array(strict), np.array(positive), np.array(hardest))
-
-
-def every_score(
-    queries: np.ndarray, candidates: np.ndarray, query_index: np.ndarray, rows: Sequence[np.ndarray]
-) -> Hits:
-    """All queries with all candidates, from which each row takes its own; close rows exactly."""
-
-    def rules(scores: np.ndarray, index: np.ndarray) -> tuple[bool, bool]:
-        best_other = np.where(index == index[0], -np.inf, scores).max()
-        leads = scores[0] > best_other + TIE and np.isfinite(scores[0])
-        return int(scores.argmax()) == 0, bool(leads)
-
-    every = queries.astype(np.float32) @ candidates.astype(np.float32).T
-    official, strict, positive, hardest = [], [], [], []
-    for query, row in zip(query_index, rows, strict=True):
-        scores = every[query, row]
-        lead = scores[0] - np.where(row == row[0], -np.inf, scores).max()
-        if abs(lead) < 1e-5:
-            scores = (candidates[row].astype(np.float64) * queries[query]).sum(axis=1)
-        hit = rules(scores, row)
-        official.append(hit[0])
-        strict.append(hit[1])
-        positive.append(scores[0])
-        hardest.append(np.where(row == row[0], -np.inf, scores).max())
     return Hits(np.array(official), np.array(strict), np.array(positive), np.array(hardest))
 
 
@@ -95,7 +70,7 @@ class Corpus:
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("block", [1, 100, 1 << 20])
 @pytest.mark.parametrize("rows_at_once", [1, 7, 128])
-def test_scores_in_blocks_equal_every_score(
+def test_scores_in_blocks_are_those_of_the_definition(
     rows_at_once: int, block: int, dtype: str, nan: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(scoring, "ROWS", rows_at_once)
@@ -109,20 +84,9 @@ def test_scores_in_blocks_equal_every_score(
             candidate_index=rows,
             block=block,
         )
-        given = (corpus.queries, corpus.candidates, corpus.query_index, rows)
-        assert_same(found, every_score(*given))
-        assert_same(found, by_definition(*given))
+        expected = by_definition(corpus.queries, corpus.candidates, corpus.query_index, rows)
+        assert_same(found, expected)
         assert 0 < found.strict.sum() < found.official.sum() < len(rows)
-
-
-def test_scores_use_only_the_candidates_of_the_row() -> None:
-    # The best candidate of all (number 0) is not among this row's candidates.
-    queries = unit(np.array([[1.0, 0.0]]))
-    candidates = unit(np.array([[1.0, 0.0], [1.0, 1.0], [0.0, 1.0]]))
-    hits = score_rows(
-        queries, candidates, query_index=np.array([0]), candidate_index=[np.array([1, 2])]
-    )
-    assert hits.precision_at_1 == 1.0
 
 
 @pytest.mark.parametrize("dimensions", [7, 64, 1536])
@@ -134,15 +98,6 @@ def test_equal_candidates_tie_whatever_the_matrix_product_rounds(dimensions: int
     hits = score_rows(queries, candidates, query_index=np.arange(50), candidate_index=rows)
     assert hits.precision_at_1 == 1.0
     assert hits.precision_at_1_strict == 0.0
-
-
-def test_the_positive_listed_twice_does_not_tie_with_itself() -> None:
-    queries = unit(np.array([[1.0, 0.1]]))
-    candidates = unit(np.array([[1.0, 0.0], [0.0, 1.0]]))
-    hits = score_rows(
-        queries, candidates, query_index=np.array([0]), candidate_index=[np.array([0, 1, 0])]
-    )
-    assert hits.precision_at_1_strict == 1.0
 
 
 def test_neighbours_are_read_without_a_copy_and_others_in_their_order() -> None:

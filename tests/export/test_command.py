@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +13,13 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from cocoa_pl.attention import Policy
-from cocoa_pl.data.processor import Processor
 from cocoa_pl.embedder import Embedder
 from cocoa_pl.errors import UserError
 from cocoa_pl.evaluation.results import Results, SubsetScore
 from cocoa_pl.export import command
 from cocoa_pl.export.folder import export
 from cocoa_pl.export.parity import Compared, images_only
-from cocoa_pl.models.loading import Loaded
 
-ALL = ("context", "bottleneck", "target")
 STAGE = {"stage": "contrast", "steps": 7, "batch_size": 4, "lr": 1e-4, "policy": "all", "seed": 3}
 SCORES = Results(
     "digits", "run", (SubsetScore("scene", "Retrieval", True, 0.5, 0.25, 40, 40, 0.1),), ()
@@ -38,9 +34,8 @@ def quiet() -> Iterator[None]:
 
 
 @pytest.fixture
-def run_folder(load_tiny: Callable[..., Loaded], processor: Processor, tmp_path: Path) -> Path:
+def run_folder(embedder: Embedder, tmp_path: Path) -> Path:
     """A run that kept its model and its scores, but no checkpoint."""
-    embedder = Embedder(load_tiny().backbone, processor, Policy("all", ALL, ALL, ALL, False))
     run = tmp_path / "run"
     export(embedder, run / "model", lineage=[STAGE], rounding=5e-5)
     SCORES.write_json(run / "results.json")

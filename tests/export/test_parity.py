@@ -24,9 +24,7 @@ from cocoa_pl.embedder import Embedder
 from cocoa_pl.errors import UserError
 from cocoa_pl.export.folder import IMAGE, export
 from cocoa_pl.export.parity import (
-    Call,
     Compared,
-    by_transformers,
     check,
     compare,
     images_only,
@@ -38,16 +36,7 @@ from cocoa_pl.models.exported import described_in, write_description
 from cocoa_pl.models.loading import FAMILIES, Loaded
 
 ALL = ("context", "bottleneck", "target")
-POLICIES = {
-    "bidirectional": Policy("bidirectional", ALL, ALL, ALL, causal=False),
-    "causal": Policy("causal", ALL, ALL, ALL, causal=True),
-}
 LoadTiny = Callable[..., Loaded]
-
-
-@pytest.fixture(scope="module")
-def embedder(load_tiny: LoadTiny, processor: Processor) -> Embedder:
-    return Embedder(load_tiny().backbone, processor, POLICIES["bidirectional"])
 
 
 @pytest.fixture(scope="module")
@@ -88,9 +77,13 @@ def differences(found: tuple[Compared, ...]) -> dict[str, float | None]:
     scope="session",
 )
 def test_every_tool_reads_the_trained_vectors(
-    policy: str, load_tiny: LoadTiny, processor: Processor, tmp_path: Path
+    policy: str,
+    loaded: Loaded,
+    processor: Processor,
+    policies: dict[str, Policy],
+    tmp_path: Path,
 ) -> None:
-    trained = Embedder(load_tiny().backbone, processor, POLICIES[policy])
+    trained = Embedder(loaded.backbone, processor, policies[policy])
     export(trained, tmp_path / "model", lineage=[])
     write_sentence_transformers(tmp_path / "model", dim=trained.dim)
     found = differences(compare(trained, tmp_path / "model", with_sentence_transformers=True))
@@ -134,10 +127,10 @@ def test_what_would_be_read_wrongly_is_found(
 
 
 def test_attention_that_no_other_tool_knows_is_refused(
-    load_tiny: LoadTiny, processor: Processor, tmp_path: Path
+    loaded: Loaded, processor: Processor, tmp_path: Path
 ) -> None:
     lookback = Policy("lookback", ("context",), ALL, ALL, causal=False)
-    trained = Embedder(load_tiny().backbone, processor, lookback)
+    trained = Embedder(loaded.backbone, processor, lookback)
     export(trained, tmp_path / "model", lineage=[])
     found = compare(trained, tmp_path / "model", with_sentence_transformers=False)
     assert differences(found)["Embedder"] == pytest.approx(0, abs=1e-6)
@@ -298,16 +291,11 @@ def test_without_torchvision_upstream_refuses_and_images_only_does_not(folder: P
 
 
 def test_weights_in_bfloat16_are_compared_without_its_rounding(
-    load_tiny: LoadTiny, processor: Processor, tmp_path: Path
+    load_tiny: LoadTiny, embedder: Embedder, tmp_path: Path
 ) -> None:
-    trained = Embedder(load_tiny(dtype="bfloat16").backbone, processor, POLICIES["bidirectional"])
+    half = load_tiny(dtype="bfloat16").backbone
+    trained = Embedder(half, embedder.processor, embedder.policy)
     whole = export(trained, tmp_path / "model", lineage=[])
     found = compare(whole, tmp_path / "model", with_sentence_transformers=False)
     assert all(difference < 1e-5 for difference in differences(found).values() if difference)
     assert torch.bfloat16 == Embedder.load(str(tmp_path / "model")).backbone.compute_dtype
-
-
-def test_the_example_of_the_card_is_what_is_compared(folder: Path, embedder: Embedder) -> None:
-    cases = samples(embedder.processor.max_length)[:2]
-    (found,) = by_transformers(folder, [Call(cases)])
-    np.testing.assert_allclose(found, embedder.encode(cases), atol=1e-5)

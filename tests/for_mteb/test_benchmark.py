@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +15,13 @@ import mteb
 from PIL import Image
 from rich.console import Console
 
-from cocoa_pl.attention import Policy
-from cocoa_pl.data.processor import Processor
 from cocoa_pl.embedder import Embedder
 from cocoa_pl.errors import UserError
 from cocoa_pl.evaluation.results import read_results
 from cocoa_pl.for_mteb import digits
 from cocoa_pl.for_mteb.benchmark import MtebBenchmark
-from cocoa_pl.models.loading import Loaded
 
-ALL = ("context", "bottleneck", "target")
 TASKS = [f"cocoa_pl.for_mteb.digits.{name}" for name in ("DigitScenes", "DigitCount")]
-
-
-@pytest.fixture(scope="module")
-def embedder(load_tiny: Callable[..., Loaded], processor: Processor) -> Embedder:
-    return Embedder(load_tiny().backbone, processor, Policy("all", ALL, ALL, ALL, False))
 
 
 def benchmark(**changes: Any) -> MtebBenchmark:

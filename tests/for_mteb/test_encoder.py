@@ -24,14 +24,8 @@ from cocoa_pl.errors import UserError
 from cocoa_pl.for_mteb.encoder import MMEB_TRAIN, CocoaEncoder
 from cocoa_pl.models.loading import Loaded
 
-ALL = ("context", "bottleneck", "target")
 QUERY, DOCUMENT = PromptType.query, PromptType.document
 WHERE = {"hf_split": "test", "hf_subset": "default"}
-
-
-@pytest.fixture(scope="module")
-def embedder(load_tiny: Callable[..., Loaded], processor: Processor) -> Embedder:
-    return Embedder(load_tiny().backbone, processor, Policy("all", ALL, ALL, ALL, False))
 
 
 @pytest.fixture
@@ -179,7 +173,10 @@ def test_meta_says_all_that_mteb_asks(encoder: CocoaEncoder, embedder: Embedder)
 
 
 def test_all_that_vectors_depend_on_is_in_the_revision(
-    encoder: CocoaEncoder, load_tiny: Callable[..., Loaded], processor: Processor
+    encoder: CocoaEncoder,
+    load_tiny: Callable[..., Loaded],
+    processor: Processor,
+    policies: dict[str, Policy],
 ) -> None:
     """mteb takes results of one name and revision for those of one model."""
 
@@ -200,7 +197,7 @@ def test_all_that_vectors_depend_on_is_in_the_revision(
     assert revision() == encoder.mteb_model_meta.revision
     others = [
         revision(shift=1e-3),
-        revision(policy=Policy("causal", ALL, ALL, ALL, True)),
+        revision(policy=policies["causal"]),
         revision(max_pixels=28 * 28),
         revision(instructions={"query": "Find it."}),
     ]

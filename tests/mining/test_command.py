@@ -13,21 +13,16 @@ from numpy.typing import NDArray
 from PIL import Image
 from rich.console import Console
 
-from cocoa_pl.attention import Policy
 from cocoa_pl.config.build import build, register_resolvers
 from cocoa_pl.config.command_line import compose_overrides
 from cocoa_pl.data.digits import DigitsData
 from cocoa_pl.data.items import IMAGE_SLOT, Item, Pair
-from cocoa_pl.data.processor import Processor
 from cocoa_pl.embedder import Embedder
 from cocoa_pl.errors import UserError
 from cocoa_pl.export.folder import export
 from cocoa_pl.mining import command
 from cocoa_pl.mining.folder import image_root, write_subset
 from cocoa_pl.mining.mine import mine
-from cocoa_pl.models.loading import Loaded
-
-ALL = ("context", "bottleneck", "target")
 
 
 def read_back(folder: Path, subsets: list[str], root: Path) -> list[Pair]:
@@ -135,8 +130,7 @@ def test_several_images_on_a_side_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def model(load_tiny: Callable[..., Loaded], processor: Processor, tmp_path: Path) -> Path:
-    embedder = Embedder(load_tiny().backbone, processor, Policy("all", ALL, ALL, ALL, False))
+def model(embedder: Embedder, tmp_path: Path) -> Path:
     export(embedder, tmp_path / "model", lineage=[])
     return tmp_path / "model"
 

@@ -32,21 +32,6 @@ from cocoa_pl.stages.base import Optimization, StageModule
 from cocoa_pl.stages.contrastive import ContrastiveModule
 from cocoa_pl.stages.reconstruction import ReconstructionModule
 
-EVERYTHING = ("context", "bottleneck", "target")
-POLICIES = {
-    "bidirectional": Policy("bidirectional", EVERYTHING, EVERYTHING, EVERYTHING, causal=False),
-    "causal": Policy("causal", EVERYTHING, EVERYTHING, EVERYTHING, causal=True),
-    "eos_bridge": Policy(
-        "eos_bridge", ("context", "bottleneck"), EVERYTHING, ("bottleneck", "target"), causal=False
-    ),
-    "eos_bridge_strict": Policy(
-        "eos_bridge_strict",
-        ("context", "bottleneck"),
-        ("context", "bottleneck"),
-        ("bottleneck", "target"),
-        causal=False,
-    ),
-}
 TARGETS = (
     r".*language_model\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj",
     r".*visual\.blocks\.\d+\.(attn\.qkv|mlp\.\w*(fc1|fc2|_proj))",
@@ -168,7 +153,7 @@ def filled(sample: Sample, module: StageModule, rng: np.random.Generator) -> Sam
 
 
 @pytest.fixture(scope="session")
-def make_small() -> MakeSmall:
+def make_small(policies: dict[str, Policy]) -> MakeSmall:
     """A stage with a small model, ready for one step."""
 
     def make(
@@ -188,7 +173,7 @@ def make_small() -> MakeSmall:
         backbone = _backbone(family, dtype, adapter, checkpointing, text)
         module = _module(
             backbone,
-            POLICIES[policy or default_policy],
+            policies[policy or default_policy],
             choices,
             token_budget=token_budget,
         )
@@ -277,8 +262,3 @@ def _module(
 def lengths() -> Lengths:
     """24 words a side and an image of 5 x 6 visual tokens."""
     return LENGTHS
-
-
-@pytest.fixture(scope="session")
-def policies() -> dict[str, Policy]:
-    return POLICIES

@@ -26,7 +26,6 @@ from cocoa_pl.planning.memory import (
 
 MakeSmall = Callable[..., Any]
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
-KEPT_OR_NOT = [pytest.param(False, marks=pytest.mark.slow), True]
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 
 
@@ -68,31 +67,19 @@ def check_peak(make_small: MakeSmall, dtype: torch.dtype, stage: str, **choices:
     assert planned == pytest.approx(measured_peak(small), rel=0.1)
 
 
-@pytest.mark.parametrize("checkpointing", KEPT_OR_NOT, ids=["kept", "recomputed"])
 @pytest.mark.parametrize(
-    "adapter",
-    [*(pytest.param(name, marks=pytest.mark.slow) for name in ("none", "lora", "lean")), "dora"],
-)
-@pytest.mark.parametrize(
-    ("stage", "dtype"),
-    [("warmup", BFLOAT16), ("contrast", FLOAT32)],
-    ids=["warmup-bfloat16", "contrast-float32"],
+    ("stage", "dtype", "choices"),
+    [
+        ("warmup", BFLOAT16, {"token_budget": 330}),
+        ("contrast", FLOAT32, {"token_budget": 330}),
+        ("contrast", BFLOAT16, {"family": "qwen3_vl"}),
+    ],
+    ids=["warmup", "contrast", "qwen3_vl"],
 )
 def test_a_step_takes_the_planned_bytes(
-    stage: str, dtype: torch.dtype, adapter: str, checkpointing: bool, make_small: MakeSmall
+    stage: str, dtype: torch.dtype, choices: dict[str, Any], make_small: MakeSmall
 ) -> None:
-    check_peak(
-        make_small, dtype, stage, adapter=adapter, checkpointing=checkpointing, token_budget=330
-    )
-
-
-@pytest.mark.parametrize("family", [pytest.param("qwen2_5_vl", marks=pytest.mark.slow), "qwen3_vl"])
-@pytest.mark.parametrize("checkpointing", KEPT_OR_NOT, ids=["kept", "recomputed"])
-def test_so_does_a_step_of_another_family(
-    family: str, checkpointing: bool, make_small: MakeSmall
-) -> None:
-    choices = {"family": family, "adapter": "dora", "checkpointing": checkpointing}
-    check_peak(make_small, BFLOAT16, "contrast", **choices)
+    check_peak(make_small, dtype, stage, adapter="dora", checkpointing=True, **choices)
 
 
 @pytest.mark.slow

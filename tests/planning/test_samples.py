@@ -19,8 +19,6 @@ from cocoa_pl.errors import UserError
 from cocoa_pl.planning.samples import Lengths, grid_of, grid_of_tokens, rank_rows
 from cocoa_pl.planning.work import attention_work, window_lengths
 
-ALL = ("context", "bottleneck", "target")
-
 
 def test_an_assumed_sample_is_laid_out_as_the_processor_does(
     processor: Processor, make_image: Callable[..., Any], lengths: Lengths
@@ -75,11 +73,8 @@ def test_windows_tile_an_image() -> None:
     assert window_lengths(grids, side=8).tolist() == [64, 64, 64, 16, 32, 8]
 
 
-def test_scores_follow_from_segments() -> None:
-    bridge = Policy(
-        "bridge", ("context", "bottleneck"), ALL, ("bottleneck", "target"), causal=False
-    )
-    plan = make_plan(bridge, torch.tensor([[5, 1, 3], [7, 1, 0]]))
+def test_scores_follow_from_segments(policies: dict[str, Policy]) -> None:
+    plan = make_plan(policies["eos_bridge"], torch.tensor([[5, 1, 3], [7, 1, 0]]))
     exact = 5 * 6 + 1 * 9 + 3 * 4 + 7 * 8 + 1 * 8
     assert attention_work(plan, "varlen").scores == exact == plan.num_scores
     assert attention_work(plan, "sdpa").scores >= exact

@@ -8,23 +8,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from cocoa_pl.attention import Policy
-from cocoa_pl.data.processor import Processor
 from cocoa_pl.embedder import Embedder
-from cocoa_pl.models.loading import Loaded
 from cocoa_pl.search.index import ImageIndex
-
-ALL = ("context", "bottleneck", "target")
-FULL = Policy("bidirectional", ALL, ALL, ALL, causal=False)
 
 HOSTILE = ["<img src=x onerror=alert(1)>.png", '"quoted" & [bold].png', "ends with a space .png"]
 NO_TEXT = b"\xff\xfe.png"
 SECRET = b"nobody may see this"
-
-
-@pytest.fixture(scope="session")
-def embedder(loaded: Loaded, processor: Processor) -> Embedder:
-    return Embedder(loaded.backbone, processor, FULL)
 
 
 @pytest.fixture
