@@ -133,7 +133,7 @@ def computed_scores(plan: Plan, kernel: str, values: Tensor) -> int:
     width = values.shape[-1]
     if chosen(kernel, device=values.device, dtype=values.dtype, head_width=width) != "sdpa":
         return plan.num_scores
-    return sum(rectangle.scores for rectangle in plan.rectangles)
+    return sum(rectangle.scores for rectangle in plan.padded.rectangles)
 
 
 TEST = Size(6, 40, 12, 0.6, 4, 2, 8, 1, torch.float32, "sdpa")

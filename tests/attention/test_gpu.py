@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from cocoa_pl.attention import Plan, attend, dense_mask, make_plan, self_plan
-from cocoa_pl.attention.kernels import over_segments, torch_call
+from cocoa_pl.attention import Plan, attend, dense_mask, kernels, make_plan, self_plan
 from tests.attention import oracle
 from tests.attention.oracle import OURS as POLICIES
 from tests.attention.oracle import gradients
@@ -71,17 +69,12 @@ def test_a_first_look_at_grouped_heads(kernel: str) -> None:
 
 
 @pytest.mark.parametrize("name", POLICIES)
-def test_grouped_heads_equal_repeated_ones(name: str) -> None:
+def test_grouped_heads_equal_repeated_ones(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As handed to a version of torch that promises nothing about grouped heads."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    def without_groups(*given: Any, scale: float, window_size: Any) -> Any:
-        assert given[0].shape[1] == given[1].shape[1]
-        return varlen_attn(*given, scale=scale, window_size=window_size)
-
+    monkeypatch.setattr(kernels, "VARLEN_TAKES_GROUPS", False)
     plan = make_plan(POLICIES[name], LENGTHS).to("cuda")
     inputs = states(int(LENGTHS.sum()), torch.bfloat16, **TEXT)
-    output = over_segments(torch_call(without_groups), *inputs, plan, 0.1)
+    output = attend(*inputs, plan, kernel="varlen", scale=0.1)
     assert_equals_dense(output, inputs, dense_mask(POLICIES[name], LENGTHS), 0.1)
 
 

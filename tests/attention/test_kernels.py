@@ -1,9 +1,10 @@
-"""`attend` and the adapters of variable-length kernels against the dense oracle."""
+"""`attend` with all kernels against the dense oracle."""
 
+import inspect
 import logging
 import pickle
-from collections.abc import Callable
 from itertools import pairwise, product
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,15 +14,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from cocoa_pl.attention import Policy, attend, dense_mask, kernels, make_plan
 from cocoa_pl.attention import plan as plan_module
-from cocoa_pl.attention.kernels import (
-    KERNELS,
-    VarlenCall,
-    chosen,
-    flash_call,
-    over_segments,
-    torch_call,
-    transformers_attention,
-)
+from cocoa_pl.attention.kernels import KERNELS, chosen, transformers_attention
 from cocoa_pl.errors import UserError
 from tests.attention.oracle import (
     LENGTHS,
@@ -40,17 +33,11 @@ BRIDGE = make_plan(POLICIES["eos_bridge"], MIXED)
 
 
 def check(
-    policy: Policy,
-    lengths: Tensor,
-    run: Callable[..., Tensor] = attend,
-    *,
-    bound: float = 1e-12,
-    **shape: Any,
+    policy: Policy, lengths: Tensor, *, kernel: str = "sdpa", bound: float = 1e-12, **shape: Any
 ) -> None:
     """Output and gradients of all tokens against the dense mask."""
     inputs = states(int(lengths.sum()), **shape)
-    keywords = {"kernel": "sdpa", "scale": SCALE} if run is attend else {"scale": SCALE}
-    output = run(*inputs, make_plan(policy, lengths), **keywords)
+    output = attend(*inputs, make_plan(policy, lengths), kernel=kernel, scale=SCALE)
     assert output.dtype == inputs[0].dtype
     assert_equals_dense(output, inputs, dense_mask(policy, lengths), SCALE, bound=bound)
 
@@ -117,6 +104,7 @@ def segment_by_segment(
     *given: Any, causal: bool, scale: float | None, grouped: bool = True
 ) -> Tensor:
     query, key, value, cu_seqlens_q, cu_seqlens_k, max_q, max_k = given
+    assert query.dtype == key.dtype == value.dtype
     assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
     assert (len(query), len(key)) == (cu_seqlens_q[-1], cu_seqlens_k[-1])
     assert grouped or query.shape[1] == key.shape[1]
@@ -150,55 +138,51 @@ def flash_attn_2(*states: Any, softmax_scale: float, causal: bool, deterministic
     return segment_by_segment(*states, causal=causal, scale=softmax_scale)
 
 
-CALLS: dict[str, VarlenCall] = {
-    "torch 2.12": torch_call(torch_2_12),
-    "torch 2.11": torch_call(torch_2_11),
-    "flash-attn": flash_call(flash_attn_2),
-}
+@pytest.fixture(params=["torch 2.12", "torch 2.11", "flash-attn"])
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of a kernel in whose place `segment_by_segment` computes."""
+    monkeypatch.setattr(kernels, "flash_refusal", lambda *given: None)
+    if request.param == "flash-attn":
+        module = SimpleNamespace(flash_attn_varlen_func=flash_attn_2)
+        monkeypatch.setattr(kernels, "import_module", {"flash_attn": module}.__getitem__)
+        return "flash"
+    takes_groups = request.param == "torch 2.12"
+    monkeypatch.setattr(kernels, "VARLEN_TAKES_GROUPS", takes_groups)
+    monkeypatch.setattr(kernels, "varlen_attn", torch_2_12 if takes_groups else torch_2_11)
+    return "varlen"
 
 
-@pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("name", POLICIES)
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
-def test_segments_equal_the_dense_mask(lengths: list[list[int]], name: str, call: str) -> None:
-    def run(*inputs: Any, scale: float) -> Tensor:
-        return over_segments(CALLS[call], *inputs, scale)
-
-    check(POLICIES[name], torch.tensor(lengths), run)
+def test_segments_equal_the_dense_mask(lengths: list[list[int]], name: str, kernel: str) -> None:
+    check(POLICIES[name], torch.tensor(lengths), kernel=kernel)
 
 
-def test_queries_and_keys_take_the_type_of_the_values() -> None:
+def test_queries_and_keys_take_the_type_of_the_values(kernel: str) -> None:
     q, k, v = states(TOKENS, dtype=torch.float32)
-    seen: list[torch.dtype] = []
-
-    def call(*given: Any) -> Tensor:
-        seen.extend(x.dtype for x in given[:3])
-        return given[0]
-
-    output = over_segments(call, q, k, v.bfloat16(), BRIDGE, SCALE)
-    assert {*seen, output.dtype} == {torch.bfloat16}
+    output = attend(q, k, v.bfloat16(), BRIDGE, kernel=kernel, scale=SCALE)
+    assert output.dtype == torch.bfloat16
     output.sum().backward()
     assert q.grad is not None
     assert q.grad.dtype == torch.float32
 
 
-def test_flash_attention_is_deterministic_where_torch_is() -> None:
-    inputs = states(TOKENS)
+def test_kernels_are_deterministic_where_torch_is(kernel: str) -> None:
     before = torch.are_deterministic_algorithms_enabled()
     for wanted in (False, True):
         torch.use_deterministic_algorithms(wanted)
-        try:
-            over_segments(CALLS["flash-attn"], *inputs, BRIDGE, SCALE)  # asserts it
+        try:  # flash_attn_2 asserts it
+            attend(*states(TOKENS), BRIDGE, kernel=kernel, scale=SCALE)
         finally:
             torch.use_deterministic_algorithms(before)
 
 
-def test_the_installed_torch_is_known_and_an_unknown_signature_refused() -> None:
+def test_the_installed_torch_has_the_keywords_that_are_passed() -> None:
     from torch.nn.attention.varlen import varlen_attn
 
-    torch_call(varlen_attn)
-    with pytest.raises(UserError, match=r"does not know varlen_attn of torch .*model.kernel=sdpa"):
-        torch_call(lambda query, key, value: query)
+    keywords = {"scale": 1.0, "window_size": (-1, 0)}
+    keywords |= {"enable_gqa": True} if kernels.VARLEN_TAKES_GROUPS else {}
+    inspect.signature(varlen_attn).bind(*range(7), **keywords)
 
 
 # --- Which kernel runs -------------------------------------------------------------------------
@@ -285,12 +269,11 @@ def test_cudnn_is_not_allowed_while_a_kernel_runs_and_is_as_before_afterwards(
 # --- Without waiting for the device ------------------------------------------------------------
 
 
-def any_linear_map(
-    q: Tensor, k: Tensor, v: Tensor, inputs: Any, causal: bool, scale: Any
-) -> Tensor:
+def any_linear_map(*given: Any, **_: Any) -> Tensor:
     """In place of a variable-length kernel, to which only a GPU gives values."""
-    assert isinstance(inputs.max_q, int)
-    bounds = inputs.cu_seqlens_q.sum() + inputs.cu_seqlens_k.sum()
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, _ = given
+    assert isinstance(max_q, int)
+    bounds = cu_seqlens_q.sum() + cu_seqlens_k.sum()
     return q + (k.sum(0) + v.sum(0)).mean(0) * bounds
 
 
@@ -302,13 +285,12 @@ def test_a_prepared_plan_is_run_forward_and_backward_without_reading_a_value(
     """Fake tensors have no values: reading one fails, as it would wait for the device."""
     without_data = FakeTensorMode(allow_non_fake_inputs=True)
     monkeypatch.setattr(plan_module, "on_device", lambda x, device: without_data.from_tensor(x))
+    monkeypatch.setattr(kernels, "varlen_attn", any_linear_map)
+    monkeypatch.setattr(kernels, "flash_refusal", lambda *given: None)
     plan = pickle.loads(pickle.dumps(make_plan(POLICIES[name], MIXED).prepared(kernel)))
     with without_data:
         q, k, v = (torch.randn(TOKENS, n, 8, requires_grad=True) for n in (4, 2, 2))
-        if kernel == "sdpa":
-            output = attend(q, k, v, plan, kernel="sdpa", scale=SCALE)
-        else:
-            output = over_segments(any_linear_map, q, k, v, plan, SCALE)
+        output = attend(q, k, v, plan, kernel=kernel, scale=SCALE)
         output.sum().backward()
         with pytest.raises(DataDependentOutputException):
             output.sum().item()

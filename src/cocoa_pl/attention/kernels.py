@@ -4,26 +4,24 @@ transformers models call, so that nothing of theirs is forked.
 
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from cocoa_pl.attention.plan import Plan, Varlen
+from cocoa_pl.attention.plan import Plan
 from cocoa_pl.errors import UserError, first_line
 
 log = logging.getLogger(__name__)
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Plan, float], Tensor]
-# Queries, keys, values, bounds, causal, scale -> outputs.
-VarlenCall = Callable[[Tensor, Tensor, Tensor, Varlen, bool, float], Tensor]
 
 TEXT_ATTENTION = "cocoa"
 # transformers hands packed images to an attention function whole, instead of one by one in a Python
@@ -31,8 +29,12 @@ TEXT_ATTENTION = "cocoa"
 VISION_ATTENTION = "cocoa_flash_layout"
 
 HALF = (torch.bfloat16, torch.float16)
-MAX_HEAD_DIM, HEAD_DIM_STEP = 256, 8  # of the flash kernels behind `varlen` and `flash`
-MIN_CAPABILITY = (8, 0)  # Ampere
+# All but cuDNN, which torch prefers from Hopper on: it builds a plan for every new shape, a second
+# each (https://github.com/modelscope/FunASR/issues/3704), and packed batches bring new shapes in
+# every step. A backward pass is that of the kernel that ran forward.
+BACKENDS: list[Any] = list({*SDPBackend.__members__.values()} - {SDPBackend.CUDNN_ATTENTION})
+# torch 2.11 promises nothing about grouped heads.
+VARLEN_TAKES_GROUPS = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, kernel: str, scale: float) -> Tensor:
@@ -51,7 +53,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, kernel: str, scale: f
         UserError: where the kernel does not run on this device or in this type, or is not
             installed.
     """
-    with _without_cudnn():
+    with sdpa_kernel(BACKENDS):
         # A view of a fused projection, kept for the backward pass, would keep all of it.
         return KERNELS[kernel](q, k, v.contiguous(), plan, scale)
 
@@ -92,12 +94,26 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> Tensor:
 
 def varlen(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> Tensor:
     """torch's `varlen_attn`; deterministic under `torch.use_deterministic_algorithms`."""
-    _require_flash_inputs(v, "varlen")
-    return over_segments(torch_call(varlen_attn), q, k, v, plan, scale)
+    q, k, v, *bounds = _segments("varlen", q, k, v, plan)
+    groups = q.shape[1] // k.shape[1]
+    grouped: dict[str, Any] = {"enable_gqa": groups > 1} if VARLEN_TAKES_GROUPS else {}
+    if groups > 1 and not VARLEN_TAKES_GROUPS:
+        k, v = (states.repeat_interleave(groups, dim=1) for states in (k, v))
+    # Of unequal numbers of queries and keys the last ones are aligned: row_idx + max_seqlen_k -
+    # max_seqlen_q in
+    # https://github.com/pytorch/pytorch/blob/v2.13.0/aten/src/ATen/native/transformers/cuda/flash_attn/mask.h
+    window = (-1, 0) if plan.causal else (-1, -1)
+    output = varlen_attn(q, k, v, *bounds, scale=scale, window_size=window, **grouped)
+    assert isinstance(output, Tensor)
+    return output
 
 
 def flash(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> Tensor:
-    """flash-attn's `flash_attn_varlen_func`; deterministic as above."""
+    """flash-attn's `flash_attn_varlen_func`; deterministic as above, grouped heads as they are.
+
+    From 2.1 on its causal mask is aligned at the last query and key
+    (https://github.com/Dao-AILab/flash-attention#21-change-behavior-of-causal-flag).
+    """
     try:
         function = import_module("flash_attn").flash_attn_varlen_func
     except ImportError as error:
@@ -106,8 +122,13 @@ def flash(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> Tensor:
             f"({first_line(error)}): pip install 'cocoa_pl[flash]', or take "
             "model.kernel=varlen, which comes with torch"
         ) from error
-    _require_flash_inputs(v, "flash")
-    return over_segments(flash_call(function), q, k, v, plan, scale)
+    output: Tensor = function(
+        *_segments("flash", q, k, v, plan),
+        softmax_scale=scale,
+        causal=plan.causal,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+    )
+    return output
 
 
 def auto(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> Tensor:
@@ -129,76 +150,6 @@ def chosen(kernel: str, *, device: torch.device, dtype: torch.dtype, head_width:
     if kernel != "auto":
         return kernel
     return "sdpa" if flash_refusal(device, dtype, head_width) else "varlen"
-
-
-def over_segments(
-    call: VarlenCall, q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float
-) -> Tensor:
-    """Give a variable-length kernel the rows that a plan asks for.
-
-    Queries and keys are rounded to the type of the values, which is what the projections computed
-    in: rotary embeddings leave float32 beside it when weights are float32 under autocast. Keys that
-    several segments see are copied for each of them.
-
-    Args:
-        q: (T, H, D).
-        k, v: (T, H_kv, D).
-
-    Returns:
-        (T, H, D) in the dtype of v.
-    """
-    inputs = plan.varlen
-    q, k = q.to(v.dtype), k.to(v.dtype)
-    k, v = _rows(k, inputs.k_index), _rows(v, inputs.k_index)
-    return call(q, k, v, inputs, plan.causal, scale)
-
-
-@cache
-def torch_call(function: Callable[..., Any]) -> VarlenCall:
-    """Adapt `varlen_attn` as the installed torch has it.
-
-    2.11 takes `scale` and `window_size`, where (-1, 0) is causal; from 2.12 on `enable_gqa` too.
-    Where grouped heads are not promised, keys and values are repeated.
-
-    Raises:
-        UserError: for another signature.
-    """
-    names: Mapping[str, Any] = inspect.signature(function).parameters
-    if not {"window_size", "scale"} <= set(names):
-        raise UserError(
-            f"model.kernel=varlen does not know varlen_attn of torch {torch.__version__}; "
-            "take model.kernel=sdpa"
-        )
-
-    def call(q: Tensor, k: Tensor, v: Tensor, inputs: Varlen, causal: bool, scale: float) -> Tensor:
-        groups = q.shape[1] // k.shape[1]
-        # Of unequal numbers of queries and keys the last ones are aligned: row_idx + max_seqlen_k -
-        # max_seqlen_q in
-        # https://github.com/pytorch/pytorch/blob/v2.13.0/aten/src/ATen/native/transformers/cuda/flash_attn/mask.h
-        keywords: dict[str, Any] = {"scale": scale, "window_size": (-1, 0 if causal else -1)}
-        if "enable_gqa" in names:
-            keywords["enable_gqa"] = groups > 1
-        elif groups > 1:
-            k, v = (states.repeat_interleave(groups, dim=1) for states in (k, v))
-        return function(q, k, v, *inputs[:4], **keywords)
-
-    return call
-
-
-def flash_call(function: Callable[..., Any]) -> VarlenCall:
-    """Adapt flash-attn's `flash_attn_varlen_func`, which takes grouped heads as they are.
-
-    From 2.1 on its causal mask is aligned at the last query and key
-    (https://github.com/Dao-AILab/flash-attention#21-change-behavior-of-causal-flag).
-    """
-
-    def call(q: Tensor, k: Tensor, v: Tensor, inputs: Varlen, causal: bool, scale: float) -> Tensor:
-        deterministic = torch.are_deterministic_algorithms_enabled()
-        keywords = {"softmax_scale": scale, "causal": causal, "deterministic": deterministic}
-        output: Tensor = function(q, k, v, *inputs[:4], **keywords)
-        return output
-
-    return call
 
 
 def transformers_attention(
@@ -238,16 +189,24 @@ def flash_refusal(device: torch.device, dtype: torch.dtype, head_width: int) -> 
         return f"runs on CUDA only, not on {device.type}"
     if dtype not in HALF:
         return f"computes in bfloat16 or float16, not in {dtype}: set model.dtype=bfloat16"
-    if head_width > MAX_HEAD_DIM or head_width % HEAD_DIM_STEP:
+    if head_width > 256 or head_width % 8:
         return f"takes heads of a multiple of 8 up to 256 wide, not {head_width}"
-    if torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
+    if torch.cuda.get_device_capability(device) < (8, 0):  # Ampere
         return "needs a GPU of compute capability 8.0 or more"
     return None
 
 
-def _require_flash_inputs(states: Tensor, kernel: str) -> None:
-    if reason := flash_refusal(states.device, states.dtype, states.shape[-1]):
+def _segments(kernel: str, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[Any, ...]:
+    """What a variable-length kernel reads: states, bounds, and the longest segments.
+
+    Queries and keys are rounded to the type of the values, which is what the projections computed
+    in: rotary embeddings leave float32 beside it when weights are float32 under autocast. Keys that
+    several segments see are copied for each of them.
+    """
+    if reason := flash_refusal(v.device, v.dtype, v.shape[-1]):
         raise UserError(f"model.kernel={kernel} {reason}; model.kernel=sdpa runs anywhere")
+    *bounds, k_index = plan.varlen
+    return q.to(v.dtype), _rows(k.to(v.dtype), k_index), _rows(v, k_index), *bounds
 
 
 def _rows(states: Tensor, index: Tensor | None) -> Tensor:
@@ -264,20 +223,6 @@ def _takes_groups(device: torch.device, dtype: torch.dtype, *, masked: bool) -> 
     does, in half precision and without a mask.
     """
     return device.type != "cuda" or (dtype in HALF and not masked)
-
-
-@contextmanager
-def _without_cudnn() -> Iterator[None]:
-    """torch prefers cuDNN from Hopper on. It builds a plan for every new shape, a second each
-    (https://github.com/modelscope/FunASR/issues/3704), and packed batches bring new shapes in every
-    step. A backward pass is that of the kernel that ran forward.
-    """
-    allowed = torch.backends.cuda.cudnn_sdp_enabled()
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    try:
-        yield
-    finally:
-        torch.backends.cuda.enable_cudnn_sdp(allowed)
 
 
 @cache

@@ -10,6 +10,7 @@ mask, no repeated heads.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
@@ -20,6 +21,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from cocoa_pl.attention.policy import Policy
+
+CPU = torch.device("cpu")
 
 
 class Rectangle(NamedTuple):
@@ -71,7 +74,7 @@ class Plan:
     cu_seqlens_k: Tensor  # (N + 1) int32
     kv_index: Tensor  # (K) int64
     causal: bool  # query i of a segment with Lq queries and Lk keys sees key j <= i + Lk - Lq
-    device: torch.device  # where kernels read it
+    device: torch.device = CPU  # where kernels read it
     form: Padded | Varlen | None = None  # what is prepared
 
     def to(self, device: torch.device | str) -> Plan:
@@ -85,15 +88,10 @@ class Plan:
 
         Args:
             kernel: `sdpa`, `varlen` or `flash`; `kernels.chosen` says which one `auto` is.
-
-        Raises:
-            ValueError: for another name.
         """
-        if kernel == "sdpa":
-            return replace(self, form=self._pad())
-        if kernel in ("varlen", "flash"):
-            return replace(self, form=self._varlen())
-        raise ValueError(f"cannot prepare a plan for attention kernel {kernel!r}")
+        makers: dict[str, Callable[[], Padded | Varlen]]
+        makers = {"sdpa": self._pad, "varlen": self._varlen, "flash": self._varlen}
+        return replace(self, form=makers[kernel]())
 
     def pin_memory(self) -> Plan:
         """The same plan with what is prepared in pinned memory."""
@@ -103,11 +101,6 @@ class Plan:
     def num_scores(self) -> int:
         """Pairs of a query and a key of its segment."""
         return int((self.cu_seqlens_q.diff().long() * self.cu_seqlens_k.diff().long()).sum())
-
-    @property
-    def rectangles(self) -> tuple[Rectangle, ...]:
-        """What `sdpa` computes for this plan, padding included."""
-        return (self.form if isinstance(self.form, Padded) else self._pad()).rectangles
 
     @cached_property
     def padded(self) -> Padded:
@@ -188,7 +181,6 @@ def make_plan(policy: Policy, segment_lengths: Tensor) -> Plan:
         cu_seqlens_k=_cumulative(k_parts.sum(1)),
         kv_index=_ranges(starts[sample].flatten(), k_parts.flatten()),
         causal=policy.causal,
-        device=torch.device("cpu"),
     )
 
 
@@ -199,7 +191,7 @@ def self_plan(lengths: Tensor) -> Plan:
         lengths: (N) int64 on the CPU.
     """
     bounds, tokens = _cumulative(lengths), torch.arange(int(lengths.sum()))
-    return Plan(bounds, bounds, tokens, causal=False, device=torch.device("cpu"))
+    return Plan(bounds, bounds, tokens, causal=False)
 
 
 def on_device(tensor: Tensor, device: torch.device) -> Tensor:

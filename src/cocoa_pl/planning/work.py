@@ -73,7 +73,7 @@ def attention_work(plan: Plan, kernel: str) -> Attention:
     """What a kernel computes for a plan."""
     if kernel not in PADDING_KERNELS:
         return Attention(plan.num_scores, int(plan.cu_seqlens_q[-1]), int(plan.cu_seqlens_k[-1]))
-    rectangles = plan.rectangles
+    rectangles = plan.padded.rectangles
     return Attention(
         scores=sum(r.scores for r in rectangles),
         queries=sum(r.segments * r.queries for r in rectangles),
