@@ -5,7 +5,8 @@ import os
 import struct
 import threading
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,7 @@ _DECODING_ERRORS = (
     SyntaxError,
     ValueError,
     EOFError,
-    IndexError,
-    KeyError,
+    LookupError,
     TypeError,
     struct.error,
     zlib.error,
@@ -95,22 +95,20 @@ def open_image(source: Picture, *, where: str = "open_image") -> Image.Image:
         source = as_source(source)
     except ValueError as error:
         raise UserError(f"{where}: {error}") from error
-    name = _describe(source)
+    name = _describe(source, where)
     if isinstance(source, Path) and not source.is_file():
-        raise UserError(f"{where}: {name} does not exist; check the path and the image root")
-    try:
-        image = _decode(source)
-    except _DECODING_ERRORS as error:
-        raise UserError(
-            f"{where}: {name} cannot be read as an image ({_why(error)}); "
-            "replace it or drop the row"
-        ) from error
+        raise UserError(f"{name} does not exist; check the path and the image root")
+    with _opened(source, name) as opened:
+        is_shared = opened is source
+        with _LOADING[id(opened) // 64 % len(_LOADING)] if is_shared else nullcontext():
+            upright, ends = ImageOps.exif_transpose(opened), _black_and_white(opened)
+        image = _in_rgb(upright, ends)
     if image is None:
         raise UserError(
-            f"{where}: {name} has signed or 32-bit pixels, whose brightness range is "
-            "undefined; save it with 8 or 16 bits"
+            f"{name} has signed or 32-bit pixels, whose brightness range is undefined; save it "
+            "with 8 or 16 bits"
         )
-    check_aspect_ratio(image.size, where=f"{where}: {name}")
+    check_aspect_ratio(image.size, name)
     return image
 
 
@@ -120,27 +118,39 @@ def image_size(source: ImageSource, *, where: str) -> tuple[int, int]:
     Raises:
         UserError: if `open_image` would refuse the file for what its header says.
     """
-    name = _describe(source)
-    if isinstance(source, Image.Image):
-        size = source.size
-    else:
-        try:
-            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-                size = image.size
-        except _DECODING_ERRORS as error:
-            raise UserError(
-                f"{where}: {name} cannot be read as an image ({_why(error)})"
-            ) from error
-    check_aspect_ratio(size, where=f"{where}: {name}")
+    name = _describe(source, where)
+    with _opened(source, name) as image:
+        size = image.size
+    check_aspect_ratio(size, name)
     return size
 
 
-def check_aspect_ratio(size: tuple[int, int], *, where: str) -> None:
+@contextmanager
+def _opened(source: ImageSource, name: str) -> Iterator[Image.Image]:
+    """The image with its header read; what Pillow raises meanwhile, about its pixels too, is said
+    in one sentence.
+    """
+    try:
+        if isinstance(source, Image.Image):
+            yield source
+        else:
+            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+                yield image
+    except _DECODING_ERRORS as error:
+        # Pillow's own words name the buffer that it read from by its address.
+        is_unknown = isinstance(error, UnidentifiedImageError)
+        why = "its content is in no known format" if is_unknown else str(error)
+        raise UserError(
+            f"{name} cannot be read as an image ({why}); replace it or drop the row"
+        ) from error
+
+
+def check_aspect_ratio(size: tuple[int, int], name: str) -> None:
     """Refuse a picture whose long side is more than `MAX_ASPECT_RATIO` times its short side."""
     width, height = size
     if max(size) > MAX_ASPECT_RATIO * min(size):
         raise UserError(
-            f"{where} is {width} x {height} pixels; the longer side may be at most "
+            f"{name} is {width} x {height} pixels; the longer side may be at most "
             f"{MAX_ASPECT_RATIO} times the shorter; crop it or drop the row"
         )
 
@@ -186,17 +196,18 @@ def _real_folder(folder: str) -> str:
     return os.path.realpath(folder)
 
 
-def _decode(source: ImageSource) -> Image.Image | None:
-    """An upright picture in RGB; None where full brightness is undefined."""
-    if isinstance(source, Image.Image):
-        with _LOADING[id(source) // 64 % len(_LOADING)]:
-            image, ends = ImageOps.exif_transpose(source), _black_and_white(source)
-    else:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as opened:
-            opened.load()
-            image, ends = ImageOps.exif_transpose(opened), _black_and_white(opened)
+def _in_rgb(image: Image.Image, ends: tuple[int, int] | None) -> Image.Image | None:
+    """A decoded picture in RGB; None where full brightness is undefined."""
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        return _narrowed(image, *ends).convert("RGB") if ends else None
+        if ends is None:
+            return None
+        black, white = ends
+        values = np.asarray(image).astype(np.float64)
+        transparent = image.info.get("transparency")
+        if isinstance(transparent, int):
+            values[values == transparent] = white
+        narrowed = np.rint((values - black) * 255 / (white - black)).astype(np.uint8)
+        return Image.fromarray(narrowed).convert("RGB")
     if image.has_transparency_data:
         # Pillow knows no way from premultiplied grey to colours.
         straight = image.convert("LA") if image.mode == "La" else image
@@ -216,23 +227,9 @@ def _black_and_white(image: Image.Image) -> tuple[int, int] | None:
     return (0, 65535) if is_known else None
 
 
-def _narrowed(image: Image.Image, black: int, white: int) -> Image.Image:
-    values = np.asarray(image).astype(np.float64)
-    transparent = image.info.get("transparency")
-    if isinstance(transparent, int):
-        values[values == transparent] = white
-    return Image.fromarray(np.rint((values - black) * 255 / (white - black)).astype(np.uint8))
-
-
-def _why(error: Exception) -> str:
-    """Pillow's own words name the buffer that it read from by its address."""
-    is_unknown = isinstance(error, UnidentifiedImageError)
-    return "its content is in no known format" if is_unknown else str(error)
-
-
-def _describe(source: ImageSource) -> str:
+def _describe(source: ImageSource, where: str) -> str:
     if isinstance(source, Path):
-        return f"image {source}"
+        return f"{where}: image {source}"
     if isinstance(source, bytes):
-        return f"the encoded image ({len(source)} bytes)"
-    return f"the image ({source.width} x {source.height}, mode {source.mode})"
+        return f"{where}: the encoded image ({len(source)} bytes)"
+    return f"{where}: the image ({source.width} x {source.height}, mode {source.mode})"
