@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -75,7 +76,8 @@ class BridgedAttention(Task):
 
     def plan(self) -> Plan:
         """Made anew in every step: each has other lengths."""
-        return make_plan(self.policy, self.segment_lengths).to(self.device)
+        kernel = kernel_of(self.size, self.device)
+        return make_plan(self.policy, self.segment_lengths).prepared(kernel).to(self.device)
 
     def peer(self) -> list[Tensor]:
         mask = additive_mask(
@@ -102,10 +104,9 @@ class BridgedAttention(Task):
         assert_close(self.ours(), [self._unpadded(one) for one in self.peer()])
 
     def counts(self) -> Counts:
-        size = self.size
         rows, longest = self.slots.shape
         peer, plan = rows * longest**2, self.plan()
-        ours = computed_scores(plan, size.kernel, self.packed[2])
+        ours = computed_scores(plan)
         return {
             "scores": Count(peer, ours),
             "scores_over_needed": Count(peer / plan.num_scores, ours / plan.num_scores),
@@ -128,12 +129,15 @@ def segment_lengths(size: Size, generator: torch.Generator) -> Tensor:
     return torch.stack([lengths[:, 0], torch.ones_like(lengths[:, 0]), lengths[:, 1]], dim=1)
 
 
-def computed_scores(plan: Plan, kernel: str, values: Tensor) -> int:
-    """Pairs of query and key that a kernel really computes: `sdpa` pads within its rectangles."""
-    width = values.shape[-1]
-    if chosen(kernel, device=values.device, dtype=values.dtype, head_width=width) != "sdpa":
-        return plan.num_scores
-    return sum(rectangle.scores for rectangle in plan.padded.rectangles)
+def kernel_of(size: Any, device: torch.device) -> str:
+    """The kernel that computes at this size."""
+    return chosen(size.kernel, device=device, dtype=size.dtype, head_width=size.head_dim)
+
+
+def computed_scores(plan: Plan) -> int:
+    """Pairs of query and key that are really computed: `sdpa` pads within its rectangles."""
+    padded = plan.padded
+    return plan.num_scores if padded is None else sum(r.scores for r in padded.rectangles)
 
 
 TEST = Size(6, 40, 12, 0.6, 4, 2, 8, 1, torch.float32, "sdpa")

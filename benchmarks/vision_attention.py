@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from benchmarks.attention_bridge import computed_scores
+from benchmarks.attention_bridge import computed_scores, kernel_of
 from benchmarks.benchmark import CUDA_IN_FLOAT32, SECONDS, Benchmark, Task, curve
 from benchmarks.comparing import assert_close
 from benchmarks.counting import Count, Counts, torch_counts
 from benchmarks.peers.attention import vision_attention
-from cocoa_pl.attention import attend, self_plan
+from cocoa_pl.attention import Plan, attend, self_plan
 
 
 @dataclass(frozen=True)
@@ -56,20 +56,22 @@ class VisionAttention(Task):
         )
         return [output.detach(), *torch.autograd.grad(output, self.states, self.gradient)]
 
+    def plan(self) -> Plan:
+        """Made anew in every step."""
+        kernel = kernel_of(self.size, self.device)
+        return self_plan(self.patches).prepared(kernel).to(self.device)
+
     def ours(self) -> list[Tensor]:
-        plan = self_plan(self.patches).to(self.device)
         query, key, value = self.states
         scale = self.size.head_dim**-0.5
-        output = attend(query, key, value, plan, kernel=self.size.kernel, scale=scale)
+        output = attend(query, key, value, self.plan(), kernel=self.size.kernel, scale=scale)
         return [output.detach(), *torch.autograd.grad(output, self.states, self.gradient)]
 
     def check(self) -> None:
         assert_close(self.ours(), self.peer())
 
     def counts(self) -> Counts:
-        size = self.size
-        peer = int(self.patches.sum()) ** 2
-        ours = computed_scores(self_plan(self.patches), size.kernel, self.states[2])
+        peer, ours = int(self.patches.sum()) ** 2, computed_scores(self.plan())
         counted = torch_counts(self.peer, self.ours, device=self.device)
         return {"scores": Count(peer, ours), **counted}
 

@@ -5,14 +5,14 @@ Nothing else here means much where `test_a_first_look_at_grouped_heads` fails.
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Iterator
 
 import pytest
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
-from cocoa_pl.attention import Plan, attend, dense_mask, kernels, make_plan, self_plan
+from cocoa_pl.attention import attend, dense_mask, kernels, make_plan, self_plan
 from tests.attention import oracle
 from tests.attention.oracle import OURS as POLICIES
 from tests.attention.oracle import gradients
@@ -63,7 +63,7 @@ def test_a_first_look_at_grouped_heads(kernel: str) -> None:
     lengths = torch.tensor([[5, 1, 3]])
     inputs = states(9, torch.bfloat16, **TEXT)
     policy = POLICIES["eos_bridge"]
-    plan = make_plan(policy, lengths).to("cuda")
+    plan = make_plan(policy, lengths).prepared("sdpa").to("cuda")
     output = attend(*inputs, plan, kernel=kernel, scale=0.1)
     assert_equals_dense(output, inputs, dense_mask(policy, lengths), 0.1)
 
@@ -72,7 +72,7 @@ def test_a_first_look_at_grouped_heads(kernel: str) -> None:
 def test_grouped_heads_equal_repeated_ones(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As handed to a version of torch that promises nothing about grouped heads."""
     monkeypatch.setattr(kernels, "VARLEN_TAKES_GROUPS", False)
-    plan = make_plan(POLICIES[name], LENGTHS).to("cuda")
+    plan = make_plan(POLICIES[name], LENGTHS).prepared("sdpa").to("cuda")
     inputs = states(int(LENGTHS.sum()), torch.bfloat16, **TEXT)
     output = attend(*inputs, plan, kernel="varlen", scale=0.1)
     assert_equals_dense(output, inputs, dense_mask(POLICIES[name], LENGTHS), 0.1)
@@ -87,7 +87,7 @@ def test_grouped_heads_equal_repeated_ones(name: str, monkeypatch: pytest.Monkey
 def test_the_language_model_sees_what_its_policy_says(
     name: str, kernel: str, dtype: torch.dtype
 ) -> None:
-    plan = make_plan(POLICIES[name], LENGTHS).to("cuda")
+    plan = make_plan(POLICIES[name], LENGTHS).prepared("sdpa").to("cuda")
     inputs = states(int(LENGTHS.sum()), dtype, **TEXT)
     output = attend(*inputs, plan, kernel=kernel, scale=128**-0.5)
     assert output.dtype == dtype
@@ -99,7 +99,7 @@ def test_the_language_model_sees_what_its_policy_says(
 def test_causal_tables_end_with_the_last_key(name: str, kernel: str) -> None:
     """Segments with more keys than queries, and a BOTTLENECK of three."""
     lengths = LENGTHS * torch.tensor([1, 3, 1])
-    plan = make_plan(oracle.POLICIES[name], lengths).to("cuda")
+    plan = make_plan(oracle.POLICIES[name], lengths).prepared("sdpa").to("cuda")
     inputs = states(int(lengths.sum()), torch.bfloat16, **TEXT)
     output = attend(*inputs, plan, kernel=kernel, scale=0.1)
     assert_equals_dense(output, inputs, dense_mask(oracle.POLICIES[name], lengths), 0.1)
@@ -115,14 +115,16 @@ def test_the_vision_tower_sees_each_image_or_window_by_itself(
     lengths = torch.tensor(VISION[kind])
     inputs = states(int(lengths.sum()), dtype, **TOWERS[tower])
     scale = TOWERS[tower]["width"] ** -0.5
-    output = attend(*inputs, self_plan(lengths).to("cuda"), kernel=kernel, scale=scale)
+    output = attend(
+        *inputs, self_plan(lengths).prepared("sdpa").to("cuda"), kernel=kernel, scale=scale
+    )
     mask = torch.block_diag(*(torch.ones(n, n) for n in VISION[kind])).bool()
     assert_equals_dense(output, inputs, mask, scale)
 
 
 @pytest.mark.parametrize("width", [8, 72, 192, 256])
 def test_every_head_width_that_is_promised_is_computed(width: int) -> None:
-    plan = make_plan(POLICIES["eos_bridge"], LENGTHS).to("cuda")
+    plan = make_plan(POLICIES["eos_bridge"], LENGTHS).prepared("sdpa").to("cuda")
     inputs = states(int(LENGTHS.sum()), torch.bfloat16, heads=4, kv_heads=2, width=width)
     output = attend(*inputs, plan, kernel="varlen", scale=0.1)
     assert_equals_dense(output, inputs, dense_mask(POLICIES["eos_bridge"], LENGTHS), 0.1)
@@ -130,7 +132,7 @@ def test_every_head_width_that_is_promised_is_computed(width: int) -> None:
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_float32_is_computed_by_sdpa(name: str) -> None:
-    plan = make_plan(POLICIES[name], LENGTHS).to("cuda")
+    plan = make_plan(POLICIES[name], LENGTHS).prepared("sdpa").to("cuda")
     inputs = states(int(LENGTHS.sum()), torch.float32, **TEXT)
     exact = [x.detach().double().requires_grad_() for x in inputs]
     found, expected = (attend(*x, plan, kernel="auto", scale=0.1) for x in (inputs, exact))
@@ -150,7 +152,7 @@ def test_deterministic_algorithms_give_the_same_bits_twice(
     name: str, kernel: str, dtype: torch.dtype
 ) -> None:
     lengths = LENGTHS.repeat(8, 1)  # enough for blocks to race
-    plan = make_plan(POLICIES[name], lengths).to("cuda")
+    plan = make_plan(POLICIES[name], lengths).prepared("sdpa").to("cuda")
     inputs = states(int(lengths.sum()), dtype, **TEXT)
     first, *others = (attend(*inputs, plan, kernel=kernel, scale=0.1) for _ in range(3))
     expected = gradients(first, inputs)
@@ -159,37 +161,18 @@ def test_deterministic_algorithms_give_the_same_bits_twice(
         assert all(map(torch.equal, gradients(output, inputs), expected))
 
 
-def plans(name: str, kernel: str) -> dict[str, Plan]:
-    made = make_plan(POLICIES[name], LENGTHS).to("cuda")
-    prepared = made.prepared(kernel)
-    return {
-        "made in the step": made,
-        "prepared": pickle.loads(pickle.dumps(prepared)),
-        "pinned": prepared.pin_memory(),
-    }
-
-
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("name", POLICIES)
 def test_a_plan_and_its_kernel_never_wait_for_the_device(name: str, kernel: str) -> None:
     inputs = states(int(LENGTHS.sum()), torch.bfloat16, **TEXT)
-    for plan in plans(name, kernel).values():  # whatever is set up once
-        attend(*inputs, plan, kernel=kernel, scale=0.1).sum().backward()
-    fresh = plans(name, kernel)
+    made = make_plan(POLICIES[name], LENGTHS).prepared(kernel)
+    attend(*inputs, made.to("cuda"), kernel=kernel, scale=0.1).sum().backward()  # sets up
+    pinned = apply_to_collection(made, Tensor, Tensor.pin_memory)
     torch.cuda.synchronize()
     mode = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for plan in fresh.values():
-            attend(*inputs, plan, kernel=kernel, scale=0.1).sum().backward()
+        for plan in (made, pinned):
+            attend(*inputs, plan.to("cuda"), kernel=kernel, scale=0.1).sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode(mode)
-
-
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_pinned_forms_are_pinned(kernel: str) -> None:
-    form = plans("eos_bridge", kernel)["pinned"].form
-    assert form is not None
-    tensors = [part for part in form if isinstance(part, Tensor)]
-    assert len(tensors) == 3
-    assert all(tensor.is_pinned() for tensor in tensors)

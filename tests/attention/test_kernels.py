@@ -2,7 +2,6 @@
 
 import inspect
 import logging
-import pickle
 from itertools import pairwise, product
 from types import SimpleNamespace
 from typing import Any
@@ -29,7 +28,7 @@ from tests.attention.oracle import (
 MIXED = torch.tensor(LENGTHS["mixed"])
 TOKENS = int(MIXED.sum())
 SCALE = 0.3
-BRIDGE = make_plan(POLICIES["eos_bridge"], MIXED)
+BRIDGE = make_plan(POLICIES["eos_bridge"], MIXED).prepared("sdpa")
 
 
 def check(
@@ -37,7 +36,8 @@ def check(
 ) -> None:
     """Output and gradients of all tokens against the dense mask."""
     inputs = states(int(lengths.sum()), **shape)
-    output = attend(*inputs, make_plan(policy, lengths), kernel=kernel, scale=SCALE)
+    plan = make_plan(policy, lengths).prepared(kernel)
+    output = attend(*inputs, plan, kernel=kernel, scale=SCALE)
     assert output.dtype == inputs[0].dtype
     assert_equals_dense(output, inputs, dense_mask(policy, lengths), SCALE, bound=bound)
 
@@ -60,12 +60,14 @@ def test_sdpa_equals_the_dense_mask_at_random_lengths(name: str, seed: int) -> N
 @pytest.mark.parametrize("name", OURS)
 def test_packed_is_one_by_one(name: str) -> None:
     inputs = [x.detach() for x in states(TOKENS)]
-    packed = attend(*inputs, make_plan(OURS[name], MIXED), kernel="sdpa", scale=SCALE)
+
+    def attended(lengths: Tensor, *own: Tensor) -> Tensor:
+        plan = make_plan(OURS[name], lengths).prepared("sdpa")
+        return attend(*own, plan, kernel="sdpa", scale=SCALE)
+
+    packed = attended(MIXED, *inputs)
     parts = zip(MIXED, *(x.split(MIXED.sum(1).tolist()) for x in inputs), strict=True)
-    alone = [
-        attend(*own, make_plan(OURS[name], lengths[None]), kernel="sdpa", scale=SCALE)
-        for lengths, *own in parts
-    ]
+    alone = [attended(lengths[None], *own) for lengths, *own in parts]
     torch.testing.assert_close(packed, torch.cat(alone), rtol=0, atol=1e-14)
 
 
@@ -287,7 +289,7 @@ def test_a_prepared_plan_is_run_forward_and_backward_without_reading_a_value(
     monkeypatch.setattr(plan_module, "on_device", lambda x, device: without_data.from_tensor(x))
     monkeypatch.setattr(kernels, "varlen_attn", any_linear_map)
     monkeypatch.setattr(kernels, "flash_refusal", lambda *given: None)
-    plan = pickle.loads(pickle.dumps(make_plan(POLICIES[name], MIXED).prepared(kernel)))
+    plan = make_plan(POLICIES[name], MIXED).prepared(kernel).to("cpu")
     with without_data:
         q, k, v = (torch.randn(TOKENS, n, 8, requires_grad=True) for n in (4, 2, 2))
         output = attend(q, k, v, plan, kernel=kernel, scale=SCALE)

@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from cocoa_pl.attention import Plan, dense_mask, make_plan, self_plan
-from cocoa_pl.attention.plan import on_device
+from cocoa_pl.attention.plan import Padded, on_device
 from tests.attention.oracle import OURS, POLICIES, random_lengths
 
 
@@ -20,16 +21,22 @@ def seen_pairs(plan: Plan) -> Tensor:
     bounds = (pairwise(b.tolist()) for b in (plan.cu_seqlens_q, plan.cu_seqlens_k))
     for (first, last), (start, stop) in zip(*bounds, strict=True):
         for query, place in product(range(first, last), range(start, stop)):
-            key = int(plan.kv_index[place])
+            key = place if plan.kv_index is None else int(plan.kv_index[place])
             assert not seen[query, key], "a key is listed twice"
             seen[query, key] = not plan.causal or place - stop <= query - last
     return seen
 
 
+def rectangles_of(plan: Plan) -> Padded:
+    padded = plan.prepared("sdpa").padded
+    assert padded is not None
+    return padded
+
+
 def padded_pairs(plan: Plan) -> Tensor:
     """(T, T) bool, read off the rectangles: what real queries see in them."""
     tokens = int(plan.cu_seqlens_q[-1])
-    rows, padded = torch.arange(tokens), plan.padded
+    rows, padded = torch.arange(tokens), rectangles_of(plan)
     q, k, place = (rows if x is None else x for x in padded[2:])
     assert torch.equal(q[place], rows)
     is_real = torch.zeros(len(q), dtype=torch.bool).index_fill(0, place, value=True)
@@ -60,8 +67,9 @@ def test_a_causal_bridge_is_two_segments_a_sample() -> None:
     """CONTEXT and BOTTLENECK see themselves as one; TARGET's keys end with its own tokens."""
     plan = make_plan(POLICIES["causal bridge"], torch.tensor([[2, 3, 2]]))
     assert plan.cu_seqlens_q.tolist() == [0, 5, 7]
+    assert plan.kv_index is not None
     assert plan.kv_index.tolist() == [0, 1, 2, 3, 4, 2, 3, 4, 5, 6]
-    corner, square = plan.padded.masks
+    corner, square = rectangles_of(plan).masks
     assert square is None  # SDPA's own causal mask, from the top left corner
     assert corner is not None
     assert corner[0, 0].long().tolist() == [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
@@ -72,11 +80,13 @@ def test_bridge_is_three_segments_a_sample_and_bidirectional_one() -> None:
     bridge = make_plan(POLICIES["eos_bridge"], lengths)
     assert bridge.cu_seqlens_q.tolist() == [0, 2, 3, 5, 9, 10, 13]
     assert bridge.cu_seqlens_k.tolist() == [0, 3, 8, 11, 16, 24, 28]
+    assert (bridge.max_q, bridge.max_k) == (4, 8)
+    assert bridge.kv_index is not None
     assert bridge.kv_index[:11].tolist() == [0, 1, 2, 0, 1, 2, 3, 4, 2, 3, 4]
     assert bridge.num_scores == 25 + 64 - 2 * 2 * 2 - 2 * 4 * 3  # two blocks less of each
     both = make_plan(POLICIES["bidirectional"], lengths)
     assert both.cu_seqlens_q.tolist() == both.cu_seqlens_k.tolist() == [0, 5, 13]
-    assert both.kv_index.tolist() == list(range(13))
+    assert both.kv_index is None
 
 
 def test_self_plan_is_the_bidirectional_plan_of_images() -> None:
@@ -92,60 +102,36 @@ def test_padding_is_bounded_and_calls_are_few(name: str) -> None:
     spread = (0.6 * torch.randn(64, 3, generator=generator)).exp()
     lengths = (spread * torch.tensor([300, 0, 40])).long() + 1
     plan = make_plan(POLICIES[name], lengths)
-    assert sum(r.scores for r in plan.padded.rectangles) < 1.75 * plan.num_scores
-    assert len(plan.padded.rectangles) <= 16  # of up to 192 segments
+    rectangles = rectangles_of(plan).rectangles
+    assert sum(r.scores for r in rectangles) < 1.75 * plan.num_scores
+    assert len(rectangles) <= 16  # of up to 192 segments
 
 
 def test_rows_as_they_lie_have_no_index_and_equal_segments_no_mask() -> None:
-    (rectangle,), (mask,), *indices = self_plan(torch.tensor([4, 4, 4])).padded
+    (rectangle,), (mask,), *indices = rectangles_of(self_plan(torch.tensor([4, 4, 4])))
     assert (*rectangle, rectangle.scores) == (3, 4, 4, 48)
     assert mask is None
     assert indices == [None] * 3
-    assert make_plan(POLICIES["causal"], random_lengths(0)).varlen.k_index is None
-    _, (mask,), *_ = self_plan(torch.tensor([4, 3, 4])).padded
+    assert make_plan(POLICIES["causal"], random_lengths(0)).kv_index is None
+    _, (mask,), *_ = rectangles_of(self_plan(torch.tensor([4, 3, 4])))
     assert mask is not None
     assert mask[:, 0, 0].sum(1).tolist() == [4, 3, 4]
 
 
-# --- Made ahead of time ------------------------------------------------------------------------
+# --- To another device --------------------------------------------------------------------------
 
 
-def tensors_in(form: Any) -> list[Tensor]:
-    if isinstance(form, Tensor):
-        return [form]
-    return [x for part in form for x in tensors_in(part)] if isinstance(form, tuple) else []
-
-
-def form_of(plan: Plan, kernel: str) -> Any:
-    return plan.padded if kernel == "sdpa" else plan.varlen
-
-
-@pytest.mark.parametrize("kernel", ["sdpa", "varlen", "flash"])
 @pytest.mark.parametrize("name", POLICIES)
-def test_what_is_prepared_travels_and_moves_once(
-    name: str, kernel: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made = make_plan(POLICIES[name], random_lengths(3))
-    expected = tensors_in(form_of(made, kernel))
-    plan = made.prepared(kernel)
-    for making in ("_pad", "_varlen"):
-        monkeypatch.delattr(Plan, making)
-    pinned: list[Tensor] = []
-    monkeypatch.setattr(Tensor, "pin_memory", lambda x: pinned.append(x) or x.clone())
-    there = pickle.loads(pickle.dumps(plan)).pin_memory().to("cpu")
-    assert len(pinned) == len(expected) >= 2
-    assert all(map(torch.equal, tensors_in(form_of(there, kernel)), expected))
-    assert there.causal == made.causal
-    elsewhere = plan.to("meta")
-    assert {x.device.type for x in tensors_in(form_of(elsewhere, kernel))} == {"meta"}
-    assert form_of(elsewhere, kernel) is form_of(elsewhere, kernel)
-
-
-def test_nothing_is_made_to_be_pinned_and_the_kernel_must_be_named() -> None:
-    plan = self_plan(torch.tensor([3]))
-    assert plan.pin_memory().form is None
-    with pytest.raises(KeyError, match="auto"):
-        plan.prepared("auto")
+def test_a_plan_travels_and_moves_with_its_rectangles(name: str) -> None:
+    plan = make_plan(POLICIES[name], random_lengths(3))
+    assert plan.prepared("varlen") is plan.prepared("flash") is plan
+    there: Plan = pickle.loads(pickle.dumps(plan.prepared("sdpa"))).to("cpu")
+    assert torch.equal(seen_pairs(there), seen_pairs(plan))
+    assert torch.equal(padded_pairs(there), padded_pairs(plan))
+    devices: list[str] = []
+    apply_to_collection(there.to("meta"), Tensor, lambda x: devices.append(x.device.type))
+    assert set(devices) == {"meta"}
+    assert len(devices) >= 4
 
 
 def test_copies_to_a_gpu_start_from_pinned_memory_and_wait_for_nothing(

@@ -61,6 +61,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, kernel: str, scale: f
 def sdpa(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> Tensor:
     """torch's own attention, one call for each rectangle of padded segments; runs anywhere."""
     padded = plan.padded
+    assert padded is not None, 'sdpa takes `plan.prepared("sdpa")`'
     q_sizes = [r.segments * r.queries for r in padded.rectangles]
     k_sizes = [r.segments * r.keys for r in padded.rectangles]
     outputs = []
@@ -205,8 +206,8 @@ def _segments(kernel: str, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple
     """
     if reason := flash_refusal(v.device, v.dtype, v.shape[-1]):
         raise UserError(f"model.kernel={kernel} {reason}; model.kernel=sdpa runs anywhere")
-    *bounds, k_index = plan.varlen
-    return q.to(v.dtype), _rows(k.to(v.dtype), k_index), _rows(v, k_index), *bounds
+    k, v = _rows(k.to(v.dtype), plan.kv_index), _rows(v, plan.kv_index)
+    return q.to(v.dtype), k, v, *plan[:4]
 
 
 def _rows(states: Tensor, index: Tensor | None) -> Tensor:

@@ -10,9 +10,6 @@ mask, no repeated heads.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -21,8 +18,6 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from cocoa_pl.attention.policy import Policy
-
-CPU = torch.device("cpu")
 
 
 class Rectangle(NamedTuple):
@@ -50,82 +45,44 @@ class Padded(NamedTuple):
     place: Tensor | None  # (T) int64, the query place of each token
 
 
-class Varlen(NamedTuple):
-    """A plan for variable-length kernels: segment i is rows `cu_seqlens[i]:cu_seqlens[i + 1]`."""
+class Plan(NamedTuple):
+    """Query and key ranges of all segments of a packed row, as variable-length kernels read them.
+
+    Segment i attends from tokens `cu_seqlens_q[i]:cu_seqlens_q[i + 1]` to the tokens
+    `kv_index[cu_seqlens_k[i]:cu_seqlens_k[i + 1]]`. A plan is made on the host, and moves once for
+    all layers.
+    """
 
     cu_seqlens_q: Tensor  # (N + 1) int32
     cu_seqlens_k: Tensor  # (N + 1) int32
     max_q: int  # tokens of the longest segment
     max_k: int
-    k_index: Tensor | None  # (K) int64, the keys of all segments; None for the rows as they lie
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Query and key ranges of all segments of a packed row.
-
-    Segment i attends from tokens `cu_seqlens_q[i]:cu_seqlens_q[i + 1]` to the tokens
-    `kv_index[cu_seqlens_k[i]:cu_seqlens_k[i + 1]]`. These stay on the host. What a kernel reads is
-    made of them ahead of time by `prepared`, or when it is first needed, and moves once for all
-    layers.
-    """
-
-    cu_seqlens_q: Tensor  # (N + 1) int32
-    cu_seqlens_k: Tensor  # (N + 1) int32
-    kv_index: Tensor  # (K) int64
+    kv_index: Tensor | None  # (K) int64; None for the rows as they lie
     causal: bool  # query i of a segment with Lq queries and Lk keys sees key j <= i + Lk - Lq
-    device: torch.device = CPU  # where kernels read it
-    form: Padded | Varlen | None = None  # what is prepared
+    padded: Padded | None = None  # for `sdpa`, which reads nothing else; see `prepared`
 
     def to(self, device: torch.device | str) -> Plan:
-        """The same plan for kernels on another device; what is prepared stays so."""
-        return replace(self, device=torch.device(device))
-
-    def prepared(self, kernel: str) -> Plan:
-        """The same plan with what a kernel reads made already, by a worker instead of in the step.
-
-        It travels with the plan: through pickle, `to` and `pin_memory`.
-
-        Args:
-            kernel: `sdpa`, `varlen` or `flash`; `kernels.chosen` says which one `auto` is.
-        """
-        makers: dict[str, Callable[[], Padded | Varlen]]
-        makers = {"sdpa": self._pad, "varlen": self._varlen, "flash": self._varlen}
-        return replace(self, form=makers[kernel]())
-
-    def pin_memory(self) -> Plan:
-        """The same plan with what is prepared in pinned memory."""
-        return replace(self, form=apply_to_collection(self.form, Tensor, Tensor.pin_memory))
+        """The same plan for kernels on another device."""
+        return Plan(*apply_to_collection(self, Tensor, on_device, torch.device(device)))
 
     @property
     def num_scores(self) -> int:
         """Pairs of a query and a key of its segment."""
         return int((self.cu_seqlens_q.diff().long() * self.cu_seqlens_k.diff().long()).sum())
 
-    @cached_property
-    def padded(self) -> Padded:
-        """For `sdpa`, on the plan's device."""
-        form = self.form if isinstance(self.form, Padded) else self._pad()
-        return Padded(*apply_to_collection(form, Tensor, on_device, self.device))
+    def prepared(self, kernel: str) -> Plan:
+        """The same plan, on the host, with what a kernel reads: `sdpa` needs `padded`.
 
-    @cached_property
-    def varlen(self) -> Varlen:
-        """For `varlen` and `flash`, on the plan's device."""
-        form = self.form if isinstance(self.form, Varlen) else self._varlen()
-        return Varlen(*apply_to_collection(form, Tensor, on_device, self.device))
-
-    def _varlen(self) -> Varlen:
-        q, k = self.cu_seqlens_q, self.cu_seqlens_k
-        index = _unless_in_place(self.kv_index, int(q[-1]))
-        return Varlen(q, k, int(q.diff().max()), int(k.diff().max()), index)
-
-    def _pad(self) -> Padded:
-        """Segments whose queries and keys are alike to a factor of two share a rectangle.
-
-        One rectangle for each row of the policy would be less code, and made attention of skewed
+        Segments whose queries and keys are alike to a factor of two share a rectangle. One
+        rectangle for each row of the policy would be less code, and made attention of skewed
         lengths twice as slow: 1.8 to 2.5 times the scores that are needed, where these are 1.2 to
         1.6 times as many.
+
+        Args:
+            kernel: as `kernels.chosen` names it.
         """
+        if kernel != "sdpa":
+            return self
         q_starts, k_starts = self.cu_seqlens_q[:-1].long(), self.cu_seqlens_k[:-1].long()
         q_lengths, k_lengths = self.cu_seqlens_q.diff().long(), self.cu_seqlens_k.diff().long()
         octaves = torch.stack([q_lengths, k_lengths]).double().log2().ceil()  # (2, N)
@@ -140,17 +97,18 @@ class Plan:
             rectangles.append(rectangle)
             masks.append(_mask(rectangle, q_lengths[own], k_lengths[own], causal=self.causal))
             queries.append(q_entries.flatten())
-            keys.append(self.kv_index[k_entries.flatten()])
+            keys.append(k_entries.flatten())
             first_places[own] = num_places + torch.arange(len(own)) * rectangle.queries
             num_places += q_entries.numel()
-        tokens = int(self.cu_seqlens_q[-1])
-        return Padded(
+        tokens, k_index = int(self.cu_seqlens_q[-1]), torch.cat(keys)
+        padded = Padded(
             tuple(rectangles),
             tuple(masks),
             _unless_in_place(torch.cat(queries), tokens),
-            _unless_in_place(torch.cat(keys), tokens),
+            _unless_in_place(k_index if self.kv_index is None else self.kv_index[k_index], tokens),
             _unless_in_place(_ranges(first_places, q_lengths), num_places),
         )
+        return self._replace(padded=padded)
 
 
 def make_plan(policy: Policy, segment_lengths: Tensor) -> Plan:
@@ -176,11 +134,15 @@ def make_plan(policy: Policy, segment_lengths: Tensor) -> Plan:
     seen = torch.stack([table[rows[-1]] for rows in merged])  # (R, 3)
     sample, row = q_lengths.nonzero(as_tuple=True)  # of the N segments that are not empty
     k_parts = segment_lengths[sample] * seen[row]  # (N, 3) tokens of each key range
+    queries, keys = q_lengths[sample, row], k_parts.sum(1)  # (N) tokens
+    index = _ranges(starts[sample].flatten(), k_parts.flatten())
     return Plan(
-        cu_seqlens_q=_cumulative(q_lengths[sample, row]),
-        cu_seqlens_k=_cumulative(k_parts.sum(1)),
-        kv_index=_ranges(starts[sample].flatten(), k_parts.flatten()),
-        causal=policy.causal,
+        _cumulative(queries),
+        _cumulative(keys),
+        int(queries.max()),
+        int(keys.max()),
+        _unless_in_place(index, int(queries.sum())),
+        policy.causal,
     )
 
 
@@ -190,8 +152,8 @@ def self_plan(lengths: Tensor) -> Plan:
     Args:
         lengths: (N) int64 on the CPU.
     """
-    bounds, tokens = _cumulative(lengths), torch.arange(int(lengths.sum()))
-    return Plan(bounds, bounds, tokens, causal=False)
+    bounds, longest = _cumulative(lengths), int(lengths.max())
+    return Plan(bounds, bounds, longest, longest, None, causal=False)
 
 
 def on_device(tensor: Tensor, device: torch.device) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -114,27 +115,21 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch for a model on a device; from pinned memory nothing waits for the copy."""
-
-        def moved(value: Any) -> Any:
-            if isinstance(value, Tensor):
-                return on_device(value, device)
-            return value.to(device) if isinstance(value, Plan) else value
-
-        return self._with(moved)
+        return self._with(on_device, device)
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory, from where a GPU fetches it by itself."""
-        return self._with(lambda v: v.pin_memory() if isinstance(v, Tensor | Plan) else v)
+        return self._with(Tensor.pin_memory)
 
-    def _with(self, change: Callable[[Any], Any]) -> Batch:
-        moved = {name: change(getattr(self, name)) for name in _MOVED}
-        vision = {name: change(value) for name, value in self.vision.items()}
-        return replace(self, **moved, vision=vision)
+    def _with(self, change: Callable[..., Tensor], *arguments: Any) -> Batch:
+        """The same batch with other tensors for the model, those of plans included."""
+        moved = {name: getattr(self, name) for name in _MOVED}
+        return replace(self, **apply_to_collection(moved, Tensor, change, *arguments))
 
 
 _MOVED = (
     *("input_ids", "position_ids", "patches", "visual_rows", "bottleneck_rows"),
-    *("token_rows", "targets", "patch_rows", "patch_places", "plan"),
+    *("token_rows", "targets", "patch_rows", "patch_places", "plan", "vision"),
 )
 
 

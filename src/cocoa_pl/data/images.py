@@ -211,8 +211,8 @@ def _in_rgb(image: Image.Image, ends: tuple[int, int] | None) -> Image.Image | N
     if image.has_transparency_data:
         # Pillow knows no way from premultiplied grey to colours.
         straight = image.convert("LA") if image.mode == "La" else image
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, straight.convert("RGBA")).convert("RGB")
+        ground = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        return Image.alpha_composite(ground, straight.convert("RGBA")).convert("RGB")
     return image if image.mode == "RGB" else image.convert("RGB")  # which would copy
 
 

@@ -144,7 +144,6 @@ class Backbone(nn.Module, ABC):
             plan_batch,
             policy=policy,
             kernels=(text, vision),
-            device=device,
             vision_inputs=self.vision_inputs,
         )
 
@@ -199,7 +198,6 @@ def plan_batch(
     *,
     policy: Policy,
     kernels: tuple[str, str],
-    device: torch.device,
     vision_inputs: VisionInputs,
 ) -> tuple[Plan, Mapping[str, Any]]:
     """Work out on the host what a forward pass would otherwise have to ask the device.
@@ -210,8 +208,7 @@ def plan_batch(
     Args:
         segment_lengths: (S, 3) int64, CPU.
         grids: (I, 3) int64, CPU.
-        kernels: of the language model and of the vision tower; what is prepared for them depends on
-            the kind of `device` too.
+        kernels: of the language model and of the vision tower.
 
     Returns:
         The plan of the language model, and the keywords of the vision tower, among them its own
@@ -219,7 +216,7 @@ def plan_batch(
     """
     text, vision = kernels
     found = vision_inputs(grids) if len(grids) else {}
-    return make_plan(policy, segment_lengths).to(device).prepared(text), {
-        name: value.to(device).prepared(vision) if isinstance(value, Plan) else value
+    return make_plan(policy, segment_lengths).prepared(text), {
+        name: value.prepared(vision) if isinstance(value, Plan) else value
         for name, value in found.items()
     }

@@ -212,12 +212,11 @@ def whole_images(grids: Tensor, *, merge_size: int) -> dict[str, Any]:
     Args:
         grids: (I, 3) int64 of at least one image, on the CPU.
     """
-    patches = grids.prod(1)  # of each image
-    plan = self_plan(patches)
+    plan = self_plan(grids.prod(1))
     return {
         "position_ids": torch.cat([_positions(grid, merge_size) for grid in _sizes(grids)]),
         "cu_seqlens": plan.cu_seqlens_q,
-        "max_seqlen": int(patches.max()),
+        "max_seqlen": plan.max_q,
         "plan": plan,
     }
 
@@ -233,14 +232,13 @@ def windowed_images(
     pieces = [_windows(grid, merge_size, window_size, patch_size) for grid in _sizes(grids)]
     tokens = torch.tensor([len(index) for index, _ in pieces])
     first = torch.repeat_interleave(tokens.cumsum(0) - tokens, tokens)
-    lengths = torch.cat([patches for _, patches in pieces])
-    plan = self_plan(lengths)
+    plan = self_plan(torch.cat([patches for _, patches in pieces]))
     return {
         **whole_images(grids, merge_size=merge_size),
         "window_plan": plan,
         "window_index": torch.cat([index for index, _ in pieces]) + first,
         "cu_window_seqlens": plan.cu_seqlens_q,
-        "max_window_seqlen": int(lengths.max()),
+        "max_window_seqlen": plan.max_q,
     }
 
 

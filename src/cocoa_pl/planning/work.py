@@ -73,11 +73,12 @@ def attention_work(plan: Plan, kernel: str) -> Attention:
     """What a kernel computes for a plan."""
     if kernel not in PADDING_KERNELS:
         return Attention(plan.num_scores, int(plan.cu_seqlens_q[-1]), int(plan.cu_seqlens_k[-1]))
-    rectangles = plan.padded.rectangles
+    padded = plan.prepared(kernel).padded
+    assert padded is not None
     return Attention(
-        scores=sum(r.scores for r in rectangles),
-        queries=sum(r.segments * r.queries for r in rectangles),
-        keys=sum(r.segments * r.keys for r in rectangles),
+        scores=sum(r.scores for r in padded.rectangles),
+        queries=sum(r.segments * r.queries for r in padded.rectangles),
+        keys=sum(r.segments * r.keys for r in padded.rectangles),
     )
 
 
