@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from cocoa_pl.errors import UserError
 log = logging.getLogger(__name__)
 
 Ints = NDArray[np.int64]
+Grid = tuple[int, int, int]  # frames x height x width of an image in patches
 
 SPECIAL, TEXT, VISUAL = range(3)  # kinds of tokens
 # Of a visual token beyond a text token: the vision tower computes for its four patches. On
@@ -51,7 +52,7 @@ class Sample:
     position_ids: Ints  # (3, t), M-RoPE: temporal, height, width
     segment_lengths: tuple[int, int, int]
     patches: NDArray[np.uint8]  # (p, B), one frame
-    grids: tuple[tuple[int, int, int], ...]  # of each image: frames x height x width in patches
+    grids: tuple[Grid, ...]  # of each image
     key: int  # identity of the content: equal items share it
     row_id: str
     role: int = 0  # in its row: 0 query (or the only sample), 1 positive, 2 and more hard negatives
@@ -76,7 +77,7 @@ class Batch:
     """Samples packed end to end in a row of T tokens, no padding, with everything that a step
     reads.
 
-    `to` moves what the model reads; the fields under "host" stay on the CPU.
+    `to` moves what the model reads; what follows "On the host" stays on the CPU.
     """
 
     input_ids: Tensor  # (T) int64
@@ -90,7 +91,7 @@ class Batch:
     patch_places: Tensor  # (N) int64, the same among visual tokens
     plan: Plan  # who attends to whom
     vision: Mapping[str, Any]  # keywords of the vision tower; empty without images
-    # host
+    # On the host:
     segment_lengths: Tensor  # (S, 3) int64
     grids: Tensor  # (I, 3) int64
     keys: Tensor  # (S) int64
@@ -123,14 +124,11 @@ class Batch:
 
     def _with(self, change: Callable[..., Tensor], *arguments: Any) -> Batch:
         """The same batch with other tensors for the model, those of plans included."""
-        moved = {name: getattr(self, name) for name in _MOVED}
+        moved = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _HOST}
         return replace(self, **apply_to_collection(moved, Tensor, change, *arguments))
 
 
-_MOVED = (
-    *("input_ids", "position_ids", "patches", "visual_rows", "bottleneck_rows"),
-    *("token_rows", "targets", "patch_rows", "patch_places", "plan", "vision"),
-)
+_HOST = ("segment_lengths", "grids", "keys", "roles", "places")
 
 
 def pack(

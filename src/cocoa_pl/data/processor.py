@@ -9,14 +9,14 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL.Image import Image, Resampling
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-from cocoa_pl.data.batch import SPECIAL, TEXT, VISUAL, Ints, Sample
+from cocoa_pl.data.batch import SPECIAL, TEXT, VISUAL, Grid, Ints, Sample
 from cocoa_pl.data.images import open_image
 from cocoa_pl.data.items import IMAGE_SLOT, Item
 from cocoa_pl.errors import UserError
@@ -30,6 +30,14 @@ MAX_KNOWN_TOKENS = 1 << 21
 # transformers sets up a fast tokenizer anew before every call, and Rust refuses ("Already
 # borrowed") while another thread is inside.
 _one_at_a_time = threading.Lock()
+
+
+class _Patches(NamedTuple):
+    """One image."""
+
+    patches: NDArray[np.uint8]  # (p, B), in the order of the vision tower
+    grid: Grid
+    num_tokens: int
 
 
 class Processor:
@@ -122,30 +130,28 @@ class Processor:
 
         ids: list[int] = []
         kinds: list[int] = []
-        spans: list[int | tuple[int, int, int]] = []  # runs of text and grids, for positions
-        run = 0
+        spans: list[int | Grid] = []
         for part in parts:
             if isinstance(part, _Patches):
                 count = part.num_tokens
                 ids += [self.vision_start_id, *[self.image_id] * count, self.vision_end_id]
                 kinds += [SPECIAL, *[VISUAL] * count, SPECIAL]
-                spans += [run + 1, part.grid]
-                run = 1
+                spans += [1, part.grid, 1]
             else:
                 ids += part
                 kinds += [TEXT] * len(part)
-                run += len(part)
+                spans.append(len(part))
         segment_lengths = (len(ids), 1, len(target_ids))
         ids += [self.eos_id, *target_ids]
         kinds += [SPECIAL, *[TEXT] * len(target_ids)]
-        spans.append(run + 1 + len(target_ids))
-        nothing = np.empty((0, self.patch_values), np.uint8)
+        spans.append(1 + len(target_ids))
+        no_patches = np.empty((0, self.patch_values), np.uint8)
         return Sample(
             input_ids=np.array(ids),
             kinds=np.array(kinds, np.uint8),
             position_ids=mrope_positions(spans, merge_size=self.merge_size),
             segment_lengths=segment_lengths,
-            patches=np.concatenate([image.patches for image in images]) if images else nothing,
+            patches=np.concatenate([no_patches, *(image.patches for image in images)]),
             grids=tuple(image.grid for image in images),
             key=key,
             row_id=row_id,
@@ -170,15 +176,13 @@ class Processor:
             with _one_at_a_time:
                 encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)
                 known = tuple(encoded.input_ids)
-                self._remember(text, known)
+                self._known_tokens += len(known)
+                is_full = len(self._known_texts) >= MAX_KNOWN_TEXTS
+                if is_full or self._known_tokens > MAX_KNOWN_TOKENS:
+                    self._known_texts.clear()
+                    self._known_tokens = len(known)
+                self._known_texts[text] = known
         return list(known)
-
-    def _remember(self, text: str, tokens: tuple[int, ...]) -> None:
-        self._known_tokens += len(tokens)
-        if len(self._known_texts) >= MAX_KNOWN_TEXTS or self._known_tokens > MAX_KNOWN_TOKENS:
-            self._known_texts.clear()
-            self._known_tokens = len(tokens)
-        self._known_texts[text] = tokens
 
     def _truncated(
         self, parts: Sequence[list[int] | _Patches], target: list[int], budget: int, row_id: str
@@ -204,8 +208,7 @@ class Processor:
             if isinstance(part, list):
                 cut = min(excess, len(part))
                 part, excess = part[: len(part) - cut], excess - cut
-            if isinstance(part, _Patches) or part:
-                kept.append(part)
+            kept.append(part)
         return kept[::-1], target
 
     def _patches(self, image: Image) -> _Patches:
@@ -218,23 +221,12 @@ class Processor:
         )
         patches = cut(resized, patch_size=self.patch_size, merge_size=self.merge_size)
         grid = (1, resized.height // self.patch_size, resized.width // self.patch_size)
-        return _Patches(patches, grid, self.merge_size)
+        return _Patches(patches, grid, len(patches) // self.merge_size**2)
 
 
-class _Patches:
-    """One image: (p, B) uint8 patches in the order of the vision tower, and its grid."""
-
-    def __init__(
-        self, patches: NDArray[np.uint8], grid: tuple[int, int, int], merge_size: int
-    ) -> None:
-        self.patches = patches
-        self.grid = grid
-        self.num_tokens = len(patches) // merge_size**2
-
-
-def mrope_positions(spans: Sequence[int | tuple[int, int, int]], *, merge_size: int) -> Ints:
-    """Positions of one sample whose parts are runs of text (their length) and images (their grid in
-    patches): M-RoPE (Qwen2-VL, arXiv 2409.12191).
+def mrope_positions(spans: Sequence[int | Grid], *, merge_size: int) -> Ints:
+    """Positions of one sample whose parts are runs of text (their length) and images (their grid):
+    M-RoPE (Qwen2-VL, arXiv 2409.12191).
 
     Text advances all three axes together; an image's tokens share the temporal index and count rows
     and columns; what follows starts behind the larger side of the image. Equals `get_rope_index` of

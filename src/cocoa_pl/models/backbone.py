@@ -140,12 +140,8 @@ class Backbone(nn.Module, ABC):
             chosen(self.kernel, device=device, dtype=self.compute_dtype, head_width=width)
             for width in self.head_widths
         )
-        return partial(
-            plan_batch,
-            policy=policy,
-            kernels=(text, vision),
-            vision_inputs=self.vision_inputs,
-        )
+        kernels, vision_inputs = (text, vision), self.vision_inputs
+        return partial(plan_batch, policy=policy, kernels=kernels, vision_inputs=vision_inputs)
 
     @abstractmethod
     def forward(self, batch: Batch, pixels: Tensor | None = None) -> Tensor:
@@ -164,18 +160,11 @@ class Backbone(nn.Module, ABC):
         """Feed packed states through such a layer: (T, D) -> (T, D)."""
 
     def pixels(self, batch: Batch) -> Tensor:
-        """uint8 patches to normalised floats on the device, bit-equal to the image processor: (P,
-        B).
-        """
+        """The batch's bytes as normalised floats (P, B), bit-equal to the image processor's."""
         channels, levels = self.byte_values.shape
-        count, size = batch.patches.shape
-        flat = batch.patches.view(count, channels, size // channels).int()
-        row = torch.arange(channels, device=self.device, dtype=torch.int32)[:, None] * levels
-        return (
-            self.byte_values.flatten()
-            .index_select(0, (flat + row).flatten())
-            .view_as(batch.patches)
-        )
+        first = torch.arange(channels, device=self.device, dtype=torch.int32)[:, None] * levels
+        places = batch.patches.unflatten(1, (channels, -1)).int() + first  # (P, C, values)
+        return self.byte_values.flatten().index_select(0, places.flatten()).view_as(batch.patches)
 
     def vocabulary(self, hidden: Tensor) -> Tensor:
         """Logits of chosen states: (M, D) -> (M, V)."""

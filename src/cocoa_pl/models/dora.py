@@ -1,4 +1,4 @@
-"""peft's DoRA layers in; the same layers with less work for the same outputs out.
+"""peft's DoRA layers with less work for the same outputs.
 
 DoRA (arXiv 2402.09353) divides by the row norms of W + s B A, held constant in the backward pass
 (its section 4.3). peft rebuilds B A from an identity matrix, and the norm with it, in every forward
@@ -55,7 +55,10 @@ class LeanDora(DoraLinearLayer):
                 base layer got (dropout).
         """
         weight = base_layer.weight
-        norm = self._norm(weight, lora_A.weight, lora_B.weight, scaling)
+        norm = self._shared
+        if norm is None:
+            norm = row_norms(weight, lora_A.weight, lora_B.weight, scaling)  # (out)
+            self._shared = norm if self._sharing else None
         ratio = self.weight / norm
         if base_result is None:
             # Under autocast the product casts by itself: no float32 copy of a half-precision base.
@@ -64,15 +67,6 @@ class LeanDora(DoraLinearLayer):
         elif base_layer.bias is not None:
             base_result = base_result - base_layer.bias
         return (ratio - 1) * base_result + ratio * lora_B(lora_A(x)) * scaling
-
-    def _norm(self, weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
-        """(out)."""
-        if self._shared is not None:
-            return self._shared
-        norm = row_norms(weight, a, b, scaling)
-        if self._sharing:
-            self._shared = norm
-        return norm
 
 
 class BaseWithoutDropout(DoraLinearVariant):

@@ -24,10 +24,8 @@ from transformers.vision_utils import (
 )
 
 from cocoa_pl.attention import VISION_ATTENTION, self_plan
-from cocoa_pl.data.batch import Batch
+from cocoa_pl.data.batch import Batch, Grid
 from cocoa_pl.models.backbone import Backbone, VisionInputs
-
-Grid = tuple[int, int, int]  # frames x height x width of an image in patches
 
 MAX_KNOWN_GRIDS = 1024  # images of a batch share few sizes
 
