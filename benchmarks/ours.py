@@ -24,13 +24,8 @@ def wrapped(
     shape: Shape, *, image_processor: Any, kernel: str, device: torch.device, dtype: torch.dtype
 ) -> Backbone:
     """A backbone with the weights that `stock_model` gives the peer."""
-    backbone = Qwen2VLBackbone(
-        stock_model(shape, attention=TEXT_ATTENTION, device=device, dtype=dtype),
-        kernel=kernel,
-        image_mean=list(image_processor.image_mean),
-        image_std=list(image_processor.image_std),
-        rescale_factor=float(image_processor.rescale_factor),
-    )
+    model = stock_model(shape, attention=TEXT_ATTENTION, device=device, dtype=dtype)
+    backbone = Qwen2VLBackbone(model, image_processor, kernel=kernel)
     return backbone.to(device)
 
 

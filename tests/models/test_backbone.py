@@ -219,6 +219,4 @@ def test_batch_without_images_leaves_the_vision_tower_without_gradients(
 
 def test_unknown_kernel_is_refused_by_name(loaded: Loaded) -> None:
     with pytest.raises(ValueError, match=r"unknown attention kernel 'fast'.*sdpa"):
-        type(loaded.backbone)(
-            loaded.backbone.model, kernel="fast", image_mean=[0], image_std=[1], rescale_factor=1.0
-        )
+        type(loaded.backbone)(loaded.backbone.model, loaded.image_processor, kernel="fast")

@@ -42,13 +42,7 @@ def shallow(name: str) -> Any:
 
 def wrapped(stock: Any) -> Backbone:
     family = FAMILIES[stock.config.model_type]
-    return family(
-        stock,
-        kernel="sdpa",
-        image_mean=[0.5] * 3,
-        image_std=[0.5] * 3,
-        rescale_factor=1 / 255,
-    )
+    return family(stock, family.image_processor(), kernel="sdpa")
 
 
 def sample(patch_size: int) -> Sample:

@@ -205,9 +205,7 @@ def _backbone(
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
-    backbone = FAMILIES[family](
-        model, kernel="sdpa", image_mean=[0.5] * 3, image_std=[0.5] * 3, rescale_factor=1 / 255
-    )
+    backbone = FAMILIES[family](model, FAMILIES[family].image_processor(), kernel="sdpa")
     chosen = ADAPTERS[adapter]
     if chosen is None:
         return FullTuning()(backbone)

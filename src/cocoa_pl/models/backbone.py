@@ -4,7 +4,6 @@ unit embeddings.
 
 from __future__ import annotations
 
-import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -18,8 +17,6 @@ from cocoa_pl.attention import Plan, Policy, make_plan
 from cocoa_pl.attention.kernels import KERNELS, chosen
 from cocoa_pl.data.batch import Batch, PlanBatch
 from cocoa_pl.errors import UserError
-
-log = logging.getLogger(__name__)
 
 # Grids (I, 3) of at least one image -> keywords of the family's vision tower: tensors and plans on
 # the CPU, and numbers.
@@ -36,13 +33,12 @@ class NoVocabularyHead(nn.Module):
 
 
 class Backbone(nn.Module, ABC):
-    """What every family shares; a family says how its stock model is fed (see `qwen2_vl.py`).
+    """What every family shares; a family says how its stock model is fed (see `qwen_vl.py`).
 
     Args:
         model: a stock generative vision-language model, possibly with peft adapters inside.
         kernel: attention kernel, a name in `attention.kernels.KERNELS`.
-        image_mean, image_std: pixel statistics of the model's image processor.
-        rescale_factor: what its image processor multiplies uint8 pixels by.
+        image_processor: the model's own, which says how bytes become floats.
     """
 
     # The family's image processor on PIL; in older transformers 5 the automatic choice asks for
@@ -51,27 +47,19 @@ class Backbone(nn.Module, ABC):
 
     byte_values: Tensor
 
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        kernel: str,
-        image_mean: list[float],
-        image_std: list[float],
-        rescale_factor: float,
-    ) -> None:
+    def __init__(self, model: nn.Module, image_processor: Any, *, kernel: str) -> None:
         super().__init__()
         if kernel not in KERNELS:
             raise ValueError(f"unknown attention kernel {kernel!r}; there are {sorted(KERNELS)}")
-        log.info("attention kernel: %s", kernel)
         self.model = model
         self.kernel = kernel
         # Of matrix products; what trains is kept in float32 all the same (see `adapters.py`).
         self.compute_dtype: torch.dtype = self.stock.dtype
+        self.merge_size: int = image_processor.merge_size  # patches of a visual token's side
         # A byte has 256 values: the image processor's own arithmetic, done once for all pixels to
         # come.
-        scaled = (torch.arange(256).double() * rescale_factor).float()
-        mean, std = torch.tensor(image_mean)[:, None], torch.tensor(image_std)[:, None]
+        scaled = (torch.arange(256).double() * image_processor.rescale_factor).float()
+        mean, std = torch.tensor([image_processor.image_mean, image_processor.image_std])[..., None]
         self.register_buffer("byte_values", (scaled - mean) / std, persistent=False)  # (C, 256)
 
     @property
@@ -80,13 +68,8 @@ class Backbone(nn.Module, ABC):
         return getattr(self.model, "get_base_model", lambda: self.model)()
 
     @property
-    @abstractmethod
-    def merge_size(self) -> int:
-        """A visual token is merge_size x merge_size patches."""
-
-    @property
-    @abstractmethod
-    def hidden_size(self) -> int: ...
+    def hidden_size(self) -> int:
+        return int(self.stock.config.get_text_config().hidden_size)
 
     @property
     def blocks(self) -> list[nn.Module]:

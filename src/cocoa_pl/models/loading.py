@@ -130,15 +130,8 @@ def load(folder: Path, *, kernel: str, dtype: str, gradient_checkpointing: bool)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
-    image_processor = inputs.image_processor
-    backbone = inputs.family(
-        model,
-        kernel=kernel,
-        image_mean=list(image_processor.image_mean),
-        image_std=list(image_processor.image_std),
-        rescale_factor=float(image_processor.rescale_factor),
-    )
-    return Loaded(backbone, inputs.tokenizer, image_processor, folder)
+    backbone = inputs.family(model, inputs.image_processor, kernel=kernel)
+    return Loaded(backbone, inputs.tokenizer, inputs.image_processor, folder)
 
 
 def load_inputs(folder: Path) -> Inputs:

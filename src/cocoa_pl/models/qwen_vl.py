@@ -39,8 +39,8 @@ class QwenVLBackbone(Backbone):
 
     image_processor = Qwen2VLImageProcessorPil
 
-    def __init__(self, model: nn.Module, **kwargs: Any) -> None:
-        super().__init__(model, **kwargs)
+    def __init__(self, model: nn.Module, image_processor: Any, *, kernel: str) -> None:
+        super().__init__(model, image_processor, kernel=kernel)
         # Set after construction: a name with "flash" in it at construction makes transformers look
         # for a kernel.
         self.stock.model.visual.config._attn_implementation = VISION_ATTENTION
@@ -53,14 +53,6 @@ class QwenVLBackbone(Backbone):
             vision: the stock tower's output.
         """
         return {}
-
-    @property
-    def merge_size(self) -> int:
-        return int(self.stock.config.vision_config.spatial_merge_size)
-
-    @property
-    def hidden_size(self) -> int:
-        return int(self.stock.config.text_config.hidden_size)
 
     @property
     def head_widths(self) -> tuple[int, int]:
@@ -127,8 +119,8 @@ class Qwen2VLBackbone(QwenVLBackbone):
 class Qwen25VLBackbone(QwenVLBackbone):
     """A stock `Qwen2_5_VLForConditionalGeneration`."""
 
-    def __init__(self, model: nn.Module, **kwargs: Any) -> None:
-        super().__init__(model, **kwargs)
+    def __init__(self, model: nn.Module, image_processor: Any, *, kernel: str) -> None:
+        super().__init__(model, image_processor, kernel=kernel)
         visual = self.stock.model.visual
         for rank, block in enumerate(visual.blocks):
             if rank not in visual.fullatt_block_indexes:
@@ -141,7 +133,7 @@ class Qwen25VLBackbone(QwenVLBackbone):
         config = self.stock.config.vision_config
         return partial(
             windowed_images,
-            merge_size=config.spatial_merge_size,
+            merge_size=self.merge_size,
             window_size=config.window_size,
             patch_size=config.patch_size,
         )
@@ -154,8 +146,8 @@ class Qwen3VLBackbone(QwenVLBackbone):
     layer; here hooks add them at rows that the host knows.
     """
 
-    def __init__(self, model: nn.Module, **kwargs: Any) -> None:
-        super().__init__(model, **kwargs)
+    def __init__(self, model: nn.Module, image_processor: Any, *, kernel: str) -> None:
+        super().__init__(model, image_processor, kernel=kernel)
         stock = self.stock.model
         count = len(stock.visual.deepstack_visual_indexes)
         for rank, layer in enumerate(stock.language_model.layers[:count]):
