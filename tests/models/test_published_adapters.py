@@ -184,7 +184,7 @@ def repeat_current(weights: dict[str, Tensor]) -> None:
 DAMAGES: dict[str, tuple[Change, str]] = {
     "a missing matrix": (
         lambda w: w.pop(f"{V}.lora_B.weight"),
-        rf"misses {re.escape(current(V))}\.lora_B",
+        rf"misses {re.escape(V)}\.lora_B",
     ),
     "a layer too many": (
         lambda w: w.update(
@@ -198,11 +198,11 @@ DAMAGES: dict[str, tuple[Change, str]] = {
     ),
     "the same layer twice": (
         repeat_current,
-        "holds weights twice, under their older and their current names",
+        rf"holds {re.escape(current(V))}\.lora_A\.weight, which target_modules does not ask for",
     ),
     "another size": (
         lambda w: w.update({f"{V}.lora_A.weight": torch.ones(2, 33)}),
-        rf"size mismatch for {re.escape(current(V))}\.lora_A.*\[2, 33\].*\[2, 32\].* is its base",
+        rf"size mismatch for {re.escape(V)}\.lora_A.*\[2, 33\].*\[2, 32\].* is its base",
     ),
     "an untrained one": (zero, "was never trained: all lora_B are zero"),
     "values that are none": (
@@ -231,7 +231,8 @@ def test_what_does_not_fit_is_refused_by_name(damage: str, folder: Path, tiny_fo
         ("ensure_weight_tying", True, "ensure_weight_tying=True is not understood"),
         ("layer_replication", [[0, 2], [1, 2]], "layer_replication=.* is not understood"),
         ("invented_later", {"a": 1}, "invented_later=.* is not understood"),
-        ("target_modules", None, "target_modules matches no module of the model"),
+        ("target_modules", None, r"adapter_config\.json: .*target_modules"),
+        ("target_modules", ["nothing"], r"adapter_config\.json: .*nothing.* not found in the base"),
         ("target_modules", [*TARGETS, "k_proj"], r"misses .*k_proj.*, which target_modules asks"),
     ],
 )

@@ -10,16 +10,14 @@ import json
 import logging
 import pickle
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import peft
 import torch
 from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
-from peft.utils.other import get_pattern_key
 from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dict
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -32,7 +30,8 @@ from cocoa_pl.models.loading import ADAPTER_CONFIG, Loaded, load
 
 log = logging.getLogger(__name__)
 
-_PREFIX = "base_model.model."  # of names in a file of peft
+# Of weights in a file of peft, since transformers 4.52.
+_CURRENT_NAMES = r"base_model\.model\.(model\.(language_model|visual)|lm_head)\."
 # Fields of adapter_config.json that change nothing here or are obeyed; any other must say nothing.
 _UNDERSTOOD = {
     *("peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path"),
@@ -231,9 +230,24 @@ def load_adapter(
     config, weights = read_config(folder), _read_weights(folder)
     check_trained(weights, where=folder)
     loaded = load(base, kernel=kernel, dtype=dtype, gradient_checkpointing=gradient_checkpointing)
-    backbone = loaded.backbone
-    config = _for_model(config, backbone.model, weights, where=folder)
-    adapted: Any = peft.get_peft_model(backbone.model, config)
+    model: Any = loaded.backbone.model
+    if not all(re.match(_CURRENT_NAMES, name) for name in weights):
+        # By their names until transformers 4.51: modules are adapted and merged in place.
+        inner = model.model
+        layout = {"model": inner.language_model, "visual": inner.visual, "lm_head": model.lm_head}
+        model = nn.ModuleDict(layout)
+    config = dataclasses.replace(
+        config,
+        base_model_name_or_path=None,  # it may be a copy of it
+        task_type=None,
+        modules_to_save=None,
+        init_lora_weights=True,
+        inference_mode=False,
+    )
+    try:
+        adapted: Any = peft.get_peft_model(model, config)
+    except ValueError as error:
+        raise UserError(f"{folder / ADAPTER_CONFIG}: {first_line(error)}") from error
     # peft drops weights that have no place, and leaves places without weights as they were made.
     try:
         loading: Any = set_peft_model_state_dict(adapted, weights)
@@ -246,10 +260,10 @@ def load_adapter(
     if extra := sorted(loading.unexpected_keys):
         raise UserError(f"{folder} holds {extra[0]}, which target_modules does not ask for")
     try:
-        backbone.model = adapted.merge_and_unload(safe_merge=True)
+        adapted.merge_and_unload(safe_merge=True)
     except ValueError as error:  # NaN
         raise UserError(f"{folder} cannot be merged: {error}") from error
-    backbone.model.requires_grad_(True)  # as a model that was just loaded
+    loaded.backbone.model.requires_grad_(True)  # as a model that was just loaded
     log.info("%s was merged into %s", folder, base)
     return dataclasses.replace(loaded, folder=folder)
 
@@ -284,11 +298,7 @@ def read_config(folder: Path) -> peft.LoraConfig:
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
-    """`adapter_model.safetensors`, or the `.bin` of older releases, under the model's own names.
-
-    Until transformers 4.51 these were `model.layers.0` and `visual.blocks.0`; since then they are
-    `model.language_model.layers.0` and `model.visual.blocks.0`.
-    """
+    """`adapter_model.safetensors`, or the `.bin` of older releases."""
     names = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
     if not any((folder / name).is_file() for name in names):  # peft would ask the hub for them
         raise UserError(f"{folder} holds an adapter's config and neither {' nor '.join(names)}")
@@ -298,56 +308,4 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
         raise UserError(f"{folder}: its weights cannot be loaded: {first_line(error)}") from error
     if foreign := sorted(name for name in found if ".lora_" not in name):
         raise UserError(f"{folder}: {foreign[0]} belongs to no LoRA or DoRA layer")
-    current = {}
-    for name, weight in found.items():
-        name = re.sub(rf"^{_PREFIX}visual\.", f"{_PREFIX}model.visual.", name)
-        text = rf"^{_PREFIX}model\.(?!language_model\.|visual\.)"
-        current[re.sub(text, f"{_PREFIX}model.language_model.", name)] = weight
-    if len(current) < len(found):
-        raise UserError(f"{folder} holds weights twice, under their older and their current names")
-    return current
-
-
-def _older(module: str) -> str:
-    """A module's name in the older layout."""
-    module = re.sub(r"^model\.visual\.", "visual.", module)
-    return re.sub(r"^model\.language_model\.", "model.", module)
-
-
-def _for_model(
-    config: peft.LoraConfig, model: nn.Module, weights: Iterable[str], *, where: Path
-) -> peft.LoraConfig:
-    """The config with modules by their full names, each with its own rank and scale: what a
-    published one says may be meant for names of the older layout.
-    """
-    in_file = {name.removeprefix(_PREFIX).partition(".lora_")[0] for name in weights}
-    names = [name for name, _ in model.named_modules()] if config.target_modules else []
-    as_meant = [
-        {name for name in names if check_target_module_exists(config, rename(name))}
-        for rename in (str, _older)
-    ]
-    targets = sorted(max(as_meant, key=lambda modules: len(in_file.intersection(modules))))
-    if not targets:
-        raise UserError(f"{where / ADAPTER_CONFIG}: target_modules matches no module of the model")
-
-    def each(patterns: dict[str, int] | None, default: int) -> dict[str, int]:
-        known = patterns or {}
-        found = dict.fromkeys(targets, default)
-        for name in targets:
-            for called in (name, _older(name)):
-                found[name] = known.get(get_pattern_key(list(known), called), found[name])
-        return {re.escape(name): value for name, value in found.items()}
-
-    return dataclasses.replace(
-        config,
-        base_model_name_or_path=None,  # it may be a copy of it
-        target_modules=targets,
-        rank_pattern=each(config.rank_pattern, config.r),
-        alpha_pattern=each(config.alpha_pattern, config.lora_alpha),
-        exclude_modules=None,
-        layers_to_transform=None,
-        layers_pattern=None,
-        modules_to_save=None,
-        init_lora_weights=True,
-        inference_mode=False,
-    )
+    return found
