@@ -75,16 +75,6 @@ def test_strings_dicts_and_items_mean_the_same(embedder: Embedder, picture: Imag
     assert np.abs(shown[0] - texts[0]).max() > 1e-3
 
 
-def test_vectors_of_a_shuffled_series_are_in_its_order(embedder: Embedder) -> None:
-    pandas = pytest.importorskip("pandas")
-    series = pandas.Series(["a red dog", "two boats", "one sofa"]).iloc[[2, 0, 1]]
-    expected = embedder.encode(["one sofa", "a red dog", "two boats"])
-    np.testing.assert_array_equal(embedder.encode(series), expected)
-    np.testing.assert_array_equal(embedder.encode(text for text in series), expected)
-    ((places, vectors),) = embedder.stream(series[series != "one sofa"])
-    np.testing.assert_allclose(vectors, expected[1:][places], atol=1e-6)
-
-
 def test_an_instruction_comes_before_the_words(embedder: Embedder, picture: Image.Image) -> None:
     values = ["two boats", {"text": "two boats", "image": picture}, {"image": [picture] * 2}]
     plain, instructed = embedder.encode(values), embedder.encode(values, instruction="Find it:")

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
 from PIL import Image
 
 from cocoa_pl.data import digit_scenes as scenes
@@ -16,7 +15,6 @@ from cocoa_pl.data.digits import DigitsBenchmark, DigitsData
 from cocoa_pl.data.items import GROUPS, IMAGE_SLOT, EvalSubset, Item
 from cocoa_pl.errors import UserError
 
-ROOT = Path(__file__).parents[2]
 WORDS = {word: digit for digit, word in enumerate(scenes.DIGIT_WORDS)}
 
 
@@ -366,10 +364,3 @@ def test_held_out_questions_ask_for_held_out_neighbours(subsets: dict[str, EvalS
     for index, row in zip(subset.query_index, subset.candidate_index, strict=True):
         left = WORDS[subset.queries[index].plain_text.rstrip("?").rpartition(" ")[2]]
         assert (left, WORDS[subset.candidates[int(row[0])].text]) in HELD_OUT_PAIRS
-
-
-def test_configs_name_every_argument_and_nothing_else() -> None:
-    for file, kind in (("data/digits", DigitsData), ("benchmark/digits", DigitsBenchmark)):
-        config = yaml.safe_load((ROOT / "conf" / f"{file}.yaml").read_text())
-        assert config.pop("_target_") == f"{kind.__module__}.{kind.__name__}"
-        kind(**config)

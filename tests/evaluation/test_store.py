@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from cocoa_pl.data.items import IMAGE_SLOT, Item
@@ -155,17 +154,6 @@ def test_files_swapped_for_each_other_are_other_vectors(tmp_path: Path) -> None:
     second.rename(first)
     (tmp_path / "3.png").rename(second)
     assert not np.isin(cache_keys(items), before).any()
-
-
-def test_pictures_of_the_same_bytes_have_different_keys() -> None:
-    """In another shape, or with other colours of their palette."""
-    flat, tall = (Image.new("RGB", size, "white") for size in ((4, 2), (2, 4)))
-    red, blue = Image.new("P", (2, 2)), Image.new("P", (2, 2))
-    red.putpalette([255, 0, 0])
-    blue.putpalette([0, 0, 255])
-    keys = {Item(IMAGE_SLOT, (image,)).key for image in (flat, tall, red, blue)}
-    assert len(keys) == 4
-    assert Item(IMAGE_SLOT, (flat.copy(),)).key in keys
 
 
 def test_only_files_have_a_state(tmp_path: Path) -> None:
