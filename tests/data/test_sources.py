@@ -117,7 +117,7 @@ def test_repeated_rows_are_left_out_and_counted(
     write(tmp_path, "A", [row(0), row(1), row(0), row(1), row(0, pos_text="another"), row(0)])
     with caplog.at_level(logging.INFO):
         assert names(mmeb()) == ["A row 0", "A row 1", "A row 4"]
-    assert "left out 3 repeated row(s): A row 2 as A row 0; A row 3 as A row 1;" in caplog.text
+    assert "skipped 3 repeated row(s): A row 2 as A row 0; A row 3 as A row 1;" in caplog.text
 
 
 def test_arrays_of_a_folder_are_subsets(tmp_path: Path, pair_source: MakeSource) -> None:

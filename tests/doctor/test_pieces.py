@@ -156,15 +156,15 @@ def test_a_row_error_is_taken_apart(
 def test_row_errors_are_collected_once_and_do_not_reach_the_log(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    from cocoa_pl.data.rows import log_skipped
+    from cocoa_pl.data.rows import log_left_out
 
     findings = Findings()
     messages = [f"Set row {number}: wrong" for number in range(5)]
     with collect_row_errors(findings, part="train"):
-        log_skipped(messages, source="Set")
+        log_left_out(messages, source="Set", kind="bad")
     assert caplog.records == []
     assert [finding.message for finding in findings.kept("bad_row")] == messages
-    log_skipped(messages, source="Set")
+    log_left_out(messages, source="Set", kind="bad")
     assert len(caplog.records) == 1
     assert findings.count("bad_row") == 5
 

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from cocoa_pl.data.images import embedded
 from cocoa_pl.data.items import PLACEHOLDER, EvalSubset, Item
 from cocoa_pl.data.readers import find_files
-from cocoa_pl.data.rows import OnBadRow, log_skipped, make_item
+from cocoa_pl.data.rows import OnBadRow, log_left_out, make_item
 from cocoa_pl.errors import UserError
 
 
@@ -225,7 +225,7 @@ def read_eval_subset(
         row_ids.append(row_id)
         query_index.append(queries.numbers(query))
         candidate_index.append(candidates.numbers(targets))
-    log_skipped(skipped, source=subset)
+    log_left_out(skipped, source=subset, kind="bad")
     if not row_ids:
         raise UserError(f"{subset}: no usable row in {root / subset} ({len(skipped)} skipped)")
     return EvalSubset(

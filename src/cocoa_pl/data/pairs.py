@@ -21,7 +21,7 @@ import xxhash
 
 from cocoa_pl.data.items import IMAGE_SLOT, Item, Pair
 from cocoa_pl.data.readers import as_row, open_file
-from cocoa_pl.data.rows import RowFormat, log_repeated, log_skipped
+from cocoa_pl.data.rows import RowFormat, log_left_out
 from cocoa_pl.errors import UserError
 
 _BLOCK = 100  # rows in memory together; they may hold images
@@ -246,14 +246,15 @@ def read(parts: Sequence[FileRows], *, source: str) -> Pairs:
         for row in np.flatnonzero(~is_new).tolist()
     ]
     if form.repeated == "drop":
-        log_repeated([f"{row} as {earlier}" for row, earlier in again], source=source)
+        left_out = [f"{row} as {earlier}" for row, earlier in again]
+        log_left_out(left_out, source=source, kind="repeated")
     for row, earlier in again if form.repeated == "bad" else ():
         skipped.append(
             f"{row}: same query and positive as {earlier}; remove one, or set on_bad_row=skip"
         )
         if form.on_bad_row == "fail":
             raise UserError(skipped[-1])
-    log_skipped(skipped, source=source)
+    log_left_out(skipped, source=source, kind="bad")
     if not pairs:
         raise UserError(f"{source}: no usable row ({len(skipped)} skipped); training needs data")
     return pairs.select(is_new)

@@ -210,31 +210,17 @@ def _medium(value: Any, root: Path, *, where: str, role: str, is_known: bool) ->
     return resolve_image(value, root=root, where=f"{where}, {role}")
 
 
-def log_skipped(messages: list[str], *, source: str) -> None:
-    """One warning for all rows skipped in `source`, with the first few spelt out."""
+def log_left_out(messages: list[str], *, source: str, kind: Literal["bad", "repeated"]) -> None:
+    """One line for all rows of `source` that cannot be used, or that repeat another, with the first
+    few spelt out.
+    """
     if messages:
-        # All of them, for a listener such as `cocoa doctor`.
-        extra = {"skipped": messages}
-        log.warning(
-            "%s: skipped %d bad row(s): %s", source, len(messages), _shown(messages), extra=extra
+        shown = "; ".join(messages[:_SHOWN_ROWS]) + ("; ..." if messages[_SHOWN_ROWS:] else "")
+        log.log(
+            logging.WARNING if kind == "bad" else logging.INFO,
+            *("%s: skipped %d %s row(s): %s", source, len(messages), kind, shown),
+            extra={kind: messages},  # all of them, for a listener such as `cocoa doctor`
         )
-
-
-def log_repeated(messages: list[str], *, source: str) -> None:
-    """One line for all rows of `source` that were left out because they repeat another."""
-    if messages:
-        extra = {"repeated": messages}
-        log.info(
-            "%s: left out %d repeated row(s): %s",
-            source,
-            len(messages),
-            _shown(messages),
-            extra=extra,
-        )
-
-
-def _shown(messages: Sequence[str]) -> str:
-    return "; ".join(messages[:_SHOWN_ROWS]) + ("; ..." if messages[_SHOWN_ROWS:] else "")
 
 
 def _negatives(

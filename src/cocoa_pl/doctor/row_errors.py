@@ -1,7 +1,7 @@
 """Row errors of the training readers, as findings.
 
 The rules for rows live in the readers alone. With `on_bad_row=skip` they log each error in a
-record's `skipped` (and left-out repetitions in `repeated`); a handler collects and sorts them.
+record's `bad` (and left-out repetitions in `repeated`); a handler collects and sorts them.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class RowErrorHandler(logging.Handler):
         self.part = part
 
     def emit(self, record: logging.LogRecord) -> None:
-        for message in record.__dict__.get("skipped", ()):
+        for message in record.__dict__.get("bad", ()):
             self.findings.add(as_finding(message, part=self.part))
         for message in record.__dict__.get("repeated", ()):
             row_id, _, first = message.partition(" as ")
