@@ -135,7 +135,7 @@ def test_adapters_on_another_base_are_refused(load_tiny: LoadTiny) -> None:
     checkpoint.check_base({"cocoa": {}}, base, where="an older one")
 
 
-def test_no_checkpoint_is_said_by_path(tmp_path: Path) -> None:
+def test_a_missing_checkpoint_is_named_by_path(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"there is no checkpoint .*none\.ckpt"):
         checkpoint.read(tmp_path / "none.ckpt")
 
@@ -150,7 +150,7 @@ def test_no_checkpoint_is_said_by_path(tmp_path: Path) -> None:
     ],
     ids=["empty", "text", "half", "zeros inside"],
 )
-def test_a_damaged_checkpoint_is_said_by_path(
+def test_a_damaged_checkpoint_is_named_by_path(
     damage: Callable[[bytes], bytes], tmp_path: Path
 ) -> None:
     path = tmp_path / "last.ckpt"

@@ -88,7 +88,7 @@ def run(
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, small: list[str]) -> tuple[Path, Ended]:
-    """The whole recipe in a process of its own: its run folder, and what it said."""
+    """The whole recipe in a process of its own: its run folder, and its output."""
     folder = tmp_path_factory.mktemp("finished")
     ended = command("train.py", *small, "hydra.run.dir=run", cwd=folder)
     assert ended.status == 0, ended.err
@@ -124,7 +124,7 @@ def test_a_run_leaves_everything_it_promises(finished: tuple[Path, Ended]) -> No
     assert "${" not in (folder / "config.yaml").read_text()
 
 
-def test_a_run_says_what_it_does(finished: tuple[Path, Ended]) -> None:
+def test_a_run_logs_what_it_does(finished: tuple[Path, Ended]) -> None:
     _, ended = finished
     assert "parameters train" in ended.out
     for number, stage in enumerate(STAGES, start=1):
@@ -354,8 +354,8 @@ def test_two_processes_started_by_the_trainer_end_as_one_run(
     assert ended.status == 0, ended.err
     assert scores(tmp_path / "run")
     assert ended.err == ""
-    for said in ("parameters train", "4/4 contrast done", "report: run/report.html"):
-        assert ended.out.count(said) == 1, said
+    for line in ("parameters train", "4/4 contrast done", "report: run/report.html"):
+        assert ended.out.count(line) == 1, line
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 

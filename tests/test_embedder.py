@@ -102,7 +102,7 @@ def test_leading_components_are_of_unit_length(
             embedder.encode(items, truncate_dim=dim)
 
 
-def test_a_bar_is_shown_where_it_is_asked_for(
+def test_a_bar_is_shown_if_progress_is_true(
     embedder: Embedder, items: list[Item], capsys: pytest.CaptureFixture[str]
 ) -> None:
     embedder.encode(items, progress=True)

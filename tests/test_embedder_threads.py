@@ -130,7 +130,7 @@ def test_a_model_never_embeds_in_training_mode(
     assert embedder.backbone.extra.training
 
 
-def test_a_tokenizer_is_used_by_one_thread_at_a_time_and_a_cut_is_said_once(
+def test_a_tokenizer_is_used_by_one_thread_at_a_time_and_a_cut_is_logged_once(
     make_processor: Callable[..., Processor],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -173,7 +173,7 @@ def test_what_a_processor_remembers_is_bounded_in_tokens(
     assert processor._known_texts
 
 
-def test_a_long_call_says_how_far_it_is(
+def test_a_long_call_logs_its_progress(
     embedder: Embedder,
     items: list[Item],
     caplog: pytest.LogCaptureFixture,
@@ -197,7 +197,7 @@ def test_durations_have_a_readable_unit(seconds: float, expected: str) -> None:
     assert embedder_module._duration(seconds) == expected
 
 
-def test_identity_is_the_same_for_the_same_model_and_changes_with_whatever_vectors_depend_on(
+def test_identity_is_the_same_for_the_same_model_and_changes_with_all_that_vectors_depend_on(
     load_tiny: Callable[..., Loaded],
     make_processor: Callable[..., Processor],
     policies: dict[str, Policy],

@@ -68,7 +68,7 @@ def start(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Start:
 
 
 def finish(process: subprocess.Popen[str], *, within: float = 240) -> tuple[int, str]:
-    """Exit status, and what was said to stderr."""
+    """Exit status, and stderr."""
     _, output = process.communicate(timeout=within)
     return process.returncode, output
 
@@ -160,7 +160,7 @@ def test_data_workers_end_with_a_run_that_was_killed(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_a_killed_data_worker_is_said_in_one_sentence_and_the_run_goes_on(
+def test_a_killed_data_worker_is_reported_in_one_sentence_and_the_run_goes_on(
     start: Start, tmp_path: Path
 ) -> None:
     process = start("trainer=cpu", *ALONE["cpu"], "hydra.run.dir=run", "num_workers=2")
@@ -200,9 +200,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(
 
 
 @pytest.mark.parametrize("trainer", ["ddp", "fsdp"])
-def test_a_run_that_is_asked_to_leave_saves_itself(
-    trainer: str, start: Start, tmp_path: Path
-) -> None:
+def test_a_terminated_run_saves_itself(trainer: str, start: Start, tmp_path: Path) -> None:
     """SIGTERM, which SLURM sends before it takes the machines away."""
     process = start(f"trainer={trainer}", "hydra.run.dir=run", "checkpoint_every=1000")
     log = tmp_path / "run" / "log.txt"

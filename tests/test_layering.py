@@ -146,10 +146,10 @@ def find_cycle(edges: dict[str, set[str]]) -> list[str]:
     return []
 
 
-# ---- what a module may say ----
+# ---- what a module may contain ----
 
 
-def modules_say_what_they_are(module: Module) -> list[str]:
+def modules_have_docstrings(module: Module) -> list[str]:
     return [] if (ast.get_docstring(module.tree) or "").strip() else ["line 1: no docstring"]
 
 
@@ -236,7 +236,7 @@ RULES: dict[str, Rule] = {
     for rule in (
         imports_go_one_way,
         hydra_stays_at_the_entry_points,
-        modules_say_what_they_are,
+        modules_have_docstrings,
         nothing_prints,
         nothing_catches_everything,
     )
@@ -244,7 +244,7 @@ RULES: dict[str, Rule] = {
 
 
 def violations_of(rule: Rule) -> list[str]:
-    return [f"{'.'.join(m.path) or PACKAGE}: {said}" for m in MODULES for said in rule(m)]
+    return [f"{'.'.join(m.path) or PACKAGE}: {message}" for m in MODULES for message in rule(m)]
 
 
 def test_the_walker_sees_the_package() -> None:
@@ -287,8 +287,8 @@ BAD: list[tuple[str, str, str]] = [
     ("imports_go_one_way", "", "from cocoa_pl.stages.base import StageModule"),
     ("hydra_stays_at_the_entry_points", "stages.recipe", "from omegaconf import DictConfig"),
     ("hydra_stays_at_the_entry_points", "models.heads", "import hydra.utils"),
-    ("modules_say_what_they_are", "items", "x = 1"),
-    ("modules_say_what_they_are", "items", '""" """'),
+    ("modules_have_docstrings", "items", "x = 1"),
+    ("modules_have_docstrings", "items", '""" """'),
     ("nothing_prints", "items", "print('here')"),
     ("nothing_prints", "items", "list(map(print, [1]))"),
     ("nothing_catches_everything", "items", "try:\n    f()\nexcept:\n    raise"),
@@ -305,7 +305,7 @@ GOOD: list[tuple[str, str, str]] = [
     ("imports_go_one_way", "models.heads", "from cocoa_pl.attention.plan import Plan"),
     ("imports_go_one_way", "stages.recipe", "import torch\nfrom cocoa_pl import models"),
     ("hydra_stays_at_the_entry_points", "sweep", "from omegaconf import OmegaConf"),
-    ("modules_say_what_they_are", "items", '"""Items of rows."""'),
+    ("modules_have_docstrings", "items", '"""Items of rows."""'),
     ("nothing_prints", "items", "log.info('print this')\npprint = 1"),
     ("nothing_catches_everything", "items", "try:\n    f()\nexcept (OSError, ValueError): 0"),
 ]
@@ -348,7 +348,7 @@ def test_a_backbone_may_ask_what_transformers_calls_it() -> None:
 @pytest.mark.parametrize(
     "source", ["name = 'warmup'", "log(f'after {stage}', 'warmup')", "if name == 'other': pass"]
 )
-def test_a_name_that_is_only_said_is_not_reported(source: str) -> None:
+def test_a_name_without_a_branch_is_not_reported(source: str) -> None:
     assert no_branch_on({"qwen2vl", "warmup"})(parse(source, at="stages", is_package=True)) == []
 
 

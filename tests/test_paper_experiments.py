@@ -138,7 +138,7 @@ def test_roots_must_be_given(missing: int) -> None:
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_the_header_says_what_is_known_of_the_run(experiment: str) -> None:
+def test_the_header_holds_what_is_known_of_the_run(experiment: str) -> None:
     text = header(experiment)
     assert f"python train.py experiment={experiment} {' '.join(ROOTS)}" in text
     assert EXPERIMENTS[experiment].partition("/")[2] in text

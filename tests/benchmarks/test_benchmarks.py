@@ -94,7 +94,7 @@ def test_counts_pass_their_gates(benchmark: Benchmark) -> None:
 
 
 @EVERY
-def test_every_benchmark_has_all_sizes_and_says_whose_way_the_peer_is(
+def test_every_benchmark_has_all_sizes_and_describes_its_peer(
     benchmark: Benchmark,
 ) -> None:
     half = ["bfloat16" in str(benchmark.sizes[name]) for name in SIZES]

@@ -134,7 +134,7 @@ def test_the_recipe_is_held_to_its_floors_strictly() -> None:
     assert found["below"] == ["scene_t2i", "bridge_gain"]
 
 
-def test_a_gpu_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_machine_without_a_gpu_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is one")
     for arguments, message in ((["look"], "no NVIDIA GPU here"), (["lok"], "no part lok")):

@@ -1,4 +1,4 @@
-"""The page of results says what the JSON says, and its plots are small files."""
+"""The page of results holds the numbers of the JSON, and its plots are small files."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def page(results: Path) -> Path:
     return out
 
 
-def test_the_page_says_what_the_json_says(results: Path, page: Path) -> None:
+def test_the_page_holds_the_numbers_of_the_json(results: Path, page: Path) -> None:
     text, records = page.read_text(), json.loads(results.read_text())["results"]
     assert "**re-creation**" in text
     for record in records:
@@ -89,7 +89,7 @@ def test_several_files_become_sections(results: Path, tmp_path: Path) -> None:
     assert (tmp_path / "img" / "cuda-ratios.png").is_file()
 
 
-def test_a_missed_target_is_said_and_so_is_what_would_be_the_most(results: Path) -> None:
+def test_a_missed_target_is_reported_with_the_largest_possible_ratio(results: Path) -> None:
     record = json.loads(results.read_text())["results"][0]
     missed = account(record | {"target": 1e9, "floor": 2e-6, "ratio_at_floor": 3.21})
     assert "The target of 1,000,000,000x is not reached" in missed

@@ -242,7 +242,7 @@ def test_peers_pad_to_the_longest_and_run_the_image_processor_once_a_sample(
     assert [one.slots for one in inputs.split(2)] == [2 * longest, 2 * longest, longest]
 
 
-def test_nobody_sees_padding_which_sees_something() -> None:
+def test_padding_is_hidden_and_has_keys() -> None:
     lengths = torch.tensor([[2, 1, 1], [1, 1, 0]])
     mask = additive_mask(
         policy("eos_bridge").table, lengths, slots=5, device=CPU, dtype=torch.bfloat16

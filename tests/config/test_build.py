@@ -223,7 +223,7 @@ def default() -> DictConfig:
 
 
 @pytest.mark.parametrize("value", [None, 0])
-def test_no_clipping_is_said_as_elsewhere(value: int | None, default: DictConfig) -> None:
+def test_no_clipping_is_null_or_zero(value: int | None, default: DictConfig) -> None:
     cfg = copy.deepcopy(default)
     cfg.schedule.clip_norm = value
     check_values(cfg)

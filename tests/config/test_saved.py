@@ -74,7 +74,7 @@ def test_what_the_user_and_his_experiment_say_comes_first(run: Path) -> None:
     assert cfg.schedule.weight_decay == 0.25
 
 
-def test_a_model_that_is_chosen_is_obeyed_where_it_fits(run: Path, tiny_folder: Path) -> None:
+def test_a_model_that_is_chosen_is_taken_where_it_fits(run: Path, tiny_folder: Path) -> None:
     cfg = started(f"init_from={tiny_folder}", "model=tiny")
     assert (cfg.model.min_pixels, cfg.schedule.contrast.lr) == (784, 2e-3)
     with pytest.raises(UserError, match=r"model=tiny_qwen3vl does not fit .* qwen2_vl of width 32"):
@@ -93,7 +93,7 @@ def test_a_model_that_is_chosen_is_obeyed_where_it_fits(run: Path, tiny_folder: 
         ),
     ],
 )
-def test_a_model_that_tells_no_settings_needs_one_of_the_options_that_fit(
+def test_a_model_without_settings_needs_one_of_the_options_that_fit(
     words: list[str], message: str, tiny_folder: Path, tmp_path: Path
 ) -> None:
     described = {"base_model_name_or_path": "Qwen/Qwen2.5-VL-7B-Instruct", "peft_type": "LORA"}

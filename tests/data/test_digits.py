@@ -114,7 +114,7 @@ def test_captions_read_like_english(layout: Layout, expected: str) -> None:
     assert scenes.caption(layout) == expected
 
 
-def test_edit_says_what_changes() -> None:
+def test_edit_names_the_change() -> None:
     before = (3, EMPTY, 5, 9)
     assert scenes.edit(before, (4, EMPTY, 5, 9)) == "Replace the top left digit by four"
     assert scenes.edit(before, (3, 2, 5, 9)) == "Add two at the top right"
@@ -189,7 +189,7 @@ def test_more_candidates_than_layouts_is_an_error(tmp_path: Path) -> None:
 # --- training rows -------------------------------------------------------------------------------
 
 
-def test_training_has_all_subsets_in_the_asked_sizes(data: DigitsData) -> None:
+def test_training_has_all_subsets_in_the_given_sizes(data: DigitsData) -> None:
     sizes = Counter(pair.subset for pair in data.train_pairs())
     assert sizes.pop("scene_i2t") == sizes.pop("scene_t2i") == 60
     assert sizes.keys() == {

@@ -154,7 +154,7 @@ def test_full_brightness_is_what_the_file_calls_so(encoded: bytes, expected: lis
 
 @pytest.mark.parametrize("value", [200, 65535, 70000])
 @pytest.mark.parametrize("dtype", [np.float32, np.int32])
-def test_a_range_that_no_format_tells_is_never_guessed(
+def test_a_brightness_range_that_no_format_defines_is_refused(
     tmp_path: Path, dtype: type, value: int
 ) -> None:
     image = Image.fromarray(np.full((2, 2), value, dtype=dtype))

@@ -50,7 +50,7 @@ def test_work_goes_on_ahead_of_use_but_only_so_far() -> None:
         assert len(begun) == 6
 
 
-def test_without_threads_nothing_is_computed_before_it_is_asked_for() -> None:
+def test_without_threads_nothing_is_computed_before_it_is_needed() -> None:
     begun: list[int] = []
     with some_threads(0) as pool:
         results = map_ahead(pool, lambda v: begun.append(v), range(9), ahead=5)

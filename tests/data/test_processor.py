@@ -94,7 +94,7 @@ def test_golden_rows(
 LONG = "the cat and the dog sleep near one red sofa " * 5
 
 
-def test_long_text_is_cut_at_its_end_and_this_is_said_once(
+def test_long_text_is_cut_at_its_end_and_this_is_logged_once(
     make_processor: MakeProcessor, caplog: pytest.LogCaptureFixture
 ) -> None:
     whole = process(make_processor(max_length=200), LONG).input_ids

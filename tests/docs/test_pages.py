@@ -46,7 +46,7 @@ def sources() -> list[str]:
 
 
 @pytest.mark.parametrize("message", quoted())
-def test_a_quoted_error_is_one_that_the_code_says(message: str, sources: list[str]) -> None:
+def test_a_quoted_error_is_one_of_the_code(message: str, sources: list[str]) -> None:
     fixed = [part.strip() for part in message.split("…") if part.strip()]
     wanted = re.compile(".*".join(map(re.escape, fixed)), re.DOTALL)
     assert any(wanted.search(text) for text in sources), message
@@ -85,13 +85,13 @@ def test_links_lead_to_files(page: Path) -> None:
 
 
 def documented(docstring: str) -> set[str]:
-    """Names under `Args:`; `k, v: ...` tells of two."""
+    """Names under `Args:`; `k, v: ...` documents two."""
     section = re.search(r"^Args:\n((?: +.*\n|\n)*)", f"{docstring}\n", re.MULTILINE)
     lines = re.findall(r"^    (\w+(?:, \w+)*):", section[1] if section else "", re.MULTILINE)
     return {name for line in lines for name in line.split(", ")}
 
 
-def test_arguments_that_docstrings_tell_of_exist() -> None:
+def test_documented_arguments_exist() -> None:
     wrong = []
     for path in (ROOT / "src").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):

@@ -101,7 +101,7 @@ def test_nothing_else_is_found(checkup: Checkup) -> None:
         ("several_positives", "query", "", "2 different positives"),
     ],
 )
-def test_a_finding_says_where_and_what(
+def test_a_finding_names_row_role_and_file(
     kind: str, role: str, file: str, message: str, checkup: Checkup
 ) -> None:
     found = checkup.findings(kind)[0]
@@ -112,7 +112,7 @@ def test_a_finding_says_where_and_what(
     assert found["message"].startswith(found["row_id"])
 
 
-def test_the_exit_status_says_that_training_would_stop(checkup: Checkup) -> None:
+def test_the_exit_status_is_1_if_training_would_stop(checkup: Checkup) -> None:
     assert checkup.status == 1
     assert checkup.report["stops_training"] is True
     assert checkup.report["rows"] == {"train": 13, "validation": 0}
@@ -140,10 +140,10 @@ def test_the_report_does_not_depend_on_the_number_of_workers(
     assert by_three.report == checkup.report
 
 
-def test_a_row_stops_training_exactly_if_the_doctor_says_so(
+def test_a_row_stops_training_exactly_if_it_is_reported_so(
     checkup: Checkup, numbers: dict[str, str], root: Path, tmp_path: Path
 ) -> None:
-    """Each row is read and encoded on its own, by what training uses, and must raise or not."""
+    """Each row is read and tokenized on its own, by what training uses, and must raise or not."""
     (folder,) = (root.parent / "cache").glob("tiny-*")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     processor = Processor(

@@ -251,16 +251,16 @@ def test_curves_of_all_runs_are_in_one_panel(side_by_side: Any) -> None:
     assert "other <b> train 1" in legend
 
 
-def test_the_terminal_tells_means(runs: list[str], tmp_path: Path) -> None:
+def test_the_terminal_shows_means(runs: list[str], tmp_path: Path) -> None:
     console = Console(width=100, record=True, quiet=False)
     command.run([*runs, "--out", str(tmp_path / "c.html")], console)
-    said = console.export_text()
-    assert "63.3" in said  # the first run's mean
-    assert "57.3-" in said
-    assert "61.0+" in said  # retrieval
+    output = console.export_text()
+    assert "63.3" in output  # the first run's mean
+    assert "57.3-" in output
+    assert "61.0+" in output  # retrieval
 
 
-def test_an_interval_of_a_difference_covers_it_as_often_as_it_says() -> None:
+def test_an_interval_of_a_difference_has_its_coverage() -> None:
     random = np.random.default_rng(0)
     truth, count = (0.6, 0.7), 200
     covered = 0
@@ -275,13 +275,13 @@ def test_runs_that_do_not_compare_are_refused(runs: list[str], tmp_path: Path) -
     other = str(scored(tmp_path / "third", [0.5, 0.5, 0.5], rate="1", benchmark="mmeb_v1"))
     empty = tmp_path / "empty"
     empty.mkdir()
-    for arguments, said in (
+    for arguments, message in (
         (runs[:1], "2 to 6 runs"),
         ([runs[0], runs[0]], "named twice"),
         ([runs[0], other], "different benchmarks"),
         ([runs[0], str(empty)], "holds no results.json"),
     ):
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             command.run(arguments, Console(quiet=True))
     (empty / "results.json").write_text('{"benchmark": "mteb", "tasks": {}}')
     with pytest.raises(UserError, match="holds no subsets to compare; mteb compares its tasks"):

@@ -313,7 +313,7 @@ def test_what_is_no_store_is_left_alone(tmp_path: Path) -> None:
         open_store(tmp_path / "file")
 
 
-def test_the_store_says_in_a_file_whose_vectors_it_holds(tmp_path: Path) -> None:
+def test_the_store_describes_its_model_in_a_file(tmp_path: Path) -> None:
     open_store(tmp_path)
     written = json.loads((tmp_path / "store.json").read_text())
     assert written == {"format": 3, "dim": DIM, "stored_as": "float16", **IDENTITY}

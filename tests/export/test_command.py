@@ -56,10 +56,10 @@ def test_a_run_becomes_a_folder_of_sentence_transformers(
 
     assert command.run([str(run_folder), "--to", "sentence-transformers"], console) == 0
     folder = run_folder / "sentence-transformers"
-    said = console.export_text()
+    output = console.export_text()
     for way in ("training", "Embedder", "transformers", "sentence-transformers"):
-        assert way in said
-    assert str(folder) in said
+        assert way in output
+    assert str(folder) in output
     with images_only():
         model = SentenceTransformer(str(folder), device="cpu")
     texts = ["a red dog", "two boats"]
@@ -70,7 +70,7 @@ def test_a_run_becomes_a_folder_of_sentence_transformers(
     )
 
 
-def test_the_card_tells_recipe_scores_and_parity(run_folder: Path, console: Console) -> None:
+def test_the_card_holds_recipe_scores_and_parity(run_folder: Path, console: Console) -> None:
     out = run_folder.parent / "out" / "named"
     arguments = [str(run_folder), "--to", "hf", "--out", str(out), "--name", "me/named"]
     assert command.run(arguments, console) == 0
@@ -165,7 +165,7 @@ def test_a_hub_id_needs_a_place(console: Console) -> None:
         command.run(["user/some-model", "--to", "hf"], console)
 
 
-def test_without_sentence_transformers_the_report_says_so(
+def test_without_sentence_transformers_it_is_reported_as_not_computed(
     run_folder: Path, console: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from cocoa_pl.export import parity

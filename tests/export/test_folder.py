@@ -105,7 +105,7 @@ def test_policies_give_different_vectors(exported: dict[str, Path], items: list[
 
 
 @pytest.mark.parametrize("policy", NAMES)
-def test_config_says_whether_attention_is_causal(policy: str, exported: dict[str, Path]) -> None:
+def test_config_holds_whether_attention_is_causal(policy: str, exported: dict[str, Path]) -> None:
     config = json.loads((exported[policy] / "config.json").read_text())
     assert config["text_config"]["is_causal"] == (policy == "causal")
     assert "cocoa" not in (exported[policy] / "config.json").read_text()
@@ -309,6 +309,6 @@ def test_a_model_of_others_is_not_an_embedder(tiny_folder: Path) -> None:
         Embedder.load(str(tiny_folder), device="cpu")
 
 
-def test_no_folder_at_all_is_said(tmp_path: Path) -> None:
+def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is no model folder"):
         Embedder.load(str(tmp_path / "none"), device="cpu")

@@ -242,7 +242,7 @@ def test_a_vector_does_not_depend_on_its_batch(sentences: Any, picture: Image.Im
     np.testing.assert_allclose(sentences.encode(items, batch_size=3), alone, atol=1e-5)
 
 
-def test_a_special_token_in_a_text_is_not_obeyed(
+def test_a_special_token_in_a_text_is_words(
     sentences: Any, embedder: Embedder, picture: Image.Image
 ) -> None:
     for token in ("<|image_pad|>", "<|im_end|>", "<|vision_start|>"):

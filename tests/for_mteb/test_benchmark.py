@@ -91,13 +91,13 @@ def test_zero_shot_labels_have_no_instruction(
     assert found["scores"]["test"]["default"]["accuracy"] == found["main_score"]
 
 
-def test_files_and_table_say_the_same(scored: tuple[dict[str, Any], Path, str]) -> None:
-    content, folder, said = scored
+def test_files_and_table_hold_the_same(scored: tuple[dict[str, Any], Path, str]) -> None:
+    content, folder, output = scored
     assert json.loads((folder / "results.json").read_text()) == content
     assert read_results(folder / "results.json") == content  # as of any benchmark
     for name, task in content["tasks"].items():
         assert f"{100 * task['main_score']:.1f}" in next(
-            line for line in said.splitlines() if name in line
+            line for line in output.splitlines() if name in line
         )
     files = {path.name for path in (folder / "mteb").rglob("*.json")}
     assert {"DigitScenes.json", "DigitCount.json", "model_meta.json"} <= files
@@ -123,7 +123,7 @@ def test_results_of_the_same_weights_are_not_computed_again(
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"tasks": []}, "either benchmark.tasks"),
         ({"suite": "MIEB(lite)"}, "either benchmark.tasks"),
@@ -131,8 +131,10 @@ def test_results_of_the_same_weights_are_not_computed_again(
         ({"training_datasets": "SUN397"}, r"is a list, or mmeb; .*training_datasets=\[SUN397\]"),
     ],
 )
-def test_mistakes_are_reported_before_a_model_is_loaded(changes: dict[str, Any], said: str) -> None:
-    with pytest.raises(UserError, match=said):
+def test_mistakes_are_reported_before_a_model_is_loaded(
+    changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
         benchmark(**changes)
 
 

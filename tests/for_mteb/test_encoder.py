@@ -124,7 +124,7 @@ def test_texts_of_a_task_without_images_are_no_labels(encoder: CocoaEncoder) -> 
 
 
 @pytest.mark.parametrize(
-    ("batch", "said"),
+    ("batch", "message"),
     [
         ({"text": ["a"], "audio": [b""]}, "hold audio, not only"),
         ({"text": ["a"], "second": [Image.new("RGB", (28, 28))]}, "hold second, not only"),
@@ -136,9 +136,9 @@ def test_texts_of_a_task_without_images_are_no_labels(encoder: CocoaEncoder) -> 
     ],
 )
 def test_what_cannot_be_embedded_is_refused(
-    batch: dict[str, Any], said: str, encoder: CocoaEncoder
+    batch: dict[str, Any], message: str, encoder: CocoaEncoder
 ) -> None:
-    with pytest.raises(UserError, match=f"OKVQA.*{said}"):
+    with pytest.raises(UserError, match=f"OKVQA.*{message}"):
         encoder.encode([batch], task_metadata=task(), **WHERE)
 
 
@@ -154,7 +154,7 @@ def test_a_document_without_words_is_embedded(encoder: CocoaEncoder) -> None:
     assert np.isfinite(found).all()
 
 
-def test_meta_says_all_that_mteb_asks(encoder: CocoaEncoder, embedder: Embedder) -> None:
+def test_meta_has_all_fields_of_mteb(encoder: CocoaEncoder, embedder: Embedder) -> None:
     meta = encoder.mteb_model_meta
     assert isinstance(meta, ModelMeta)
     assert isinstance(encoder, EncoderProtocol)

@@ -153,8 +153,8 @@ def test_digits_are_mined_and_read_back(
         on_bad_row="fail",
     )
     expected = list(data.train_pairs())
-    said = console.export_text()
-    (usage,) = [line for line in said.splitlines() if line.startswith("train on it")]
+    output = console.export_text()
+    (usage,) = [line for line in output.splitlines() if line.startswith("train on it")]
     root = Path(next(w for w in usage.split() if w.startswith("data.image_root=")).split("=")[1])
     subsets = list(dict.fromkeys(pair.subset for pair in expected))
     assert f"'data.subsets=[{','.join(subsets)}]'" in usage
@@ -169,7 +169,7 @@ def test_digits_are_mined_and_read_back(
         keys = {item.key for item in row.negatives}
         assert keys <= positives - {row.positive.key}
     for subset in subsets:
-        assert subset in said
+        assert subset in output
     with pytest.raises(UserError, match="not empty"):
         command.run(arguments, console)
     Path("notes.txt").touch()

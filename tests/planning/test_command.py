@@ -104,7 +104,7 @@ def test_a_mistake_is_one_sentence(overrides: list[str], message: str) -> None:
 
 
 @pytest.mark.slow
-def test_what_it_says_would_fit_does() -> None:
+def test_proposed_changes_fit() -> None:
     """The words it prints, given back to it."""
     asked = ["experiment=paper_qwen25vl_7b", "adapter=none", "gpus=8", "hardware=a100_40gb"]
     status, output = plan(*asked, width=200)
@@ -133,7 +133,7 @@ def test_the_command_exits_with_the_status(capsys: pytest.CaptureFixture[str]) -
 
 
 @pytest.mark.parametrize("path", HARDWARE, ids=lambda path: path.stem)
-def test_hardware_says_its_source_and_sane_numbers(path: Path) -> None:
+def test_hardware_names_its_source_and_sane_numbers(path: Path) -> None:
     text, values = path.read_text(), OmegaConf.load(path)
     assert text.startswith("#")
     assert values.name == path.stem

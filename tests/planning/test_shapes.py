@@ -46,7 +46,7 @@ def test_published_models_have_as_many_parameters_as_are_counted(name: str) -> N
 
 
 @pytest.mark.parametrize("name", KNOWN)
-def test_every_linear_is_where_its_name_says(name: str) -> None:
+def test_every_linear_is_found_by_its_name(name: str) -> None:
     config: Any = KNOWN[name].config()
     shape, modules = model_shape(config), dict(meta_model(config).named_modules())
 

@@ -96,7 +96,7 @@ def test_a_wrong_folder_is_refused_before_a_model_is_loaded() -> None:
         command.run(["nowhere", "two boats", "--model", "no/model"], Console())
 
 
-def test_a_port_that_is_taken_is_said(run: Run, folder: Path) -> None:
+def test_a_port_that_is_taken_is_reported(run: Run, folder: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

@@ -106,7 +106,7 @@ def test_vectors_may_be_kept_elsewhere(folder: Path, embedder: Embedder, tmp_pat
     assert any((tmp_path / "kept").iterdir())
 
 
-def test_a_folder_without_pictures_is_said(tmp_path: Path, embedder: Embedder) -> None:
+def test_a_folder_without_pictures_is_refused(tmp_path: Path, embedder: Embedder) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds no image that can be read"):
         again(tmp_path / "empty", embedder).update()

@@ -78,14 +78,16 @@ def test_an_instruction_reaches_the_model(index: ImageIndex, embedder: Embedder)
     ],
     ids=["nothing", "blank", "no picture", "empty"],
 )
-def test_what_cannot_be_searched_is_said(given: dict[str, Any], message: str, client: Any) -> None:
+def test_what_cannot_be_searched_is_refused(
+    given: dict[str, Any], message: str, client: Any
+) -> None:
     response = search(client, **given)
     assert response.status_code == 400
     assert message in response.text
     assert "thumbnail" not in response.text
 
 
-def test_names_and_texts_are_shown_and_never_obeyed(client: Any) -> None:
+def test_names_and_texts_are_escaped(client: Any) -> None:
     text = "<script>alert(1)</script>"
     name = '"><script>alert(2)</script>.png'
     buffer = io.BytesIO()
@@ -228,7 +230,7 @@ def test_a_person_searches_by_text_and_by_an_uploaded_picture(
     browser.find_element(by.NAME, "image").send_keys(str(index.folder / HOSTILE[0]))
     browser.find_element(by.TAG_NAME, "button").click()
     wait.until(lambda _: shows(f"5 nearest to the image {HOSTILE[0]}"))
-    # A name is shown as it is, and not obeyed.
+    # A name is shown as it is, and escaped.
     assert browser.find_element(by.CSS_SELECTOR, "li span").text == HOSTILE[0]
     wide = browser.execute_script("return document.documentElement.scrollWidth")
     assert wide <= browser.execute_script("return window.innerWidth")
