@@ -41,4 +41,4 @@ def stage_data(train: Any, validation: Any, processor: Processor, **changes: Any
         "collator": COLLATOR,
         "validation_collator": COLLATOR,
     }
-    return StageData(train, validation, processor=processor, **(values | changes))
+    return StageData(train=train, validation=validation, processor=processor, **(values | changes))

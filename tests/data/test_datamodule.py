@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from cocoa_pl.data.batch import Batch, Sample
-from cocoa_pl.data.datamodule import LARGE, StageData, validation_batches
+from cocoa_pl.data.datamodule import LARGE, RowSamples, StageData, validation_batches
 from cocoa_pl.data.examples import BridgeExamples, PairExamples
 from cocoa_pl.data.items import IMAGE_SLOT, Item, Pair
 from cocoa_pl.data.masking import Masking
@@ -110,7 +110,7 @@ def test_collated_rows_lie_role_by_role(pairs: list[Pair], processor: Processor)
 def test_masks_follow_from_seed_epoch_and_row(pairs: list[Pair], processor: Processor) -> None:
     def hidden(epoch: int, row: int, seed: int = 0) -> tuple[int, ...]:
         data = bridge_data([pairs[0]] * 2, processor, seed=seed)
-        sample = samples(data.validation_rows[epoch, row])[0]
+        sample = samples(RowSamples([pairs[0]] * 2, data.make_row, seed)[epoch, row])[0]
         return (*sample.hidden.tolist(), *sample.hidden_visual.tolist(), sample.noise_seed)
 
     seen = [hidden(0, 0), hidden(1, 0), hidden(0, 1), hidden(-1, 0), hidden(0, 0, seed=1)]
@@ -165,7 +165,7 @@ def test_validation_shows_every_row_once_in_order_and_always_alike(
 
 def test_no_validation_rows_means_no_loader(pairs: list[Pair], processor: Processor) -> None:
     data = bridge_data(pairs, processor)
-    data.validation_rows.pairs = []
+    data.validation = []
     assert data.val_dataloader() == []
 
 

@@ -62,13 +62,13 @@ def samples_of(
     return samples if masking is None else [masking(sample, rng) for sample in samples]
 
 
+@dataclass
 class RowSamples(Dataset[list[Sample] | str]):
     """Rows of a stage, read in the workers: a pure function of (seed, epoch, index)."""
 
-    def __init__(self, pairs: Sequence[Pair], make_row: MakeRow, *, seed: int) -> None:
-        self.pairs = pairs
-        self.make_row = make_row
-        self.seed = seed
+    pairs: Sequence[Pair]
+    make_row: MakeRow
+    seed: int
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -180,60 +180,48 @@ def check_mixing(train: Pairs | PairStream, mixing: Mixing, *, batch_size: int) 
         make_order(train, mixing, batch_size=batch_size, seed=0)
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class StageData(L.LightningDataModule):
     """Training and validation batches of one stage.
 
     Args:
         train, validation: pairs; training pairs may be a stream; no validation pairs mean none.
+        masking: hides parts of samples; None for a stage that hides nothing.
+        collator, validation_collator: make batches of rows.
         mixing: how batches are composed of subsets.
         batch_size: rows of a step over all ranks.
         validation_batch_size: rows at a time on a rank.
-        masking: hides parts of samples; None for a stage that hides nothing.
-        collator, validation_collator: make batches of rows.
         start_step: first step to draw, for a resumed run.
         pinned: hand batches over in page-locked memory, from where a GPU fetches them by itself.
     """
 
-    def __init__(
-        self,
-        train: Pairs | PairStream,
-        validation: Sequence[Pair],
-        *,
-        make_samples: MakeSamples,
-        processor: Processor,
-        masking: Masking | None,
-        collator: Collator,
-        validation_collator: Collator,
-        mixing: Mixing,
-        batch_size: int,
-        validation_batch_size: int,
-        steps: int,
-        start_step: int,
-        seed: int,
-        num_workers: int,
-        on_bad_row: str,
-        pinned: bool,
-    ) -> None:
+    train: Pairs | PairStream
+    validation: Sequence[Pair]
+    make_samples: MakeSamples
+    processor: Processor
+    masking: Masking | None
+    collator: Collator
+    validation_collator: Collator
+    mixing: Mixing
+    batch_size: int
+    validation_batch_size: int
+    steps: int
+    start_step: int
+    seed: int
+    num_workers: int
+    on_bad_row: str
+    pinned: bool
+
+    def __post_init__(self) -> None:
         super().__init__()
-        self.train = train
-        self.collator, self.validation_collator = collator, validation_collator
-        self.pinned = pinned
         self.make_row = partial(
             samples_of,
-            make_samples=make_samples,
-            processor=processor,
-            masking=masking,
-            on_bad_row=on_bad_row,
+            make_samples=self.make_samples,
+            processor=self.processor,
+            masking=self.masking,
+            on_bad_row=self.on_bad_row,
         )
-        self.validation_rows = RowSamples(validation, self.make_row, seed=seed)
-        self.mixing = mixing
-        self.batch_size = batch_size
-        self.validation_batch_size = validation_batch_size
-        self.steps = steps
-        self.start_step = start_step
-        self.seed = seed
-        self.num_workers = num_workers
-        self._lanes: list[Places] = [{}] * max(1, num_workers)
+        self._lanes: list[Places] = [{}] * max(1, self.num_workers)
 
     def train_dataloader(self) -> DataLoader[Any]:
         if isinstance(self.train, PairStream):
@@ -252,7 +240,7 @@ class StageData(L.LightningDataModule):
                 places=self._lanes,
             )
             return self._loader(batches, batch_size=None)
-        rows = RowSamples(self.train, self.make_row, seed=self.seed)
+        rows = RowSamples(self.train, self.make_row, self.seed)
         sampler = StepSampler(
             make_order(self.train, self.mixing, batch_size=self.batch_size, seed=self.seed),
             steps=self.steps,
@@ -297,17 +285,16 @@ class StageData(L.LightningDataModule):
         self._lanes = list(lanes[rank()])
 
     def val_dataloader(self) -> DataLoader[Any] | list[None]:
-        if not len(self.validation_rows):
+        if not len(self.validation):
             return []
+        rows = RowSamples(self.validation, self.make_row, self.seed)
         batches = validation_batches(
-            len(self.validation_rows),
+            len(rows),
             global_batch_size=self.validation_batch_size,
             rank=rank(),
             world_size=world_size(),
         )
-        return self._loader(
-            self.validation_rows, batch_sampler=batches, collate_fn=self.validation_collator
-        )
+        return self._loader(rows, batch_sampler=batches, collate_fn=self.validation_collator)
 
     def _loader(self, rows: Dataset[Any], **how: Any) -> DataLoader[Any]:
         return DataLoader(

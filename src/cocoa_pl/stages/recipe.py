@@ -265,8 +265,8 @@ def _run_stage(
     trainer = _make_trainer(stage, settings, saver, label=label, start_step=start_step, steps=steps)
     device = trainer.strategy.root_device
     data = StageData(
-        train,
-        validation,
+        train=train,
+        validation=validation,
         make_samples=stage.make_samples,
         processor=processor,
         masking=module.masking(),
@@ -311,7 +311,7 @@ def _final_validation(
     trainer: L.Trainer, module: StageModule, data: StageData, *, label: str, was_validated: bool
 ) -> dict[str, float]:
     """Measure the finished stage, unless its last step just did, and say what it is worth."""
-    if not len(data.validation_rows):
+    if not len(data.validation):
         log.info("%s done; there is no validation data to judge it by", label)
         return {}
     if not was_validated:
