@@ -11,7 +11,8 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from cocoa_pl.data.items import IMAGE_SLOT, Item, as_item
+from cocoa_pl.data.inputs import as_item
+from cocoa_pl.data.items import IMAGE_SLOT, Item
 from cocoa_pl.embedder import Embedder
 from cocoa_pl.errors import UserError
 

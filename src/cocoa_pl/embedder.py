@@ -18,8 +18,9 @@ from rich.console import Console
 
 from cocoa_pl.attention import Policy
 from cocoa_pl.data.batch import Batch, Sample, pack
+from cocoa_pl.data.inputs import Input, as_item, as_list
 from cocoa_pl.data.item_batches import item_batches
-from cocoa_pl.data.items import Input, Item, as_item, as_list
+from cocoa_pl.data.items import Item
 from cocoa_pl.data.processor import Processor
 from cocoa_pl.errors import UserError, name_of
 from cocoa_pl.losses import matryoshka

@@ -17,7 +17,8 @@ import torch
 from jinja2 import Environment, Template
 from PIL import Image
 
-from cocoa_pl.data.items import IMAGE_SLOT, Item, as_item, as_list, template_source
+from cocoa_pl.data.inputs import as_item, as_list
+from cocoa_pl.data.items import IMAGE_SLOT, Item, template_source
 from cocoa_pl.errors import UserError
 
 S = IMAGE_SLOT

@@ -15,7 +15,7 @@ from cocoa_pl.attention import Policy, dense_mask, grid_text, segment_letters
 from cocoa_pl.attention.picture import draw_grid
 from cocoa_pl.config.build import build
 from cocoa_pl.config.command_line import CONFIGS
-from cocoa_pl.data.items import as_item
+from cocoa_pl.data.inputs import as_item
 from cocoa_pl.embedder import Embedder
 from cocoa_pl.errors import UserError
 

@@ -21,7 +21,8 @@ from mteb.types import OutputDType, PromptType
 from numpy.typing import NDArray
 from PIL.Image import Image
 
-from cocoa_pl.data.items import Item, as_item
+from cocoa_pl.data.inputs import as_item
+from cocoa_pl.data.items import Item
 from cocoa_pl.embedder import Embedder
 from cocoa_pl.errors import UserError
 from cocoa_pl.models.exported import digest_of_text
