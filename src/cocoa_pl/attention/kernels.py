@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
@@ -29,10 +28,6 @@ TEXT_ATTENTION = "cocoa"
 VISION_ATTENTION = "cocoa_flash_layout"
 
 HALF = (torch.bfloat16, torch.float16)
-# All but cuDNN, which torch prefers from Hopper on: it builds a plan for every new shape, a second
-# each (https://github.com/modelscope/FunASR/issues/3704), and packed batches bring new shapes in
-# every step. A backward pass is that of the kernel that ran forward.
-BACKENDS: list[Any] = list({*SDPBackend.__members__.values()} - {SDPBackend.CUDNN_ATTENTION})
 # torch 2.11 promises nothing about grouped heads.
 VARLEN_TAKES_GROUPS = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
@@ -53,9 +48,17 @@ def attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, kernel: str, scale: f
         UserError: where the kernel does not run on this device or in this type, or is not
             installed.
     """
-    with sdpa_kernel(BACKENDS):
+    # torch prefers cuDNN from Hopper on. It builds a plan for every new shape, a second each
+    # (https://github.com/modelscope/FunASR/issues/3704), and packed batches bring new shapes in
+    # every step. A backward pass is that of the kernel that ran forward. torch's own `sdpa_kernel`
+    # sets all backends, at ten times the cost.
+    allowed = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
         # A view of a fused projection, kept for the backward pass, would keep all of it.
         return KERNELS[kernel](q, k, v.contiguous(), plan, scale)
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(allowed)
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> Tensor:

@@ -128,7 +128,7 @@ class Batch:
         return replace(self, **apply_to_collection(moved, Tensor, change, *arguments))
 
 
-_HOST = ("segment_lengths", "grids", "keys", "roles", "places")
+_HOST = {"segment_lengths", "grids", "keys", "roles", "places", "noise", "row_ids", "exchanged"}
 
 
 def pack(
