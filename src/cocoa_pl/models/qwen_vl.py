@@ -10,6 +10,7 @@ A further family of this kind is a subclass here, an entry in `FAMILIES` and a c
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Any
 
@@ -26,8 +27,6 @@ from transformers.vision_utils import (
 from cocoa_pl.attention import VISION_ATTENTION, self_plan
 from cocoa_pl.data.batch import Batch, Grid
 from cocoa_pl.models.backbone import Backbone, VisionInputs
-
-MAX_KNOWN_GRIDS = 1024  # images of a batch share few sizes
 
 
 class QwenVLBackbone(Backbone):
@@ -204,7 +203,7 @@ def whole_images(grids: Tensor, *, merge_size: int) -> dict[str, Any]:
     """
     plan = self_plan(grids.prod(1))
     return {
-        "position_ids": torch.cat([_positions(grid, merge_size) for grid in _sizes(grids)]),
+        "position_ids": torch.cat(_each(get_vision_position_ids, grids, merge_size)),  # (P, 2)
         "cu_seqlens": plan.cu_seqlens_q,
         "max_seqlen": plan.max_q,
         "plan": plan,
@@ -219,7 +218,7 @@ def windowed_images(
     Windows at the right and lower edges are smaller; none holds parts of two images. Both plans
     speak of patches in the order of windows, in which an image's patches stay together.
     """
-    pieces = [_windows(grid, merge_size, window_size, patch_size) for grid in _sizes(grids)]
+    pieces = _each(_windows, grids, merge_size, window_size, patch_size)
     tokens = torch.tensor([len(index) for index, _ in pieces])
     first = torch.repeat_interleave(tokens.cumsum(0) - tokens, tokens)
     plan = self_plan(torch.cat([patches for _, patches in pieces]))
@@ -236,7 +235,8 @@ def interpolated_images(grids: Tensor, *, merge_size: int, side: int) -> dict[st
     """Keywords of a tower with a `side` x `side` table of learnt position embeddings, of which each
     patch reads four rows, bilinear with aligned corners.
     """
-    pieces = [_interpolation(grid, merge_size, side) for grid in _sizes(grids)]
+    options = {"mode": "bilinear", "align_corners": True, "spatial_merge_size": merge_size}
+    pieces = _each(get_vision_interpolation_indices_and_weights, grids, side, **options)
     return {
         **whole_images(grids, merge_size=merge_size),
         "interp_indices": torch.cat([index for index, _ in pieces]),  # (P, 4) int64
@@ -244,32 +244,17 @@ def interpolated_images(grids: Tensor, *, merge_size: int, side: int) -> dict[st
     }
 
 
-def _sizes(grids: Tensor) -> list[Grid]:
-    return [(frames, height, width) for frames, height, width in grids.tolist()]
-
-
-@lru_cache(MAX_KNOWN_GRIDS)
-def _positions(grid: Grid, merge_size: int) -> Tensor:
-    """Row and column of each patch: (p, 2) int64."""
-    return get_vision_position_ids(torch.tensor([grid]), merge_size)
-
-
-@lru_cache(MAX_KNOWN_GRIDS)
-def _windows(
-    grid: Grid, merge_size: int, window_size: int, patch_size: int
-) -> tuple[Tensor, Tensor]:
+def _windows(grids: Tensor, *sizes: Any) -> tuple[Tensor, Tensor]:
     """The visual token at each place (v), and the patches of each window (w)."""
-    grids = torch.tensor([grid])
-    index, cumulative = get_vision_window_index(grids, merge_size, window_size, patch_size)
+    index, cumulative = get_vision_window_index(grids, *sizes)
     return index, cumulative.diff().long()
 
 
-@lru_cache(MAX_KNOWN_GRIDS)
-def _interpolation(grid: Grid, merge_size: int, side: int) -> tuple[Tensor, Tensor]:
-    return get_vision_interpolation_indices_and_weights(
-        torch.tensor([grid]),
-        side,
-        mode="bilinear",
-        align_corners=True,
-        spatial_merge_size=merge_size,
-    )
+def _each(function: Callable[..., Any], grids: Tensor, *given: Any, **options: Any) -> list[Any]:
+    """What a function makes of each image alone."""
+    return [_of_size(function, tuple(grid), *given, **options) for grid in grids.tolist()]
+
+
+@lru_cache(2048)  # two functions at most; images of a batch share few sizes
+def _of_size(function: Callable[..., Any], grid: Grid, *given: Any, **options: Any) -> Any:
+    return function(torch.tensor([grid]), *given, **options)
