@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
-import runpy
 import shutil
 import signal
 import subprocess
@@ -24,6 +22,7 @@ from cocoa_pl.data.digits import DigitsBenchmark
 from cocoa_pl.errors import UserError
 from cocoa_pl.evaluation.report import Provenance
 from cocoa_pl.run import open_embedder, score
+from tests.processes import logging_restored, run_script
 from tests.small import SMALL_BENCHMARK, SMALL_DIGITS, SMALL_TRAINING, STAGES
 
 ROOT = CONFIGS.parent
@@ -68,22 +67,14 @@ def run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Iterator[Run]:
     """The same in this process, which has everything imported."""
-    root = logging.getLogger()
-    before = (root.level, list(root.handlers))
 
     def in_process(script: str, *arguments: str) -> Ended:
-        monkeypatch.setattr(sys, "argv", [str(ROOT / script), *arguments])
         monkeypatch.chdir(tmp_path)
-        status = 0
-        try:
-            runpy.run_path(str(ROOT / script), run_name="__main__")
-        except SystemExit as ended:
-            status = int(ended.code or 0)
+        status = run_script(ROOT / script, arguments, monkeypatch)
         return Ended(status, *capsys.readouterr())
 
-    yield in_process
-    root.setLevel(before[0])
-    root.handlers[:] = before[1]
+    with logging_restored():
+        yield in_process
 
 
 @pytest.fixture(scope="module")

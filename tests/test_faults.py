@@ -19,6 +19,7 @@ import torch
 
 from cocoa_pl.config.command_line import CONFIGS
 from cocoa_pl.stages.checkpoint import read, read_weights
+from tests.processes import children_of, is_running
 
 ROOT = CONFIGS.parent
 STEPS = 24
@@ -83,8 +84,7 @@ def wait_for_checkpoint(process: subprocess.Popen[str], run_dir: Path) -> None:
 
 def ranks_of(process: subprocess.Popen[str]) -> list[int]:
     """Process ids of rank 0 and rank 1."""
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    return [process.pid, *map(int, children)]
+    return [process.pid, *children_of(process.pid)]
 
 
 def losses(run_dir: Path) -> dict[str, float]:
@@ -129,17 +129,8 @@ def test_a_killed_rank_ends_the_job_and_the_run_goes_on_exactly(
     assert_as_if_nothing_had_happened(tmp_path / "run", tmp_path / "undisturbed")
 
 
-def is_running(pid: int) -> bool:
-    """Whether a process is there and not merely waiting for its parent to look at how it ended."""
-    try:
-        return ") Z " not in Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return False
-
-
 def descendants(pid: int) -> list[int]:
-    children = map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
-    return [found for child in children for found in (child, *descendants(child))]
+    return [found for child in children_of(pid) for found in (child, *descendants(child))]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

@@ -11,6 +11,7 @@ import pytest
 
 from cocoa_pl.config.process import guarded
 from cocoa_pl.distributed.processes import is_lost_worker
+from tests.processes import children_of, is_running
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
@@ -44,18 +45,6 @@ def start(folder: Path) -> subprocess.Popen[str]:
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     return process
-
-
-def children_of(pid: int) -> list[int]:
-    return [int(n) for n in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
-def is_running(pid: int) -> bool:
-    """Whether a process is there and not merely waiting for its parent to look at how it ended."""
-    try:
-        return ") Z " not in Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return False
 
 
 def test_blocked_workers_end_with_the_process_that_was_killed(tmp_path: Path) -> None:

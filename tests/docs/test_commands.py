@@ -6,11 +6,8 @@ machines, a GPU, hours or the hub is composed by tests/test_readme.py.
 from __future__ import annotations
 
 import importlib
-import logging
 import re
-import runpy
 import shlex
-import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,6 +24,7 @@ from cocoa_pl.embedder import Embedder
 from cocoa_pl.models.loading import FAMILIES, Loaded, load
 from tests.docs.pages import HERE, PAGES, PYTHON, ROOT
 from tests.docs.published import write_models, write_published
+from tests.processes import logging_restored, run_script
 from tests.small import SMALL_BENCHMARK, SMALL_DIGITS, SMALL_TRAINING, STAGES
 
 
@@ -63,16 +61,14 @@ def stand_ins(sandbox: Path) -> dict[str, Path]:
 
 @pytest.fixture(autouse=True)
 def as_before(sandbox: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Commands are run in the sandbox, and set up logging for themselves."""
+    """Commands are run in the sandbox."""
     monkeypatch.chdir(sandbox)
     monkeypatch.setattr("cocoa_pl.for_mteb.digits.CACHE_DIR", str(sandbox / ".cache"))
-    root = logging.getLogger()
-    before, families = (root.level, list(root.handlers)), dict(FAMILIES)
-    yield
+    families = dict(FAMILIES)
+    with logging_restored():
+        yield
     FAMILIES.clear()
     FAMILIES.update(families)
-    root.setLevel(before[0])
-    root.handlers[:] = before[1]
 
 
 FIRST = "python train.py hydra.run.dir=runs/A"  # what others begin with
@@ -161,13 +157,7 @@ def run(words: list[str], monkeypatch: pytest.MonkeyPatch, stand_ins: dict[str, 
     if words[0] == "cocoa":
         assert cli.run(words[1:]) == 0
         return
-    monkeypatch.setattr(sys, "argv", [str(ROOT / words[1]), *words[2:]])
-    status = 0
-    try:
-        runpy.run_path(str(ROOT / words[1]), run_name="__main__")
-    except SystemExit as ended:
-        status = int(ended.code or 0)
-    assert status == 0
+    assert run_script(ROOT / words[1], words[2:], monkeypatch) == 0
 
 
 def blocks() -> list[tuple[str, str]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ from cocoa_pl.evaluation.results import Results, SubsetScore
 from cocoa_pl.export import command
 from cocoa_pl.export.folder import export
 from cocoa_pl.export.parity import Compared, images_only
+from tests.processes import logging_restored
 
 STAGE = {"stage": "contrast", "steps": 7, "batch_size": 4, "lr": 1e-4, "policy": "all", "seed": 3}
 SCORES = Results(
@@ -28,9 +28,8 @@ SCORES = Results(
 
 @pytest.fixture(autouse=True)
 def quiet() -> Iterator[None]:
-    before = logging.getLogger().handlers[:]
-    yield
-    logging.getLogger().handlers[:] = before
+    with logging_restored():
+        yield
 
 
 @pytest.fixture

@@ -1,0 +1,44 @@
+"""Scripts and processes that tests start."""
+
+from __future__ import annotations
+
+import logging
+import runpy
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+
+def run_script(script: Path, arguments: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> int:
+    """Run a script in this process, which has everything imported; its exit status."""
+    monkeypatch.setattr(sys, "argv", [str(script), *arguments])
+    try:
+        runpy.run_path(str(script), run_name="__main__")
+    except SystemExit as ended:
+        return int(ended.code or 0)
+    return 0
+
+
+@contextmanager
+def logging_restored() -> Iterator[None]:
+    """Commands set up logging for themselves."""
+    root = logging.getLogger()
+    level, handlers = root.level, root.handlers[:]
+    yield
+    root.setLevel(level)
+    root.handlers[:] = handlers
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(n) for n in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process is there and not merely waiting for its parent to look at how it ended."""
+    try:
+        return ") Z " not in Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
