@@ -19,7 +19,7 @@ from cocoa_pl.data.processor import Processor
 from cocoa_pl.data.sampler import mix
 from cocoa_pl.data.sources import HeldOutBenchmark
 from cocoa_pl.distributed.collectives import rank
-from cocoa_pl.distributed.strategies import full_state, is_sharded
+from cocoa_pl.distributed.strategies import full_state
 from cocoa_pl.embedder import Embedder, chosen_device
 from cocoa_pl.errors import UserError
 from cocoa_pl.evaluation.benchmark import check_subsets, score_subsets
@@ -81,7 +81,7 @@ def train(cfg: DictConfig, run_dir: Path, console: Console) -> None:
         resume=cfg.resume is not None,
     )
     plain: Any = OmegaConf.to_container(cfg, resolve=True)
-    weights = full_state(backbone) if is_sharded(backbone) else None  # of all ranks together
+    weights = full_state(backbone)  # of all ranks together
     if rank():
         return
     if weights is not None:

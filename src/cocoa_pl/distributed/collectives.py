@@ -158,24 +158,18 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, counts: Sequence[int]) -> Tensor:
         ctx.counts = counts
-        longest = max(counts)
-        padded = rows.new_zeros(longest, *rows.shape[1:])
-        padded[: len(rows)] = rows
-        blocks = rows.new_empty(len(counts), *padded.shape)
-        dist.all_gather(list(blocks), padded)
-        if min(counts) == longest:
-            return blocks.flatten(0, 1)
+        padded = _padded(rows, max(counts))
+        blocks = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(blocks, padded)
         return torch.cat([block[:count] for block, count in zip(blocks, counts, strict=True)])
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        counts, longest = ctx.counts, max(ctx.counts)
-        if min(counts) == longest:
-            blocks = gradient.contiguous().unflatten(0, (len(counts), longest))
-        else:
-            blocks = gradient.new_zeros(len(counts), longest, *gradient.shape[1:])
-            for block, part in zip(blocks, gradient.split(counts), strict=True):
-                block[: len(part)] = part
+        blocks = [_padded(part, max(ctx.counts)) for part in gradient.split(ctx.counts)]
         own = torch.empty_like(blocks[0])
-        dist.reduce_scatter(own, list(blocks))
-        return own[: counts[rank()]], None
+        dist.reduce_scatter(own, blocks)
+        return own[: ctx.counts[rank()]], None
+
+
+def _padded(rows: Tensor, length: int) -> Tensor:
+    return torch.cat([rows, rows.new_zeros(length - len(rows), *rows.shape[1:])])

@@ -13,7 +13,6 @@ more than its share and one block (torch.distributed.fsdp.fully_shard; ZeRO, arX
 from __future__ import annotations
 
 import pickle
-import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -50,6 +49,9 @@ MODEL, OPTIMIZER = "state_dict", "optimizer_0"
 REPLICATED, FULLY_SHARDED = "replicated", "fully_sharded"
 
 
+@StrategyRegistry.register(
+    REPLICATED, description="the model whole on every process", timeout_minutes=30
+)
 class Replicated(DDPStrategy):
     """Lightning's DDP with its launching of processes, and nothing around the module.
 
@@ -67,6 +69,9 @@ class Replicated(DDPStrategy):
             dist.broadcast(value.detach(), src=0)
 
 
+@StrategyRegistry.register(
+    FULLY_SHARDED, description="FSDP2 over all processes", timeout_minutes=30
+)
 class FullySharded(ModelParallelStrategy):
     """Lightning's strategy for FSDP2 over all processes of a job.
 
@@ -92,11 +97,7 @@ class FullySharded(ModelParallelStrategy):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
     ) -> None:
-        path = Path(self.broadcast(str(filepath)))
-        if self.is_global_zero and path.exists():
-            shutil.rmtree(path)
-        self.barrier()
-        path.mkdir(parents=True, exist_ok=True)
+        path = Path(filepath)
         tensors = {
             MODEL: checkpoint.pop("state_dict"),
             OPTIMIZER: checkpoint.pop("optimizer_states")[0],
@@ -114,8 +115,7 @@ class FullySharded(ModelParallelStrategy):
     def load_checkpoint(
         self, checkpoint_path: Any, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        path = Path(self.broadcast(str(checkpoint_path)))
-        mine = self.lightning_module_state_dict()
+        path, mine = Path(checkpoint_path), self.lightning_module_state_dict()
         with _readable(path):
             meta = torch.load(path / META, map_location="cpu", weights_only=True)
             found = set(meta.pop("names"))
@@ -148,14 +148,6 @@ class FullySharded(ModelParallelStrategy):
     def _whole(self) -> nn.Module:
         assert self.model is not None
         return self.model
-
-
-StrategyRegistry.register(
-    REPLICATED, Replicated, description="the model whole on every process", timeout_minutes=30
-)
-StrategyRegistry.register(
-    FULLY_SHARDED, FullySharded, description="FSDP2 over all processes", timeout_minutes=30
-)
 
 
 def shard(
@@ -203,16 +195,14 @@ def trained_state(module: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
 
 
-def is_sharded(module: nn.Module) -> bool:
-    """Whether a module's parameters are split over processes."""
-    return any(isinstance(parameter, DTensor) for parameter in module.parameters())
-
-
-def full_state(module: nn.Module) -> dict[str, Tensor]:
-    """Trained parameters whole, on the CPU of rank 0; empty on other ranks.
+def full_state(module: nn.Module) -> dict[str, Tensor] | None:
+    """Sharded trained parameters whole, on the CPU of rank 0 (empty on other ranks); None for a
+    module that is not sharded.
 
     Every rank must call this at the same time; one parameter is gathered at a time.
     """
+    if not any(isinstance(parameter, DTensor) for parameter in module.parameters()):
+        return None
     reshard(module)
     state: dict[str, Tensor] = {}
     for name, value in trained_state(module).items():

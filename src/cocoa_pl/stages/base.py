@@ -224,24 +224,17 @@ class StageModule(L.LightningModule, ABC):
 
     def configure_optimizers(self) -> Any:
         values = self.optimization
-        trained = [p for p in self.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
-            trained,
+            [p for p in self.parameters() if p.requires_grad],
             lr=values.lr,
             betas=values.betas,
             weight_decay=values.weight_decay,
             fused=True,
         )
         scheduler = get_scheduler(
-            values.schedule,
-            optimizer,
-            num_warmup_steps=values.warmup_steps,
-            num_training_steps=self.steps,
+            values.schedule, optimizer, values.warmup_steps, num_training_steps=self.steps
         )
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
-        }
+        return [optimizer], [scheduler]
 
     def aligned(self, batches: Sequence[Batch]) -> list[Batch]:
         """Batches on the host, and dummies where parameters are sharded and other ranks need them.
