@@ -204,7 +204,7 @@ def test_the_last_step_is_always_saved(steps: int, every: int, tmp_path: Path) -
     fit(path, steps=steps, every=every, module=module)
     content = checkpoint.read(path)
     assert content["global_step"] == steps
-    assert content["cocoa"] == {"stage": "toy", "stage_index": 0, "finished": True}
+    assert content["cocoa"] == {"stage": "toy", "stage_index": 0}
     assert content["state_dict"].keys() == {"trained"}
     assert torch.equal(content["state_dict"]["trained"], module.trained.detach())
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.multiprocessing.spawn import spawn
 
 from cocoa_pl.data.batch import Sample
@@ -233,27 +233,6 @@ def test_a_gathered_row_gets_the_gradient_of_all_ranks(kind: str, gatherings: li
     expected = torch.arange(1.0, sum(GATHERED[world][kind]) + 1) * all_ranks
     found = torch.cat([part[kind]["gradient"] for part in gatherings])
     assert torch.equal(found, expected)
-
-
-def test_a_rank_receives_the_gradient_of_its_own_rows_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The exchange of the backward pass, as seen by the second of three ranks."""
-    sent: list[Tensor] = []
-
-    def reduce_scatter(own: Tensor, blocks: list[Tensor]) -> None:
-        sent.extend(blocks)
-        own.copy_(blocks[1])
-
-    monkeypatch.setattr(collectives, "world_size", lambda: 3)
-    monkeypatch.setattr(collectives, "rank", lambda: 1)
-    monkeypatch.setattr(dist, "all_gather", lambda blocks, mine: [x.copy_(mine) for x in blocks])
-    monkeypatch.setattr(dist, "reduce_scatter", reduce_scatter)
-    rows = torch.ones(2, 5, requires_grad=True)
-    gathered = gather_rows(rows, [1, 2, 4])
-    gathered.backward(torch.arange(35.0).view(7, 5))
-    assert [block.shape for block in sent] == [(4, 5)] * 3
-    assert [int(block.any(1).sum()) for block in sent] == [1, 2, 4]  # the rest is padding
-    assert rows.grad is not None
-    assert torch.equal(rows.grad, torch.arange(5.0, 15.0).view(2, 5))
 
 
 def test_rows_that_were_announced_otherwise_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,8 +7,7 @@ cached gradient through it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -29,11 +28,13 @@ class GradientCache:
     def __init__(self, embed: Callable[[Any], Tensor], batches: Sequence[Any]) -> None:
         self._embed = embed
         self._replayed = batches[1:]
-        self._random: list[_RandomState] = []
+        # The generators as they were before each first pass: the CPU's and the device's.
+        self._random: list[tuple[Tensor, Tensor | None]] = []
         self._sizes: list[int] = []
         first, rest = embed(batches[0]), []
         for batch in self._replayed:
-            self._random.append(_RandomState())
+            cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+            self._random.append((torch.get_rng_state(), cuda))
             with torch.no_grad():
                 rest.append(embed(batch))
             self._sizes.append(len(rest[-1]))
@@ -51,24 +52,12 @@ class GradientCache:
             return
         assert self._leaf.grad is not None, "the loss has not been differentiated"
         gradients = self._leaf.grad.split(self._sizes)
-        for batch, state, gradient in zip(self._replayed, self._random, gradients, strict=True):
-            with state.replayed():
+        for batch, states, gradient in zip(self._replayed, self._random, gradients, strict=True):
+            cpu, cuda = states
+            devices = [] if cuda is None else [torch.cuda.current_device()]
+            with torch.random.fork_rng(devices=devices):
+                torch.set_rng_state(cpu)
+                if cuda is not None:
+                    torch.cuda.set_rng_state(cuda)
                 again = self._embed(batch)
             backward((again * gradient).sum())
-
-
-class _RandomState:
-    """The generators as they were before a batch's first pass."""
-
-    def __init__(self) -> None:
-        self.cpu = torch.get_rng_state()
-        self.cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-
-    @contextmanager
-    def replayed(self) -> Iterator[None]:
-        devices = [torch.cuda.current_device()] if self.cuda is not None else []
-        with torch.random.fork_rng(devices=devices):
-            torch.set_rng_state(self.cpu)
-            if self.cuda is not None:
-                torch.cuda.set_rng_state(self.cuda)
-            yield

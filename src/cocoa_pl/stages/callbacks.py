@@ -23,6 +23,7 @@ from cocoa_pl.errors import UserError
 log = logging.getLogger(__name__)
 
 LoggerFactory = Callable[[Path, str], list[Logger]]
+LINES = 10  # about a stage, in a log file
 
 
 class StageProgress(L.Callback):
@@ -32,18 +33,15 @@ class StageProgress(L.Callback):
     Args:
         label: e.g. "2/4 warmup".
         steps: of the stage.
-        lines: how many lines a log file gets for the whole stage.
     """
 
-    def __init__(self, label: str, *, steps: int, console: Console, lines: int) -> None:
+    def __init__(self, label: str, *, steps: int, console: Console) -> None:
         self.label = label
         self.steps = steps
         self.console = console
-        self.every = max(1, steps // lines)
         self.progress: Progress | None = None
-        self._samples = 0
-        self._tokens = 0
-        self._since = 0.0
+        self._samples = self._tokens = 0
+        self._line = ""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._first_step = trainer.global_step
@@ -82,29 +80,17 @@ class StageProgress(L.Callback):
                     "train/tokens_per_second": self._tokens / seconds,
                 }
             )
-            self._last_line = self._line(trainer)
+            loss = trainer.callback_metrics.get("train/loss", torch.tensor(torch.nan))
+            self._line = f"loss {loss.item():.3f}  {self._samples / seconds:.0f} samples/s"
             self._samples = self._tokens = 0
             self._since = time.perf_counter()
-            if self.progress is not None:
-                self.progress.update(self.task, line=self._last_line)
         if self.progress is not None:
-            self.progress.update(self.task, completed=step)
-        elif step % self.every == 0 and trainer.is_global_zero:
+            self.progress.update(self.task, completed=step, line=self._line)
+        elif step % max(1, self.steps // LINES) == 0 and trainer.is_global_zero:
             left = (time.perf_counter() - self._started) / (step - self._first_step)
-            left *= self.steps - step
-            log.info(
-                "%s %d/%d %s %d:%02d left",
-                self.label,
-                step,
-                self.steps,
-                self._last_line,
-                *divmod(int(left), 60),
-            )
-
-    def _line(self, trainer: L.Trainer) -> str:
-        loss = trainer.callback_metrics.get("train/loss", torch.tensor(torch.nan))
-        rate = self._samples / (time.perf_counter() - self._since)
-        return f"loss {loss.item():.3f}  {rate:.0f} samples/s"
+            minutes, seconds = divmod(int(left * (self.steps - step)), 60)
+            done = f"{self.label} {step}/{self.steps}"
+            log.info("%s %s %d:%02d left", done, self._line, minutes, seconds)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._close()
@@ -118,8 +104,6 @@ class StageProgress(L.Callback):
         if self.progress is not None:
             self.progress.stop()
             self.progress = None
-
-    _last_line = ""
 
 
 class Pictures(L.Callback):
@@ -163,7 +147,7 @@ class Metrics(Logger):
         self.stage = stage
         self.start_step = start_step
         self.steps = steps
-        self._prepare()
+        self._drop_what_comes_again()
 
     @property
     def name(self) -> str:
@@ -182,22 +166,20 @@ class Metrics(Logger):
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
         """The resolved config lies beside it already."""
 
-    def _comes_again(self, step: int, name: str) -> bool:
-        """Validation after the step of the checkpoint is over, unless it is the stage's last."""
-        is_over = name.startswith("validation/") and step == self.start_step < self.steps
-        return step >= self.start_step and not is_over
-
     @rank_zero_only
-    def _prepare(self) -> None:
-        kept = [["stage", "step", "name", "value"]]
+    def _drop_what_comes_again(self) -> None:
+        def comes_again(step: int, name: str) -> bool:
+            # Validation after the step of the checkpoint is over, unless it is the stage's last.
+            is_over = name.startswith("validation/") and step == self.start_step < self.steps
+            return step >= self.start_step and not is_over
+
+        rows = [["stage", "step", "name", "value"]]
         if self.path.exists():
             with self.path.open(newline="") as file:
-                rows = list(csv.reader(file))[1:]
-            kept += [
-                r for r in rows if r[0] != self.stage or not self._comes_again(int(r[1]), r[2])
-            ]
+                rows = list(csv.reader(file))
+        kept = [r for r in rows[1:] if r[0] != self.stage or not comes_again(int(r[1]), r[2])]
         with self.path.open("w", newline="") as file:
-            csv.writer(file).writerows(kept)
+            csv.writer(file).writerows([rows[0], *kept])
 
 
 def tensorboard(run_dir: Path, stage: str) -> list[Logger]:

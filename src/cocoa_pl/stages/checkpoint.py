@@ -174,10 +174,7 @@ class LastCheckpoint(L.Callback):
     ) -> None:
         kept = trained_state(pl_module)
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in kept}
-        checkpoint["cocoa"] = {
-            **self.position,
-            "finished": trainer.global_step >= trainer.max_steps,
-        }
+        checkpoint["cocoa"] = self.position
 
     def on_load_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]

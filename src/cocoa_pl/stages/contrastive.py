@@ -192,7 +192,6 @@ class ContrastiveModule(StageModule):
             all_keys = (keys[0], gather_rows(keys[1], counts), gather_rows(keys[2], counts))
         index = sum(counts[: rank()]) + torch.arange(len(queries), device=queries.device)
         losses = torch.zeros_like(queries[:, 0])
-        hits = compared = torch.empty(0)
         widths = zip(matryoshka(queries, dims), matryoshka(candidates, dims), strict=True)
         for some_queries, some_candidates in widths:
             value, hits, compared = info_nce(

@@ -31,8 +31,6 @@ from cocoa_pl.stages.checkpoint import LastCheckpoint
 
 log = logging.getLogger(__name__)
 
-PROGRESS_LINES = 10  # of a stage, where there is no terminal
-
 
 @dataclass(frozen=True)
 class Stage:
@@ -350,7 +348,7 @@ def _make_trainer(
             *settings.loggers(settings.run_dir, stage.name),
         ],
         callbacks=[
-            StageProgress(label, steps=steps, console=settings.console, lines=PROGRESS_LINES),
+            StageProgress(label, steps=steps, console=settings.console),
             Pictures(settings.run_dir, stage.name),
             saver,
         ],

@@ -81,17 +81,18 @@ class ReconstructionModule(StageModule):
         collator.exchange = validating and self.text_segment == "target"
         return collator
 
-    def rebuild(self, batch: Batch) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def rebuild(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """What the model predicts of a batch on its device.
 
         Returns:
             Logits (M, V) of hidden tokens, and (N, merge_size ** 2 * B) normalised pixels of hidden
-            visual tokens: as predicted, and as they are; None without an image decoder.
+            visual tokens: as predicted, and as they are; N is 0 without an image decoder.
         """
         backbone = self.backbone
         if self.image_decoder is None:
             hidden = backbone(batch)  # (T, D)
-            return backbone.vocabulary(hidden.index_select(0, batch.token_rows)), None, None
+            logits = backbone.vocabulary(hidden.index_select(0, batch.token_rows))
+            return logits, logits.new_zeros(0, 1), logits.new_zeros(0, 1)
         pixels = backbone.pixels(batch)  # (P, B)
         hidden = backbone(batch, with_noise(pixels, batch, merge_size=backbone.merge_size))
         logits = backbone.vocabulary(hidden.index_select(0, batch.token_rows))
@@ -104,10 +105,7 @@ class ReconstructionModule(StageModule):
         tokens.
         """
         logits, predicted, expected = self.rebuild(batch)
-        losses, hits = masked_next_token(logits, batch.targets)
-        if predicted is None or expected is None:
-            return losses, hits, losses.new_zeros(0)
-        return losses, hits, rebuilt_patches(predicted, expected)
+        return *masked_next_token(logits, batch.targets), rebuilt_patches(predicted, expected)
 
     def accumulate(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
         """`targets` counts hidden tokens and hidden visual tokens."""
@@ -185,6 +183,6 @@ class ReconstructionModule(StageModule):
         moved = batch.to(self.device)
         logits, predicted, _ = self.rebuild(moved)
         found: dict[str, Any] = {"text": hidden_text(batch, logits.argmax(1), self.processor)}
-        if predicted is not None and len(batch.patch_rows):
+        if len(batch.patch_rows):
             found["images"] = image_triptychs(self.backbone, moved, predicted)
         return found
