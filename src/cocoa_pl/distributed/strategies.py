@@ -26,7 +26,6 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Str
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -116,7 +115,7 @@ class FullySharded(ModelParallelStrategy):
         self, checkpoint_path: Any, weights_only: bool | None = None
     ) -> dict[str, Any]:
         path, mine = Path(checkpoint_path), self.lightning_module_state_dict()
-        with _readable(path):
+        with readable(path):
             meta = torch.load(path / META, map_location="cpu", weights_only=True)
             found = set(meta.pop("names"))
             # Only what both have; the caller compares the names and refuses what does not match.
@@ -131,7 +130,7 @@ class FullySharded(ModelParallelStrategy):
         some never get any (an untied vocabulary head in contrast, the vision tower on texts alone).
         """
         state: dict[str, Any] = get_optimizer_state_dict(self._whole, optimizer)  # of all of them
-        with _readable(path):
+        with readable(path):
             saved = FileSystemReader(path).read_metadata().state_dict_metadata
             prefix = f"{OPTIMIZER}.state."
             had = {k.removeprefix(prefix).rpartition(".")[0] for k in saved if k.startswith(prefix)}
@@ -212,20 +211,6 @@ def full_state(module: nn.Module) -> dict[str, Tensor] | None:
     return state
 
 
-def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """The trained parameters of a checkpoint folder, whole, on the CPU, by one process alone."""
-    prefix = f"{MODEL}."
-    with _readable(folder):
-        known = FileSystemReader(folder).read_metadata().state_dict_metadata
-        empty: dict[str, Any] = {
-            name.removeprefix(prefix): torch.empty(entry.size, dtype=entry.properties.dtype)
-            for name, entry in known.items()
-            if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
-        }
-        load_shards({MODEL: empty}, checkpoint_id=folder, no_dist=True)
-    return empty
-
-
 def first_reason(error: BaseException) -> str:
     """What lies at the bottom of a failed read or write, in one line."""
     if isinstance(error, CheckpointException) and error.failures:
@@ -234,7 +219,8 @@ def first_reason(error: BaseException) -> str:
 
 
 @contextmanager
-def _readable(folder: Path) -> Iterator[None]:
+def readable(folder: Path) -> Iterator[None]:
+    """Turn what fails when a folder of shards is read into a UserError."""
     try:
         yield
     except (CheckpointException, OSError, EOFError, pickle.UnpicklingError) as error:

@@ -194,9 +194,9 @@ class StageModule(L.LightningModule, ABC):
         self.log_dict({f"train/{name}": value for name, value in metrics.items()})
 
     def validation_step(self, batches: Sequence[Batch], batch_idx: int) -> None:
+        sums = self._validation_sums
         for name, value in self.measure(batches).items():
-            total = self._validation_sums.get(name, torch.zeros((), device=value.device))
-            self._validation_sums[name] = total + value
+            sums[name] = sums.get(name, 0) + value
 
     def on_validation_start(self) -> None:
         self._judge_last_step()
@@ -215,12 +215,11 @@ class StageModule(L.LightningModule, ABC):
 
     def on_validation_epoch_end(self) -> None:
         reshard(self)  # a forward pass alone leaves parameters gathered
-        sums = global_sums(self._validation_sums)
-        self._validation_sums = {}
-        if sums:
+        if sums := global_sums(self._validation_sums):
             found = {f"validation/{n}": v for n, v in self.means(sums).items()}
             # The trainer's own count for loggers is one behind after some resumes.
             self.log_dict(found | {"step": torch.tensor(float(self.global_step))})
+        self._validation_sums = {}
 
     def configure_optimizers(self) -> Any:
         values = self.optimization

@@ -19,13 +19,17 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 
 from cocoa_pl.distributed.processes import is_lost_worker
 from cocoa_pl.distributed.strategies import (
     META,
+    MODEL,
     FullySharded,
     first_reason,
-    read_tensors,
+    readable,
     trained_state,
 )
 from cocoa_pl.errors import UserError
@@ -68,8 +72,21 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def read_weights(path: Path, content: dict[str, Any]) -> dict[str, Tensor]:
-    """The trained weights of a checkpoint that `read` has opened, by name."""
-    return content["state_dict"] if path.is_file() else read_tensors(path)
+    """The trained weights of a checkpoint that `read` has opened, by name; those of shards are put
+    together by this process alone.
+    """
+    if path.is_file():
+        return content["state_dict"]
+    prefix = f"{MODEL}."
+    with readable(path):
+        known = FileSystemReader(path).read_metadata().state_dict_metadata
+        weights: dict[str, Any] = {
+            name.removeprefix(prefix): torch.empty(entry.size, dtype=entry.properties.dtype)
+            for name, entry in known.items()
+            if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
+        }
+        load_shards({MODEL: weights}, checkpoint_id=path, no_dist=True)
+    return weights
 
 
 def base_of(backbone: nn.Module) -> str:
