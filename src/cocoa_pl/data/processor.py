@@ -101,11 +101,8 @@ class Processor:
 
     def count_visual_tokens(self, width: int, height: int) -> int:
         """Visual tokens of a picture of this size; its start and end tokens not counted."""
-        patches = self.image_processor.get_number_of_image_patches(
-            height,
-            width,
-            {"min_pixels": self.min_pixels, "max_pixels": self.max_pixels},
-        )
+        bounds = {"min_pixels": self.min_pixels, "max_pixels": self.max_pixels}
+        patches = self.image_processor.get_number_of_image_patches(height, width, bounds)
         return int(patches) // self.merge_size**2
 
     def __call__(
@@ -197,9 +194,7 @@ class Processor:
         if not was_said:
             log.warning(
                 "%s is longer than max_length=%d and loses %d text tokens (said once)",
-                row_id,
-                self.max_length,
-                excess,
+                *(row_id, self.max_length, excess),
             )
         target = target[: max(budget - num_context, budget // 2)]
         excess = num_context + len(target) - budget
