@@ -21,8 +21,7 @@ from benchmarks.peers.model import PeerModel, PixelDecoder
 from benchmarks.peers.steps import Collate, collator
 from benchmarks.samples import make_processor
 from cocoa_pl.models.adapters import FullTuning
-from cocoa_pl.models.backbone import Backbone
-from cocoa_pl.models.heads import ImageDecoder
+from cocoa_pl.models.backbone import Backbone, ImageDecoder
 from cocoa_pl.stages.base import Optimization, StageModule
 
 RANK, ALPHA = 8, 64  # of the released scripts

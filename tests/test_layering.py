@@ -278,7 +278,7 @@ def test_no_branch_on_a_configured_name(group: str) -> None:
 
 BAD: list[tuple[str, str, str]] = [
     ("imports_go_one_way", "data.mmeb", "from cocoa_pl.models import heads"),
-    ("imports_go_one_way", "data.mmeb", "from ..models.heads import Head"),
+    ("imports_go_one_way", "data.mmeb", "from ..models.backbone import Backbone"),
     ("imports_go_one_way", "data.mmeb", "def f() -> None:\n    import cocoa_pl.evaluation"),
     ("imports_go_one_way", "errors", "from . import attention, models"),
     ("imports_go_one_way", "evaluation.report", "from cocoa_pl import models"),
@@ -286,7 +286,7 @@ BAD: list[tuple[str, str, str]] = [
     ("imports_go_one_way", "newcomer", "x = 1"),
     ("imports_go_one_way", "", "from cocoa_pl.stages.base import StageModule"),
     ("hydra_stays_at_the_entry_points", "stages.recipe", "from omegaconf import DictConfig"),
-    ("hydra_stays_at_the_entry_points", "models.heads", "import hydra.utils"),
+    ("hydra_stays_at_the_entry_points", "models.backbone", "import hydra.utils"),
     ("modules_have_docstrings", "items", "x = 1"),
     ("modules_have_docstrings", "items", '""" """'),
     ("nothing_prints", "items", "print('here')"),
@@ -302,7 +302,7 @@ GOOD: list[tuple[str, str, str]] = [
         "data.mmeb",
         "from cocoa_pl.data.batch import Batch\nfrom .images import x",
     ),
-    ("imports_go_one_way", "models.heads", "from cocoa_pl.attention.plan import Plan"),
+    ("imports_go_one_way", "models.backbone", "from cocoa_pl.attention.plan import Plan"),
     ("imports_go_one_way", "stages.recipe", "import torch\nfrom cocoa_pl import models"),
     ("hydra_stays_at_the_entry_points", "sweep", "from omegaconf import OmegaConf"),
     ("modules_have_docstrings", "items", '"""Items of rows."""'),

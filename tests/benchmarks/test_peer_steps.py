@@ -28,8 +28,7 @@ from cocoa_pl.data.masking import Masking, with_noise
 from cocoa_pl.data.processor import Processor
 from cocoa_pl.grad_cache import GradientCache
 from cocoa_pl.losses import info_nce, masked_next_token, rebuilt_patches
-from cocoa_pl.models.backbone import Backbone
-from cocoa_pl.models.heads import ImageDecoder
+from cocoa_pl.models.backbone import Backbone, ImageDecoder
 
 CPU = torch.device("cpu")
 MAX_PIXELS = 24 * 28**2

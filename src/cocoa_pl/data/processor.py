@@ -171,8 +171,8 @@ class Processor:
         known = self._known_texts.get(text)
         if known is None:
             with _one_at_a_time:
-                encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)
-                known = tuple(encoded.input_ids)
+                tokens = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)
+                known = tuple(tokens.input_ids)
                 self._known_tokens += len(known)
                 is_full = len(self._known_texts) >= MAX_KNOWN_TEXTS
                 if is_full or self._known_tokens > MAX_KNOWN_TOKENS:

@@ -17,9 +17,8 @@ from cocoa_pl.data.masking import Masking, with_noise
 from cocoa_pl.distributed.collectives import global_sum
 from cocoa_pl.errors import UserError
 from cocoa_pl.losses import masked_next_token, rebuilt_patches
-from cocoa_pl.models.backbone import Backbone, NoVocabularyHead
+from cocoa_pl.models.backbone import Backbone, ImageDecoder, NoVocabularyHead
 from cocoa_pl.models.dora import shared_norms
-from cocoa_pl.models.heads import ImageDecoder
 from cocoa_pl.stages.base import StageModule
 from cocoa_pl.stages.pictures import hidden_text, image_triptychs
 

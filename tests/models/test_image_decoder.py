@@ -9,7 +9,7 @@ import torch
 from cocoa_pl.data.batch import Batch, Sample
 from cocoa_pl.data.masking import Masking
 from cocoa_pl.data.processor import Processor
-from cocoa_pl.models.heads import ImageDecoder
+from cocoa_pl.models.backbone import ImageDecoder
 from cocoa_pl.models.loading import FAMILIES, Loaded
 
 pytestmark = pytest.mark.parametrize("family", sorted(FAMILIES), indirect=True, scope="session")
