@@ -41,11 +41,16 @@ class Masking:
         Of n candidates exactly round(ratio * n) are hidden, at least one; special and visual tokens
         never, nor a sample's very first token, which no state precedes.
         """
-        input_ids = sample.input_ids
+        input_ids, is_predictable = sample.input_ids, sample.kinds == TEXT  # (t)
+        is_predictable[0] = False
         if self.text_ratio is None:
-            hidden = every_next_token(sample)
+            end = sample.segment_lengths[0]
+            is_predictable[end] = end > 0  # the end token too
+            hidden = np.flatnonzero(is_predictable)
         else:
-            hidden = _choose(hideable_text(sample, self.text_segment), self.text_ratio, rng)
+            segment = np.repeat(np.arange(3), sample.segment_lengths)  # (t)
+            is_predictable &= segment == SEGMENTS.index(self.text_segment)
+            hidden = _choose(np.flatnonzero(is_predictable), self.text_ratio, rng)
             input_ids = input_ids.copy()
             input_ids[hidden] = self.mask_token_id
         hidden_visual, noise_seed = sample.hidden_visual, 0
@@ -61,22 +66,6 @@ class Masking:
             hidden_visual=hidden_visual,
             noise_seed=noise_seed,
         )
-
-
-def hideable_text(sample: Sample, segment: str) -> Ints:
-    """Places of one segment's ordinary text that has a state before it to be predicted from."""
-    number = SEGMENTS.index(segment)
-    start = sum(sample.segment_lengths[:number])
-    stop = start + sample.segment_lengths[number]
-    start = max(start, 1)
-    return start + np.flatnonzero(sample.kinds[start:stop] == TEXT)
-
-
-def every_next_token(sample: Sample) -> Ints:
-    """Places that plain captioning predicts: all ordinary text, and the end token."""
-    end = sample.segment_lengths[0]
-    parts = [hideable_text(sample, "context"), hideable_text(sample, "target")]
-    return np.concatenate([parts[0], np.arange(end, end + (end > 0)), parts[1]])
 
 
 def _choose(candidates: Ints, ratio: float, rng: np.random.Generator) -> Ints:
@@ -107,9 +96,8 @@ def with_noise(pixels: Tensor, batch: Batch, *, merge_size: int) -> Tensor:
         for seed, count in batch.noise:
             torch.manual_seed(seed)
             drawn.append(torch.randn(count * per_token, pixels.shape[1], device=pixels.device))
-    return pixels.index_copy(
-        0, hidden_patches(batch, merge_size), torch.cat(drawn).to(pixels.dtype)
-    )
+    noise = torch.cat(drawn).to(pixels.dtype)
+    return pixels.index_copy(0, hidden_patches(batch, merge_size), noise)
 
 
 def hidden_patches(batch: Batch, merge_size: int) -> Tensor:
