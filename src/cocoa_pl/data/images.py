@@ -6,7 +6,7 @@ import struct
 import threading
 import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -99,10 +99,7 @@ def open_image(source: Picture, *, where: str = "open_image") -> Image.Image:
     if isinstance(source, Path) and not source.is_file():
         raise UserError(f"{name} does not exist; check the path and the image root")
     with _opened(source, name) as opened:
-        is_shared = opened is source
-        with _LOADING[id(opened) // 64 % len(_LOADING)] if is_shared else nullcontext():
-            upright, ends = ImageOps.exif_transpose(opened), _black_and_white(opened)
-        image = _in_rgb(upright, ends)
+        image = _in_rgb(ImageOps.exif_transpose(opened), _black_and_white(opened))
     if image is None:
         raise UserError(
             f"{name} has signed or 32-bit pixels, whose brightness range is undefined; save it "
@@ -132,7 +129,8 @@ def _opened(source: ImageSource, name: str) -> Iterator[Image.Image]:
     """
     try:
         if isinstance(source, Image.Image):
-            yield source
+            with _LOADING[id(source) // 64 % len(_LOADING)]:
+                yield source
         else:
             with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
                 yield image
