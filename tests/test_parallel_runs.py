@@ -97,7 +97,7 @@ def work(index: int, world: int, meeting: str, jobs: list[Job]) -> None:
     register_resolvers()
     for job in jobs:
         run_and_stop(job) if job.stopped else run(job)
-    dist.barrier()  # nobody leaves while another still waits for him
+    dist.barrier()  # no process leaves while another waits for it
     dist.destroy_process_group()
 
 

@@ -26,7 +26,7 @@ def rows(batch):
 
 if __name__ == "__main__":
     loader = DataLoader(range(64), batch_size=8, num_workers=2, collate_fn=rows,
-                        worker_init_fn=end_with_parent)
+                        worker_init_fn=lambda worker: end_with_parent())
     batches = iter(loader)
     next(batches)
     print("ready", flush=True)

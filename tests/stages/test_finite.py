@@ -22,16 +22,16 @@ def steps(gradients: list[float], *, look: bool) -> tuple[list[Tensor], list[See
     parameter = nn.Parameter(torch.ones(3))
     optimizer = torch.optim.AdamW([parameter], lr=0.1, weight_decay=0.1, fused=True)
     watch = FiniteSteps()
-    values, told = [], []
+    values, seen = [], []
     for number, gradient in enumerate(gradients):
         parameter.grad = torch.full((3,), gradient)
         if look:
-            told.append(watch.look_back())
+            seen.append(watch.look_back())
         watch.guard(optimizer, parameter.grad.norm(), torch.tensor(number % 2.0), number)
         optimizer.step()
         values.append(parameter.detach().clone())
-    told.append(watch.look_back())
-    return values, told
+    seen.append(watch.look_back())
+    return values, seen
 
 
 @pytest.mark.parametrize("bad", BAD)
@@ -44,30 +44,30 @@ def test_the_weights_stay_as_before_the_bad_step(bad: float) -> None:
 
 def test_finite_steps_are_those_of_the_plain_optimizer() -> None:
     used = [FINE, 0.5, 2.0]
-    values, told = steps(used, look=True)
+    values, seen = steps(used, look=True)
     parameter = nn.Parameter(torch.ones(3))
     optimizer = torch.optim.AdamW([parameter], lr=0.1, weight_decay=0.1, fused=True)
     for value, gradient in zip(values, used, strict=True):
         parameter.grad = torch.full((3,), gradient)
         optimizer.step()
         assert torch.equal(value, parameter)
-    assert told == [None, *((pytest.approx(3**0.5 * g), n % 2, n) for n, g in enumerate(used))]
+    assert seen == [None, *((pytest.approx(3**0.5 * g), n % 2, n) for n, g in enumerate(used))]
 
 
 @pytest.mark.parametrize("bad", BAD)
 def test_the_bad_step_is_named_once_the_next_one_is_queued(bad: float) -> None:
-    _, told = steps([FINE, FINE, bad, FINE], look=True)
-    assert told[3] is not None
-    norm, _, number = told[3]
+    _, seen = steps([FINE, FINE, bad, FINE], look=True)
+    assert seen[3] is not None
+    norm, _, number = seen[3]
     assert number == 2
     assert not math.isfinite(norm)
-    assert all(other is None or math.isfinite(other[0]) for other in told[:3])
+    assert all(other is None or math.isfinite(other[0]) for other in seen[:3])
 
 
 def test_a_bad_last_step_is_named_at_the_end() -> None:
-    _, told = steps([FINE, math.nan], look=True)
-    assert told[-1] is not None
-    assert math.isnan(told[-1][0])
+    _, seen = steps([FINE, math.nan], look=True)
+    assert seen[-1] is not None
+    assert math.isnan(seen[-1][0])
 
 
 def test_an_optimizer_that_cannot_skip_is_refused() -> None:

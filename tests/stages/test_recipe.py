@@ -7,7 +7,7 @@ import signal
 from collections.abc import Callable
 from copy import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import MagicMock
 
 import lightning as L
@@ -81,15 +81,12 @@ class FewPairs:
         return []
 
 
-class Whole:
+class Whole(NamedTuple):
     """What an uninterrupted run leaves."""
 
-    def __init__(
-        self, weights: dict[str, Tensor], metrics: list[Row], lineage: list[dict[str, Any]]
-    ) -> None:
-        self.weights = weights
-        self.metrics = metrics
-        self.lineage = lineage
+    weights: dict[str, Tensor]
+    metrics: list[Row]
+    lineage: list[dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +105,28 @@ def whole(
 
 def equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[n], second[n]) for n in first)
+
+
+@pytest.fixture
+def go_on(
+    whole: Whole,
+    tmp_path: Path,
+    make_stages: MakeStages,
+    train: Train,
+    fresh: Fresh,
+    read_metrics: ReadMetrics,
+    weights: Weights,
+) -> Callable[..., None]:
+    """Resumes the test's run, which then has left what an uninterrupted one leaves, bit by bit."""
+
+    def resume(*, num_workers: int = 0) -> None:
+        stages, backbone = make_stages(steps=STEPS), fresh()
+        lineage = train(tmp_path, stages, backbone, resume=True, num_workers=num_workers)
+        assert lineage == whole.lineage
+        assert read_metrics(tmp_path) == whole.metrics
+        assert equal(weights(backbone), whole.weights)
+
+    return resume
 
 
 def test_all_four_stages_run_one_after_the_other(whole: Whole) -> None:
@@ -138,22 +157,16 @@ def test_all_four_stages_run_one_after_the_other(whole: Whole) -> None:
 def test_a_stopped_run_goes_on_bit_by_bit(
     stop_at: int,
     num_workers: int,
-    whole: Whole,
     tmp_path: Path,
     make_stages: MakeStages,
     train: Train,
     fresh: Fresh,
-    read_metrics: ReadMetrics,
-    weights: Weights,
+    go_on: Callable[..., None],
 ) -> None:
-    stages = make_stages(steps=STEPS)
+    stages, stop = make_stages(steps=STEPS), StopAt(stop_at)
     with pytest.raises(Interrupted, match="stopped in"):
-        train(tmp_path, stages, fresh(), num_workers=num_workers, callbacks=[StopAt(stop_at)])
-    backbone = fresh()
-    lineage = train(tmp_path, stages, backbone, resume=True, num_workers=num_workers)
-    assert read_metrics(tmp_path) == whole.metrics
-    assert equal(weights(backbone), whole.weights)
-    assert lineage == whole.lineage
+        train(tmp_path, stages, fresh(), num_workers=num_workers, callbacks=[stop])
+    go_on(num_workers=num_workers)
 
 
 @pytest.mark.parametrize(
@@ -195,23 +208,18 @@ def test_data_that_changed_is_no_data_to_resume_on(
 
 
 def test_a_run_can_be_stopped_and_resumed_twice(
-    whole: Whole,
     tmp_path: Path,
     make_stages: MakeStages,
     train: Train,
     fresh: Fresh,
-    read_metrics: ReadMetrics,
-    weights: Weights,
+    go_on: Callable[..., None],
 ) -> None:
     stages = make_stages(steps=STEPS)
     with pytest.raises(Interrupted, match="stopped in pretrain at step 3 of 5"):
         train(tmp_path, stages, fresh(), callbacks=[StopAt(3)])
     with pytest.raises(Interrupted, match="stopped in pretrain at step 4 of 5"):
         train(tmp_path, stages, fresh(), resume=True, callbacks=[StopAt(1)])
-    backbone = fresh()
-    train(tmp_path, stages, backbone, resume=True)
-    assert read_metrics(tmp_path) == whole.metrics
-    assert equal(weights(backbone), whole.weights)
+    go_on()
 
 
 @pytest.mark.parametrize(
@@ -219,45 +227,33 @@ def test_a_run_can_be_stopped_and_resumed_twice(
 )
 def test_a_crashed_run_goes_on_from_its_last_regular_checkpoint(
     step: int,
-    whole: Whole,
     tmp_path: Path,
     make_stages: MakeStages,
     train: Train,
     fresh: Fresh,
-    read_metrics: ReadMetrics,
-    weights: Weights,
+    go_on: Callable[..., None],
 ) -> None:
-    stages, crash = make_stages(steps=STEPS), StopAt(step)
-    crash.number = signal.SIGUSR1
+    crash = StopAt(step, number=signal.SIGUSR1)
     before = signal.signal(signal.SIGUSR1, fall)
     with pytest.raises(PowerCut):
-        train(tmp_path, stages, fresh(), checkpoint_every=2, callbacks=[crash])
+        train(tmp_path, make_stages(steps=STEPS), fresh(), checkpoint_every=2, callbacks=[crash])
     signal.signal(signal.SIGUSR1, before)
-    backbone = fresh()
-    train(tmp_path, stages, backbone, resume=True)
-    assert read_metrics(tmp_path) == whole.metrics
-    assert equal(weights(backbone), whole.weights)
+    go_on()
 
 
 def test_a_finished_run_resumes_to_itself(
-    whole: Whole,
     tmp_path: Path,
     make_stages: MakeStages,
     train: Train,
     fresh: Fresh,
-    read_metrics: ReadMetrics,
-    weights: Weights,
+    go_on: Callable[..., None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    stages, backbone = make_stages(steps=STEPS), fresh()
-    train(tmp_path, stages, fresh())
+    train(tmp_path, make_stages(steps=STEPS), fresh())
     digest = MagicMock(side_effect=checkpoint.digest_of)
     monkeypatch.setattr(checkpoint, "digest_of", digest)
-    lineage = train(tmp_path, stages, backbone, resume=True)
+    go_on()
     digest.assert_called_once()  # minutes for a large frozen model
-    assert lineage == whole.lineage
-    assert read_metrics(tmp_path) == whole.metrics
-    assert equal(weights(backbone), whole.weights)
 
 
 def test_dropout_of_adapters_goes_on_too(
@@ -350,7 +346,7 @@ def test_bridge_gain_tells_a_learnt_bridge_from_none(
     def gain(name: str, backbone: Backbone, *, lr: float, steps: int) -> float:
         stages = make_stages(
             "stage.order=[reconstruct]",
-            "stage.reconstruct.module.text_ratio=1.0",  # nothing of TARGET tells of the rest
+            "stage.reconstruct.module.text_ratio=1.0",  # nothing of TARGET is left
             "schedule.token_budget=1000",
             "schedule.validate_every=500",
             "schedule.validation_batch_size=4",

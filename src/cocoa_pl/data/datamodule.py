@@ -139,7 +139,7 @@ def start_worker(worker: int) -> None:
     A step holds hundreds of small tensors (where segments begin, who attends to whom); torch opens
     a file for each that it shares, and a process may have only so many files open.
     """
-    end_with_parent(worker)
+    end_with_parent()
     ForkingPickler.register(Tensor, _reduce)
 
 

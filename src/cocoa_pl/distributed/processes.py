@@ -9,15 +9,13 @@ LOST_PROCESS = 3  # exit status
 CHECK_SECONDS = 1.0
 
 
-def end_with_parent(worker: int = 0, *, message: str = "") -> None:
+def end_with_parent(*, message: str = "") -> None:
     """End this process when the one that started it is gone, even by SIGKILL.
 
     Data workers of a killed process would wait for good: each is blocked on a pipe that is full and
-    that its siblings hold open. torch's own watchdog looks while they wait
-    for work alone.
+    that its siblings hold open. torch's own watchdog looks while they wait for work alone.
 
     Args:
-        worker: its number, which a `DataLoader` passes to its `worker_init_fn`.
         message: for stderr, when it comes to that.
     """
     parent = os.getppid()

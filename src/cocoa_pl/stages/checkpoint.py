@@ -100,7 +100,7 @@ def check_base(content: dict[str, Any], base: str, *, where: str) -> None:
     they would give other vectors.
 
     Raises:
-        UserError: if it was written on another base; older ones do not tell theirs.
+        UserError: if it was written on another base; older ones do not name theirs.
     """
     if content["cocoa"].get("base", base) != base:
         raise UserError(

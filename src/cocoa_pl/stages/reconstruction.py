@@ -22,7 +22,7 @@ from cocoa_pl.models.dora import shared_norms
 from cocoa_pl.stages.base import StageModule
 from cocoa_pl.stages.pictures import hidden_text, image_triptychs
 
-# A bridge that gains less than this tells target tokens hardly anything about their context.
+# Below this, target tokens learn hardly anything of their context through the bridge.
 NO_BRIDGE_GAIN = 0.05  # nats per token
 
 
