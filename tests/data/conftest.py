@@ -14,14 +14,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from PIL import Image
 
-from cocoa_pl.config.build import register_resolvers
-from cocoa_pl.config.command_line import CONFIGS
 from cocoa_pl.data.batch import SPECIAL, TEXT, VISUAL, Sample
 from cocoa_pl.data.sources import PairSource
+from tests.configs import composed
 
 ROWS = {"A": 23, "B": 17, "E": 12}
 
@@ -70,14 +68,10 @@ def data_config() -> DataConfig:
     """The composed values of conf/data/NAME.yaml, as plain Python; open ones are `???`."""
 
     @cache
-    def composed(name: str) -> dict[str, Any]:
-        register_resolvers()
-        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            cfg = compose("train", overrides=[f"data={name}"])
-        values: Any = OmegaConf.to_container(cfg.data)
-        return dict(values)
+    def values(name: str) -> Any:
+        return OmegaConf.to_container(composed(f"data={name}").data)
 
-    return lambda name: deepcopy(composed(name))
+    return lambda name: deepcopy(values(name))
 
 
 @pytest.fixture(scope="session")

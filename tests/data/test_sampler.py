@@ -7,9 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hydra import compose, initialize_config_dir
 
-from cocoa_pl.config.build import register_resolvers
 from cocoa_pl.config.command_line import CONFIGS
 from cocoa_pl.data.items import Item, Pair
 from cocoa_pl.data.pairs import Pairs
@@ -25,6 +23,7 @@ from cocoa_pl.data.sampler import (
 )
 from cocoa_pl.errors import UserError
 from cocoa_pl.run import build_stages
+from tests.configs import composed
 from tests.data.loading import mixing
 
 NAMES = ["big", "middle", "small"]
@@ -212,10 +211,8 @@ def test_frequencies_of_rows_follow_the_weights() -> None:
 
 @pytest.mark.parametrize("composition", ["shuffled", "one_subset", "interleaved"])
 def test_every_composition_is_a_config_that_any_stage_can_choose(composition: str) -> None:
-    register_resolvers()
     assert {path.stem for path in (CONFIGS / "mixing").glob("*.yaml")} == set(COMPOSITIONS)
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        cfg = compose("train", overrides=[f"mixing@stage.warmup.mixing={composition}"])
+    cfg = composed(f"mixing@stage.warmup.mixing={composition}")
     chosen = {stage.name: stage.mixing for stage in build_stages(cfg)}
     assert chosen["warmup"].composition == composition
     assert chosen["contrast"].by_rows  # the released scripts' way stays the default

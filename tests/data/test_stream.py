@@ -16,11 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from torch import Tensor, nn
 
-from cocoa_pl.config.build import register_resolvers
-from cocoa_pl.config.command_line import CONFIGS
 from cocoa_pl.data.batch import Batch
 from cocoa_pl.data.datamodule import Places, StageData, StreamBatches, Streamed, check_mixing
 from cocoa_pl.data.examples import PairExamples
@@ -31,6 +28,7 @@ from cocoa_pl.data.sources import PairSource
 from cocoa_pl.data.stream import PairStream
 from cocoa_pl.errors import UserError
 from cocoa_pl.run import build_stages
+from tests.configs import composed
 from tests.data.loading import COLLATOR, mixing, stage_data
 
 MakeStream = Callable[..., PairSource]
@@ -437,10 +435,7 @@ def test_mixing_that_does_not_fit_is_refused_of_pairs_and_of_streams(
 
 
 def test_epochs_of_a_stream_cannot_be_counted() -> None:
-    register_resolvers()
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        cfg = compose("train", overrides=["stage=reconstruct", "schedule=paper"])
-    (stage,) = build_stages(cfg)
+    (stage,) = build_stages(composed("stage=reconstruct", "schedule=paper"))
     assert stage.count_steps(6400) == 200
     with pytest.raises(UserError, match=r"stage reconstruct: a stream has no length.* give steps"):
         stage.count_steps(None)
