@@ -176,10 +176,10 @@ class Metrics(Logger):
         rows = [["stage", "step", "name", "value"]]
         if self.path.exists():
             with self.path.open(newline="") as file:
-                rows = list(csv.reader(file))
-        kept = [r for r in rows[1:] if r[0] != self.stage or not comes_again(int(r[1]), r[2])]
+                before = list(csv.reader(file))[1:]
+            rows += [r for r in before if r[0] != self.stage or not comes_again(int(r[1]), r[2])]
         with self.path.open("w", newline="") as file:
-            csv.writer(file).writerows([rows[0], *kept])
+            csv.writer(file).writerows(rows)
 
 
 def tensorboard(run_dir: Path, stage: str) -> list[Logger]:
