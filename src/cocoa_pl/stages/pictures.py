@@ -75,14 +75,13 @@ def unpatchify(backbone: Backbone, pixels: Tensor, grid: list[int]) -> Picture:
     values = (pixels.float().view(len(pixels), channels, -1) - low) / (high - low)
     blocks = values.view(height // merge, width // merge, merge, merge, channels, side, side)
     image = blocks.permute(0, 2, 5, 1, 3, 6, 4).reshape(height * side, width * side, channels)
-    picture: Picture = image.clamp(0, 1).cpu().numpy().astype(np.float32)
-    return picture
+    return image.clamp(0, 1).cpu().numpy().astype(np.float32)
 
 
 def heat_map(similarity: Tensor) -> Picture:
     """A similarity matrix in [-1, 1] as colours."""
     values = (similarity.float().cpu().numpy() + 1) / 2
-    coloured: Picture = colormaps["viridis"](values)[..., :3].astype(np.float32)
+    coloured = colormaps["viridis"](values)[..., :3].astype(np.float32)
     return coloured.repeat(4, axis=0).repeat(4, axis=1)
 
 
