@@ -37,8 +37,8 @@ class Backbone(nn.Module, ABC):
 
     Args:
         model: a stock generative vision-language model, possibly with peft adapters inside.
-        kernel: attention kernel, a name in `attention.kernels.KERNELS`.
         image_processor: the model's own, which says how bytes become floats.
+        kernel: attention kernel, a name in `attention.kernels.KERNELS`.
     """
 
     # The family's image processor on PIL; in older transformers 5 the automatic choice asks for
