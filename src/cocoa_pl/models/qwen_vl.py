@@ -78,6 +78,7 @@ class QwenVLBackbone(Backbone):
             use_cache=False,
             **inputs,
         )
+        # `output_hidden_states`, as the released code sets it, keeps those of every layer.
         return output.last_hidden_state[0]
 
     def decoder_layer(self) -> nn.Module:

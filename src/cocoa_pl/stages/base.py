@@ -246,6 +246,7 @@ class StageModule(L.LightningModule, ABC):
         if self._dummies is None:
             return list(batches)
         text, image = self._dummies
+        # Here alone a step waits on the host: ranks exchange how many passes each runs.
         ranks = all_objects([len(batch.grids) > 0 for batch in batches])
         anywhere = [any(has_images) for has_images in zip_longest(*ranks, fillvalue=False)]
         padded = [*batches, *[text] * (len(anywhere) - len(batches))]

@@ -90,6 +90,7 @@ class ReconstructionModule(StageModule):
         backbone = self.backbone
         if self.image_decoder is None:
             hidden = backbone(batch)  # (T, D)
+            # Only states that predict: logits of all T tokens would be a step's largest tensor.
             logits = backbone.vocabulary(hidden.index_select(0, batch.token_rows))
             return logits, logits.new_zeros(0, 1), logits.new_zeros(0, 1)
         pixels = backbone.pixels(batch)  # (P, B)
