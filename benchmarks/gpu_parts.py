@@ -225,7 +225,7 @@ def trainer(
         samples = [masking(sample, np.random.default_rng(sample.key)) for sample in samples]
     batches = module.collator(validating=False)([[sample] for sample in samples])
     batches = [batch.pin_memory() if CUDA else batch for batch in batches]
-    optimizer = module.configure_optimizers()["optimizer"]
+    (optimizer,), _ = module.configure_optimizers()
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
 
     def run() -> None:

@@ -42,7 +42,8 @@ def shallow(name: str) -> Any:
 
 def wrapped(stock: Any) -> Backbone:
     family = FAMILIES[stock.config.model_type]
-    return family(stock, family.image_processor(), kernel="sdpa")
+    halves = family.image_processor(image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    return family(stock, halves, kernel="sdpa")
 
 
 def sample(patch_size: int) -> Sample:
