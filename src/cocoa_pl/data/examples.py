@@ -100,8 +100,10 @@ def check_contrast(
         alike = "a batch has one row"
     elif shared := next(filter(all_share, ("positive", "query")), ""):
         alike = f"all {len(rows)} rows have the same {shared}"
-    have_negatives = not rows or any(pair.negatives for pair in rows)
-    if alike and not (make_samples.max_negatives and have_negatives):
+    if not alike:  # without looking for negatives: there may be millions of rows without any
+        return
+    has_negatives = not rows or any(pair.negatives for pair in rows)
+    if not (make_samples.max_negatives and has_negatives):
         raise UserError(
             f"{alike}, and there are no hard negatives: no query has a wrong answer; "
             "raise the stage's batch_size, or give other rows or hard negatives"
