@@ -149,6 +149,8 @@ class Pairs(Sequence[Pair]):
 
     def first_of_each_subset(self, count: int | None) -> Pairs:
         """At most `count` pairs of each subset, in their order; None keeps all."""
+        if count is None:
+            return self
         codes = self.known["subset"]
         kept = [np.flatnonzero(codes == code)[:count] for code in range(len(self.names))]
         return self.select(np.sort(np.concatenate([np.empty(0, np.int64), *kept])))
