@@ -1,8 +1,9 @@
 """The one exception that a user is meant to read."""
 
+import difflib
 import importlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 
@@ -27,6 +28,12 @@ def renamed(error: UserError, name: Callable[[int], str]) -> UserError:
     """The same error with the caller's name for the item of this number."""
     match = re.fullmatch(r"item (\d+): (.*)", str(error), re.DOTALL)
     return UserError(f"{name(int(match[1]))}: {match[2]}") if match else error
+
+
+def nearest(name: str, options: Iterable[str]) -> str:
+    """The end of a message about a name that is not among these: the one that was meant, if any."""
+    near = difflib.get_close_matches(name, list(options), n=1, cutoff=0.5)
+    return f" (did you mean {near[0]}?)" if near else ""
 
 
 def first_line(error: BaseException) -> str:

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from omegaconf import OmegaConf
 
 from cocoa_pl.attention import Policy, dense_mask, grid_text, segment_letters
+from cocoa_pl.attention.command import load_policy
 from cocoa_pl.config.build import build
 from cocoa_pl.config.saved import load_config
 from cocoa_pl.errors import UserError
@@ -113,13 +113,13 @@ def test_eos_in_a_file_of_ones_own_is_answered_with_the_new_key(tmp_path: Path) 
     file = tmp_path / "mine.yaml"
     rows = yaml.safe_dump({"_target_": "cocoa_pl.attention.Policy", **before(OURS["eos_bridge"])})
     file.write_text(rows)
-    with pytest.raises(UserError, match="argument 'eos'; its keys are name, context, bottleneck"):
-        build(OmegaConf.load(file))
+    with pytest.raises(UserError, match="unknown key eos; there are name, context, bottleneck"):
+        load_policy(str(file))
     file.write_text(rows.replace("\neos:", "\nbottleneck:"))
     with pytest.raises(
         UserError, match=r"unknown segments \{'eos'\}; there are context, bottleneck"
     ):
-        build(OmegaConf.load(file))
+        load_policy(str(file))
 
 
 @pytest.mark.parametrize("seen", ["", "AE"], ids=["empty row", "not itself"])

@@ -15,7 +15,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import get_object
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from cocoa_pl.config.build import build, check_values, declared
 from cocoa_pl.config.command_line import CONFIGS
@@ -137,6 +137,32 @@ def test_small_objects_can_be_built(name: str) -> None:
 def test_a_stage_that_the_config_does_not_hold_is_named() -> None:
     with pytest.raises(UserError, match="order names warmpu; this config holds pretrain, warmup"):
         build_stages(composed("stage.order=[warmpu]"))
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("stage.contrast.optimization.lrr", r"unknown key .*\.lrr \(did you mean lr\?\)"),
+        ("stage.contrast.module.temp", r"unknown key .* \(did you mean temperature\?\)"),
+        ("stage.contrast.module.steps", "unknown key stage.contrast.module.steps"),  # filled in
+        ("trainer.max_stepss", r"unknown key .* \(did you mean max_steps\?\)"),
+        ("data.foo", "unknown key data.foo; there are cache_dir, "),
+    ],
+)
+def test_a_key_that_nothing_takes_is_named(key: str, message: str, default: DictConfig) -> None:
+    """Whichever file it stands in; on a command line Hydra refuses it already."""
+    cfg = copy.deepcopy(default)
+    OmegaConf.update(cfg, key, 1, force_add=True)
+    with pytest.raises(UserError, match=message):
+        check_values(cfg)
+
+
+def test_a_key_that_is_needed_is_named(default: DictConfig) -> None:
+    cfg = copy.deepcopy(default)
+    with open_dict(cfg):
+        del cfg.data.scenes
+    with pytest.raises(UserError, match=r"data\.scenes is missing, which cocoa_pl\.data\.digits\."):
+        check_values(cfg)
 
 
 def test_what_a_constructor_refuses_is_the_users_to_read() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import OmegaConf
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from cocoa_pl.attention import Policy, dense_mask, grid_text, segment_letters
 from cocoa_pl.attention.picture import draw_grid
-from cocoa_pl.config.build import build
+from cocoa_pl.config.build import build, check_values
 from cocoa_pl.config.command_line import CONFIGS
 from cocoa_pl.data.inputs import as_item
 from cocoa_pl.embedder import Embedder
@@ -71,7 +72,9 @@ def load_policy(name: str) -> Policy:
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in (CONFIGS / "attention").glob("*.yaml")))
         raise UserError(f"there is no attention policy {name}; there are {known}")
-    return build(OmegaConf.load(path))
+    policy: Any = OmegaConf.load(path)
+    check_values(policy)
+    return build(policy)
 
 
 def _lengths(text: str) -> Tensor:

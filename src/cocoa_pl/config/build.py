@@ -5,12 +5,12 @@ Nothing below the entry points knows Hydra or OmegaConf.
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from functools import lru_cache
+from pkgutil import resolve_name
 from typing import Any, Literal, get_type_hints
 
-from hydra._internal.utils import _locate
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -26,7 +26,7 @@ from cocoa_pl.config.bounds import (
     check_value,
 )
 from cocoa_pl.data.rows import OnBadRow
-from cocoa_pl.errors import UserError, first_line
+from cocoa_pl.errors import UserError, first_line, nearest
 
 # Types of the keys that are no parameters of an object that a config builds.
 VALUES: dict[str, Any] = {
@@ -59,20 +59,21 @@ def register_resolvers() -> None:
     OmegaConf.register_new_resolver("sum", lambda *terms: sum(terms), replace=True)
 
 
-def check_values(node: DictConfig) -> None:
-    """Refuse numbers, bools and choices that keys, or parameters of what the config makes, are not
-    declared for, before anything is made.
+def check_values(cfg: DictConfig) -> None:
+    """Refuse what cannot be meant in a whole config, before anything of it is made: keys that a
+    callable does not take or needs, and numbers, bools and choices that a key is not declared for.
 
     Raises:
         UserError: naming the key as a user would type it.
     """
-    root, where = node._get_root(), node._get_full_key(None)
-    plain = OmegaConf.to_container(root, resolve=False)
-    for key, kind in declared(plain, where).items():
+    plain = OmegaConf.to_container(cfg, resolve=False)
+    for where, node in _targets(plain):
+        _check_keys(where, node)
+    for key, kind in declared(plain).items():
         if _raw(plain, key) == MISSING:
             continue
         try:
-            value = OmegaConf.select(root, key)
+            value = OmegaConf.select(cfg, key)
             if OmegaConf.is_dict(value) and "_target_" in value:
                 continue  # it has values of its own
             if OmegaConf.is_config(value):
@@ -81,42 +82,61 @@ def check_values(node: DictConfig) -> None:
             continue
         check_value(_typed(plain, key), value, kind)
     for most in ("model.max_pixels", "model.eval_max_pixels"):
-        if not where and "model" in node and OmegaConf.select(node, most) < node.model.min_pixels:
-            least = node.model.min_pixels
-            raise UserError(f"{most} must be at least model.min_pixels={least}")
+        if "model" in cfg and OmegaConf.select(cfg, most) < cfg.model.min_pixels:
+            raise UserError(f"{most} must be at least model.min_pixels={cfg.model.min_pixels}")
 
 
-def declared(plain: Any, where: str = "") -> dict[str, Any]:
-    """Keys of a plain config, below one of them, and the annotations of what they are for."""
-    found = {} if where else dict(VALUES)
-    for key, target in _targets(_raw(plain, where) if where else plain, where):
-        found |= {f"{key}.{name}": kind for name, kind in _parameters(target).items()}
+def declared(plain: Any) -> dict[str, Any]:
+    """Keys of a plain config, and the annotations of what they are for."""
+    found = dict(VALUES)
+    for where, node in _targets(plain):
+        made = _made(node)
+        try:
+            function: Any = made.__init__ if isinstance(made, type) else made  # type: ignore[misc]
+            kinds = get_type_hints(function, include_extras=True)
+        except (NameError, TypeError):  # imported for type checkers alone; no function
+            continue
+        found |= {f"{where}{name}": kind for name, kind in kinds.items()}
     return found
 
 
-def _targets(plain: Any, where: str) -> Iterator[tuple[str, str]]:
-    """Places below one that make something, and what makes it."""
+def _targets(plain: Any, where: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """Nodes that make something, and the prefix of their keys; Hydra's own left out."""
     if not isinstance(plain, dict):
         return
     if "_target_" in plain:
-        yield where, plain["_target_"]
+        yield where, plain
     for key, value in plain.items():
-        if key != "hydra" or where:
-            yield from _targets(value, f"{where}.{key}" if where else key)
+        if f"{where}{key}" != "hydra":
+            yield from _targets(value, f"{where}{key}.")
 
 
-@lru_cache
-def _parameters(target: str) -> dict[str, Any]:
-    """Annotations of a callable's parameters; none if it is not there, which `build` reports, or
-    if they name what is imported for type checkers alone.
-    """
+def _made(node: Mapping[str, Any]) -> Any:
+    """The callable that a node names; None if it is not there, which `build` reports."""
     try:
-        made: Any = _locate(target)
-        if isinstance(made, type):
-            made = made.__init__  # type: ignore[misc]
-        return get_type_hints(made, include_extras=True)
-    except (ImportError, AttributeError, ValueError, NameError):
-        return {}
+        return resolve_name(node["_target_"])
+    except (ImportError, AttributeError, ValueError):
+        return None
+
+
+def _check_keys(where: str, node: Mapping[str, Any]) -> None:
+    try:
+        parameters = inspect.signature(_made(node)).parameters.values()
+    except (TypeError, ValueError):  # not there, or written in C
+        return
+    # `**shared` of a stage's module is for what the code fills in.
+    if any(p.kind is p.VAR_KEYWORD and p.name != "shared" for p in parameters):
+        return
+    names = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
+    for key in node:
+        if not str(key).startswith("_") and key not in names:
+            hint = nearest(str(key), names) or f"; there are {', '.join(names)}"
+            raise UserError(f"unknown key {where}{key}{hint}")
+    if "_partial_" in node or "_args_" in node:
+        return
+    for p in parameters:
+        if p.default is p.empty and p.name not in node and p.kind is not p.VAR_KEYWORD:
+            raise UserError(f"{where}{p.name} is missing, which {node['_target_']} needs")
 
 
 def _raw(plain: Any, key: str) -> Any:
@@ -133,26 +153,20 @@ def _typed(plain: Any, key: str) -> str:
     return key
 
 
-def build(node: Any, **extra: Any) -> Any:
+def build(node: Any) -> Any:
     """Instantiate a config node; lists and dicts arrive as plain Python.
 
     Raises:
         UserError: what a constructor says about a value that the user chose.
     """
-    if isinstance(node, DictConfig):
-        check_values(node)
     try:
-        return instantiate(node, _convert_="all", **extra)
+        return instantiate(node, _convert_="all")
     except InstantiationException as error:
         if isinstance(error.__cause__, ValueError):  # UserError is one
             raise UserError(str(error.__cause__)) from error
         if str(error).startswith("Error locating target"):
             message = first_line(error).partition(",")[0]
             raise UserError(f"{message}; it must be importable (PYTHONPATH)") from error
-        target = re.match(r"Error in call to target '([\w.]+)'", str(error))
-        if target and "unexpected keyword argument" in str(error.__cause__):
-            keys = ", ".join(_parameters(target[1]))
-            raise UserError(f"{error.__cause__}; its keys are {keys}") from error
         raise
     except MissingMandatoryValue as error:
         raise UserError(
