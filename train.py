@@ -35,8 +35,7 @@ def main(cfg: DictConfig) -> None:
         if cfg.resume:
             train(resumed_config(cfg, job.overrides.task), run_dir, console)
             return
-        search = [o for o in job.overrides.hydra if o.startswith("hydra.searchpath=")]
-        own = settled(cfg, str(job.job.config_name), [*job.overrides.task, *search])
+        own = settled(cfg)
         with claimed(own, run_dir, job):
             train(own, run_dir, console)
 

@@ -4,8 +4,9 @@ STAGES = ("pretrain", "warmup", "reconstruct", "contrast")
 SMALL_DIGITS = ["data.scenes=60", "data.task_rows=20", "data.validation_rows=25"]
 SMALL_BENCHMARK = ["benchmark.scenes=60", "benchmark.task_rows=12"]
 SMALL_TRAINING = [
-    *(f"schedule.{stage}.steps=2" for stage in STAGES),
-    *(f"schedule.{stage}.{key}" for stage in STAGES for key in ("warmup_steps=2", "batch_size=8")),
+    *(f"stage.{stage}.steps=2" for stage in STAGES),
+    *(f"stage.{stage}.optimization.warmup_steps=2" for stage in STAGES),
+    *(f"stage.{stage}.batch_size=8" for stage in STAGES),
     "model.source.text.hidden_size=32",
     "model.source.text.intermediate_size=48",
     "model.source.text.num_hidden_layers=1",

@@ -267,7 +267,7 @@ def test_components_do_not_import_each_other_in_a_circle() -> None:
     assert find_cycle(edges) == []
 
 
-@pytest.mark.parametrize("group", ["model", "stage", "stages"])
+@pytest.mark.parametrize("group", ["model", "stage"])
 def test_no_branch_on_a_configured_name(group: str) -> None:
     names = config_names(group)
     assert names, f"conf/{group} is empty: nothing was checked"

@@ -177,8 +177,8 @@ def test_hours_of_the_header_are_those_of_the_plan_at_the_share_that_the_docs_ha
 def test_the_values_of_the_code_are_one_override_each() -> None:
     """As the header writes them, quotes for the shell taken off."""
     given = ("experiment=paper_qwen2vl_2b", *ROOTS)
-    assert "schedule.warmup.patch_ratio=0.3" in header("paper_qwen2vl_2b")
-    cfg = compose_overrides("train", [*given, "schedule.warmup.patch_ratio=0.3"])
+    assert "stage.warmup.module.patch_ratio=0.3" in header("paper_qwen2vl_2b")
+    cfg = compose_overrides("train", [*given, "stage.warmup.module.patch_ratio=0.3"])
     assert cfg.stage.warmup.module.patch_ratio == 0.3
     assert """'model.eos_token="<|endoftext|>"'""" in header("paper_qwen2vl_2b")
     cfg = compose_overrides("train", [*given, 'model.eos_token="<|endoftext|>"'])

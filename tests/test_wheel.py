@@ -31,7 +31,7 @@ COMMANDS = """
     ran = set()
     for line in (
         "attention eos_bridge",
-        f"doctor {rows} schedule.contrast.batch_size=4 stage=contrast workers=0 out=checkup",
+        f"doctor {rows} stage.contrast.batch_size=4 stage=contrast workers=0 out=checkup",
         "plan stage=contrast gpus=1 trainer=cpu",
         "export run --to hf --out exported",
         f"mine run {rows} out=mined device=cpu",

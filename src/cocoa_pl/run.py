@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from cocoa_pl.attention import Policy
 from cocoa_pl.config.build import build, check_values
+from cocoa_pl.config.process import is_first_process
 from cocoa_pl.config.saved import load_config, settings_of
 from cocoa_pl.data.processor import Processor
 from cocoa_pl.data.sampler import mix
@@ -110,15 +112,22 @@ def train(cfg: DictConfig, run_dir: Path, console: Console) -> None:
 
 
 def build_stages(cfg: DictConfig) -> list[Stage]:
-    """Build the stages that `stage.order` names.
+    """Build the stages that `stage.order` names; a typed word about another stage is logged.
 
     Raises:
         UserError: if it names one that the config does not hold.
     """
     order = list(cfg.stage.order)
-    if missing := [name for name in order if name not in cfg.stage]:
-        known = [name for name in cfg.stage if name != "order"]
+    known = [name for name, value in cfg.stage.items() if OmegaConf.is_dict(value)]
+    if missing := [name for name in order if name not in known]:
         raise UserError(f"stage.order names {missing[0]}; this config holds {', '.join(known)}")
+    running = OmegaConf.to_yaml(OmegaConf.masked_copy(cfg.stage, order))
+    typed = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+    for word in typed if is_first_process() else []:
+        key = word.partition("=")[0].rpartition("@")[2].lstrip("+~")
+        of_stage = [name for name in known if key.startswith(f"stage.{name}.")]
+        if of_stage and of_stage[0] not in order and key not in running:  # as of `${...}`
+            log.warning("%s has no effect: stage.order is [%s]", word, ", ".join(order))
     return [build(cfg.stage[name]) for name in order]
 
 

@@ -18,7 +18,7 @@ from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from cocoa_pl.config.build import build, check_values, declared
-from cocoa_pl.config.command_line import CONFIGS
+from cocoa_pl.config.command_line import CONFIGS, compose_overrides
 from cocoa_pl.distributed import collectives
 from cocoa_pl.errors import UserError
 from cocoa_pl.run import build_stages, scoring_device
@@ -65,7 +65,6 @@ def test_every_group_of_configs_is_covered() -> None:
     assert {path.name for path in CONFIGS.iterdir() if path.is_dir()} == {
         *GROUPS,
         *PLACED,
-        "stages",  # parts of `stage`
         "cluster",  # see below
         "hardware",  # of `cocoa plan`
     }
@@ -165,6 +164,20 @@ def test_a_key_that_is_needed_is_named(default: DictConfig) -> None:
         check_values(cfg)
 
 
+def test_typed_values_of_a_stage_that_does_not_run_are_logged(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    words = ["attention@stage.reconstruct.policy=causal", "stage.warmup.steps=3"]
+    for chosen in (["stage=contrast"], ["arm=control", "init_from=null"]):
+        build_stages(compose_overrides("train", [*chosen, *words]))
+    assert caplog.messages == [
+        "attention@stage.reconstruct.policy=causal has no effect: stage.order is [contrast]",
+        "stage.warmup.steps=3 has no effect: stage.order is [contrast]",
+        "attention@stage.reconstruct.policy=causal has no effect: "
+        "stage.order is [pretrain, contrast]",  # whose steps are warmup's and reconstruct's
+    ]
+
+
 def test_what_a_constructor_refuses_is_the_users_to_read() -> None:
     with pytest.raises(UserError, match="bridge sources must be shares"):
         build_stages(composed("stage.reconstruct.make_samples.sources.query=0.9"))
@@ -200,7 +213,7 @@ def test_every_number_of_a_config_has_bounds(name: str, chosen: list[str]) -> No
     check_values(cfg)
     plain = OmegaConf.to_container(cfg, resolve=False)
     bounded = [key for key, kind in declared(plain).items() if "Bounds" in repr(kind)]
-    # What they refer to is bounded too: `${schedule.warmup.lr}`.
+    # What they refer to is bounded too: `${stage.clip_norm}`.
     written = [reduce(lambda node, part: node.get(part, {}), k.split("."), plain) for k in bounded]
     bounded += re.findall(r"'\$\{(\w[\w.]*)\}'", str(written))
     free = [key for key in numbers(plain) if not f"{key}.".startswith((*NOT_OURS, *bounded))]
@@ -210,14 +223,14 @@ def test_every_number_of_a_config_has_bounds(name: str, chosen: list[str]) -> No
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("schedule.clip_norm", -1, "at least 0 or null"),  # trained upwards
-        ("schedule.clip_norm", math.nan, "at least 0 or null"),
-        ("schedule.contrast.lr", 0, "above 0"),
-        ("schedule.contrast.temperature", 0, "above 0"),
-        ("schedule.contrast.epochs", -2, "above 0 or null"),
-        ("schedule.contrast.batch_size", 8.0, "a whole number of at least 1"),
-        ("schedule.contrast.max_rows_per_subset", -1, "at least 1 or null"),  # all but the last
-        ("schedule.weight_decay", None, "a number of at least 0$"),
+        ("stage.clip_norm", -1, "at least 0 or null"),  # trained upwards
+        ("stage.clip_norm", math.nan, "at least 0 or null"),
+        ("stage.contrast.optimization.lr", 0, "above 0"),
+        ("stage.contrast.module.temperature", 0, "above 0"),
+        ("stage.contrast.epochs", -2, "above 0 or null"),
+        ("stage.contrast.batch_size", 8.0, "a whole number of at least 1"),
+        ("stage.contrast.max_rows_per_subset", -1, "at least 1 or null"),  # all but the last
+        ("stage.weight_decay", None, "a number of at least 0$"),
         ("stage.contrast.optimization.betas.1", 1.0, "below 1"),
         ("stage.contrast.module.matryoshka_dims", [64, 0], "at least 1"),
         ("stage.contrast.module.symmetric", "maybe", "true or false"),
@@ -251,7 +264,7 @@ def default() -> DictConfig:
 @pytest.mark.parametrize("value", [None, 0])
 def test_no_clipping_is_null_or_zero(value: int | None, default: DictConfig) -> None:
     cfg = copy.deepcopy(default)
-    cfg.schedule.clip_norm = value
+    cfg.stage.clip_norm = value
     check_values(cfg)
     weight = torch.nn.Parameter(torch.zeros(2))
     weight.grad = torch.tensor([3.0, 4.0])
@@ -262,8 +275,8 @@ def test_no_clipping_is_null_or_zero(value: int | None, default: DictConfig) -> 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"schedule.warmup.warmup_steps": 101}, r"warmup: a warm-up of 101 .* than its 100 steps"),
-        ({"schedule.weight_decay": 1e3}, "would turn the sign of every weight"),
+        ({"stage.warmup.optimization.warmup_steps": 101}, "a warm-up of 101 .* than its 100 steps"),
+        ({"stage.weight_decay": 1e3}, "would turn the sign of every weight"),
         ({"model.eval_max_pixels": 783}, r"model\.eval_max_pixels must be at least .*=784"),
     ],
 )

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra import initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from cocoa_pl.config.command_line import CONFIGS, compose_overrides
+from cocoa_pl.config.command_line import compose_overrides
 from cocoa_pl.config.folders import save_config
-from cocoa_pl.config.saved import resumed_config, settings_of, settled
+from cocoa_pl.config.saved import resumed_config, settings_of
 from cocoa_pl.errors import UserError
 from tests.configs import composed
 
@@ -21,7 +20,8 @@ from tests.configs import composed
 @pytest.fixture(scope="module")
 def trained() -> DictConfig:
     """What a run of another family was trained with."""
-    return composed("model=tiny_qwen3vl", "schedule.contrast.lr=0.5", "model.max_pixels=4096")
+    words = ["stage.contrast.optimization.lr=0.5", "model.max_pixels=4096"]
+    return composed("model=tiny_qwen3vl", *words)
 
 
 @pytest.fixture
@@ -45,9 +45,7 @@ def exported(trained: DictConfig, tiny_folder: Path, tmp_path: Path) -> Path:
 
 def started(*overrides: str) -> Any:
     """The config of a run that these words start."""
-    cfg = composed(*overrides)
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return settled(cfg, "train", overrides)
+    return compose_overrides("train", overrides)
 
 
 @pytest.mark.parametrize("kind", ["run", "exported"])
@@ -58,7 +56,7 @@ def test_a_run_starts_with_the_settings_of_its_model(
     cfg = started(f"init_from={folder}", "stage=contrast", "seed=3")
     assert (cfg.model.min_pixels, cfg.model.max_pixels) == (1024, 4096)
     assert cfg.model.eval_max_pixels == 16384
-    assert cfg.schedule == trained.schedule
+    assert cfg.stage == {**trained.stage, "order": ["contrast"]}
     assert cfg.stage.contrast.optimization.lr == 0.5
     assert (cfg.seed, list(cfg.stage.order)) == (3, ["contrast"])
     assert ("family" in cfg.model.source) == (kind == "run")
@@ -67,16 +65,16 @@ def test_a_run_starts_with_the_settings_of_its_model(
 def test_what_the_user_and_his_experiment_say_comes_first(run: Path) -> None:
     cfg = started(f"init_from={run}", "model.max_pixels=2048", "schedule=paper")
     assert (cfg.model.min_pixels, cfg.model.max_pixels) == (1024, 2048)
-    assert cfg.schedule.contrast.lr == 2e-5
-    words = ["experiment=ablation", "arm=causal", "schedule.weight_decay=0.25"]
+    assert cfg.stage.contrast.optimization.lr == 2e-5
+    words = ["experiment=ablation", "arm=causal", "stage.weight_decay=0.25"]
     cfg = started(*words, f"init_from={run}")
-    assert (cfg.schedule.contrast.steps, cfg.schedule.contrast.lr) == (100, 0.5)
-    assert cfg.schedule.weight_decay == 0.25
+    assert (cfg.stage.contrast.steps, cfg.stage.contrast.optimization.lr) == (100, 0.5)
+    assert cfg.stage.weight_decay == 0.25
 
 
 def test_a_model_that_is_chosen_is_taken_where_it_fits(run: Path, tiny_folder: Path) -> None:
     cfg = started(f"init_from={tiny_folder}", "model=tiny")
-    assert (cfg.model.min_pixels, cfg.schedule.contrast.lr) == (784, 2e-3)
+    assert (cfg.model.min_pixels, cfg.stage.contrast.optimization.lr) == (784, 2e-3)
     with pytest.raises(UserError, match=r"model=tiny_qwen3vl does not fit .* qwen2_vl of width 32"):
         started(f"init_from={run}", "model=tiny_qwen3vl")
 
@@ -121,7 +119,7 @@ def halves(word: str) -> tuple[str, str, str]:
 
 def test_commands_that_look_ahead_see_the_same_settings(exported: Path) -> None:
     cfg = compose_overrides("doctor", [f"init_from={exported}"])
-    assert (cfg.model.min_pixels, cfg.schedule.contrast.lr) == (1024, 0.5)
+    assert (cfg.model.min_pixels, cfg.stage.contrast.optimization.lr) == (1024, 0.5)
 
 
 def test_a_resumed_run_has_its_own_config(run: Path) -> None:
@@ -139,7 +137,7 @@ def test_a_resumed_run_keeps_its_config(tmp_path: Path) -> None:
     assert resumed.resume == str(tmp_path)
 
 
-@pytest.mark.parametrize("changed", ["seed=6", "stage=warmup", "schedule.contrast.steps=9"])
+@pytest.mark.parametrize("changed", ["seed=6", "stage=warmup", "stage.contrast.steps=9"])
 def test_a_resumed_run_cannot_become_another(changed: str, tmp_path: Path) -> None:
     save_config(composed("seed=5"), tmp_path)
     given = [f"resume={tmp_path}", changed]
@@ -151,6 +149,19 @@ def test_there_must_be_a_run_to_resume(tmp_path: Path) -> None:
     given = [f"resume={tmp_path}"]
     with pytest.raises(UserError, match=r"there is no run \(no config\.yaml\) in that folder"):
         resumed_config(composed(*given), given)
+
+
+def test_runs_and_exports_of_an_earlier_version_do_not_tell_their_settings(
+    run: Path, exported: Path
+) -> None:
+    old = OmegaConf.load(run / "config.yaml")
+    OmegaConf.save({**old, "schedule": {"contrast": {"lr": 0.5}}}, run / "config.yaml")
+    with pytest.raises(UserError, match=r"an earlier version .*; init_from=.* begins a new run"):
+        resumed_config(composed(f"resume={run}"), [f"resume={run}"])
+    (exported / "cocoa.json").write_text(json.dumps({"settings": {"model": {}, "schedule": {}}}))
+    for folder in (run, exported):
+        with pytest.raises(UserError, match=r"does not tell .*; add model=qwen2vl or "):
+            started(f"init_from={folder}")
 
 
 @pytest.mark.parametrize("content", ["a: [", "[1]"])

@@ -76,10 +76,10 @@ REAL = re.compile(r"^(?:model=(qwen\w+)|experiment=paper_(qwen\w+?_\db|qwen2vl))
 # The paper's steps and batches, and a stand-in's one process.
 SMALL_REAL = [
     *(
-        f"schedule.{stage}.{key}"
+        f"stage.{stage}.{key}"
         for stage in STAGES
         for key in (
-            *("steps=2", "epochs=null", "warmup_steps=2", "batch_size=8"),
+            *("steps=2", "epochs=null", "optimization.warmup_steps=2", "batch_size=8"),
             "max_rows_per_subset=8",
         )
     ),

@@ -22,8 +22,8 @@ MAX_LENGTH = 18  # tokens: an image of 112 x 112 takes 19 with its marks and EOS
 # Small enough for a dozen rows, and small files of a model that is built at once.
 SMALL = (
     f"model.max_length={MAX_LENGTH}",
-    *[f"schedule.{stage}.batch_size=2" for stage in ("pretrain", "warmup", "reconstruct")],
-    "schedule.contrast.batch_size=2",
+    *[f"stage.{stage}.batch_size=2" for stage in ("pretrain", "warmup", "reconstruct")],
+    "stage.contrast.batch_size=2",
     *[f"model.source.text.{key}=8" for key in ("hidden_size", "intermediate_size")],
     "model.source.text.num_hidden_layers=1",
     "model.source.vision.depth=1",

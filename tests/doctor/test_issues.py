@@ -218,7 +218,7 @@ def test_too_few_rows_for_a_batch_stop_a_stage(
     tmp_path: Path, check_up: Callable[..., Checkup]
 ) -> None:
     rows = [row("", f"dog {number}", qry=f"Name {number}") for number in range(4)]
-    found = check_up(*mmeb(write_rows(tmp_path, rows)), "schedule.contrast.batch_size=5")
+    found = check_up(*mmeb(write_rows(tmp_path, rows)), "stage.contrast.batch_size=5")
     (message,) = [finding["message"] for finding in found.findings("too_few_rows")]
     assert message.startswith("stage contrast: the training data has 4 rows, fewer than one batch")
     assert found.status == 1

@@ -176,7 +176,7 @@ def scored(folder: Path, shares: list[float], *, rate: str, benchmark: str = "di
     Results(benchmark, folder.name, subsets, ()).write_json(folder / "results.json")
     stage = "stage:\n  first: {steps: 1, lr: 2}\n" if rate == "0.1" else ""
     (folder / "config.yaml").write_text(
-        f"seed: 0\nschedule:\n  lr: {rate}\n{stage}names: [a, '<b>']\n"
+        f"seed: 0\noptimization:\n  lr: {rate}\n{stage}names: [a, '<b>']\n"
     )
     (folder / "metrics.csv").write_text(
         "stage,step,name,value\ns,0,train/loss,2\ns,9,train/loss,1\ns,9,val/loss,1\n"
@@ -228,7 +228,7 @@ def test_rows_that_do_not_differ_can_be_hidden(side_by_side: Any) -> None:
 
 def test_configs_that_differ_are_shown(side_by_side: Any) -> None:
     assert texts(side_by_side, ".changed tbody tr") == [
-        "schedule.lr 0.1 0.2",
+        "optimization.lr 0.1 0.2",
         "stage given –",  # noqa: RUF001
     ]
     links = side_by_side.find_elements("css selector", ".headline a")

@@ -18,8 +18,8 @@ from cocoa_pl.planning.command import run
 
 EPOCHS = {
     "stage": "reconstruct",
-    "schedule.reconstruct.steps": "null",
-    "schedule.reconstruct.epochs": "2",
+    "stage.reconstruct.steps": "null",
+    "stage.reconstruct.epochs": "2",
 }
 HARDWARE = sorted((CONFIGS / "hardware").glob("*.yaml"))
 

@@ -82,7 +82,7 @@ def changed(plan: StagePlan, remedy: Remedy) -> StagePlan:
     if "model.dtype" in values:
         setup = replace(setup, width=2)
     setup = replace(setup, gpus=int(values.get("gpus", setup.gpus)))
-    return plan.with_changes(setup, token_budget=int(values.get("schedule.token_budget", 8192)))
+    return plan.with_changes(setup, token_budget=int(values.get("stage.token_budget", 8192)))
 
 
 def test_a_smaller_token_budget_is_the_smallest_change(make_plan: MakePlan) -> None:
@@ -90,8 +90,8 @@ def test_a_smaller_token_budget_is_the_smallest_change(make_plan: MakePlan) -> N
     hardware = gpu(0.8 * needed(plan))
     assert not hardware.fits(plan)
     first = remedies([plan], hardware, lora=LORA, others=[])[0]
-    assert first.overrides == ("schedule.token_budget=2048",) or first.overrides == (
-        "schedule.token_budget=1024",
+    assert first.overrides == ("stage.token_budget=2048",) or first.overrides == (
+        "stage.token_budget=1024",
     )
     assert hardware.fits(changed(plan, first))
     larger = plan.with_changes(plan.setup, token_budget=4096)

@@ -64,12 +64,15 @@ def make_stages() -> MakeStages:
 
     def make(*overrides: str, steps: int = 3) -> list[Stage]:
         small = [
-            f"schedule.{name}.{key}"
+            f"stage.{name}.{key}"
             for name in ("pretrain", "warmup", "reconstruct", "contrast")
-            for key in (f"steps={steps}", "batch_size=4", "warmup_steps=1", "lr=1e-3")
+            for key in (
+                *(f"steps={steps}", "batch_size=4"),
+                *("optimization.warmup_steps=1", "optimization.lr=1e-3"),
+            )
         ]
         shared = ["validate_every=2", "validation_batch_size=2", "token_budget=60"]
-        return build_stages(composed(*small, *(f"schedule.{o}" for o in shared), *overrides))
+        return build_stages(composed(*small, *(f"stage.{o}" for o in shared), *overrides))
 
     return make
 

@@ -21,13 +21,13 @@ Curve = dict[tuple[str, int, str], float]  # stage, step, name
 RECORDED = Path(__file__).parent / "digits_curve.csv"
 STAGES = ("pretrain", "warmup", "reconstruct", "contrast")
 SHORT = [
-    *(f"schedule.{stage}.{key}" for stage in STAGES for key in ("steps=3", "batch_size=8")),
-    *(f"schedule.{stage}.{key}" for stage in STAGES for key in ("warmup_steps=2", "lr=5e-4")),
-    *("schedule.validate_every=3", "schedule.validation_batch_size=12"),
+    *(f"stage.{stage}.{key}" for stage in STAGES for key in ("steps=3", "batch_size=8")),
+    *(f"stage.{s}.optimization.{key}" for s in STAGES for key in ("warmup_steps=2", "lr=5e-4")),
+    *("stage.validate_every=3", "stage.validation_batch_size=12"),
     *("data.scenes=1000", "data.task_rows=60", "data.validation_rows=30"),
     *("trainer.accelerator=cpu", "trainer.log_every_n_steps=1", "logger=none", "evaluate=false"),
 ]
-PLAIN = ["schedule.token_budget=100000", "stage.contrast.module.similarity_block=100000"]
+PLAIN = ["stage.token_budget=100000", "stage.contrast.module.similarity_block=100000"]
 
 Run = Callable[..., Curve]
 
@@ -77,7 +77,7 @@ def plain(run: Run) -> Curve:
 
 
 SAVINGS: dict[str, list[str]] = {
-    "small chunks": [*PLAIN, "schedule.token_budget=70"],
+    "small chunks": [*PLAIN, "stage.token_budget=70"],
     "similarities by blocks": [PLAIN[0], "stage.contrast.module.similarity_block=5"],
     "workers": [*PLAIN, "num_workers=2"],
     "recomputed blocks": [*PLAIN, "model.gradient_checkpointing=true"],

@@ -327,7 +327,8 @@ def test_a_stage_learns_a_few_rows_by_heart(
     fresh: Fresh,
     read_metrics: ReadMetrics,
 ) -> None:
-    overrides = [f"stage.order=[{name}]", f"schedule.{name}.lr=5e-3", "schedule.token_budget=1000"]
+    rate = f"stage.{name}.optimization.lr=5e-3"
+    overrides = [f"stage.order=[{name}]", rate, "stage.token_budget=1000"]
     few = FewPairs(data, 4)
     train(tmp_path, make_stages(*overrides, steps=40), fresh(), data=few)
     losses = [float(r[3]) for r in read_metrics(tmp_path) if r[2] == "train/loss"]
@@ -347,10 +348,10 @@ def test_bridge_gain_tells_a_learnt_bridge_from_none(
         stages = make_stages(
             "stage.order=[reconstruct]",
             "stage.reconstruct.module.text_ratio=1.0",  # nothing of TARGET is left
-            "schedule.token_budget=1000",
-            "schedule.validate_every=500",
-            "schedule.validation_batch_size=4",
-            f"schedule.reconstruct.lr={lr}",
+            "stage.token_budget=1000",
+            "stage.validate_every=500",
+            "stage.validation_batch_size=4",
+            f"stage.reconstruct.optimization.lr={lr}",
             steps=steps,
         )
         caplog.clear()
@@ -376,8 +377,8 @@ def test_a_row_alone_has_no_other_context_and_does_not_count(
     for size, count in ((2, 4), (2, 5)):
         stages = make_stages(
             "stage.order=[reconstruct]",
-            f"schedule.validation_batch_size={size}",
-            "schedule.reconstruct.lr=1e-9",
+            f"stage.validation_batch_size={size}",
+            "stage.reconstruct.optimization.lr=1e-9",
             steps=1,
         )
         few = FewPairs(data, count)
@@ -426,7 +427,7 @@ def test_what_the_last_stage_refuses_is_reported_before_the_first(
         train(
             tmp_path,
             make_stages(
-                "schedule.contrast.temperature=0.005",
+                "stage.contrast.module.temperature=0.005",
                 "stage.contrast.module.learn_temperature=true",
             ),
             fresh(),
@@ -445,7 +446,7 @@ def texts_alike(positives: str, *, queries: str = "abcdefgh") -> FewPairs:
     return few
 
 
-ONLY_CONTRAST = ("stage.order=[contrast]", "schedule.validate_every=500")
+ONLY_CONTRAST = ("stage.order=[contrast]", "stage.validate_every=500")
 
 
 def test_stages_that_predict_words_refuse_a_model_without_a_vocabulary_head(
@@ -474,7 +475,7 @@ def test_stages_that_predict_words_refuse_a_model_without_a_vocabulary_head(
         ),
         (
             texts_alike("pqrstuvw"),
-            ["schedule.contrast.batch_size=1"],
+            ["stage.contrast.batch_size=1"],
             "a batch has one row, and there",
         ),
     ],
@@ -531,7 +532,7 @@ def test_validation_without_a_wrong_answer_has_no_precision(
         (texts_alike("pppq", queries="abcd").training, "of the 50.0% of queries that had a neg"),
     ):
         few.validation = kept
-        stages = make_stages(*ONLY_CONTRAST, "schedule.validation_batch_size=3", steps=1)
+        stages = make_stages(*ONLY_CONTRAST, "stage.validation_batch_size=3", steps=1)
         caplog.clear()
         entry = train(tmp_path, stages, fresh(), data=few)[0]
         assert message in caplog.text

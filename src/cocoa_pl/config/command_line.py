@@ -19,6 +19,7 @@ from typing import Any
 from hydra import compose, initialize_config_dir, initialize_config_module
 from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -128,13 +129,14 @@ def compose_overrides(config_name: str, overrides: Sequence[str]) -> DictConfig:
         UserError: as `check_overrides`, and for several values of a key, which only a sweep takes.
     """
     config = check_overrides(config_name, overrides)
+    HydraConfig.instance().set_config(config)
     with open_dict(config):
         del config["hydra"]
     for override in OverridesParser.create().parse_overrides(list(overrides)):
         if override.is_sweep_override():
             raise UserError(f"{override.input_line}: one value at a time; there are no sweeps here")
     with Places().opened():
-        return settled(config, config_name, overrides)
+        return settled(config)
 
 
 def check_overrides(
@@ -239,7 +241,7 @@ def _check_set(cfg: DictConfig, without: DictConfig) -> None:
     Args:
         without: the config without such files.
     """
-    for group in ("model", "schedule"):
+    for group in ("model", "stage"):
         known = _keys(without.get(group, {}), f"{group}.")
         for key in _keys(cfg.get(group, {}), f"{group}."):
             if key not in known and not key.startswith("model.source."):

@@ -1,7 +1,7 @@
 """Read what earlier runs saved: a config to resume, or settings for the model of `init_from`.
 
-Pixels, lengths, type and learning rates belong to the model that is loaded, not to whichever model
-is the default. A run has them in its config.yaml, an exported folder in its cocoa.json.
+Pixels, lengths, type and learning rates belong to the model that is loaded, not to the default
+model. A run has them in its config.yaml, an exported folder in its cocoa.json.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from hydra import compose
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from transformers import PretrainedConfig
@@ -34,7 +34,9 @@ from cocoa_pl.models.published import KNOWN, find_config
 log = logging.getLogger(__name__)
 
 RESUMABLE = ("trainer.", "logger", "num_workers", "checkpoint_every", "evaluate", "init_from")
-OPTION = "of_init_from"  # what such settings are called as options of `model` and `schedule`
+DEFAULT_MODEL = "tiny"  # of conf/train.yaml
+OPTION = "of_init_from"  # the name of such settings as an option of `model` and of `schedule`
+SCHEDULE = Path(__file__).parents[1] / "conf" / "schedule" / "paper.yaml"
 
 
 def resumed_config(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
@@ -46,6 +48,11 @@ def resumed_config(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
     if not (Path(cfg.resume) / "config.yaml").is_file():
         raise UserError(f"resume={cfg.resume}: there is no run (no config.yaml) in that folder")
     resumed = load_config(Path(cfg.resume))
+    if "schedule" in resumed:
+        raise UserError(
+            f"resume={cfg.resume}: an earlier version of cocoa_pl made this run, and its config "
+            f"has another form; init_from={cfg.resume} begins a new run with its model"
+        )
     changed = [o for o in overrides if not o.startswith("resume=")]
     if wrong := [o for o in changed if not o.startswith(RESUMABLE)]:
         raise UserError(f"a resumed run keeps its config; {wrong[0]} cannot be changed")
@@ -71,65 +78,80 @@ def load_config(run_dir: Path) -> DictConfig:
 
 
 def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a run's plain config, what an exported model keeps: not where its weights came from."""
+    """Of a run's plain config, what an exported model keeps: the model section without the place
+    of the weights, and of the stages what a schedule sets.
+    """
     model = {key: value for key, value in config["model"].items() if key != "source"}
-    return {"model": model, "schedule": config["schedule"]}
+    shape: Any = OmegaConf.to_container(OmegaConf.load(SCHEDULE))
+    return {"model": model, "stage": _shaped(config["stage"], shape)}
 
 
-def settled(cfg: DictConfig, config_name: str, overrides: Sequence[str]) -> DictConfig:
+def _shaped(values: Mapping[str, Any], shape: Mapping[str, Any]) -> dict[str, Any]:
+    """The values whose keys another mapping has, at every depth."""
+    return {
+        key: _shaped(values[key], inner) if isinstance(inner, dict) else values[key]
+        for key, inner in shape.items()
+    }
+
+
+def settled(cfg: DictConfig) -> DictConfig:
     """The config with the settings of the model that `init_from` names, under all that the user and
     the experiment set; as it is where they chose a model.
 
-    To be called where Hydra composes.
-
-    Args:
-        overrides: that made the config.
+    To be called where Hydra composes and `HydraConfig` is that of the config.
 
     Raises:
         UserError: for a model whose settings are unknown, or does not fit the one chosen.
     """
     if "init_from" not in cfg or cfg.init_from is None or cfg.resume is not None:
         return cfg
-    loader: Any = GlobalHydra.instance().config_loader()
-    chosen = loader.compute_defaults_list(config_name, list(overrides), RunMode.RUN).overrides
-    if name := chosen.override_choices.get("model"):
+    job = HydraConfig.get()
+    typed, name = list(job.overrides.task), job.runtime.choices["model"]
+    if name != DEFAULT_MODEL or any(word.lstrip("+").startswith("model=") for word in typed):
         _check_fits(cfg, name)
         log.info("pixels, lengths and rates are those of model=%s", name)
         return cfg
-    settings = _settings(cfg.init_from)
-    if settings is None:
+    found = _settings(cfg.init_from)
+    if found is None:
         raise UserError(
             f"init_from={cfg.init_from} does not tell which pixels, lengths and learning rates go "
             f"with it; add {_fitting(cfg)}"
         )
-    found, where = settings
+    settings, where = found
+    defaults = [{"override /schedule@_global_.schedule": OPTION}, "_self_"]
     options = ConfigStore.instance()
-    for group, node in found.items():
-        options.store(group=group, name=OPTION, node=node)
+    options.store(group="model", name=OPTION, node={"defaults": defaults, **settings["model"]})
+    options.store(group="schedule", name=OPTION, node=settings["stage"], package="stage")
+    search = [word for word in job.overrides.hydra if word.startswith("hydra.searchpath=")]
     try:
-        settled = compose(config_name, overrides=[f"model={OPTION}", *overrides])
+        settled = compose(job.job.config_name, [f"model={OPTION}", *typed, *search])
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(f"{first_line(error)}; settings are those of {where}") from error
     finally:
-        for group in found:
+        for group in ("model", "schedule"):
             del options.repo[group][f"{OPTION}.yaml"]
     log.info("pixels, lengths and rates are those of %s", where)
     return settled
 
 
 def _settings(init_from: str) -> tuple[dict[str, Any], str] | None:
-    """Options of `model` and `schedule`, and where they are from; None if the model has none."""
-    run = Path(init_from)
-    config = run / "config.yaml"
-    if (run / "model").is_dir() and config.is_file():
-        saved = load_config(run)
-        return {"model": saved.model, "schedule": saved.schedule}, str(config)
-    described = _file_of(init_from, DESCRIPTION)
-    known = json.loads(described.read_text()).get("settings") if described else None
-    if known is None:
+    """The settings of a model, and where they are from; None if it has none, or those of an earlier
+    version.
+    """
+    config = Path(init_from) / "config.yaml"
+    if (Path(init_from) / "model").is_dir() and config.is_file():
+        saved: Any = OmegaConf.to_container(load_config(Path(init_from)))
+        if "schedule" in saved:
+            return None
+        known, source, where = settings_of(saved), saved["model"]["source"], config
+    elif described := _file_of(init_from, DESCRIPTION):
+        known, where = json.loads(described.read_text()).get("settings") or {}, described
+        source = {"_target_": "cocoa_pl.models.loading.PretrainedSource", "path": init_from}
+    else:
         return None
-    source = {"_target_": "cocoa_pl.models.loading.PretrainedSource", "path": init_from}
-    return {**known, "model": {**known["model"], "source": source}}, str(described)
+    if "stage" not in known:
+        return None
+    return {**known, "model": {**known["model"], "source": source}}, str(where)
 
 
 def _file_of(init_from: str, name: str) -> Path | None:

@@ -311,7 +311,7 @@ class DataOfStages:
 
     Args:
         stages: stage name -> what any other data config builds.
-        scored: the stage whose held-out rows `benchmark=pairs` scores.
+        scored: the stage whose held-out rows `benchmark=held_out` scores.
     """
 
     def __init__(self, *, stages: Mapping[str, Any], scored: str) -> None:

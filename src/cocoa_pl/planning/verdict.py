@@ -148,7 +148,7 @@ def _change(
         setup = replace(setup, width=2)
         overrides.append("model.dtype=bfloat16")
     if budget is not None:
-        overrides.append(f"schedule.token_budget={budget}")
+        overrides.append(f"stage.token_budget={budget}")
     return _Variant(setup, budget, tuple(overrides))
 
 

@@ -84,13 +84,13 @@ class Stage:
             if num_rows is None:
                 raise UserError(
                     f"stage {self.name}: a stream has no length, so epochs cannot be counted; "
-                    f"give steps (schedule.{self.name}.steps=... schedule.{self.name}.epochs=null)"
+                    f"give steps (stage.{self.name}.steps=... stage.{self.name}.epochs=null)"
                 )
             steps = max(1, math.floor(self.epochs * (num_rows // self.batch_size)))
         if self.optimization.warmup_steps > steps:
             raise UserError(
                 f"stage {self.name}: a warm-up of {self.optimization.warmup_steps} steps is longer "
-                f"than its {steps} steps; lower schedule.{self.name}.warmup_steps"
+                f"than its {steps} steps; lower stage.{self.name}.optimization.warmup_steps"
             )
         return steps
 
