@@ -18,6 +18,8 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
+from cocoa_pl.config.build import build
+from cocoa_pl.config.command_line import compose_overrides
 from cocoa_pl.data.items import IMAGE_SLOT, EvalSubset, Item
 from cocoa_pl.data.mmeb_eval import READERS, MmebBenchmark, read_eval_subset
 from cocoa_pl.errors import UserError
@@ -41,6 +43,11 @@ def config(name: str) -> dict[str, Any]:
     return values | {"on_bad_row": "fail"}
 
 
+def write(root: Path, subset: str, rows: list[dict[str, Any]]) -> None:
+    (root / subset).mkdir(exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows), root / subset / "test-00000-of-00001.parquet")
+
+
 def read(
     root: Path,
     subset: str,
@@ -50,8 +57,7 @@ def read(
     on_bad_row: str = "fail",
 ) -> EvalSubset:
     """The subset as the published benchmark's own table says."""
-    (root / subset).mkdir(exist_ok=True)
-    pq.write_table(pa.Table.from_pylist(rows), root / subset / "test-00000-of-00001.parquet")
+    write(root, subset, rows)
     values = config(benchmark) | {"root": str(root), "image_root": str(root), "subsets": [subset]}
     (found,) = MmebBenchmark(**(values | {"on_bad_row": on_bad_row})).subsets()
     return found
@@ -436,6 +442,7 @@ def benchmark(root: Path, **changes: Any) -> MmebBenchmark:
         "image_root": str(root),
         "split": "test",
         "table": table,
+        "unlisted": None,
         "subsets": None,
         "published": [],
         "on_bad_row": "fail",
@@ -467,6 +474,36 @@ def test_choice_of_subsets_is_partial_and_keeps_the_order_of_the_table(root: Pat
     assert list(few.table) == ["A", "C"]
 
 
+def own(root: Path, *overrides: str) -> MmebBenchmark:
+    words = ("benchmark=mmeb", f"benchmark.root={root}", "ckpt=x")
+    found: MmebBenchmark = build(compose_overrides("evaluate", [*words, *overrides]).benchmark)
+    return found
+
+
+def test_a_benchmark_of_ones_own_is_what_lies_in_the_folder(root: Path) -> None:
+    for name in ("RefCOCO", "Manuals", "Charts"):
+        write(root, name, [REFCOCO])
+    (root / "eval_of_last_year").mkdir()
+    found = own(root, "+benchmark.table.Charts={group: vqa, in_distribution: false}")
+    assert {one.name: (one.group, one.in_distribution) for one in found.subsets()} == {
+        "Charts": ("vqa", False),
+        "Manuals": ("retrieval", True),
+        "RefCOCO": ("grounding", False),
+    }
+    assert (found.name, found.published, found.is_partial) == ("own_benchmark", [], False)
+    assert own(root, "benchmark.subsets=[Manuals]").is_partial
+    for words, message in (
+        ("benchmark.subsets=[GQA]", "names GQA, but own_benchmark has Charts, Manuals, RefCOCO$"),
+        ("benchmark.split=dev", rf"benchmark\.root={root} has no file <Subset>/dev-\*\.parquet$"),
+        ("benchmark.root=nowhere", r"benchmark\.root=nowhere has no file <Subset>/test-"),
+        ("+benchmark.table.Charts={kind: vqa}", r"table\.Charts\.kind is vqa; choose group, in_"),
+    ):
+        with pytest.raises(UserError, match=message):
+            own(root, words)
+    (root / "eval_images").mkdir()
+    assert (found.image_root, own(root).image_root) == (root, root / "eval_images")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -476,6 +513,10 @@ def test_choice_of_subsets_is_partial_and_keeps_the_order_of_the_table(root: Pat
         (
             {"table": {"A": {"group": "vqa", "in_distribution": True, "reader": "ocr"}}},
             r"benchmark\.table\.A\.reader is ocr; choose classification, vqa",
+        ),
+        (
+            {"table": {"A": {"group": "vga", "in_distribution": True}}},
+            r"benchmark\.table\.A\.group is vga; choose classification, vqa",
         ),
     ],
 )

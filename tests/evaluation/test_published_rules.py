@@ -77,6 +77,7 @@ def scored(root: Path, table: dict[str, Any], encoder: Encoder) -> dict[str, flo
         image_root=str(root),
         split="test",
         table=table,
+        unlisted=None,
         subsets=None,
         published=[],
         on_bad_row="fail",

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cocoa_pl.data.images import embedded
-from cocoa_pl.data.items import PLACEHOLDER, EvalSubset, Item
+from cocoa_pl.data.items import GROUPS, PLACEHOLDER, EvalSubset, Item
 from cocoa_pl.data.readers import find_files
 from cocoa_pl.data.rows import OnBadRow, log_left_out, make_item
 from cocoa_pl.errors import UserError
@@ -109,6 +109,11 @@ READERS: Mapping[str, Reader] = MappingProxyType(
     }
 )
 
+# What a table may say.
+ABOUT: Mapping[str, Sequence[object]] = MappingProxyType(
+    {"group": GROUPS, "in_distribution": (True, False), "reader": tuple(READERS)}
+)
+
 
 class MmebBenchmark:
     """Evaluation subsets in MMEB's layout: V1's columns, or V2's where the table names readers.
@@ -116,14 +121,17 @@ class MmebBenchmark:
     Args:
         name: of the benchmark, in results.
         root: folder with one folder of parquet files for each subset.
-        image_root: folder that the rows' image paths are relative to.
+        image_root: folder that the rows' image paths are relative to; None for
+            `<root>/eval_images`, or the root if that is not there.
         split: which files of a subset to read, `<split>-*.parquet`.
         table: subset -> its group, and whether its training data is in the training set.
-        subsets: the ones to score, all of the table if None; means over a choice are not reported.
+        unlisted: the benchmark is what is in the root, and this is said of subsets that the table
+            does not name; None: it is the table, and all of it must be there.
+        subsets: the ones to score, all if None; means over a choice are not reported.
         published: rows of papers to stand beside (`evaluation.report`); empty for none.
 
     Raises:
-        UserError: for an unknown subset or reader.
+        UserError: for an unknown subset, group or reader, or a root without any subset.
     """
 
     def __init__(
@@ -131,9 +139,10 @@ class MmebBenchmark:
         *,
         name: str,
         root: str,
-        image_root: str,
+        image_root: str | None,
         split: str,
         table: Mapping[str, SubsetInfo],
+        unlisted: SubsetInfo | None,
         subsets: Sequence[str] | None,
         published: Sequence[Mapping[str, object]],
         on_bad_row: OnBadRow,
@@ -142,18 +151,27 @@ class MmebBenchmark:
             raise UserError(f"benchmark.subsets is a list; write benchmark.subsets=[{subsets}]")
         if subsets is not None and not subsets:
             raise UserError("benchmark.subsets is empty; name some, or set it to null for all")
+        if unlisted is not None:
+            there = {file.parent.name for file in Path(root).glob(f"*/{split}-*.parquet")}
+            if not there:
+                raise UserError(f"benchmark.root={root} has no file <Subset>/{split}-*.parquet")
+            table = {s: {**unlisted, **table[s]} if s in table else unlisted for s in sorted(there)}
         if unknown := [subset for subset in subsets or () if subset not in table]:
             raise UserError(
                 f"benchmark.subsets names {unknown[0]}, but {name} has {', '.join(table)}"
             )
         for subset, info in table.items():
-            if info.get("reader", next(iter(READERS))) not in READERS:
-                raise UserError(
-                    f"benchmark.table.{subset}.reader is {info['reader']}; "
-                    f"choose {', '.join(READERS)}"
-                )
+            for key in ("group", "in_distribution", *info):
+                if info.get(key) not in ABOUT.get(key, ()):
+                    choices = ", ".join(map(str, ABOUT.get(key, ABOUT)))
+                    raise UserError(
+                        f"benchmark.table.{subset}.{key} is {info.get(key)}; choose {choices}"
+                    )
         self.name = name
         self.root = Path(root)
+        if image_root is None:
+            images = self.root / "eval_images"
+            image_root = str(images if images.is_dir() else root)
         self.image_root = Path(image_root)
         self.split = split
         self.table = {s: info for s, info in table.items() if subsets is None or s in subsets}

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from cocoa_pl.config.build import build, register_resolvers
 from cocoa_pl.config.command_line import compose_overrides
 from cocoa_pl.config.folders import new_folder
+from cocoa_pl.data.mmeb_eval import MmebBenchmark
 from cocoa_pl.data.processor import Processor
 from cocoa_pl.data.sources import HeldOutBenchmark, distinct_texts
 from cocoa_pl.doctor.check_data import Settings, Watch, check_data
@@ -85,23 +86,24 @@ def _read(
 ) -> Reading:
     if isinstance(benchmark, HeldOutBenchmark | MtebBenchmark):
         benchmark = None  # the validation rows, which are read anyway, or rows that mteb reads
+    scored = list(benchmark.table) if isinstance(benchmark, MmebBenchmark) else []
     pieces = Pieces(
-        data=lambda: _one_by_one(cfg.data), benchmark=lambda: _one_by_one(cfg.benchmark)
+        data=lambda: _one_by_one(cfg.data, cfg.data.get("subsets") or []),
+        benchmark=lambda: _one_by_one(cfg.benchmark, scored),
     )
     return read(data, stages, benchmark, findings, pieces=pieces)
 
 
-def _one_by_one(node: DictConfig) -> list[Any]:
-    """What the config builds, for each of its subsets alone; nothing if it has no subsets.
+def _one_by_one(node: DictConfig, names: Sequence[str]) -> list[Any]:
+    """What the config builds, for each of these subsets alone.
 
     Lists and mappings whose entries are all subsets (`caption_subsets`, `table`) are cut, too.
     """
-    names = list(node.get("subsets") or node.get("table") or ())
     content = OmegaConf.to_container(node, resolve=True)
     assert isinstance(content, dict)
     made = []
     for name in names:
-        alone = dict(content)
+        alone = {**content, "subsets": [name]}
         for key, value in content.items():
             if isinstance(value, list) and all(entry in names for entry in value):
                 alone[key] = [entry for entry in value if entry == name]
