@@ -18,8 +18,9 @@ from omegaconf import DictConfig
 from cocoa_pl.config.build import register_resolvers
 from cocoa_pl.config.command_line import check_command_line
 from cocoa_pl.config.folders import claimed, give_folder
-from cocoa_pl.config.process import INTERRUPTED, end_with_launcher, guarded, set_up_logging
+from cocoa_pl.config.process import end_with_launcher, guarded, set_up_logging
 from cocoa_pl.config.saved import resumed_config, settled
+from cocoa_pl.distributed.processes import INTERRUPTED
 from cocoa_pl.run import train
 
 statuses: list[int] = []  # of the runs of a sweep, or of the one run

@@ -1,4 +1,4 @@
-"""The one exception that a user is meant to read."""
+"""What ends a command without a traceback: a mistake of the user, and a signal."""
 
 import difflib
 import importlib
@@ -17,6 +17,14 @@ class UserError(ValueError):
     def __init__(self, message: str) -> None:
         # A DataLoader worker hands its whole traceback over as the message of a new UserError.
         super().__init__(message.rsplit(f"{__name__}.UserError: ", 1)[-1].rstrip("\n"))
+
+
+class Interrupted(BaseException):
+    """A signal asked the command to stop.
+
+    No Exception, which others catch and go on, and no KeyboardInterrupt, at which Lightning ends
+    the process by itself.
+    """
 
 
 def name_of(number: int) -> str:

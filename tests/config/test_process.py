@@ -6,8 +6,7 @@ import pytest
 
 from cocoa_pl.config.process import guarded
 from cocoa_pl.distributed import collectives
-from cocoa_pl.errors import UserError
-from cocoa_pl.stages.recipe import Interrupted
+from cocoa_pl.errors import Interrupted, UserError
 
 
 @pytest.mark.parametrize(

@@ -18,11 +18,11 @@ from torch import Tensor
 from cocoa_pl.data.items import Item, Pair
 from cocoa_pl.data.processor import Processor
 from cocoa_pl.data.sources import PairSource
-from cocoa_pl.errors import UserError
+from cocoa_pl.errors import Interrupted, UserError
 from cocoa_pl.models.adapters import LowRank
 from cocoa_pl.models.backbone import Backbone
 from cocoa_pl.stages import checkpoint
-from cocoa_pl.stages.recipe import Interrupted, Stage
+from cocoa_pl.stages.recipe import Stage
 
 STEPS = 5
 NAMES = ["pretrain", "warmup", "reconstruct", "contrast"]
@@ -233,11 +233,11 @@ def test_a_crashed_run_goes_on_from_its_last_regular_checkpoint(
     fresh: Fresh,
     go_on: Callable[..., None],
 ) -> None:
-    crash = StopAt(step, number=signal.SIGUSR1)
-    before = signal.signal(signal.SIGUSR1, fall)
+    crash = StopAt(step, number=signal.SIGUSR2)
+    before = signal.signal(signal.SIGUSR2, fall)
     with pytest.raises(PowerCut):
         train(tmp_path, make_stages(steps=STEPS), fresh(), checkpoint_every=2, callbacks=[crash])
-    signal.signal(signal.SIGUSR1, before)
+    signal.signal(signal.SIGUSR2, before)
     go_on()
 
 
@@ -304,6 +304,20 @@ def test_a_stopped_run_says_where_and_leaves_a_whole_checkpoint(
     assert [entry["stage"] for entry in content["cocoa"]["lineage"]] == ["pretrain"]
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["last.ckpt"]
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_signal_in_the_validation_of_the_last_step_is_seen(
+    tmp_path: Path, make_stages: MakeStages, train: Train, fresh: Fresh
+) -> None:
+    class StopWhileValidating(L.Callback):
+        def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            if trainer.global_step == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    stages = make_stages(steps=2)
+    with pytest.raises(Interrupted, match="stopped in pretrain at step 2 of 2"):
+        train(tmp_path, stages, fresh(), callbacks=[StopWhileValidating()])
+    train(tmp_path, stages, fresh(), resume=True)
 
 
 def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import errno
 import logging
 import os
 import sys
@@ -12,10 +13,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import datasets
+import lightning as L
 import torch
 import torch.distributed as dist
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
@@ -23,13 +27,19 @@ from rich.logging import RichHandler
 from transformers.utils import logging as transformers_logging
 
 from cocoa_pl.distributed.collectives import is_lost_peer
-from cocoa_pl.distributed.processes import LOST_PROCESS, end_with_parent, is_lost_worker
-from cocoa_pl.errors import UserError, first_line
-from cocoa_pl.stages.recipe import Interrupted
+from cocoa_pl.distributed.processes import (
+    INTERRUPTED,
+    LOST_PROCESS,
+    end_with_parent,
+    interruptible,
+    is_lost_worker,
+)
+from cocoa_pl.errors import Interrupted, UserError, first_line
 
 # One process may be hours behind another; a lost one fails the exchange at once.
 PATIENCE = datetime.timedelta(days=30)
-MISTAKE, INTERRUPTED = 2, 130  # exit statuses, beside `LOST_PROCESS`
+MISTAKE = 2  # an exit status, beside `LOST_PROCESS` and `INTERRUPTED`
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # told without a file's name
 
 # Warnings of Lightning that ask for nothing.
 HARMLESS = (
@@ -52,15 +62,24 @@ def guarded(
     transformers_logging.disable_progress_bar()  # one line for each file it opens
     datasets.disable_progress_bars()  # and so does this
     try:
-        run()
+        with interruptible():
+            run()
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         return MISTAKE
     except OmegaConfBaseException as error:  # a value of the config, which is the user's
         sys.stderr.write(f"error: {first_line(error)}\n")
         return MISTAKE
+    except OSError as error:
+        # A folder where a file shall be written, a file where a folder, a full disk.
+        if error.filename is None and error.errno not in NO_ROOM:
+            raise
+        where = "" if error.filename is None else f"{error.filename}: "
+        sys.stderr.write(f"error: {where}{error.strerror}\n")
+        return MISTAKE
     except (Interrupted, KeyboardInterrupt) as stop:
-        sys.stderr.write(f"{str(stop) or 'interrupted'}\n")
+        if is_first_process():
+            sys.stderr.write(f"{str(stop) or 'interrupted'}\n")
         return INTERRUPTED
     except RuntimeError as error:
         if is_lost_worker(error):
@@ -124,6 +143,51 @@ def check_named(way: str) -> None:
         raise UserError(
             f"several processes were started from outside and must share one run folder; "
             f"give it as {way}"
+        )
+
+
+def check_processes(trainer: L.Trainer, run_dir: Path) -> None:
+    """Refuse a trainer that would wait for processes that nobody starts, and what Lightning reads
+    from elsewhere than the config; before anything is loaded.
+
+    Raises:
+        UserError: naming what is there and what to do.
+    """
+    if found := [name for name in os.environ if name.startswith("PL_TRAINER_")]:
+        raise UserError(
+            f"{found[0]} is set in the environment, where Lightning looks for what the config does "
+            f"not say; unset it and give trainer.{found[0].removeprefix('PL_TRAINER_').lower()}=..."
+        )
+    if found := sorted(map(str, run_dir.glob("hpc_ckpt_*.ckpt"))):
+        raise UserError(
+            f"{found[0]} is a checkpoint of Lightning's own requeueing, which it would load into "
+            "every stage; remove it"
+        )
+    if TorchElasticEnvironment.detect():
+        launcher, started = "torchrun", int(os.environ["WORLD_SIZE"])
+    elif SLURMEnvironment.detect():
+        launcher, started = "srun", int(os.environ["SLURM_NTASKS"])
+        if started > 1 and "SLURM_STEP_ID" not in os.environ:
+            raise UserError(
+                f"the job has {started} tasks, and this process, which srun did not start, would "
+                "wait for the others for ever; run srun python train.py ..."
+            )
+    else:
+        strategy = trainer.strategy
+        if trainer.num_nodes > 1 and isinstance(strategy, ParallelStrategy):
+            environment = strategy.cluster_environment
+            if isinstance(environment, LightningEnvironment) and "NODE_RANK" not in os.environ:
+                raise UserError(
+                    f"trainer.num_nodes={trainer.num_nodes} would wait for the other nodes for "
+                    "ever; start the command on all of them by torchrun or srun (docs/cluster.md)"
+                )
+        return
+    devices, nodes = trainer.num_devices, trainer.num_nodes
+    if started != devices * nodes:
+        raise UserError(
+            f"{launcher} started {started} processes, and the trainer has {devices} on each of "
+            f"{nodes} nodes; give trainer=ddp or trainer=fsdp with trainer.devices=... and "
+            "trainer.num_nodes=..."
         )
 
 

@@ -1,12 +1,83 @@
-"""Processes of one job that end with each other."""
+"""How the processes of a job begin, are asked to stop, and end with each other."""
 
 import os
+import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
 
-LOST_PROCESS = 3  # exit status
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+
+from cocoa_pl.errors import Interrupted
+
+LOST_PROCESS, INTERRUPTED = 3, 130  # exit statuses
 CHECK_SECONDS = 1.0
+# torchrun and srun hand on a signal that the terminal or SLURM has delivered already.
+ECHO_SECONDS = 1.0
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Ctrl-C, and what clusters send
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Within this a signal that asks the process to stop raises `Interrupted`; a second one, which
+    is no echo of it, ends it at once.
+    """
+    process, before, said, since = os.getpid(), stop_handlers(), "", 0.0
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal said, since
+        if os.getpid() != process:  # a forked worker, which its pool ends
+            signal.signal(number, before[number])
+            signal.raise_signal(number)
+        elif not said:
+            said, since = f"interrupted by {signal.Signals(number).name}", time.monotonic()
+            raise Interrupted(said)
+        elif time.monotonic() - since > ECHO_SECONDS:
+            os._exit(INTERRUPTED)
+
+    handle_stops(dict.fromkeys(before, stop))
+    try:
+        yield
+    finally:
+        handle_stops(before)
+        if said:  # whatever was left half done complains of
+            raise Interrupted(said)
+
+
+def stop_handlers() -> dict[int, Any]:
+    """Handlers of the signals that ask a process to stop, without those that are ignored, as Ctrl-C
+    by a shell's background job.
+    """
+    handlers = {number: signal.getsignal(number) for number in STOPPING}
+    return {n: handler for n, handler in handlers.items() if handler is not signal.SIG_IGN}
+
+
+def handle_stops(handlers: Mapping[int, Any]) -> None:
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def cluster_plugins(given: Any) -> list[Any]:
+    """A trainer's plugins, with SLURM's where SLURM started the process.
+
+    By itself Lightning would answer SIGUSR1 there with a checkpoint of its own, which it loads into
+    every later stage, and requeue the job.
+
+    Args:
+        given: `plugins` of the trainer's config: one, several or none.
+    """
+    plugins = [] if given is None else given if isinstance(given, list) else [given]
+    if TorchElasticEnvironment.detect() or not SLURMEnvironment.detect():
+        return plugins
+    if any(isinstance(plugin, ClusterEnvironment) for plugin in plugins):
+        return plugins
+    return [*plugins, SLURMEnvironment(auto_requeue=False)]
 
 
 def end_with_parent(*, message: str = "") -> None:

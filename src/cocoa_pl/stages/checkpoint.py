@@ -10,6 +10,7 @@ import os
 import pickle
 import shutil
 import signal
+import time
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -17,13 +18,14 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 
-from cocoa_pl.distributed.processes import is_lost_worker
+from cocoa_pl.distributed.processes import ECHO_SECONDS, handle_stops, is_lost_worker, stop_handlers
 from cocoa_pl.distributed.strategies import (
     META,
     MODEL,
@@ -153,8 +155,8 @@ class PlainFile(TorchCheckpointIO):
 class LastCheckpoint(L.Callback):
     """Keeps `last.ckpt`: every few steps, at the end of a stage, and when the run is to stop.
 
-    Ctrl-C and SIGTERM end the run after the step at hand, so the file is never of half a step. It
-    is written beside the old one and then takes its place.
+    Ctrl-C, SIGTERM and SIGUSR1 end the run after the step at hand, so the file is never of half a
+    step. It is written beside the old one and then takes its place.
 
     Args:
         path: of the file.
@@ -168,8 +170,8 @@ class LastCheckpoint(L.Callback):
         self.every = every
         self.position = position
         self.stopped = False
-        self._signal: int | None = None
-        self._handlers: dict[int, Any] = {}
+        self._asked_at: float | None = None
+        self._before = stop_handlers()  # not the trainer's, which exchange among ranks
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if self.path.exists() and self.path.is_dir() != isinstance(trainer.strategy, FullySharded):
@@ -183,8 +185,11 @@ class LastCheckpoint(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # Not at on_fit_start: the trainer then puts its own SIGTERM handler over ours.
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._handlers[number] = signal.signal(number, self._stop)
+        handle_stops(dict.fromkeys(self._before, self._stop))
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.state.fn is TrainerFn.VALIDATING:  # the closing one: all steps are saved
+            handle_stops(self._before)
 
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
@@ -202,7 +207,7 @@ class LastCheckpoint(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         step = trainer.global_step
         # A signal may reach the ranks at different steps; they must end at the same one.
-        asked = self._signal is not None
+        asked = self._asked_at is not None
         self.stopped = trainer.strategy.reduce_boolean_decision(asked, all=False)
         if self.stopped:
             trainer.should_stop = True
@@ -212,22 +217,21 @@ class LastCheckpoint(L.Callback):
             self._save(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._give_back()
+        asked = self._asked_at is not None  # while the last step was validated
+        self.stopped = trainer.strategy.reduce_boolean_decision(asked, all=False)
+        handle_stops(self._before)
 
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
-        self._give_back()
-
-    def _give_back(self) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-        self._handlers = {}
+        handle_stops(self._before)
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
-        if self._signal is not None:  # asked twice: at once
-            raise KeyboardInterrupt
-        self._signal = number
+        now = time.monotonic()
+        self._asked_at = self._asked_at or now
+        if now - self._asked_at > ECHO_SECONDS:  # asked twice: at once
+            handle_stops(self._before)
+            signal.raise_signal(number)
 
     def _save(self, trainer: L.Trainer) -> None:
         sharded = isinstance(trainer.strategy, FullySharded)

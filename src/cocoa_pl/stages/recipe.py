@@ -22,7 +22,7 @@ from cocoa_pl.data.processor import Processor
 from cocoa_pl.data.sampler import Mixing, mix
 from cocoa_pl.data.sources import DataOfStages, source_of
 from cocoa_pl.data.stream import PairStream
-from cocoa_pl.errors import UserError
+from cocoa_pl.errors import Interrupted, UserError
 from cocoa_pl.models.backbone import Backbone
 from cocoa_pl.stages import checkpoint
 from cocoa_pl.stages.base import Optimization, StageModule
@@ -137,10 +137,6 @@ class RunSettings:
     @property
     def last(self) -> Path:
         return self.run_dir / checkpoint.LAST
-
-
-class Interrupted(Exception):
-    """The run was asked to stop and has saved itself."""
 
 
 def run_stages(
