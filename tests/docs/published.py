@@ -23,7 +23,7 @@ PLACEHOLDER = "<|image_1|>"
 
 
 def write_published(folder: Path) -> None:
-    """All that the pages name: MMEB-train, MMEB-eval, MMEB-V2, MoCa-CL-Pairs, CoCoA's JSON."""
+    """All that the pages name: MMEB-train, MMEB-eval, MMEB-V2, MY_EVAL, MoCa-CL-Pairs, CoCoA's JSON."""
     register_resolvers()
     mmeb = compose_overrides("train", ["data=mmeb", "data.root=x"]).data.subsets
     _images(folder / "MMEB-train" / "images")
@@ -45,11 +45,15 @@ def write_published(folder: Path) -> None:
             sees = READERS[about.reader].query == "image" if "reader" in about else True
             rows = _tasks(subset, slots=slots, sees=sees)
             _table(folder / root / subset / "test-0.parquet", rows)
+    _images(folder / "MY_EVAL" / "x")
+    for subset in ("RefCOCO", "Manuals"):
+        rows = _tasks(subset, slots=PLACEHOLDER, sees=True)
+        _table(folder / "MY_EVAL" / subset / "test-0.parquet", rows)
     for name, keys in (
         ("CAPTIONS", ("image_path", "caption")),
         ("QUERIES", ("qry_image_path", "pos_text")),
     ):
-        rows: list[dict[str, str]] = [
+        rows = [
             {keys[0]: f"images/{n}.png", keys[1]: f"picture {n} of {name}"} for n in range(ROWS)
         ]
         if name == "QUERIES":

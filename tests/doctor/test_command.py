@@ -157,19 +157,21 @@ def test_rows_of_the_benchmark_that_are_trained_on_are_found(
         {"qry_text": question, "qry_img_path": image, "tgt_text": texts, "tgt_img_path": ["", ""]}
         for image, texts in rows
     ]
-    (tmp_path / "Exam").mkdir()
+    for subset in ("Broken", "Exam"):
+        (tmp_path / subset).mkdir()
+    (tmp_path / "Broken/test-0.parquet").write_text("no table")
     pq.write_table(pa.Table.from_pylist(content), tmp_path / "Exam/test-0.parquet")
     found = check_up(
         *(o for o in mmeb(healthy) if not o.startswith("evaluate")),
-        *("benchmark=mmeb_v1", f"benchmark.root={tmp_path}", f"benchmark.image_root={tmp_path}"),
-        "~benchmark.table",
-        "+benchmark.table={Exam: {group: vqa, in_distribution: true}}",
+        *("benchmark=mmeb", f"benchmark.root={tmp_path}"),
     )
     assert found.rows("overlap_pair") == ["2"]
     assert found.report["kinds"].keys() & {"overlap_query", "overlap_image"} == set()
     (missing,) = found.findings("missing_image")
-    assert (missing["part"], missing["row_id"]) == ("mmeb_v1", "Exam row 2")
-    assert found.report["rows"]["mmeb_v1"] == 2
+    assert (missing["part"], missing["row_id"]) == ("own_benchmark", "Exam row 2")
+    assert found.report["rows"]["own_benchmark"] == 2
+    (broken,) = found.findings("unreadable_source")
+    assert "Broken/test-0.parquet: cannot be read" in broken["message"]
     assert found.status == 1
 
 

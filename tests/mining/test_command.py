@@ -173,5 +173,7 @@ def test_digits_are_mined_and_read_back(
     with pytest.raises(UserError, match="not empty"):
         command.run(arguments, console)
     Path("notes.txt").touch()
+    with pytest.raises(UserError, match="leave out benchmark="):
+        command.run(["none", "benchmark=mmeb_v2"], Console(quiet=True))
     with pytest.raises(UserError, match=r"out=notes\.txt exists"):
         command.run([*arguments, "out=notes.txt"], console)

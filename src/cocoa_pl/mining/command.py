@@ -31,6 +31,8 @@ def run(arguments: Sequence[str], console: Console) -> int:
     parsed = _parser().parse_args(arguments)
     register_resolvers()
     cfg = compose_overrides("mine", parsed.overrides)
+    if "benchmark" in cfg:
+        raise UserError("cocoa mine reads training data alone; leave out benchmark=")
     out = Path(cfg.out)
     taken = UserError(f"out={out} exists and is not empty; name another folder")
     if out.is_file() or (out.exists() and any(out.iterdir())):
