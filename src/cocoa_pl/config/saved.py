@@ -91,6 +91,7 @@ def _shaped(values: Mapping[str, Any], shape: Mapping[str, Any]) -> dict[str, An
     return {
         key: _shaped(values[key], inner) if isinstance(inner, dict) else values[key]
         for key, inner in shape.items()
+        if key in values
     }
 
 
