@@ -23,7 +23,7 @@ PLACEHOLDER = "<|image_1|>"
 
 
 def write_published(folder: Path) -> None:
-    """All that the pages name: MMEB-train, MMEB-eval, MMEB-V2, MY_EVAL, MoCa-CL-Pairs, CoCoA's JSON."""
+    """All that the pages name: MMEB's folders, MY_EVAL, MoCa-CL-Pairs, CoCoA's JSON."""
     register_resolvers()
     mmeb = compose_overrides("train", ["data=mmeb", "data.root=x"]).data.subsets
     _images(folder / "MMEB-train" / "images")
