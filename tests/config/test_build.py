@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from cocoa_pl.config.build import build, check_values, declared
 from cocoa_pl.config.command_line import CONFIGS, compose_overrides
+from cocoa_pl.config.saved import DEFAULT_MODEL
 from cocoa_pl.distributed import collectives
 from cocoa_pl.errors import UserError
 from cocoa_pl.run import build_stages, scoring_device
@@ -117,6 +118,33 @@ def test_every_model_takes_the_attention_kernel_that_suits_its_device() -> None:
 def test_every_stage_can_be_built_with_every_schedule(stage: str, schedule: str) -> None:
     cfg = composed(f"stage={stage}", f"schedule={schedule}")
     assert [made.name for made in build_stages(cfg)] == list(cfg.stage.order)
+
+
+EXAMPLES = f"hydra.searchpath=[{ROOT / 'docs' / 'examples' / 'conf'}]"
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "benchmark", "temperature"),
+    [
+        ("train", [], "digits", 0.07),
+        ("train", ["model=qwen2vl_7b", "data=pairs"], "held_out", 0.02),
+        ("train", ["model=qwen2vl", "schedule=tiny", "benchmark=mteb"], "mteb", 0.07),
+        ("train", ["data=paper", "data@data.stages.warmup=digits"], "held_out", 0.07),
+        ("train", ["data=colours", EXAMPLES], "held_out", 0.07),
+        ("evaluate", [], "digits", None),
+        ("evaluate", ["data=pairs"], "held_out", None),
+        ("mine", [], None, None),
+    ],
+)
+def test_data_choose_their_benchmark_and_a_model_its_schedule(
+    name: str, words: list[str], benchmark: str | None, temperature: float | None
+) -> None:
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        cfg = compose(name, overrides=words, return_hydra_config=True)
+    assert cfg.hydra.runtime.choices.benchmark == benchmark
+    assert OmegaConf.select(cfg, "stage.contrast.module.temperature") == temperature
+    if name == "train" and not words:
+        assert cfg.hydra.runtime.choices.model == DEFAULT_MODEL
 
 
 @pytest.mark.parametrize("arm", [arm for arm in options("arm") if arm != "from_base"])
