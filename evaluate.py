@@ -11,14 +11,13 @@ import os
 import sys
 from pathlib import Path
 
-import hydra
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
-from cocoa_pl.config.build import build, check_values, register_resolvers
-from cocoa_pl.config.command_line import check_command_line
-from cocoa_pl.config.folders import give_folder
-from cocoa_pl.config.process import guarded, launched_processes, set_up_logging
+from cocoa_pl.config.build import build
+from cocoa_pl.config.command_line import run_app
+from cocoa_pl.config.folders import claim_for_scores
+from cocoa_pl.config.process import launched_processes, set_up_logging
 from cocoa_pl.distributed.collectives import world_size
 from cocoa_pl.errors import UserError
 from cocoa_pl.evaluation.embedded import VectorSettings
@@ -26,61 +25,47 @@ from cocoa_pl.for_mteb.benchmark import MtebBenchmark
 from cocoa_pl.run import open_embedder, provenance_of_run, score
 
 
-@hydra.main(config_path="conf", config_name="evaluate", version_base="1.3")
 def main(cfg: DictConfig) -> None:
-    job = HydraConfig.get()
-    run_dir = Path(os.path.relpath(job.runtime.output_dir))
-
-    def run() -> None:
-        check_values(cfg)
-        console = set_up_logging(run_dir)
-        with launched_processes():
-            benchmark = build(cfg.benchmark)
-            several = world_size() > 1
-            if isinstance(benchmark, MtebBenchmark) and (several or cfg.store is not None):
-                raise UserError("benchmark=mteb runs in one process and has no store")
-            if several and cfg.store is None:
-                raise UserError(
-                    "several processes share vectors through a folder; give it as store=FOLDER"
-                )
-            embedder = open_embedder(cfg.ckpt, device=cfg.device)
-            score(
-                embedder,
-                benchmark,
-                run_dir,
-                console,
-                checkpoint_name=cfg.ckpt,
-                provenance=provenance_of_run(
-                    Path(cfg.ckpt),
-                    facts={"attention": embedder.policy.name, "vectors": _kept_as(cfg)},
-                    policy=embedder.policy,
-                ),
-                vectors=VectorSettings(
-                    batch_tokens=cfg.batch_tokens,
-                    threads=cfg.threads,
-                    store=None if cfg.store is None else Path(cfg.store),
-                    store_dtype=cfg.store_dtype,
-                ),
+    """Score a model in a folder of its own, or in that of its run."""
+    if OmegaConf.is_missing(cfg, "ckpt"):
+        raise UserError("say which model to score: python evaluate.py ckpt=RUN_OR_EXPORT")
+    run_dir = Path(os.path.relpath(HydraConfig.get().runtime.output_dir))
+    claim_for_scores(cfg, run_dir)
+    console = set_up_logging(run_dir)
+    with launched_processes():
+        benchmark = build(cfg.benchmark)
+        several = world_size() > 1
+        if isinstance(benchmark, MtebBenchmark) and (several or cfg.store is not None):
+            raise UserError("benchmark=mteb runs in one process and has no store")
+        if several and cfg.store is None:
+            raise UserError(
+                "several processes share vectors through a folder; give it as store=FOLDER"
             )
-
-    remedy = f"the same command goes on with what is in store={cfg.store}"
-    if status := guarded(run, remedy=remedy):
-        sys.exit(status)
+        embedder = open_embedder(cfg.ckpt, device=cfg.device)
+        score(
+            embedder,
+            benchmark,
+            run_dir,
+            console,
+            checkpoint_name=cfg.ckpt,
+            provenance=provenance_of_run(
+                Path(cfg.ckpt),
+                facts={"attention": embedder.policy.name, "vectors": _kept_as(cfg)},
+                policy=embedder.policy,
+            ),
+            vectors=VectorSettings(
+                batch_tokens=cfg.batch_tokens,
+                threads=cfg.threads,
+                store=None if cfg.store is None else Path(cfg.store),
+                store_dtype=cfg.store_dtype,
+            ),
+        )
 
 
 def _kept_as(cfg: DictConfig) -> str:
     return "float32, in memory" if cfg.store is None else f"{cfg.store_dtype}, in {cfg.store}"
 
 
-def start() -> None:
-    if not any(argument.startswith("ckpt=") for argument in sys.argv[1:]):
-        raise UserError("say which model to score: python evaluate.py ckpt=RUN_OR_EXPORT")
-    config = check_command_line("evaluate")
-    if config is not None:
-        give_folder(config, way="hydra.run.dir=runs/NAME", scored=config.ckpt)
-    main()
-
-
 if __name__ == "__main__":
-    register_resolvers()
-    sys.exit(guarded(start))
+    remedy = "the same command goes on with what its store holds"
+    sys.exit(run_app("evaluate", main, sys.argv[1:], remedy=remedy))

@@ -10,49 +10,37 @@ import os
 import sys
 from pathlib import Path
 
-import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from cocoa_pl.config.build import register_resolvers
-from cocoa_pl.config.command_line import check_command_line
-from cocoa_pl.config.folders import claimed, give_folder
-from cocoa_pl.config.process import end_with_launcher, guarded, set_up_logging
+from cocoa_pl.config.command_line import run_app
+from cocoa_pl.config.folders import check_free_for_run, claimed, hand_over, run_of
+from cocoa_pl.config.process import end_with_launcher, set_up_logging
 from cocoa_pl.config.saved import resumed_config, settled
-from cocoa_pl.distributed.processes import INTERRUPTED
 from cocoa_pl.run import train
 
-statuses: list[int] = []  # of the runs of a sweep, or of the one run
 
-
-@hydra.main(config_path="conf", config_name="train", version_base="1.3")
 def main(cfg: DictConfig) -> None:
+    """Run the stages of a config in a new folder, or go on in that of the run to resume."""
     job = HydraConfig.get()
-    run_dir = Path(os.path.relpath(job.runtime.output_dir))
-
-    def run() -> None:
+    if cfg.resume is not None:
+        run_dir, words = run_of(cfg.resume), list(job.overrides.task)
         console = set_up_logging(run_dir)
-        if cfg.resume:
-            train(resumed_config(cfg, job.overrides.task), run_dir, console)
-            return
-        own = settled(cfg)
-        with claimed(own, run_dir, job):
-            train(own, run_dir, console)
-
-    statuses.append(guarded(run))
-    if job.mode == RunMode.MULTIRUN and statuses[-1] == INTERRUPTED:
-        raise KeyboardInterrupt  # ends the sweep; a mistake in one run does not
-
-
-def start() -> None:
-    end_with_launcher()
-    config = check_command_line("train")
-    if config is not None:
-        give_folder(config, way="hydra.run.dir=runs/NAME (or resume=RUN)")
-    main()
+        own = resumed_config(cfg, words)
+        if job.mode == RunMode.MULTIRUN:
+            hand_over(run_dir, [word for word in words if not word.startswith("resume=")])
+        train(own, run_dir, console)
+        return
+    run_dir = Path(os.path.relpath(job.runtime.output_dir))
+    check_free_for_run(run_dir)
+    console = set_up_logging(run_dir)
+    own = settled(cfg)
+    with claimed(own, run_dir):
+        hand_over(run_dir)
+        train(own, run_dir, console)
 
 
 if __name__ == "__main__":
-    register_resolvers()
-    sys.exit(guarded(start) or max(statuses, default=0))
+    end_with_launcher()
+    sys.exit(run_app("train", main, sys.argv[1:]))

@@ -33,7 +33,7 @@ from benchmarks.models import MERGE, PATCH, QWEN2_VL_2B, SMALL
 from benchmarks.ours import wrapped
 from benchmarks.samples import Mix, draw, make_processor, process
 from benchmarks.timing import measured
-from cocoa_pl.config.build import build, register_resolvers
+from cocoa_pl.config.build import build
 from cocoa_pl.config.command_line import compose_overrides
 from cocoa_pl.data.batch import Sample, pack
 from cocoa_pl.data.processor import Processor
@@ -272,7 +272,6 @@ def main(part: str, file: str, seconds: str, _: str) -> None:
     if CUDA and not torch.cuda.is_available():
         raise SystemExit("torch sees no CUDA device here")
     torch.set_num_threads(1)
-    register_resolvers()
     works: dict[str, Callable[[], Found]] = {work.__name__: work for work in LOOK}
     if part == "steps":
         most = ceiling()

@@ -20,7 +20,6 @@ from PIL import Image
 
 from cocoa_pl.attention import Policy, dense_mask, segment_letters, self_plan
 from cocoa_pl.attention.picture import draw_grid
-from cocoa_pl.config.build import register_resolvers
 from cocoa_pl.config.command_line import compose_overrides
 from cocoa_pl.data.batch import TEXT, Sample, pack
 from cocoa_pl.data.digit_scenes import caption, compose, draw
@@ -68,7 +67,6 @@ def draw_masking(path: Path, folder: Path) -> Path:
     random = np.random.default_rng(0)
     scenes = [compose(layout, split="train", rng=random) for layout in LAYOUTS]
     captions = [caption(scene.layout) for scene in scenes]
-    register_resolvers()
     cfg = compose_overrides("train", [f"cache_dir={folder}"])
     loaded = open_model(cfg, lambda: captions)
     processor = make_processor(cfg, loaded, max_pixels=cfg.model.max_pixels)

@@ -1,16 +1,31 @@
-"""Configs of conf/ as Hydra composes them for a script."""
+"""Configs of conf/ as Hydra composes them for a command."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, open_dict
 
-from cocoa_pl.config.build import register_resolvers
-from cocoa_pl.config.command_line import CONFIGS
-
-register_resolvers()
+from cocoa_pl.config.command_line import CONFIGS, compose_overrides, register_resolvers
 
 
 def composed(*overrides: str, name: str = "train") -> DictConfig:
+    return compose_overrides(name, overrides)
+
+
+@contextmanager
+def started(*overrides: str) -> Iterator[DictConfig]:
+    """The config of train.py, with Hydra as it is while the command runs."""
+    register_resolvers()
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return compose(name, overrides=list(overrides))
+        cfg = compose("train", list(overrides), return_hydra_config=True)
+        HydraConfig.instance().set_config(cfg)
+        with open_dict(cfg):
+            del cfg["hydra"]
+        try:
+            yield cfg
+        finally:
+            HydraConfig.instance().cfg = None

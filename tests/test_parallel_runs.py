@@ -22,7 +22,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch.multiprocessing.spawn import spawn
 
-from cocoa_pl.config.build import register_resolvers
+from cocoa_pl.config.command_line import register_resolvers
 from cocoa_pl.data.batch import Batch
 from cocoa_pl.distributed.collectives import rank
 from cocoa_pl.errors import UserError

@@ -13,8 +13,8 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from cocoa_pl.config.build import register_resolvers
-from cocoa_pl.config.command_line import CONFIGS, check_overrides
+from cocoa_pl.config.build import check_values
+from cocoa_pl.config.command_line import CONFIGS, compose_overrides
 from tests.docs.pages import HERE
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -69,10 +69,10 @@ def test_the_pages_hold_commands() -> None:
 @pytest.mark.parametrize("command", not_run(), ids=" ".join)
 def test_a_command_composes(command: list[str]) -> None:
     name, *words = command
-    register_resolvers()
     given = [word for word in words if not word.startswith("-")]
-    config = check_overrides(name, given)
     chosen = [o.split(",")[0] if "-m" in words else o for o in given]
+    config = compose_overrides(name, chosen)
+    check_values(config)
     for override in chosen:
         key, value = override.split("=", 1)
         if key.startswith("hydra.") or "@" in key or (CONFIGS / key.lstrip("+")).is_dir():

@@ -3,6 +3,7 @@
 import difflib
 import importlib
 import re
+import shlex
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -42,6 +43,19 @@ def nearest(name: str, options: Iterable[str]) -> str:
     """The end of a message about a name that is not among these: the one that was meant, if any."""
     near = difflib.get_close_matches(name, list(options), n=1, cutoff=0.5)
     return f" (did you mean {near[0]}?)" if near else ""
+
+
+def typed(key: str, value: object) -> str:
+    """`key=value` as it is pasted into a shell behind one of the project's commands, whatever
+    letters are in the value.
+    """
+    text = str(value)
+    is_plain = re.fullmatch(r"[A-Za-z_./][\w./-]*", text, re.ASCII)
+    if not is_plain or text.lower() in ("null", "true", "false", "nan", "inf"):
+        # Hydra's quotes: only backslashes before one are doubled.
+        escaped = re.sub(r'(\\*)("|\Z)', lambda m: m[1] * 2 + m[2].replace('"', '\\"'), text)
+        text = f'"{escaped}"'
+    return shlex.quote(f"{key}={text}")
 
 
 def first_line(error: BaseException) -> str:

@@ -1,4 +1,5 @@
-"""A Hydra callback that turns the runs of `-m` into one summary: table, summary.csv, .md and .png.
+"""A Hydra callback that gives a sweep (`-m`) a folder of its own, and its runs one summary: table,
+summary.csv, .md and .png.
 
 In a config:
 
@@ -9,13 +10,14 @@ In a config:
           subsets: [scene_i2t, scene_t2i]
 """
 
+import itertools
 import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
@@ -24,6 +26,8 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
+from cocoa_pl.config.folders import claim_sweep
+from cocoa_pl.config.process import guarded
 from cocoa_pl.evaluation.summary import (
     Run,
     collect,
@@ -41,17 +45,22 @@ class SweepSummary(Callback):
 
     Hydra raises at the first failed run and then never reaches `on_multirun_end`; the files on disk
     list that run as missing.
+
+    Args:
+        subsets: in the table, beside the overall score; None for no summary.
     """
 
-    def __init__(self, *, subsets: Sequence[str]) -> None:
-        self.subsets = list(subsets)
+    def __init__(self, *, subsets: Sequence[str] | None) -> None:
+        self.subsets = None if subsets is None else list(subsets)
         self.expected: list[list[str]] = []
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        if status := guarded(lambda: claim_sweep(config)):
+            sys.exit(status)  # an error would be Hydra's warning
         self.expected = expected_overrides(config)
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
-        if config.hydra.mode != RunMode.MULTIRUN:
+        if config.hydra.mode != RunMode.MULTIRUN or self.subsets is None:
             return
         folder = _sweep_folder(config)
         self._write(folder)
@@ -61,13 +70,15 @@ class SweepSummary(Callback):
             )
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        if self.subsets is None:
+            return
         folder = _sweep_folder(config)
         console = Console() if sys.stdout.isatty() else Console(width=160)
         console.print(self._write(folder))
         console.print(f"summary: {folder / 'summary.md'} and summary.csv, summary.png beside it")
 
     def _write(self, folder: Path) -> Table:
-        return write_summary(folder, sweep_runs(folder, self.expected), subsets=self.subsets)
+        return write_summary(folder, sweep_runs(folder, self.expected), subsets=self.subsets or ())
 
 
 def sweep_runs(folder: Path, expected: Sequence[Sequence[str]]) -> list[Run]:
@@ -87,11 +98,17 @@ def expected_overrides(config: DictConfig) -> list[list[str]]:
     if not sweeper.get("_target_", "").endswith("BasicSweeper"):
         return []
     params = [f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()]
-    parsed = OverridesParser.create().parse_overrides([*params, *config.hydra.overrides.task])
+    parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
+    values = {}  # the last word on a key counts
+    for word in parser.parse_overrides([*params, *config.hydra.overrides.task]):
+        values[word.get_key_element()] = (
+            list(word.sweep_string_iterator())
+            if word.is_sweep_override()
+            else [word.get_value_element_as_str()]
+        )
     return [
-        overrides
-        for batch in BasicSweeper.split_arguments(parsed, max_batch_size=None)
-        for overrides in batch
+        [f"{key}={value}" for key, value in zip(values, chosen, strict=True)]
+        for chosen in itertools.product(*values.values())
     ]
 
 

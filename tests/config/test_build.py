@@ -18,12 +18,12 @@ from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from cocoa_pl.config.build import build, check_values, declared
-from cocoa_pl.config.command_line import CONFIGS, compose_overrides
+from cocoa_pl.config.command_line import CONFIGS
 from cocoa_pl.config.saved import DEFAULT_MODEL
 from cocoa_pl.distributed import collectives
 from cocoa_pl.errors import UserError
 from cocoa_pl.run import build_stages, scoring_device
-from tests.configs import composed
+from tests.configs import composed, started
 
 ROOT = CONFIGS.parent
 GROUPS = (
@@ -67,6 +67,7 @@ def test_every_group_of_configs_is_covered() -> None:
         *GROUPS,
         *PLACED,
         "cluster",  # see below
+        "hydra",  # of Hydra itself
         "hardware",  # of `cocoa plan`
     }
 
@@ -197,7 +198,8 @@ def test_typed_values_of_a_stage_that_does_not_run_are_logged(
 ) -> None:
     words = ["attention@stage.reconstruct.policy=causal", "stage.warmup.steps=3"]
     for chosen in (["stage=contrast"], ["arm=control", "init_from=null"]):
-        build_stages(compose_overrides("train", [*chosen, *words]))
+        with started(*chosen, *words) as cfg:
+            build_stages(cfg)
     assert caplog.messages == [
         "attention@stage.reconstruct.policy=causal has no effect: stage.order is [contrast]",
         "stage.warmup.steps=3 has no effect: stage.order is [contrast]",

@@ -3,40 +3,52 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from hydra.conf import HydraConf
-from hydra.types import RunMode
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from cocoa_pl.config.command_line import add_override
-from cocoa_pl.config.folders import SWEEP, claimed, give_folder, new_folder
+from cocoa_pl.config import folders
+from cocoa_pl.config.command_line import CONFIGS, run_app
+from cocoa_pl.config.folders import SWEEP, claim_for_scores, claimed, new_folder
 from cocoa_pl.config.process import check_named
 from cocoa_pl.errors import UserError
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "8"}
 SLURM = {"SLURM_NTASKS": "16", "SLURM_JOB_NAME": "cocoa"}
-JOB = OmegaConf.create({"overrides": {"task": ["seed=1"]}})
+EMPTY = OmegaConf.create({})
 
 
 @pytest.fixture(autouse=True)
-def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """One process that Hydra has started with `seed=1`."""
     for name in {*TORCHRUN, *SLURM, "RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"}:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(sys, "argv", ["train.py", "seed=1"])
     monkeypatch.chdir(tmp_path)
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        HydraConfig.instance().set_config(compose("train", ["seed=1"], return_hydra_config=True))
+    yield
+    HydraConfig.instance().cfg = None
 
 
-def composed(*, named: str | None = None, sweeps: bool = False) -> DictConfig:
-    """What `check_command_line` gives, as far as folders go."""
-    config = OmegaConf.create({"resume": None, "hydra": OmegaConf.structured(HydraConf)})
-    config.hydra.mode = RunMode.MULTIRUN if sweeps else RunMode.RUN
-    key = "sweep" if sweeps else "run"
-    config.hydra[key].dir = named or "runs/noon"
-    config.hydra.overrides.hydra = [f"hydra.{key}.dir={named}"] if named else []
-    return config
+def start(*words: str) -> list[Path]:
+    """The folders of the runs that train.py would begin with these words."""
+    found: list[Path] = []
+
+    def task(cfg: DictConfig) -> None:
+        found.append(Path(HydraConfig.get().runtime.output_dir).relative_to(Path.cwd()))
+        folders.check_free_for_run(found[-1])
+        with claimed(cfg, found[-1]):
+            pass
+
+    HydraConfig.instance().cfg = None
+    run_app("train", task, words)
+    return found
 
 
 def test_runs_that_start_in_the_same_second_have_folders_of_their_own(tmp_path: Path) -> None:
@@ -48,7 +60,7 @@ def test_runs_that_start_in_the_same_second_have_folders_of_their_own(tmp_path: 
 def test_of_two_that_claim_a_folder_one_has_it(tmp_path: Path) -> None:
     def claim(seed: int) -> int | str:
         try:
-            with claimed(OmegaConf.create({"seed": seed}), tmp_path, JOB):
+            with claimed(OmegaConf.create({"seed": seed}), tmp_path):
                 return seed
         except UserError as error:
             return str(error)
@@ -62,32 +74,45 @@ def test_of_two_that_claim_a_folder_one_has_it(tmp_path: Path) -> None:
     assert OmegaConf.load(tmp_path / ".hydra" / "config.yaml").seed == winner
 
 
-@pytest.mark.parametrize("sweeps", [False, True])
-def test_a_default_folder_is_new_and_is_hydras_too(sweeps: bool) -> None:
-    for ending in ("noon", "noon_2"):
-        give_folder(composed(sweeps=sweeps), way="")
-        assert sys.argv[-1].endswith(f"{ending}'")
-        assert Path(sys.argv[-1].split("=")[1].strip("'")).is_dir()
+def test_a_default_folder_is_new_whatever_starts_in_the_same_second(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    words = ["hydra.run.dir=${run_dir:null,runs/noon}", "hydra.sweep.dir=runs/noon"]
+    assert start(words[0]) == [Path("runs/noon")]
+    assert start(words[0]) == [Path("runs/noon_2")]
+    assert start("-m", "seed=1,2", "+hydra.job.noon=1") != start("-m", "seed=1,2")
 
 
-@pytest.mark.parametrize("made", ["config.yaml", "metrics.csv", "checkpoints/last.ckpt", "model"])
-def test_a_new_run_does_not_go_into_the_folder_of_another(made: str) -> None:
-    give_folder(composed(named="mine"), way="")
-    Path("mine", made).mkdir(parents=True)
-    with pytest.raises(UserError, match=r"mine holds a run already: resume=mine goes on with it"):
-        give_folder(composed(named="mine"), way="")
+def test_a_new_run_does_not_go_into_the_folder_of_another(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for made in ("config.yaml", "metrics.csv", "checkpoints/last.ckpt", "model"):
+        (Path(made).with_suffix("") / made).mkdir(parents=True)
+        start(f"hydra.run.dir={Path(made).with_suffix('')}")
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 4
+    for line in said:
+        assert "holds a run already: resume=" in line
 
 
-def test_a_sweep_does_not_go_into_the_folder_of_another() -> None:
-    give_folder(composed(named="mine", sweeps=True), way="")
-    assert Path("mine", SWEEP).exists()
-    with pytest.raises(UserError, match="mine holds the runs of another sweep"):
-        give_folder(composed(named="mine", sweeps=True), way="")
+def test_a_sweep_does_not_go_into_the_folder_of_another(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert not start("-m", "seed=0,1", "sede=0", "hydra.sweep.dir=my sweep")  # began nothing
+    assert start("-m", "seed=0,1", "hydra.sweep.dir=my sweep") == [
+        Path("my sweep/0"),
+        Path("my sweep/1"),
+    ]
+    assert Path("my sweep", SWEEP).exists()
+    assert capsys.readouterr().err.count("error") == 1
+    with pytest.raises(SystemExit):
+        start("-m", "seed=0,1", "hydra.sweep.dir=my sweep")
+    assert "my sweep holds the runs of another sweep" in capsys.readouterr().err
 
 
 def test_a_mistake_before_training_gives_the_folder_back(tmp_path: Path) -> None:
     def fail(*made: str) -> None:
-        with claimed(OmegaConf.create({}), tmp_path, JOB):
+        with claimed(EMPTY, tmp_path):
             for name in made:
                 (tmp_path / name).touch()
             raise UserError("no such row")
@@ -117,12 +142,14 @@ def test_scores_lie_beside_their_own_model_or_none(
 ) -> None:
     for name in holds:
         Path("mine", name).mkdir(parents=True)
+    Path("mine").mkdir(exist_ok=True)
+    cfg = OmegaConf.create({"ckpt": scored})
     if refused:
         with pytest.raises(UserError, match=refused):
-            give_folder(composed(named="mine"), way="", scored=scored)
+            claim_for_scores(cfg, Path("mine"))
         return
-    give_folder(composed(named="mine"), way="", scored=scored)
-    assert ("hydra.output_subdir=null" in sys.argv) == ("model" in holds)
+    claim_for_scores(cfg, Path("mine"))
+    assert Path("mine/.hydra").exists() == ("model" not in holds)
 
 
 def test_processes_of_one_job_share_the_folder_that_the_first_has_taken(
@@ -130,15 +157,12 @@ def test_processes_of_one_job_share_the_folder_that_the_first_has_taken(
 ) -> None:
     for rank in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "NODE_RANK"):
         folder = tmp_path / rank
-        monkeypatch.setenv(rank, "0")
-        give_folder(composed(named=str(folder)), way="")
         folder.mkdir()
-        with claimed(OmegaConf.create({}), folder, JOB):
-            monkeypatch.setenv(rank, "1")
-            give_folder(composed(named=str(folder)), way="")
-            with claimed(OmegaConf.create({}), folder, JOB):
-                pass
-        monkeypatch.delenv(rank)
+        for number in "01":
+            monkeypatch.setenv(rank, number)
+            folders.check_free_for_run(folder)
+            with claimed(EMPTY, folder):
+                monkeypatch.delenv(rank)
 
 
 @pytest.mark.parametrize(
@@ -160,13 +184,38 @@ def test_processes_started_from_outside_need_a_run_folder(
         monkeypatch.setenv(name, value)
     if refused:
         with pytest.raises(UserError, match=r"must share one run folder; give it as hydra\.run"):
-            give_folder(composed(), way="hydra.run.dir=X")
-        give_folder(composed(named="X"), way="")
+            folders.run_folder(None, "runs/noon")
+        assert not Path("runs").exists()
+        assert start("hydra.run.dir=X") == [Path("X")]
     else:
         check_named("")
 
 
-def test_a_word_for_hydra_goes_behind_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["train.py", "seed=1", "--config-dir", "own", "-m"])
-    add_override("a=1")
-    assert sys.argv == ["train.py", "--config-dir", "own", "-m", "seed=1", "a=1"]
+@pytest.mark.parametrize("name", ["runs/A", 'my "runs" (2), ü=1'])
+def test_other_ranks_go_on_with_the_run_and_not_with_its_sweep(name: str) -> None:
+    """Lightning starts them with the words of this process and the run folder in quotes."""
+    folder = Path(name)
+    folder.mkdir(parents=True)
+    folders.save_config(EMPTY, folder)
+    monkey = [*sys.argv]
+    folders.hand_over(folder, ["trainer.devices=2"])
+    words = [*sys.argv[1:], f'hydra.run.dir="{HydraConfig.get().run.dir}"']
+    sys.argv[:] = monkey
+    assert words[1] == "trainer.devices=2"
+    seen: list[tuple[str, str]] = []
+    HydraConfig.instance().cfg = None
+    run_app(
+        "train",
+        lambda cfg: seen.append((cfg.resume, HydraConfig.get().runtime.output_dir)),
+        words,
+    )
+    assert seen == [(name, str(folder.absolute()))]
+
+
+def test_a_run_is_resumed_by_its_folder_or_its_last_checkpoint() -> None:
+    folder = Path("runs/A")
+    folder.mkdir(parents=True)
+    with pytest.raises(UserError, match=r"there is no run \(no config\.yaml\) in that folder"):
+        folders.run_of("runs/A")
+    folders.save_config(EMPTY, folder)
+    assert folders.run_of("runs/A") == folders.run_of("runs/A/checkpoints/last.ckpt") == folder

@@ -10,11 +10,10 @@ from typing import Any
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from cocoa_pl.config.command_line import compose_overrides
 from cocoa_pl.config.folders import save_config
-from cocoa_pl.config.saved import resumed_config, settings_of
+from cocoa_pl.config.saved import resumed_config, settings_of, settled
 from cocoa_pl.errors import UserError
-from tests.configs import composed
+from tests.configs import composed, started
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +42,10 @@ def exported(trained: DictConfig, tiny_folder: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def started(*overrides: str) -> Any:
+def settled_by(*overrides: str) -> Any:
     """The config of a run that these words start."""
-    return compose_overrides("train", overrides)
+    with started(*overrides) as cfg:
+        return settled(cfg)
 
 
 @pytest.mark.parametrize("kind", ["run", "exported"])
@@ -53,7 +53,7 @@ def test_a_run_starts_with_the_settings_of_its_model(
     kind: str, request: pytest.FixtureRequest, trained: DictConfig
 ) -> None:
     folder = request.getfixturevalue(kind)
-    cfg = started(f"init_from={folder}", "stage=contrast", "seed=3")
+    cfg = settled_by(f"init_from={folder}", "stage=contrast", "seed=3")
     assert (cfg.model.min_pixels, cfg.model.max_pixels) == (1024, 4096)
     assert cfg.model.eval_max_pixels == 16384
     assert cfg.stage == {**trained.stage, "order": ["contrast"]}
@@ -63,20 +63,20 @@ def test_a_run_starts_with_the_settings_of_its_model(
 
 
 def test_what_the_user_and_his_experiment_say_comes_first(run: Path) -> None:
-    cfg = started(f"init_from={run}", "model.max_pixels=2048", "schedule=paper")
+    cfg = settled_by(f"init_from={run}", "model.max_pixels=2048", "schedule=paper")
     assert (cfg.model.min_pixels, cfg.model.max_pixels) == (1024, 2048)
     assert cfg.stage.contrast.optimization.lr == 2e-5
     words = ["experiment=ablation", "arm=causal", "stage.weight_decay=0.25"]
-    cfg = started(*words, f"init_from={run}")
+    cfg = settled_by(*words, f"init_from={run}")
     assert (cfg.stage.contrast.steps, cfg.stage.contrast.optimization.lr) == (100, 0.5)
     assert cfg.stage.weight_decay == 0.25
 
 
 def test_a_model_that_is_chosen_is_taken_where_it_fits(run: Path, tiny_folder: Path) -> None:
-    cfg = started(f"init_from={tiny_folder}", "model=tiny")
+    cfg = settled_by(f"init_from={tiny_folder}", "model=tiny")
     assert (cfg.model.min_pixels, cfg.stage.contrast.optimization.lr) == (784, 2e-3)
     with pytest.raises(UserError, match=r"model=tiny_qwen3vl does not fit .* qwen2_vl of width 32"):
-        started(f"init_from={run}", "model=tiny_qwen3vl")
+        settled_by(f"init_from={run}", "model=tiny_qwen3vl")
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_a_model_without_settings_needs_one_of_the_options_that_fit(
     places = {"TINY": str(tiny_folder), "ADAPTER": str(tmp_path)}
     overrides = [key + "=" + places.get(name, name) for key, _, name in map(halves, words)]
     with pytest.raises(UserError, match=message):
-        started(*overrides)
+        settled_by(*overrides)
 
 
 def test_an_adapter_whose_base_lies_elsewhere_fits_a_copy_of_it(
@@ -108,22 +108,19 @@ def test_an_adapter_whose_base_lies_elsewhere_fits_a_copy_of_it(
     described = {"base_model_name_or_path": f"/their/{tiny_folder.name}", "peft_type": "LORA"}
     (tmp_path / "adapter_config.json").write_text(json.dumps(described))
     words = [f"init_from={tmp_path}", "model=qwen2vl"]
-    assert started(*words, f"model.source.path={tiny_folder}").model.source.path == str(tiny_folder)
+    assert settled_by(*words, f"model.source.path={tiny_folder}").model.source.path == str(
+        tiny_folder
+    )
     with pytest.raises(UserError, match=f"is not here; pass a copy as .*{tiny_folder.name}$"):
-        started(*words)
+        settled_by(*words)
 
 
 def halves(word: str) -> tuple[str, str, str]:
     return word.partition("=")
 
 
-def test_commands_that_look_ahead_see_the_same_settings(exported: Path) -> None:
-    cfg = compose_overrides("doctor", [f"init_from={exported}"])
-    assert (cfg.model.min_pixels, cfg.stage.contrast.optimization.lr) == (1024, 0.5)
-
-
 def test_a_resumed_run_has_its_own_config(run: Path) -> None:
-    assert started(f"init_from={run}", "resume=elsewhere").model.min_pixels == 784
+    assert settled_by(f"init_from={run}", "resume=elsewhere").model.min_pixels == 784
 
 
 def test_a_resumed_run_keeps_its_config(tmp_path: Path) -> None:
@@ -137,18 +134,30 @@ def test_a_resumed_run_keeps_its_config(tmp_path: Path) -> None:
     assert resumed.resume == str(tmp_path)
 
 
-@pytest.mark.parametrize("changed", ["seed=6", "stage=warmup", "stage.contrast.steps=9"])
+def test_a_resumed_run_may_have_another_logger_and_more_of_the_trainer(tmp_path: Path) -> None:
+    save_config(composed("trainer=ddp"), tmp_path)
+    given = [f"resume={tmp_path}", "logger=wandb", "logger.offline=true", "+trainer.max_steps=9"]
+    resumed = resumed_config(composed(*given), given)
+    assert resumed.logger == composed("logger=wandb", "logger.offline=true").logger
+    assert (resumed.trainer.strategy, resumed.trainer.max_steps) == ("replicated", 9)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        "seed=6",
+        "stage=warmup",
+        "stage.contrast.steps=9",
+        "trainer=cpu",
+        "num_workerss=1",
+        "~logger",
+    ],
+)
 def test_a_resumed_run_cannot_become_another(changed: str, tmp_path: Path) -> None:
     save_config(composed("seed=5"), tmp_path)
     given = [f"resume={tmp_path}", changed]
     with pytest.raises(UserError, match=f"keeps its config; {re.escape(changed)} cannot"):
-        resumed_config(composed(*given), given)
-
-
-def test_there_must_be_a_run_to_resume(tmp_path: Path) -> None:
-    given = [f"resume={tmp_path}"]
-    with pytest.raises(UserError, match=r"there is no run \(no config\.yaml\) in that folder"):
-        resumed_config(composed(*given), given)
+        resumed_config(composed(given[0]), given)
 
 
 def test_runs_and_exports_of_an_earlier_version_do_not_tell_their_settings(
@@ -161,7 +170,7 @@ def test_runs_and_exports_of_an_earlier_version_do_not_tell_their_settings(
     (exported / "cocoa.json").write_text(json.dumps({"settings": {"model": {}, "schedule": {}}}))
     for folder in (run, exported):
         with pytest.raises(UserError, match=r"does not tell .*; add model=qwen2vl or "):
-            started(f"init_from={folder}")
+            settled_by(f"init_from={folder}")
 
 
 @pytest.mark.parametrize("content", ["a: [", "[1]"])

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from cocoa_pl.config.build import build, register_resolvers
+from cocoa_pl.config.build import build
 from cocoa_pl.config.command_line import compose_overrides
 from cocoa_pl.data.mmeb_eval import READERS
 
@@ -24,7 +24,6 @@ PLACEHOLDER = "<|image_1|>"
 
 def write_published(folder: Path) -> None:
     """All that the pages name: MMEB's folders, MY_EVAL, MoCa-CL-Pairs, CoCoA's JSON."""
-    register_resolvers()
     mmeb = compose_overrides("train", ["data=mmeb", "data.root=x"]).data.subsets
     _images(folder / "MMEB-train" / "images")
     for subset in mmeb:
@@ -64,7 +63,6 @@ def write_published(folder: Path) -> None:
 
 def write_models(folder: Path, *, texts: list[str]) -> dict[str, Path]:
     """A small model for each family that a config of real weights names, by that config."""
-    register_resolvers()
     found = {}
     for twin, names in (
         ("tiny", ("qwen2vl", "qwen2vl_7b")),

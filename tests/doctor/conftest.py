@@ -125,12 +125,14 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def check_up(cache_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Checkup]:
     """Run `cocoa doctor` with these overrides on a terminal of a given width."""
-    from cocoa_pl.doctor import command as doctor
+    from cocoa_pl.config.command_line import compose_overrides
+    from cocoa_pl.doctor.command import check
 
     def run(*overrides: str, width: int = 120) -> Checkup:
         out = tmp_path_factory.mktemp("checkup")
         console = Console(file=io.StringIO(), record=True, width=width)
-        status = doctor.run([f"out={out}", f"cache_dir={cache_dir}", *overrides], console)
+        given = [f"out={out}", f"cache_dir={cache_dir}", *overrides]
+        status = check(compose_overrides("doctor", given), console)
         report = json.loads((out / "doctor.json").read_text())
         return Checkup(status, report, console.export_text(), out)
 

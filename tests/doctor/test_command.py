@@ -85,7 +85,7 @@ def test_a_folder_that_is_no_model_is_the_users_mistake(
         (["data=mmmeb"], "data=mmmeb does not exist (did you mean mmeb?)"),
         (["data=mmeb"], "data.root has no value; give it as data.root=..."),
         (["worker=3"], "unknown key worker (did you mean workers?)"),
-        (["seed=0,1"], "one value at a time"),
+        (["seed=0,1"], "seed=0,1 has several values, which -m runs one by one"),
         (["workers"], "write key=value"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,11 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from omegaconf import DictConfig
 from PIL import Image
 from rich.console import Console
 
-from cocoa_pl.config.build import build, register_resolvers
-from cocoa_pl.config.command_line import compose_overrides
+from cocoa_pl.config.build import build
+from cocoa_pl.config.command_line import compose_overrides, run_app
 from cocoa_pl.data.digits import DigitsData
 from cocoa_pl.data.items import IMAGE_SLOT, Item, Pair
 from cocoa_pl.embedder import Embedder
@@ -31,7 +33,6 @@ def read_back(folder: Path, subsets: list[str], root: Path) -> list[Pair]:
         *(f"data.subsets=[{','.join(subsets)}]", "data.caption_subsets=[]"),
         "data.validation_fraction=0",
     ]
-    register_resolvers()
     return list(build(compose_overrides("train", overrides).data).train_pairs())
 
 
@@ -136,12 +137,16 @@ def model(embedder: Embedder, tmp_path: Path) -> Path:
 
 
 def test_digits_are_mined_and_read_back(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     console = Console(width=140, record=True, quiet=False)
     small = ["data.scenes=60", "data.task_rows=20", "data.validation_rows=25", "cache_dir=cache"]
-    arguments = [str(model), "out=mined", "negatives=2", *small]
+    out = Path("it's mined, 2 (é)")
+    arguments = [str(model), f'out="{out}"', "negatives=2", *small]
     assert command.run(arguments, console) == 0
     data = DigitsData(
         cache_dir="cache",
@@ -155,10 +160,12 @@ def test_digits_are_mined_and_read_back(
     expected = list(data.train_pairs())
     output = console.export_text()
     (usage,) = [line for line in output.splitlines() if line.startswith("train on it")]
-    root = Path(next(w for w in usage.split() if w.startswith("data.image_root=")).split("=")[1])
+    pasted: list[DictConfig] = []
+    words = shlex.split(usage.removeprefix("train on it: "))
+    assert run_app("train", pasted.append, [*words, "data.validation_fraction=0"]) == 0
+    found = list(build(pasted[0].data).train_pairs())
     subsets = list(dict.fromkeys(pair.subset for pair in expected))
-    assert f"'data.subsets=[{','.join(subsets)}]'" in usage
-    found = read_back(Path("mined"), subsets, root)
+    assert list(pasted[0].data.subsets) == subsets
     assert [(p.query.text, p.positive.text) for p in found] == [
         (p.query.text, p.positive.text) for p in expected
     ]
@@ -170,10 +177,13 @@ def test_digits_are_mined_and_read_back(
         assert keys <= positives - {row.positive.key}
     for subset in subsets:
         assert subset in output
-    with pytest.raises(UserError, match="not empty"):
-        command.run(arguments, console)
+    capsys.readouterr()
+    assert command.run(arguments, console) == 2
+    assert f"out={out} exists and is not empty" in capsys.readouterr().err
     Path("notes.txt").touch()
-    with pytest.raises(UserError, match="leave out benchmark="):
-        command.run(["none", "benchmark=mmeb_v2"], Console(quiet=True))
-    with pytest.raises(UserError, match=r"out=notes\.txt exists"):
-        command.run([*arguments, "out=notes.txt"], console)
+    assert command.run([*arguments, "out=notes.txt"], console) == 2
+    assert "out=notes.txt exists" in capsys.readouterr().err
+    assert command.run(["out=new"], console) == 2
+    assert "say which model mines" in capsys.readouterr().err
+    assert command.run(["none", "benchmark=mmeb_v2"], Console(quiet=True)) == 2
+    assert "leave out benchmark=" in capsys.readouterr().err

@@ -53,12 +53,6 @@ VALUES: dict[str, Any] = {
 }
 
 
-def register_resolvers() -> None:
-    """`${run_dir:RESUMED,NEW}` is the run folder, resumed or new; `${sum:A,B}` adds step counts."""
-    OmegaConf.register_new_resolver("run_dir", lambda resumed, new: resumed or new, replace=True)
-    OmegaConf.register_new_resolver("sum", lambda *terms: sum(terms), replace=True)
-
-
 def check_values(cfg: DictConfig) -> None:
     """Refuse what cannot be meant in a whole config, before anything of it is made: keys that a
     callable does not take or needs, and numbers, bools and choices that a key is not declared for.

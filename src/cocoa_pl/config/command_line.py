@@ -1,294 +1,236 @@
-"""Check a command line before Hydra does, and say in one sentence what is wrong with it.
-
-Hydra's own refusals are many lines long, and about some mistakes it says nothing.
+"""Start commands as Hydra apps, whose values may hold any letters and whose refusals are one
+sentence.
 """
 
 from __future__ import annotations
 
-import difflib
+import functools
+import os
 import re
+import shlex
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import lru_cache, partial
-from itertools import chain
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir, initialize_config_module
-from hydra._internal.utils import get_args_parser
+import hydra
+import torch.distributed as dist
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException
+from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from cocoa_pl.config.build import check_values
-from cocoa_pl.config.saved import settled
-from cocoa_pl.errors import UserError, first_line
+from cocoa_pl.config.build import check_values, declared
+from cocoa_pl.config.folders import quoted, run_folder
+from cocoa_pl.config.process import guarded
+from cocoa_pl.distributed.processes import INTERRUPTED
+from cocoa_pl.errors import UserError, first_line, nearest, typed
 
 # A link to the repository's conf/, and a folder of the wheel.
 CONFIGS = (Path(__file__).parents[1] / "conf").resolve()
-SETTING = ("experiment", "arm")  # groups whose files set values of others
+FOLDER_OPTIONS = ("--config-dir", "-cd", "--config-path", "-cp")
 
 
-def check_command_line(config_name: str) -> DictConfig | None:
-    """Compose once before Hydra does, to turn its refusals into one sentence with the nearest name:
-    also where configs of the user's own are added (`--config-dir`) or take the place of ours.
-
-    Returns:
-        The config, as of `check_overrides`; None where Hydra only shows something.
-
-    Raises:
-        UserError: for an unknown key, group or option, or a value of the wrong kind.
-    """
-    given = get_args_parser().parse_args(sys.argv[1:])
-    if given.experimental_rerun:
-        raise UserError(
-            "--experimental-rerun would write into the folder of the run that it repeats; give "
-            "what is in its .hydra/overrides.yaml to a new run, or go on with it by resume=RUN"
-        )
-    places = Places.given(given.config_path, given.config_dir)
-    config = check_overrides(given.config_name or config_name, given.overrides, places)
-    config.hydra.mode = RunMode.MULTIRUN if given.multirun else config.hydra.mode
-    shown = (given.cfg, given.info, given.help, given.hydra_help, given.shell_completion)
-    return None if any(shown) else config
-
-
-def add_override(word: str) -> None:
-    """One more for Hydra, behind all options, where processes that Lightning starts get theirs."""
-    overrides = get_args_parser().parse_args(sys.argv[1:]).overrides
-    options = list(sys.argv[1:])
-    for override in overrides:
-        options.remove(override)
-    sys.argv[1:] = [*options, *overrides, word]
-
-
-@dataclass(frozen=True)
-class Places:
-    """Folders where configs are looked for, as Hydra does.
+def run_app(
+    config_name: str,
+    task: Callable[[DictConfig], int | None],
+    words: Sequence[str],
+    *,
+    remedy: str = "resume=RUN goes on from the last checkpoint",
+) -> int:
+    """Run a task as a Hydra app, once or for each run of a sweep, and print mistakes.
 
     Args:
-        main: a folder, or `pkg://` and a package.
-        added: folders behind it.
+        config_name: a file of conf/.
+        task: what it returns is the exit status of its run; None is 0.
+        words: of the command line.
+        remedy: what to do when another process of the job was lost.
+
+    Returns:
+        The highest exit status of the runs, or 2 if Hydra refuses the words.
     """
+    statuses: list[int] = []
+    is_composed = False
 
-    main: str = str(CONFIGS)
-    added: tuple[str, ...] = ()
+    @functools.wraps(task)
+    def job(cfg: DictConfig) -> None:
+        nonlocal is_composed
+        is_composed = True
+        ended: list[int] = []
 
-    @staticmethod
-    def given(main: str | None, added: str | None) -> Places:
-        """As of `--config-path`, which is relative to the script, and `--config-dir`.
+        def run() -> None:
+            _check_sources()
+            _check_sections(cfg)
+            check_values(cfg)
+            ended.append(task(cfg) or 0)
 
-        Raises:
-            UserError: for a folder that is not there, or a file of an added one that stands behind
-                one of ours, which Hydra reads in its place without a word.
-        """
-        if main is not None and not main.startswith("pkg://"):
-            main = str(Path(sys.argv[0]).resolve().parent / main)
-        for option, folder in (("--config-path", main), ("--config-dir", added)):
-            if folder is not None and not folder.startswith("pkg://") and not Path(folder).is_dir():
-                raise UserError(f"{option}: there is no folder {folder}")
-        if added is None:
-            return Places() if main is None else Places(main)
-        places = Places(main or str(CONFIGS), (str(Path(added).resolve()),))
-        for file in sorted(Path(added).rglob("*.yaml")):
-            ours = Path(places.main) / file.relative_to(added)
-            if ours.is_file() and ours.read_bytes() != file.read_bytes():
-                raise UserError(f"{file} is never read: {ours} comes first; name it otherwise")
-        return places
+        with _as_before():
+            statuses.append(guarded(run, remedy=remedy) or ended[0])
+        folder = Path(HydraConfig.get().runtime.output_dir)
+        if statuses[-1] and folder != Path.cwd():
+            with suppress(OSError):  # of a run that has begun
+                folder.rmdir()
+        if statuses[-1] == INTERRUPTED and HydraConfig.get().mode == RunMode.MULTIRUN:
+            raise KeyboardInterrupt  # ends the sweep; a mistake in one run does not
 
-    @contextmanager
-    def opened(self) -> Iterator[None]:
-        """Within this, Hydra composes from here."""
-        package = self.main.removeprefix("pkg://")
-        with (
-            initialize_config_dir(self.main, version_base="1.3")
-            if package == self.main
-            else initialize_config_module(package.replace("/", "."), version_base="1.3")
-        ):
-            yield
+    def start() -> None:
+        register_resolvers()
+        if any(word.startswith("--experimental") for word in words):
+            raise UserError(
+                "--experimental-rerun would write into the folder of the run that it repeats; give "
+                "what is in its .hydra/overrides.yaml to a new run, or go on with it by resume=RUN"
+            )
+        pairs = zip(["", *words], words, strict=False)
+        sys.argv[1:] = [w if before in FOLDER_OPTIONS else in_quotes(w) for before, w in pairs]
+        os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing
+        before = HydraConfig.instance().cfg  # `--help` leaves its own
+        app = hydra.main(config_path=str(CONFIGS), config_name=config_name, version_base="1.3")
+        try:
+            app(job)()
+        except UserError:
+            raise
+        except (HydraException, OmegaConfBaseException, ValueError) as error:
+            if is_composed:
+                raise
+            raise UserError(_sentence(error, sys.argv[1:])) from error
+        finally:
+            HydraConfig.instance().cfg = before
 
-    def search(self, overrides: Sequence[Override]) -> list[str]:
-        """Nothing, or one override that adds these folders to those that overrides name."""
-        named: list[Any] = [o.value() for o in overrides if o.key_or_group == "hydra.searchpath"]
-        folders = [*(named[-1] if named else ()), *self.added]
-        quoted = ",".join("'" + folder.replace("'", r"\'") + "'" for folder in folders)
-        return [f"hydra.searchpath=[{quoted}]"] if folders else []
+    return guarded(start) or max(statuses, default=0)
+
+
+def register_resolvers() -> None:
+    """`${run_dir:RESUMED,NEW}` is the run folder, resumed or new; `${sum:A,B}` adds step counts."""
+    OmegaConf.register_new_resolver("run_dir", run_folder, replace=True, use_cache=True)
+    OmegaConf.register_new_resolver("sum", lambda *terms: sum(terms), replace=True)
 
 
 def compose_overrides(config_name: str, overrides: Sequence[str]) -> DictConfig:
-    """The config that these overrides choose, for a command that is not run by Hydra.
+    """The config that these overrides choose, beside the one of a Hydra app or without any."""
+    register_resolvers()
+    is_app = GlobalHydra.instance().is_initialized()
+    conf = None if is_app else hydra.initialize_config_dir(str(CONFIGS), version_base="1.3")
+    with conf or nullcontext():
+        return hydra.compose(config_name, overrides=list(overrides))
+
+
+@contextmanager
+def _as_before() -> Iterator[None]:
+    """Undo what Lightning leaves of a run's processes, for the next run of a sweep."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        if dist.is_initialized() and "LOCAL_RANK" not in before:
+            dist.destroy_process_group()
+        os.environ.clear()
+        os.environ.update(before)
+
+
+# ---- values with any letters ----
+
+
+def in_quotes(word: str) -> str:
+    """A word of the command line as Hydra's grammar has it: a value that it would not take as it
+    is stands in quotes, and `~` before it is the home folder.
 
     Raises:
-        UserError: as `check_overrides`, and for several values of a key, which only a sweep takes.
+        UserError: for what is no `key=value`, and for such values inside brackets.
     """
-    config = check_overrides(config_name, overrides)
-    HydraConfig.instance().set_config(config)
-    with open_dict(config):
-        del config["hydra"]
-    for override in OverridesParser.create().parse_overrides(list(overrides)):
-        if override.is_sweep_override():
-            raise UserError(f"{override.input_line}: one value at a time; there are no sweeps here")
-    with Places().opened():
-        return settled(config)
+    key, equals, value = word.partition("=")
+    if not equals or key.startswith("-"):
+        return word
+    if not key or _parse(f"{key}=") is None:
+        raise UserError(f"{word}: write key=value")
+    value = ",".join(map(os.path.expanduser, value.split(",")))
+    if (parsed := _parse(f"{key}={value}")) is not None:
+        is_stripped = isinstance(parsed.value(), str) and parsed.value() == value.strip() != value
+        return f"{key}={quoted(value) if is_stripped else value}"
+    if value[0] + value[-1] in ("[]", "{}"):
+        ways = [f"{typed(key, value)} for one text"]
+        if value[0] == "[" and "[" not in value[1:]:
+            items = ",".join(map(quoted, value[1:-1].split(",")))
+            ways.insert(0, shlex.quote(f"{key}=[{items}]") + " for a list")
+        raise UserError(f"{word} needs more quotes: {' or '.join(ways)}")
+    return f"{key}={','.join(map(quoted, value.split(',')))}"
 
 
-def check_overrides(
-    config_name: str, overrides: Sequence[str], places: Places = Places()
-) -> DictConfig:
-    """Compose these overrides once, to say in one sentence what is wrong with them.
-
-    Returns:
-        The config, Hydra's own part included, of the first value of each key.
-
-    Raises:
-        UserError: for an unknown key, group or option, or a value of the wrong kind.
-    """
-    parser = OverridesParser.create()
+def _parse(word: str) -> Override | None:
     try:
-        parsed = parser.parse_overrides(list(overrides))
-    except HydraException as error:
-        raise UserError(f"{first_line(error)}; write key=value") from error
-    values = [_values(o, text) for o, text in zip(parsed, overrides, strict=True)]
-    with places.opened():
-        search = places.search(parsed)
-        options = partial(_options, places, config_name, tuple(search))
-        for override in parser.parse_overrides(list(chain.from_iterable(values))):
-            _check_option(override, options)
-        single = [texts[0] for texts in values]
-        first = parser.parse_overrides(single)
-        groups = [o for o in first if options(o.key_or_group)]
-        composed = partial(_compose_groups, places, config_name, least=tuple(search))
+        return OverridesParser.create().parse_overrides([word])[0]
+    except HydraException:
+        return None
+
+
+# ---- mistakes in one sentence ----
+
+
+def _check_sources() -> None:
+    """Refuse a file of an added folder that stands behind one of another, which Hydra reads in its
+    place without a word.
+    """
+    sources = HydraConfig.get().runtime.config_sources
+    folders = [Path(source.path) for source in sources if source.schema == "file"]
+    for number, folder in enumerate(folders):
+        for file in sorted(folder.rglob("*.yaml")) if number else ():
+            first = folders[0] / file.relative_to(folder)
+            if first.is_file() and first.read_bytes() != file.read_bytes():
+                raise UserError(f"{file} is never read: {first} comes first; name it otherwise")
+
+
+def _check_sections(cfg: DictConfig) -> None:
+    """Refuse one word for a section of several values, which Hydra takes."""
+    choices = HydraConfig.get().runtime.choices
+    groups = {name.rpartition("@")[2]: name for name in choices if "@" in name}
+    kinds = declared(OmegaConf.to_container(cfg, resolve=False))
+    ours = [key for key, kind in kinds.items() if str(kind).startswith("<class 'cocoa_pl.")]
+    for place in (*groups, *ours, *(key.rpartition(".")[0] for key in kinds if "." in key)):
         try:
-            chosen = composed((*(o.input_line for o in groups), *search))
-        except (HydraException, OmegaConfBaseException) as error:
-            raise UserError(first_line(error)) from error
-        try:
-            config = compose(config_name, overrides=[*single, *search], return_hydra_config=True)
-        except (HydraException, OmegaConfBaseException, ValueError) as error:
-            raise UserError(_explain(error, _keys(chosen))) from error
-        choices = dict(config.hydra.runtime.choices)
-        for group, name in choices.items():  # those that configs choose too
-            if isinstance(name, str) and "/" not in group + name and "@" not in group:
-                _check_name(group, name, options(group))
-        for override in first:
-            if not options(override.key_or_group):
-                _check_group(chosen, override, choices)
-        if any(o.key_or_group in SETTING for o in groups):
-            rest = [o.input_line for o in groups if o.key_or_group not in SETTING]
-            _check_set(chosen, composed((*rest, *search)))
-    check_values(config)
-    return config
+            value = OmegaConf.select(cfg, place)
+        except OmegaConfBaseException:  # raised where it is needed
+            continue
+        if isinstance(value, str | int | float):
+            hint = f"{groups[place]}={value}" if place in groups else f"{place}.KEY=..."
+            raise UserError(f"{place} holds several values; did you mean {hint}?")
 
 
-def _values(override: Any, text: str) -> list[str]:
-    """An override once for each value of a sweep; otherwise itself alone."""
-    if not override.is_sweep_override():
-        return [text]
-    return [f"{override.get_key_element()}={v}" for v in override.sweep_string_iterator()]
-
-
-@lru_cache(maxsize=512)
-def _options(
-    places: Places, config_name: str, search: tuple[str, ...], group: str
-) -> tuple[str, ...]:
-    """Of a group of configs, in whichever folder; none of what is no group."""
-    if "." in group:
-        return ()
-    loader = GlobalHydra.instance().config_loader()
-    found = loader.get_group_options(group, ObjectType.CONFIG, config_name, list(search))
-    return tuple(sorted(found))
-
-
-def _check_option(override: Override, options: Callable[[str], Sequence[str]]) -> None:
-    """Hydra says nothing when an optional group's option does not exist."""
-    group, names = override.key_or_group, override.value()
-    if override.is_delete() or not options(group):
-        return
-    for name in names if isinstance(names, list) else [names]:
-        if isinstance(name, str) and "/" not in name and "$" not in name:
-            _check_name(override.get_key_element().lstrip("+"), name, options(group))
-
-
-def _check_name(group: str, name: str, options: Sequence[str]) -> None:
-    if name not in options:
-        raise UserError(
-            f"{group}={name} does not exist{_nearest(name, options)}; there are "
-            f"{', '.join(options)}"
-        )
-
-
-@lru_cache(maxsize=8)  # composing takes a third of a second
-def _compose_groups(
-    places: Places, config_name: str, groups: tuple[str, ...], least: tuple[str, ...]
-) -> DictConfig:
-    """The config with the groups that the command line chooses, before it sets single values."""
-    try:
-        return compose(config_name, overrides=list(groups))
-    except (HydraException, OmegaConfBaseException, ValueError):
-        return compose(config_name, overrides=list(least))
-
-
-def _check_set(cfg: DictConfig, without: DictConfig) -> None:
-    """Hydra says nothing when a file that sets values of others misspells their keys.
-
-    Args:
-        without: the config without such files.
-    """
-    for group in ("model", "stage"):
-        known = _keys(without.get(group, {}), f"{group}.")
-        for key in _keys(cfg.get(group, {}), f"{group}."):
-            if key not in known and not key.startswith("model.source."):
-                raise UserError(f"unknown key {key}{_nearest(key, known)}, in an experiment's file")
-
-
-def _check_group(cfg: DictConfig, override: Override, choices: Iterable[str]) -> None:
-    """A group of values is not one value."""
-    key, value = override.key_or_group, override.value()
-    if override.is_add() or override.is_delete() or str(value).startswith("${"):
-        return
-    try:
-        default = OmegaConf.select(cfg, key)
-    except OmegaConfBaseException:  # has no value yet
-        return
-    if isinstance(default, DictConfig) and not isinstance(value, dict):
-        placed = next((group for group in choices if group.endswith(f"@{key}")), None)
-        hint = f"{placed}={value}" if placed else f"{key}.{next(iter(default))!s}=..."
-        raise UserError(f"{key} holds several values; did you mean {hint}?")
-
-
-def _explain(error: Exception, keys: Sequence[str]) -> str:
-    """Hydra's message with the nearest existing name."""
-    message = first_line(error)
+def _sentence(error: Exception, words: Sequence[str]) -> str:
+    """What is wrong with the words that Hydra refused, with the nearest existing name."""
+    message = str(error) or str(error.__cause__)
+    for word in words:
+        parsed = _parse(word)
+        if message.startswith(("Ambiguous", "Sweep")) and parsed and parsed.is_sweep_override():
+            key, _, value = word.partition("=")
+            one = typed(key, value)
+            return f"{word} has several values, which -m runs one by one; one is written {one}"
     if "submitit" in message:
         return 'cluster=slurm needs the submitit launcher: pip install "cocoa-pl[slurm]"'
-    if placed := re.search(r"[Cc]ould not override '([^'@]+)@([^']+)'", message):
-        places = [key for key in keys if key.rpartition(".")[2] == placed[2].rpartition(".")[2]]
-        return f"unknown key {placed[2]}{_nearest(placed[2], places)}"
-    if key := re.search(r"[Kk]ey '([^']+)' (?:is not in struct|not in)", str(error)):
-        full = re.search(r"override '([^']+)'", str(error))
-        name = full[1] if full else key[1]
-        return f"unknown key {name}{_nearest(name, keys)}"
-    if group := re.search(r"override '([^'@=]+)[@=]?", message):
-        return f"unknown key {group[1]}{_nearest(group[1], keys)}"
-    return message
+    if isinstance(error, MissingConfigException) and error.options:
+        group, _, name = str(error.missing_cfg_file).rpartition("/")
+        known = list(error.options)
+        return f"{group}={name} does not exist{nearest(name, known)}; there are " + ", ".join(known)
+    cause: Any = error.__cause__
+    node, refused = getattr(cause, "parent_node", None), re.search("'([^']+)'", message)
+    if message.startswith("Could not override") and refused:
+        name = refused[1]
+        known = re.findall(r"\w+@[\w.]+", message.partition("\n")[2].partition("\n")[0])
+        if isinstance(node, DictConfig):
+            parent = str(cause.full_key).rpartition(".")[0]
+            known = _keys(OmegaConf.to_container(node, resolve=False), f"{parent}." * bool(parent))
+        return f"unknown key {name}{nearest(name, known)}"
+    if "missing EQUAL" in message and refused:
+        return f"{refused[1]}: write key=value"
+    return first_line(ValueError(message)).rpartition("resolving interpolation: ")[2]
 
 
-def _keys(cfg: Any, prefix: str = "") -> list[str]:
+def _keys(plain: Any, prefix: str) -> list[str]:
+    """The keys of a mapping and of those in it."""
     keys: list[str] = []
-    for key in cfg:
-        keys.append(f"{prefix}{key}")
-        if isinstance(child := cfg._get_node(key), DictConfig) and not child._is_none():
-            keys += _keys(child, f"{prefix}{key}.")
+    for key, value in plain.items() if isinstance(plain, dict) else ():
+        keys += [f"{prefix}{key}", *_keys(value, f"{prefix}{key}.")]
     return keys
-
-
-def _nearest(name: str, options: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
-    return f" (did you mean {near[0]}?)" if near else ""

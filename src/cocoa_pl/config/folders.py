@@ -6,6 +6,7 @@ its config.yaml is there, which only one can make.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
@@ -13,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from hydra.core.override_parser.types import Quote, QuotedString
+from omegaconf import DictConfig, OmegaConf, read_write
 
-from cocoa_pl.config.command_line import add_override
 from cocoa_pl.config.process import check_named, is_first_process
-from cocoa_pl.errors import UserError
+from cocoa_pl.errors import UserError, typed
 from cocoa_pl.stages.checkpoint import LAST
 
 CONFIG, MODEL, RESULTS = "config.yaml", "model", "results.json"
@@ -26,34 +26,33 @@ TRAINED = (str(LAST), MODEL, "metrics.csv", RESULTS, "report.html")
 SWEEP = "multirun.yaml"  # Hydra writes it
 
 
-def give_folder(config: DictConfig, *, way: str, scored: str | None = None) -> None:
-    """Find out where a command writes before Hydra writes there, and tell Hydra by one more word.
-
-    Args:
-        config: with Hydra's own part.
-        way: how to name a folder.
-        scored: the model, of a command that scores one; None for one that trains.
+def run_folder(resumed: str | None, new: str) -> str:
+    """The folder of a run: the one to resume, or a new one of this name once Hydra begins to run.
 
     Raises:
-        UserError: if the folder that was named holds another run, or sweep, or other scores; or if
-            torchrun or SLURM started several processes and none was named.
+        UserError: if there is no run to resume, or if torchrun or SLURM started several processes,
+            which must share a folder, and none was named.
     """
-    if scored is None and config.resume is not None:
-        return
-    sweeps = config.hydra.mode == RunMode.MULTIRUN
-    key = "hydra.sweep.dir" if sweeps else "hydra.run.dir"
-    HydraConfig.instance().set_config(config)  # a folder may be named by what Hydra knows
-    folder = Path(str(OmegaConf.select(config, key)))
-    if not any(o.startswith(f"{key}=") for o in config.hydra.overrides.hydra):
-        if not sweeps:
-            check_named(way)
-        folder = new_folder(folder)
-    elif scored is not None and not sweeps:
-        _check_free_for_scores(folder, scored)
-    elif is_first_process():
-        (_claim_sweep if sweeps else _check_free_for_run)(folder)
-    quoted = str(folder).replace("\\", "\\\\").replace("'", r"\'")
-    add_override(f"{key}='{quoted}'")
+    if resumed is not None:
+        return str(run_of(resumed))
+    if not HydraConfig.initialized():  # `--cfg`
+        return new
+    check_named("hydra.run.dir=runs/NAME (or resume=RUN)")
+    return str(new_folder(Path(new)))
+
+
+def run_of(resumed: str) -> Path:
+    """The run folder that `resume` names, by itself or by its last checkpoint.
+
+    Raises:
+        UserError: if there is no run.
+    """
+    folder = Path(resumed)
+    if folder.match(str(LAST)):
+        folder = folder.parents[1]
+    if not (folder / CONFIG).is_file():
+        raise UserError(f"resume={resumed}: there is no run (no {CONFIG}) in that folder")
+    return folder
 
 
 def new_folder(name: Path) -> Path:
@@ -69,25 +68,63 @@ def new_folder(name: Path) -> Path:
     raise AssertionError("numbers do not end")
 
 
+def claim_sweep(config: DictConfig) -> None:
+    """Make the folder of a sweep, or take the one that was named.
+
+    Args:
+        config: with Hydra's own part, whose words each run is composed of.
+
+    Raises:
+        UserError: if the folder that was named holds another sweep.
+    """
+    words, folder = config.hydra.overrides.hydra, Path(config.hydra.sweep.dir)
+    if not any(word.startswith("hydra.sweep.dir=") for word in words):
+        check_named("hydra.sweep.dir=runs/NAME")
+        folder = new_folder(folder)
+        config.hydra.sweep.dir = str(folder)
+        words.append(f"hydra.sweep.dir={quoted(folder)}")
+    elif is_first_process() and (folder / SWEEP).exists() and any(folder.glob("*/")):
+        raise UserError(
+            f"hydra.sweep.dir={folder} holds the runs of another sweep; name another folder"
+        )
+
+
+def check_free_for_run(folder: Path) -> None:
+    """Refuse the folder of another run, before anything is written there."""
+    if is_first_process() and _exists(folder, (CONFIG, *TRAINED)):
+        raise UserError(
+            f"{folder} holds a run already: {typed('resume', folder)} goes on with it, and a "
+            "new run needs another folder (hydra.run.dir; hydra.sweep.subdir of a sweep)"
+        )
+
+
+def claim_for_scores(cfg: DictConfig, folder: Path) -> None:
+    """Refuse a folder of other scores, and describe a new one by Hydra's own files. A killed
+    evaluation may be repeated, and a run that has no scores yet may be given them.
+    """
+    if (folder / RESULTS).exists():
+        raise UserError(f"hydra.run.dir={folder} holds scores already; name another folder")
+    model = Path(cfg.ckpt).resolve()
+    if not _exists(folder, (CONFIG, MODEL)):
+        save_words(cfg, folder)
+    elif folder.resolve() not in (model, *model.parents):
+        raise UserError(
+            f"hydra.run.dir={folder} holds another run than {cfg.ckpt}; name a new folder"
+        )
+
+
 @contextmanager
-def claimed(cfg: DictConfig, run_dir: Path, job: Any) -> Iterator[None]:
+def claimed(cfg: DictConfig, run_dir: Path) -> Iterator[None]:
     """Within this a new run owns its folder, which config.yaml and Hydra's own files describe.
 
     After a mistake before anything was trained, the same folder may be named again.
-
-    Args:
-        job: Hydra's own config.
 
     Raises:
         UserError: if another run has the folder.
     """
     if is_first_process():
         save_config(cfg, run_dir)
-        own = run_dir / ".hydra"
-        own.mkdir(exist_ok=True)
-        OmegaConf.save(cfg, own / "config.yaml")
-        OmegaConf.save(OmegaConf.create({"hydra": job}), own / "hydra.yaml")
-        OmegaConf.save(job.overrides.task, own / "overrides.yaml")
+    save_words(cfg, run_dir)
     try:
         yield
     except UserError:
@@ -108,41 +145,37 @@ def save_config(cfg: DictConfig, run_dir: Path) -> None:
         with (run_dir / CONFIG).open("x", encoding="utf-8") as file:
             file.write(text)
     except FileExistsError:
-        raise UserError(
-            f"{run_dir} holds a run already; a new run needs another folder, and each run of a "
-            "sweep its own (hydra.sweep.subdir)"
-        ) from None
+        check_free_for_run(run_dir)
+        raise
 
 
-def _check_free_for_run(folder: Path) -> None:
-    if _exists(folder, (CONFIG, *TRAINED)):
-        raise UserError(
-            f"hydra.run.dir={folder} holds a run already: resume={folder} goes on with it, and a "
-            "new run needs another folder"
-        )
-
-
-def _claim_sweep(folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        (folder / SWEEP).touch(exist_ok=False)
-    except FileExistsError:
-        raise UserError(
-            f"hydra.sweep.dir={folder} holds the runs of another sweep; name another folder"
-        ) from None
-
-
-def _check_free_for_scores(folder: Path, scored: str) -> None:
-    """A killed evaluation may be repeated, and a run that has no scores yet may be given them."""
-    if (folder / RESULTS).exists():
-        raise UserError(f"hydra.run.dir={folder} holds scores already; name another folder")
-    if not _exists(folder, (CONFIG, MODEL)):
+def save_words(cfg: DictConfig, folder: Path) -> None:
+    """Hydra's own files, which Hydra would write before it is known whose the folder is."""
+    if not is_first_process():
         return
-    if folder.resolve() not in (Path(scored).resolve(), *Path(scored).resolve().parents):
-        raise UserError(
-            f"hydra.run.dir={folder} holds another run than {scored}; name a new folder"
-        )
-    add_override("hydra.output_subdir=null")  # `.hydra` there is the training run's
+    own, job = folder / ".hydra", HydraConfig.get()
+    own.mkdir(exist_ok=True)
+    OmegaConf.save(cfg, own / "config.yaml")
+    OmegaConf.save(OmegaConf.create({"hydra": job}), own / "hydra.yaml")
+    OmegaConf.save(job.overrides.task, own / "overrides.yaml")
+
+
+def hand_over(run_dir: Path, words: Sequence[str] = ()) -> None:
+    """Let the other ranks, which Lightning starts with the words of this process, resume this run:
+    the words may be of a sweep, and the config of the run is in its folder.
+
+    Args:
+        words: that change what may change of a resumed run.
+    """
+    sys.argv[1:] = [f"resume={quoted(run_dir)}", *words]
+    job: Any = HydraConfig.get()
+    with read_write(job):
+        job.run.dir = quoted(run_dir)[1:-1]  # Lightning puts it in quotes
+
+
+def quoted(text: object) -> str:
+    """A text as Hydra's grammar takes it, whatever is in it."""
+    return QuotedString(str(text), Quote.double).with_quotes()
 
 
 def _exists(folder: Path, names: Sequence[str]) -> bool:

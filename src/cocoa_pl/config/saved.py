@@ -19,11 +19,12 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from transformers import PretrainedConfig
 
 from cocoa_pl.attention.policy import with_current_names
+from cocoa_pl.config.folders import run_of
 from cocoa_pl.errors import UserError, first_line
 from cocoa_pl.evaluation.results import read_config
 from cocoa_pl.models.adapters import base_path
@@ -33,7 +34,10 @@ from cocoa_pl.models.published import KNOWN, find_config
 
 log = logging.getLogger(__name__)
 
-RESUMABLE = ("trainer.", "logger", "num_workers", "checkpoint_every", "evaluate", "init_from")
+# What may change of a resumed run: of `trainer` single keys, of the groups another option too.
+RESUMABLE = {
+    *("trainer", "logger", "callbacks", "num_workers", "checkpoint_every", "evaluate", "init_from")
+}
 DEFAULT_MODEL = "tiny"  # of conf/train.yaml
 OPTION = "of_init_from"  # the name of such settings as an option of `model` and of `schedule`
 SCHEDULE = Path(__file__).parents[1] / "conf" / "schedule" / "paper.yaml"
@@ -45,22 +49,19 @@ def resumed_config(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
     Raises:
         UserError: if there is no such run, or a key is given that would make it another run.
     """
-    if not (Path(cfg.resume) / "config.yaml").is_file():
-        raise UserError(f"resume={cfg.resume}: there is no run (no config.yaml) in that folder")
-    resumed = load_config(Path(cfg.resume))
+    run_dir = run_of(cfg.resume)
+    resumed = load_config(run_dir)
     if "schedule" in resumed:
         raise UserError(
             f"resume={cfg.resume}: an earlier version of cocoa_pl made this run, and its config "
             f"has another form; init_from={cfg.resume} begins a new run with its model"
         )
-    changed = [o for o in overrides if not o.startswith("resume=")]
-    if wrong := [o for o in changed if not o.startswith(RESUMABLE)]:
-        raise UserError(f"a resumed run keeps its config; {wrong[0]} cannot be changed")
-    for override in changed:
-        key = override.split("=", 1)[0]
-        OmegaConf.update(resumed, key, OmegaConf.select(cfg, key))
-    with open_dict(resumed):
-        resumed.resume = cfg.resume
+    for word in overrides:
+        key = word.partition("=")[0].lstrip("+")
+        if key.partition(".")[0] not in RESUMABLE | {"resume"} or key == "trainer":
+            raise UserError(f"a resumed run keeps its config; {word} cannot be changed")
+        OmegaConf.update(resumed, key, OmegaConf.select(cfg, key), merge=False, force_add=True)
+    resumed.resume = str(run_dir)
     return resumed
 
 

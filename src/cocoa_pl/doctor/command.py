@@ -12,9 +12,9 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from cocoa_pl.config.build import build, register_resolvers
-from cocoa_pl.config.command_line import compose_overrides
-from cocoa_pl.config.folders import new_folder
+from cocoa_pl.config.build import build
+from cocoa_pl.config.command_line import run_app
+from cocoa_pl.config.saved import settled
 from cocoa_pl.data.mmeb_eval import MmebBenchmark
 from cocoa_pl.data.processor import Processor
 from cocoa_pl.data.sources import HeldOutBenchmark, distinct_texts
@@ -32,19 +32,21 @@ from cocoa_pl.stages.recipe import Stage
 WOULD_STOP = 1  # exit status: something would stop training
 
 
-def run(overrides: Sequence[str], console: Console) -> int:
-    """Check the data that `python train.py` with these overrides would read.
+def run(words: Sequence[str], console: Console) -> int:
+    """Run the command line's words; the exit status is 1 if something would stop training."""
+    return run_app("doctor", lambda cfg: check(settled(cfg), console), words)
+
+
+def check(cfg: DictConfig, console: Console) -> int:
+    """Check the data that `python train.py` with this config would read.
 
     Returns:
         1 if anything would stop training under `on_bad_row=fail`, else 0.
 
     Raises:
-        UserError: for a mistake in the overrides.
+        UserError: for a mistake in the config.
     """
-    register_resolvers()
-    cfg = compose_overrides("doctor", overrides)
     _skip_bad_rows(cfg)
-    out = Path(cfg.out)
     findings = Findings()
     with console.status("reading rows"):
         stages = build_stages(cfg)
@@ -65,8 +67,7 @@ def run(overrides: Sequence[str], console: Console) -> int:
     if isinstance(benchmark, MtebBenchmark):
         not_checked.append("rows of the benchmark: mteb alone reads those of its tasks")
     print_report(console, checked, not_checked=not_checked)
-    if not any(override.startswith("out=") for override in overrides):
-        out = new_folder(out)
+    out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "doctor.json", checked, not_checked=not_checked)
     console.print(f"written: {out / 'doctor.json'}", soft_wrap=True, highlight=False)

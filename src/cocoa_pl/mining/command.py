@@ -2,35 +2,43 @@
 
 from __future__ import annotations
 
-import argparse
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from cocoa_pl.config.build import build, register_resolvers
-from cocoa_pl.config.command_line import compose_overrides
+from cocoa_pl.config.build import build
+from cocoa_pl.config.command_line import run_app
+from cocoa_pl.config.folders import quoted
 from cocoa_pl.data.items import Item
 from cocoa_pl.data.stream import PairStream
-from cocoa_pl.errors import UserError
+from cocoa_pl.errors import UserError, typed
 from cocoa_pl.mining.folder import image_root, write_subset
 from cocoa_pl.mining.mine import Mined, mine
 from cocoa_pl.run import open_embedder
 
 
-def run(arguments: Sequence[str], console: Console) -> int:
-    """Write the folder; the exit status is 0.
+def run(words: Sequence[str], console: Console) -> int:
+    """Run the command line's words, of which the first may be the model; the exit status is 0."""
+    words = list(words)
+    if words and not words[0].startswith("-") and ("=" not in words[0] or Path(words[0]).exists()):
+        words[0] = f"ckpt={quoted(words[0])}"
+    return run_app("mine", lambda cfg: write(cfg, console), words)
+
+
+def write(cfg: DictConfig, console: Console) -> None:
+    """Write the folder of a config.
 
     Raises:
-        UserError: for a mistake in the overrides, a folder that is in the way, or data that cannot
-            be mined.
+        UserError: for a folder that is in the way, or data that cannot be mined.
     """
-    parsed = _parser().parse_args(arguments)
-    register_resolvers()
-    cfg = compose_overrides("mine", parsed.overrides)
+    if OmegaConf.is_missing(cfg, "ckpt"):
+        raise UserError("say which model mines: cocoa mine RUN_OR_EXPORT")
     if "benchmark" in cfg:
         raise UserError("cocoa mine reads training data alone; leave out benchmark=")
     out = Path(cfg.out)
@@ -40,7 +48,7 @@ def run(arguments: Sequence[str], console: Console) -> int:
     pairs = build(cfg.data).train_pairs()
     if isinstance(pairs, PairStream):
         raise UserError("a stream cannot be mined: all rows are candidates of each other")
-    embedder = open_embedder(parsed.run, device=cfg.device)
+    embedder = open_embedder(cfg.ckpt, device=cfg.device)
 
     def encode(items: Sequence[Item]) -> NDArray[np.float32]:
         return embedder.encode(
@@ -72,28 +80,12 @@ def run(arguments: Sequence[str], console: Console) -> int:
             f"no row has a negative: max_of_positive={cfg.max_of_positive} takes every candidate "
             f"for a right answer; raise it (the rows in {out} are as they were)"
         )
-    names = ",".join(mined.subset for mined in done)
-    console.print(
-        f"train on it: data=mmeb data.root={out} data.image_root={root} data.split=train "
-        f"'data.subsets=[{names}]' 'data.caption_subsets=[]'",
-        soft_wrap=True,
-        markup=False,
-        highlight=False,
+    names = ",".join(quoted(mined.subset) for mined in done)
+    words = (
+        *("data=mmeb", typed("data.root", out), typed("data.image_root", root), "data.split=train"),
+        *(shlex.quote(f"data.subsets=[{names}]"), "'data.caption_subsets=[]'"),
     )
-    return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="cocoa mine",
-        usage="cocoa mine RUN [KEY=VALUE ...]",
-        description="Find hard negatives for each training row among the positives of its subset, "
-        "and write the data with them in MMEB's layout. Keys are those of train.py's data, and "
-        "those of conf/mine.yaml: out, negatives, max_of_positive, keep.",
-    )
-    parser.add_argument("run", metavar="RUN", help="a run, a .ckpt, an exported folder or a hub id")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=argparse.SUPPRESS)
-    return parser
+    console.print(f"train on it: {' '.join(words)}", soft_wrap=True, markup=False, highlight=False)
 
 
 def _table(done: Sequence[Mined]) -> Table:

@@ -11,8 +11,9 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from transformers import AutoConfig, PretrainedConfig
 
-from cocoa_pl.config.build import build, register_resolvers
-from cocoa_pl.config.command_line import CONFIGS, compose_overrides
+from cocoa_pl.config.build import build
+from cocoa_pl.config.command_line import CONFIGS, compose_overrides, run_app
+from cocoa_pl.config.saved import settled
 from cocoa_pl.distributed.strategies import FULLY_SHARDED
 from cocoa_pl.errors import UserError
 from cocoa_pl.models.adapters import LowRank
@@ -33,23 +34,20 @@ from cocoa_pl.stages.recipe import Stage
 WIDTHS = {"float32": 4, "bfloat16": 2}
 
 
-def run(overrides: Sequence[str], console: Console) -> int:
-    """Plan a training run; the exit status is 0 if it fits and 1 if not.
+def run(words: Sequence[str], console: Console) -> int:
+    """Run the command line's words; the exit status is 0 if training fits and 1 if not."""
+    if "trainer=cpu" in words and not any(word.startswith("hardware=") for word in words):
+        words = [*words, "hardware=cpu"]
 
-    Raises:
-        UserError: for an unknown key or option, or a config that cannot be planned.
-    """
-    register_resolvers()
-    given = [word.split("=", 1)[0] for word in overrides]
-    if "trainer=cpu" in overrides and "hardware" not in given:
-        overrides = [*overrides, "hardware=cpu"]
-    cfg = compose_overrides("plan", overrides)
-    plan = make_plan(cfg)
-    print_plan(plan, console)
-    if cfg.json is not None:
-        Path(cfg.json).write_text(json.dumps(plan.to_dict(), indent=1))
-        console.print(f"json: {cfg.json}", soft_wrap=True)
-    return 0 if plan.fits else 1
+    def task(cfg: DictConfig) -> int:
+        plan = make_plan(settled(cfg))
+        print_plan(plan, console)
+        if cfg.json is not None:
+            Path(cfg.json).write_text(json.dumps(plan.to_dict(), indent=1))
+            console.print(f"json: {cfg.json}", soft_wrap=True)
+        return 0 if plan.fits else 1
+
+    return run_app("plan", task, words)
 
 
 def make_plan(cfg: DictConfig) -> Plan:
