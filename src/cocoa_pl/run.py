@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import logging
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,9 @@ from cocoa_pl.models.backbone import Backbone
 from cocoa_pl.models.loading import Loaded, find_folder, load
 from cocoa_pl.models.tiny import Texts
 from cocoa_pl.stages import checkpoint
+from cocoa_pl.stages.callbacks import check_login
 from cocoa_pl.stages.recipe import RunSettings, Stage, run_stages
+from cocoa_pl.stages.trainer import Parts
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +55,23 @@ def train(cfg: DictConfig, run_dir: Path, console: Console) -> None:
     check_values(cfg)
     untouched(run_dir / "model")  # refuse before training, not after hours
     stages = build_stages(cfg)
+    plain: Any = OmegaConf.to_container(cfg, resolve=True)
+    settings = RunSettings(
+        run_dir=run_dir,
+        parts=partial(trainer_parts, cfg, run_dir),
+        config=plain,
+        seed=cfg.seed,
+        num_workers=cfg.num_workers,
+        on_bad_row=cfg.on_bad_row,
+        checkpoint_every=cfg.checkpoint_every,
+        dtype=cfg.model.dtype,
+        export=cfg.export,
+    )
+    for logger in plain["logger"].values():
+        if logger and logger["_target_"].endswith("WandbLogger"):
+            check_login(offline=bool(logger.get("offline")))
+    for stage in stages:  # what Lightning refuses, it refuses here
+        settings.trainer(stage, steps=1)
     data = build(cfg.data)
     benchmark = build(cfg.benchmark) if cfg.evaluate else None  # its mistakes show before training
     if isinstance(benchmark, HeldOutBenchmark) and cfg.benchmark.data == cfg.data:
@@ -64,16 +84,6 @@ def train(cfg: DictConfig, run_dir: Path, console: Console) -> None:
         make_processor(cfg, loaded, max_pixels=most)
         for most in (cfg.model.max_pixels, cfg.model.eval_max_pixels)
     )
-    settings = RunSettings(
-        run_dir=run_dir,
-        trainer=build(cfg.trainer),
-        loggers=build(cfg.logger),
-        console=console,
-        seed=cfg.seed,
-        num_workers=cfg.num_workers,
-        on_bad_row=cfg.on_bad_row,
-        checkpoint_every=cfg.checkpoint_every,
-    )
     lineage = run_stages(
         stages,
         backbone,
@@ -82,14 +92,23 @@ def train(cfg: DictConfig, run_dir: Path, console: Console) -> None:
         settings,
         resume=cfg.resume is not None,
     )
-    plain: Any = OmegaConf.to_container(cfg, resolve=True)
+    if cfg.trainer.get("fast_dev_run"):
+        log.info("trainer.fast_dev_run: nothing is exported or scored")
+        return
     weights = full_state(backbone)  # of all ranks together
     if rank():
         return
+    source = settings.last
+    if cfg.export != "last":
+        source = settings.last.with_name(f"{cfg.export}.ckpt")
+        weights, chosen = checkpoint.read_chosen(source)
+        lineage[-1] |= chosen
+        log.info("model/ is taken from %s, of step %d", source, chosen["steps"])
     if weights is not None:
         loaded = open_model(cfg, data.training_texts)
         backbone = with_adapter(cfg, loaded)
-        checkpoint.load_trained(backbone, weights, where=str(settings.last))
+        checkpoint.load_trained(backbone, weights, where=str(source))
+    backbone.compute_dtype = backbone.stock.dtype  # as whoever loads it computes
     embedder = Embedder(
         backbone.to(scoring_device(cfg)),  # the trainer leaves it on the CPU
         eval_processor,
@@ -109,6 +128,16 @@ def train(cfg: DictConfig, run_dir: Path, console: Console) -> None:
                 run_dir, facts=_facts(cfg, stages), policy=embedder.policy
             ),
         )
+
+
+def trainer_parts(cfg: DictConfig, run_dir: Path, stage: str) -> Parts:
+    """What the config says of a stage's trainer, with `${run.dir}` and `${run.stage}` filled in."""
+    own: Any = OmegaConf.merge(cfg, {"run": {"dir": str(run_dir), "stage": stage}})
+    callbacks, loggers = (
+        [build(node) for node in own[group].values() if node is not None]
+        for group in ("callbacks", "logger")
+    )
+    return Parts(build(own.trainer), callbacks, loggers)
 
 
 def build_stages(cfg: DictConfig) -> list[Stage]:

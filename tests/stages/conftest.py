@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,6 @@ from typing import Any
 import lightning as L
 import pytest
 from PIL import Image
-from rich.console import Console
 from torch import Tensor
 
 from cocoa_pl.config.build import build
@@ -20,9 +19,9 @@ from cocoa_pl.data.processor import Processor
 from cocoa_pl.data.sources import PairSource
 from cocoa_pl.models.backbone import Backbone
 from cocoa_pl.models.loading import Loaded
-from cocoa_pl.run import build_stages
-from cocoa_pl.stages.callbacks import nothing
+from cocoa_pl.run import build_stages, trainer_parts
 from cocoa_pl.stages.recipe import RunSettings, Stage, run_stages
+from cocoa_pl.stages.trainer import Parts
 from tests.configs import composed
 
 COLOURS = ("red", "green", "two", "old")
@@ -79,7 +78,10 @@ def make_stages() -> MakeStages:
 
 @pytest.fixture(scope="session")
 def train(data: PairSource, processor: Processor) -> Train:
-    """`run_stages` on the CPU with only metrics.csv as a logger."""
+    """`run_stages` on the CPU with only metrics.csv as a logger.
+
+    `trainer` are more words for the command line, as `+trainer.max_steps=3`.
+    """
 
     def run(
         run_dir: Path,
@@ -90,23 +92,27 @@ def train(data: PairSource, processor: Processor) -> Train:
         num_workers: int = 0,
         checkpoint_every: int = 100,
         callbacks: Sequence[L.Callback] = (),
+        trainer: Sequence[str] = (),
+        config: Mapping[str, Any] | None = None,
+        export: str = "last",
         data: Any = data,
     ) -> list[dict[str, Any]]:
-        def trainer(**values: Any) -> L.Trainer:
-            values["callbacks"] = [*values["callbacks"], *callbacks]
-            return L.Trainer(
-                accelerator="cpu", log_every_n_steps=1, enable_model_summary=False, **values
-            )
+        def parts(stage: str) -> Parts:
+            made = trainer_parts(composition, run_dir, stage)
+            return made._replace(callbacks=[*made.callbacks, *callbacks])
 
+        words = ("logger=none", "trainer=cpu", "trainer.log_every_n_steps=1", *trainer)
+        composition = composed(*words)
         settings = RunSettings(
             run_dir=run_dir,
-            trainer=trainer,
-            loggers=nothing,
-            console=Console(quiet=True),
+            parts=parts,
+            config=config or {},
             seed=0,
             num_workers=num_workers,
             on_bad_row="fail",
             checkpoint_every=checkpoint_every,
+            dtype="float32",
+            export=export,
         )
         return run_stages(stages, backbone, processor, data, settings, resume=resume)
 

@@ -140,7 +140,11 @@ def save_config(cfg: DictConfig, run_dir: Path) -> None:
     Raises:
         UserError: if there is one already.
     """
-    text = OmegaConf.to_yaml(cfg, resolve=True)
+    plain: Any = OmegaConf.to_container(cfg, resolve=True)
+    raw: Any = OmegaConf.to_container(cfg, resolve=False)
+    for group in ("callbacks", "logger"):  # refer to the folder, which may move, and to stages
+        plain[group] = raw[group]
+    text = OmegaConf.to_yaml(plain)
     try:
         with (run_dir / CONFIG).open("x", encoding="utf-8") as file:
             file.write(text)

@@ -56,6 +56,7 @@ class Sample:
     key: int  # identity of the content: equal items share it
     row_id: str
     role: int = 0  # in its row: 0 query (or the only sample), 1 positive, 2 and more hard negatives
+    pool: int = 0  # a number for the subset of its row
     # Written by `masking`.
     hidden: Ints = field(default_factory=_nothing)  # (m) places of tokens to predict
     targets: Ints = field(default_factory=_nothing)  # (m) what they were
@@ -96,6 +97,7 @@ class Batch:
     grids: Tensor  # (I, 3) int64
     keys: Tensor  # (S) int64
     roles: Tensor  # (S) int64, see `Sample`
+    pools: Tensor  # (S) int64, see `Sample`
     places: Tensor  # (S) int64, each sample's place in the step: all queries, all positives, ...
     noise: tuple[tuple[int, int], ...]  # of each sample with hidden visual tokens: seed, count
     row_ids: tuple[str, ...]
@@ -128,7 +130,17 @@ class Batch:
         return replace(self, **apply_to_collection(moved, Tensor, change, *arguments))
 
 
-_HOST = {"segment_lengths", "grids", "keys", "roles", "places", "noise", "row_ids", "exchanged"}
+_HOST = {
+    "segment_lengths",
+    "grids",
+    "keys",
+    "roles",
+    "pools",
+    "places",
+    "noise",
+    "row_ids",
+    "exchanged",
+}
 
 
 def pack(
@@ -174,6 +186,7 @@ def pack(
         grids=grids,
         keys=torch.tensor([s.key for s in samples]),
         roles=torch.tensor([s.role for s in samples]),
+        pools=torch.tensor([s.pool for s in samples]),
         places=torch.arange(len(samples)) if places is None else torch.from_numpy(places),
         noise=tuple((s.noise_seed, len(s.hidden_visual)) for s in samples if len(s.hidden_visual)),
         row_ids=tuple(s.row_id for s in samples),

@@ -7,6 +7,7 @@ from functools import partial
 from itertools import pairwise
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, NamedTuple
+from zlib import crc32
 
 import fsspec.asyn  # type: ignore[import-untyped]
 import lightning as L
@@ -50,9 +51,10 @@ def samples_of(
     image.
     """
     rng = np.random.default_rng(seed)
+    of_row: dict[str, Any] = {"row_id": pair.row_id, "pool": crc32(pair.subset.encode())}
     try:
         samples = [
-            processor(context, target, key=context.key, row_id=pair.row_id, role=role)
+            processor(context, target, key=context.key, role=role, **of_row)
             for role, (context, target) in enumerate(make_samples(pair, rng))
         ]
     except UserError as error:

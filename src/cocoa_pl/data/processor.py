@@ -106,7 +106,14 @@ class Processor:
         return int(patches) // self.merge_size**2
 
     def __call__(
-        self, context: Item, target: str | None, *, key: int, row_id: str, role: int = 0
+        self,
+        context: Item,
+        target: str | None,
+        *,
+        key: int,
+        row_id: str,
+        role: int = 0,
+        pool: int = 0,
     ) -> Sample:
         """CONTEXT + EOS, and behind it the text to be rebuilt where there is one.
 
@@ -153,6 +160,7 @@ class Processor:
             key=key,
             row_id=row_id,
             role=role,
+            pool=pool,
         )
 
     def _parts(self, item: Item, row_id: str) -> list[list[int] | _Patches]:

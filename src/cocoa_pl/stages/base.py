@@ -17,6 +17,7 @@ import lightning as L
 import torch
 from PIL import Image
 from torch import Tensor
+from torchmetrics import Metric, SumMetric
 from transformers import get_scheduler
 
 from cocoa_pl.attention import Policy
@@ -29,11 +30,10 @@ from cocoa_pl.data.sampler import mix
 from cocoa_pl.distributed.collectives import (
     all_objects,
     clip_gradients,
-    global_sums,
     rank,
     sum_gradients,
 )
-from cocoa_pl.distributed.strategies import FullySharded, Replicated, reshard, shard
+from cocoa_pl.distributed.strategies import FullySharded, reshard, shard
 from cocoa_pl.errors import UserError
 from cocoa_pl.models.backbone import Backbone
 from cocoa_pl.stages.finite import FiniteSteps
@@ -84,6 +84,8 @@ class StageModule(L.LightningModule, ABC):
     """
 
     empty: str  # what a step without targets lacks, and what to do about it
+    label: str  # "2/4 warmup": the recipe's, for callbacks
+    measures: tuple[str, ...]  # what it logs under `validation/`, as far as rows allow
 
     def __init__(
         self,
@@ -106,20 +108,13 @@ class StageModule(L.LightningModule, ABC):
         self.token_budget = token_budget
         self.steps = steps
         self.seed = seed
-        self._validation_sums: dict[str, Tensor] = {}
+        self._totals: dict[str, SumMetric] = {}  # of validation, over batches and ranks
         self._finite = FiniteSteps()
         self._has_learnt = self._said_empty = False
         self._dummies: tuple[Batch, Batch] | None = None  # see `aligned`
 
     def configure_model(self) -> None:
-        if self.trainer.precision != "32-true":
-            raise UserError(
-                f"trainer.precision={self.trainer.precision} would round losses too; leave it at "
-                "32-true and choose what the model computes in by model.dtype"
-            )
         strategy = self.trainer.strategy
-        if self.trainer.world_size > 1 and not isinstance(strategy, Replicated | FullySharded):
-            raise UserError("several processes need trainer=ddp or trainer=fsdp")
         if not isinstance(strategy, FullySharded):
             return
         self._dummies = self._make_dummies()
@@ -181,7 +176,8 @@ class StageModule(L.LightningModule, ABC):
         optimizer: Any = self.optimizers()
         scheduler: Any = self.lr_schedulers()
         optimizer.zero_grad()
-        metrics = self.accumulate(batches)
+        with self.full_precision():
+            metrics = self.accumulate(batches)
         targets = metrics.pop("targets")
         sum_gradients(self.parameters())
         norm = clip_gradients(self.parameters(), self.optimization.clip_norm)
@@ -194,9 +190,16 @@ class StageModule(L.LightningModule, ABC):
         self.log_dict({f"train/{name}": value for name, value in metrics.items()})
 
     def validation_step(self, batches: Sequence[Batch], batch_idx: int) -> None:
-        sums = self._validation_sums
-        for name, value in self.measure(batches).items():
-            sums[name] = sums.get(name, 0) + value
+        with self.full_precision():
+            sums = self.measure(batches)
+        for name, value in sums.items():
+            if name not in self._totals:
+                self._totals[name] = SumMetric(nan_strategy="disable").to(self.device)
+            self._totals[name].update(value)
+
+    def full_precision(self) -> torch.autocast:
+        """Losses are float32 whatever `trainer.precision` is, which only the backbone follows."""
+        return torch.autocast(self.device.type, enabled=False)
 
     def on_validation_start(self) -> None:
         self._judge_last_step()
@@ -215,11 +218,14 @@ class StageModule(L.LightningModule, ABC):
 
     def on_validation_epoch_end(self) -> None:
         reshard(self)  # a forward pass alone leaves parameters gathered
-        if sums := global_sums(self._validation_sums):
+        if self._totals:
+            sums = {name: total.compute() for name, total in self._totals.items()}
             found = {f"validation/{n}": v for n, v in self.means(sums).items()}
             # The trainer's own count for loggers is one behind after some resumes.
             self.log_dict(found | {"step": torch.tensor(float(self.global_step))})
-        self._validation_sums = {}
+            for metric in (*self._totals.values(), *self.children()):
+                if isinstance(metric, Metric):
+                    metric.reset()
 
     def configure_optimizers(self) -> Any:
         values = self.optimization
@@ -265,7 +271,8 @@ class StageModule(L.LightningModule, ABC):
         text, image = (
             pack([self.processor(item, None, key=0, row_id="dummy")], plan) for item in items
         )
-        unread = {n: getattr(text, n)[:0] for n in ("bottleneck_rows", "keys", "roles", "places")}
+        rows = ("bottleneck_rows", "keys", "roles", "pools", "places")
+        unread = {name: getattr(text, name)[:0] for name in rows}
         return replace(text, **unread, row_ids=()), image
 
     def _judge_last_step(self) -> None:

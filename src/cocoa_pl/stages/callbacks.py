@@ -2,43 +2,37 @@
 
 import csv
 import logging
+import os
 import time
-from collections.abc import Callable, Mapping
-from importlib.util import find_spec
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import numpy as np
+import rich
 import torch
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from numpy.typing import NDArray
 from PIL import Image
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from cocoa_pl.errors import UserError
+from cocoa_pl.errors import UserError, extra, first_line
 
 log = logging.getLogger(__name__)
 
-LoggerFactory = Callable[[Path, str], list[Logger]]
 LINES = 10  # about a stage, in a log file
 
 
 class StageProgress(L.Callback):
     """Stage, step, loss, samples/s and time left: a bar in a terminal, a line now and then in a log
-    file.
-
-    Args:
-        label: e.g. "2/4 warmup".
-        steps: of the stage.
+    file; logs samples and tokens a second.
     """
 
-    def __init__(self, label: str, *, steps: int, console: Console) -> None:
-        self.label = label
-        self.steps = steps
-        self.console = console
+    bar = True  # in a terminal; False with `trainer.enable_progress_bar=false`, or another bar
+
+    def __init__(self) -> None:
         self.progress: Progress | None = None
         self._samples = self._tokens = 0
         self._line = ""
@@ -46,14 +40,16 @@ class StageProgress(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._first_step = trainer.global_step
         self._started = self._since = time.perf_counter()
-        if self.console.is_terminal and trainer.is_global_zero:
+        self.label, self.steps = str(pl_module.label), trainer.max_steps
+        console = rich.get_console()
+        if self.bar and console.is_terminal and trainer.is_global_zero:
             self.progress = Progress(
                 TextColumn("[bold]{task.description}"),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[line]}"),
                 TimeRemainingColumn(),
-                console=self.console,
+                console=console,
             )
             self.task = self.progress.add_task(
                 self.label, total=self.steps, completed=trainer.global_step, line=""
@@ -109,10 +105,6 @@ class StageProgress(L.Callback):
 class Pictures(L.Callback):
     """Shows what the stage does on the first validation batch, each time it validates."""
 
-    def __init__(self, run_dir: Path, stage: str) -> None:
-        self.run_dir = run_dir
-        self.stage = stage
-
     @torch.no_grad()
     def on_validation_batch_end(
         self,
@@ -130,8 +122,9 @@ class Pictures(L.Callback):
         if not trainer.is_global_zero:
             return
         loggers: list[Logger] = trainer.loggers
+        run_dir, stage = Path(trainer.default_root_dir), str(pl_module.label).split()[-1]
         for name, content in pictures.items():
-            show(loggers, self.run_dir, f"{self.stage}/{name}", content, trainer.global_step)
+            show(loggers, run_dir, f"{stage}/{name}", content, trainer.global_step)
 
 
 class Metrics(Logger):
@@ -182,35 +175,29 @@ class Metrics(Logger):
             csv.writer(file).writerows(rows)
 
 
-def tensorboard(run_dir: Path, stage: str) -> list[Logger]:
-    """One TensorBoard run for each stage, below `tensorboard/`."""
-    return [TensorBoardLogger(run_dir, name="tensorboard", version=stage)]
+def check_login(*, offline: bool) -> None:
+    """Find out whether Weights & Biases lets this machine in, before hours of training.
+
+    Raises:
+        UserError: if not.
+    """
+    wandb = extra("wandb", of="wandb", wanted_by="logger=wandb")
+    if offline or os.environ.get("WANDB_MODE", "online") != "online":
+        return
+    try:
+        wandb.login()
+    except wandb.Error as error:
+        raise UserError(
+            f"logger=wandb: {first_line(error)}; run `wandb login`, or give "
+            "logger.wandb.offline=true"
+        ) from error
 
 
-class Wandb:
-    """One Weights & Biases run for each stage, grouped by run folder."""
-
-    def __init__(self, *, project: str, offline: bool) -> None:
-        if find_spec("wandb") is None:
-            raise UserError('logger=wandb needs Weights & Biases: pip install "cocoa-pl[wandb]"')
-        self.project = project
-        self.offline = offline
-
-    def __call__(self, run_dir: Path, stage: str) -> list[Logger]:
-        return [
-            WandbLogger(
-                project=self.project,
-                name=f"{run_dir.name}-{stage}",
-                group=run_dir.name,
-                save_dir=run_dir,
-                offline=self.offline,
-            )
-        ]
-
-
-def nothing(run_dir: Path, stage: str) -> list[Logger]:
-    """Only `metrics.csv`."""
-    return []
+def close(loggers: Sequence[Logger]) -> None:
+    """End what loggers of a stage keep for the whole process: the next stage's would join it."""
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            logger.experiment.finish()
 
 
 def show(

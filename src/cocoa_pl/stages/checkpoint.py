@@ -18,6 +18,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
@@ -91,6 +92,27 @@ def read_weights(path: Path, content: dict[str, Any]) -> dict[str, Tensor]:
     return weights
 
 
+def read_chosen(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The backbone's weights of a checkpoint that a metric has chosen, and what the lineage says of
+    it: the steps it has learnt, and the score.
+
+    Raises:
+        UserError: if there is none, or it cannot be read.
+    """
+    content = read(path)
+    weights = {
+        name.removeprefix(BACKBONE): value
+        for name, value in read_weights(path, content).items()
+        if name.startswith(BACKBONE)
+    }
+    found = {
+        state["monitor"].removeprefix("validation/"): float(state["best_model_score"])
+        for state in content["callbacks"].values()
+        if Path(state.get("best_model_path", "")).name == path.name
+    }
+    return weights, {"steps": content["global_step"], "checkpoint": path.stem, "validation": found}
+
+
 def base_of(backbone: nn.Module) -> str:
     """A digest of the weights that do not train, which a checkpoint does not hold."""
     frozen = {name: p for name, p in backbone.named_parameters() if not p.requires_grad}
@@ -141,22 +163,30 @@ def load_trained(backbone: nn.Module, state: dict[str, Tensor], *, where: str) -
 
 
 class PlainFile(TorchCheckpointIO):
-    """Writes a checkpoint to its own path. Lightning's way takes all of it into memory and then
-    through TMPDIR, which may be full where the run's own disk has room.
+    """Writes a checkpoint beside its path and puts it there when it is whole. Lightning's way takes
+    all of it into memory and then through TMPDIR, which may be full where the run's own disk has
+    room.
     """
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
     ) -> None:
-        with Path(path).open("wb") as file:
-            torch.save(checkpoint, file)
+        partial = Path(path).with_suffix(".partial")
+        try:
+            with partial.open("wb") as file:
+                torch.save(checkpoint, file)
+            os.replace(partial, path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
 
 
-class LastCheckpoint(L.Callback):
-    """Keeps `last.ckpt`: every few steps, at the end of a stage, and when the run is to stop.
+class LastCheckpoint(Checkpoint):
+    """Keeps `last.ckpt`: every few steps, at the end of a stage, and when the run is to stop; once
+    more behind a validation, for what other callbacks make of it (the best score, patience).
 
     Ctrl-C, SIGTERM and SIGUSR1 end the run after the step at hand, so the file is never of half a
-    step. It is written beside the old one and then takes its place.
+    step.
 
     Args:
         path: of the file.
@@ -170,6 +200,7 @@ class LastCheckpoint(L.Callback):
         self.every = every
         self.position = position
         self.stopped = False
+        self._saved = -1  # step
         self._asked_at: float | None = None
         self._before = stop_handlers()  # not the trainer's, which exchange among ranks
 
@@ -203,23 +234,33 @@ class LastCheckpoint(L.Callback):
     ) -> None:
         found = set(checkpoint["state_dict"])
         check_names(set(trained_state(pl_module)), found, where="the checkpoint to resume")
+        for state in checkpoint["callbacks"].values():
+            if "dirpath" in state:  # ModelCheckpoint forgets the best score in a folder that moved
+                state["dirpath"] = os.path.realpath(self.path.parent)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         step = trainer.global_step
         # A signal may reach the ranks at different steps; they must end at the same one.
         asked = self._asked_at is not None
         self.stopped = trainer.strategy.reduce_boolean_decision(asked, all=False)
-        if self.stopped:
-            trainer.should_stop = True
-            if step % trainer.val_check_interval:  # should_stop asks for a validation of its own
+        is_last = step >= trainer.max_steps
+        if self.stopped or is_last:
+            trainer.should_stop = True  # asks for a validation
+            if not is_last and step % trainer.val_check_interval:
                 trainer.limit_val_batches = 0
-        if step % self.every == 0 or step >= trainer.max_steps or self.stopped:
+        if step % self.every == 0 or is_last or self.stopped:
+            self._save(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.state.fn is TrainerFn.FITTING and self._saved == trainer.global_step:
             self._save(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         asked = self._asked_at is not None  # while the last step was validated
         self.stopped = trainer.strategy.reduce_boolean_decision(asked, all=False)
         handle_stops(self._before)
+        if self._saved != trainer.global_step:  # a callback ended the stage
+            self._save(trainer)
 
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
@@ -234,45 +275,41 @@ class LastCheckpoint(L.Callback):
             signal.raise_signal(number)
 
     def _save(self, trainer: L.Trainer) -> None:
-        sharded = isinstance(trainer.strategy, FullySharded)
-        name = f"{self.position['stage_index']}-{trainer.global_step}.shards"
-        partial = self.path.with_name(name if sharded else "last.partial")
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        step, path = trainer.global_step, self.path
+        if isinstance(trainer.strategy, FullySharded):
+            again = "-validated" if self._saved == step else ""
+            path = path.with_name(f"{self.position['stage_index']}-{step}{again}.shards")
         reason = ""
         try:
-            trainer.save_checkpoint(partial)
+            trainer.save_checkpoint(path)
         except (OSError, RuntimeError, CheckpointException) as error:
             if isinstance(error, RuntimeError) and is_lost_worker(error):  # while this writes
                 raise
             reason = first_reason(error)
-            if not sharded:  # the other ranks wait behind the writing, which is rank 0's alone
+            if path == self.path:  # rank 0 alone writes a file, and the others wait behind that
                 trainer.strategy.barrier()
         failed = trainer.strategy.reduce_boolean_decision(bool(reason), all=False)
         if failed:
-            if partial.is_dir():
-                shutil.rmtree(partial, ignore_errors=True)
-            else:
-                partial.unlink(missing_ok=True)
+            if path != self.path:
+                shutil.rmtree(path, ignore_errors=True)
             kept = f"{self.path} is as it was" if self.path.exists() else "there is none yet"
             raise UserError(
-                f"the checkpoint of step {trainer.global_step} cannot be written "
+                f"the checkpoint of step {step} cannot be written "
                 f"({reason or 'on another rank'}); {kept}. Make room, then resume the run"
             )
-        if trainer.is_global_zero:
-            _put_in_place(partial, self.path)
+        self._saved = step
+        if trainer.is_global_zero and path != self.path:
+            _link(self.path, path)
 
 
-def _put_in_place(partial: Path, path: Path) -> None:
-    """Let `path` be the new checkpoint from one moment to the next.
-
-    A file takes the old one's name. A folder cannot, so `path` is a link to it that is exchanged.
-    """
-    if partial.is_file():
-        os.replace(partial, path)
-        return
+def _link(path: Path, folder: Path) -> None:
+    """Let `path` be a link to a new folder of shards, from one moment to the next."""
     link = path.with_name("last.link")
     link.unlink(missing_ok=True)
-    link.symlink_to(partial.name)
+    link.symlink_to(folder.name)
     os.replace(link, path)
-    for folder in path.parent.glob("[0-9]*-[0-9]*.shards"):  # a user's copies have other names
-        if folder != partial:
-            shutil.rmtree(folder)
+    for old in path.parent.glob("[0-9]*-[0-9]*.shards"):  # a user's copies have other names
+        if old != folder:
+            shutil.rmtree(old)

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
 
 from cocoa_pl.attention.plan import on_device
 from cocoa_pl.config.bounds import Count, Positive
@@ -57,6 +59,49 @@ class Temperature(nn.Module):
         return log_scale.exp()
 
 
+class PoolPrecision(Metric):
+    """Precision@1 of held-out rows, each among the positives of its own subset: the mean over
+    subsets, exact over ranks. Candidates of identical content, or of an identical query, are right
+    answers too (`losses.same_content`).
+
+    Args:
+        block: queries whose similarities are in memory together.
+    """
+
+    columns = ("queries", "positives", "query_keys", "positive_keys", "pools")
+
+    def __init__(self, *, block: int) -> None:
+        super().__init__()
+        self.block = block
+        for name in self.columns:
+            self.add_state(name, [], dist_reduce_fx="cat")
+
+    def update(self, *rows: Tensor) -> None:
+        """Keep unit vectors (n, D) of queries and of positives, their content keys (n), and a
+        number for each row's subset (n).
+        """
+        for name, some in zip(self.columns, rows, strict=True):
+            getattr(self, name).append(some)
+
+    def compute(self) -> Tensor:
+        """() A share; NaN if no query had a wrong answer to choose from."""
+        *rows, pools = (dim_zero_cat(getattr(self, name)) for name in self.columns)
+        found = []
+        for pool in pools.unique():
+            queries, positives, query_keys, positive_keys = (one[pools == pool] for one in rows)
+            _, hits, compared = info_nce(
+                queries,
+                positives,
+                torch.arange(len(queries), device=queries.device),
+                queries.new_ones(()),
+                keys=(query_keys, positive_keys, query_keys),
+                block=self.block,
+            )
+            if compared.any():
+                found.append(hits.sum() / compared.sum())
+        return torch.stack(found).mean() if found else torch.tensor(torch.nan)
+
+
 class ContrastiveModule(StageModule):
     """Gradient-cached InfoNCE with the positives and hard negatives of all ranks as candidates.
 
@@ -71,6 +116,7 @@ class ContrastiveModule(StageModule):
             more of them similarities are computed again in the backward pass. It changes no value.
     """
 
+    measures = ("loss", "accuracy", "with_negatives", "precision_at_1")
     empty = (
         "no query had a negative; raise the batch size, or give rows whose queries and positives "
         "differ, or hard negatives"
@@ -99,6 +145,7 @@ class ContrastiveModule(StageModule):
                 f"{backbone.hidden_size} dimensions"
             )
         self.similarity_block = similarity_block
+        self.precision = PoolPrecision(block=similarity_block)
 
     def accumulate(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
         """`targets` counts queries that have a negative."""
@@ -128,15 +175,19 @@ class ContrastiveModule(StageModule):
         }
 
     def measure(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
-        """Among the positives and hard negatives of all ranks at the full width, as in training."""
+        """Among the positives and hard negatives of all ranks at the full width, as in training;
+        and, once all rows are seen, among the positives of each row's subset.
+        """
         counts = self._counts(batches)
         queries, others, keys = self._sides(self._embeddings(batches), batches)
+        n = len(queries)
+        self.precision.update(queries, others[:n], keys[0], keys[1][:n], self._pools(batches))
         _, num_candidates = counts()
         losses, hits, compared = self._losses(
             queries, others, keys, num_candidates, self.temperature(), self.dims[-1:]
         )
         return {
-            "rows": torch.full((), len(queries), device=self.device),
+            "rows": torch.full((), n, device=self.device),
             "loss": losses.sum(),
             "hits": hits.sum(),
             "compared": compared.sum(),
@@ -165,6 +216,14 @@ class ContrastiveModule(StageModule):
         partners = torch.full_like(keys[n:], -1)  # hard negatives belong to no query
         partners[:n] = keys[:n]
         return embeddings[:n], embeddings[n:], (keys[:n], keys[n:], partners)
+
+    def _pools(self, batches: Sequence[Batch]) -> Tensor:
+        """Of this rank's queries, in the order of `_sides`."""
+        places, pools = (
+            torch.cat([getattr(batch, name)[batch.roles == 0] for batch in batches])
+            for name in ("places", "pools")
+        )
+        return on_device(pools[places.argsort()], self.device)
 
     def _losses(
         self,
@@ -211,7 +270,7 @@ class ContrastiveModule(StageModule):
             found["accuracy"] = sums["hits"] / sums["compared"]
         if sums["compared"] < sums["rows"]:
             found["with_negatives"] = sums["compared"] / sums["rows"]
-        return found
+        return found | {"precision_at_1": self.precision.compute()}
 
     def summary_line(self, metrics: dict[str, float]) -> str:
         line = f"validation: loss {metrics['loss']:.3f}, "
@@ -220,6 +279,8 @@ class ContrastiveModule(StageModule):
         line += f"in-batch precision@1 {metrics['accuracy']:.1%}"
         if "with_negatives" in metrics:
             line += f" of the {metrics['with_negatives']:.1%} of queries that had a negative"
+        if metrics["precision_at_1"] >= 0:
+            line += f", {metrics['precision_at_1']:.1%} among all held-out rows of a subset"
         return line
 
     def pictures(self, batches: Sequence[Batch]) -> dict[str, Any]:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import lightning as L
-from rich.console import Console
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from cocoa_pl.attention import Policy
 from cocoa_pl.config.bounds import Count, Positive
@@ -26,8 +27,9 @@ from cocoa_pl.errors import Interrupted, UserError
 from cocoa_pl.models.backbone import Backbone
 from cocoa_pl.stages import checkpoint
 from cocoa_pl.stages.base import Optimization, StageModule
-from cocoa_pl.stages.callbacks import LoggerFactory, Metrics, Pictures, StageProgress
+from cocoa_pl.stages.callbacks import Metrics, close
 from cocoa_pl.stages.checkpoint import LastCheckpoint
+from cocoa_pl.stages.trainer import Parts, make_trainer, takes_part
 
 log = logging.getLogger(__name__)
 
@@ -123,20 +125,40 @@ class TrainingData(Protocol):
 
 @dataclass(frozen=True)
 class RunSettings:
-    """What all stages of a run share."""
+    """What all stages of a run share.
+
+    Args:
+        parts: what the config says of a stage's trainer, by the stage's name.
+        config: of the run, plain, for loggers.
+        dtype: `model.dtype`.
+        export: name of the checkpoint that the model is taken from in the end, `last` or `best`.
+    """
 
     run_dir: Path
-    trainer: Callable[..., L.Trainer]
-    loggers: LoggerFactory
-    console: Console
+    parts: Callable[[str], Parts]
+    config: Mapping[str, Any]
     seed: int
     num_workers: int
     on_bad_row: str
     checkpoint_every: int
+    dtype: str
+    export: str
 
     @property
     def last(self) -> Path:
         return self.run_dir / checkpoint.LAST
+
+    def trainer(self, stage: Stage, steps: int, **own: Any) -> L.Trainer:
+        """Of a stage that is so long; see `make_trainer`."""
+        return make_trainer(
+            own.pop("parts", None) or self.parts(stage.name),
+            stage=stage.name,
+            run_dir=self.run_dir,
+            steps=steps,
+            validate_every=stage.validate_every,
+            dtype=self.dtype,
+            **own,
+        )
 
 
 def run_stages(
@@ -161,9 +183,13 @@ def run_stages(
         Interrupted: when the run was stopped.
     """
     settings.last.parent.mkdir(parents=True, exist_ok=True)
-    for stage in stages:  # a module of the last stage refuses before days of the others
-        stage.make_module(backbone, processor, steps=1, seed=0)
     rows = [_rows_of(stage, source_of(data, stage.name)) for stage in stages]
+    # A module of the last stage refuses before days of the others.
+    modules = [stage.make_module(backbone, processor, steps=1, seed=0) for stage in stages]
+    _check_callbacks(
+        stages, [m.measures if v else () for m, (_, v) in zip(modules, rows, strict=True)], settings
+    )
+    del modules
     base = checkpoint.base_of(backbone)
     facts = [[train.num_rows, train.fingerprint] for train, _ in rows]
     first, start_step = 0, 0
@@ -233,6 +259,35 @@ def _rows_of(stage: Stage, source: TrainingData) -> tuple[Pairs | PairStream, Pa
     return train, validation
 
 
+def _check_callbacks(
+    stages: Sequence[Stage], measures: Sequence[Sequence[str]], settings: RunSettings
+) -> None:
+    """Say which callbacks monitor what no stage logs, and refuse to export what none will keep.
+
+    Args:
+        measures: what each stage logs under `validation/`.
+    """
+    parts = {stage.name: settings.parts(stage.name).callbacks for stage in stages}
+    for callback in parts[stages[-1].name]:
+        if not any(takes_part(callback, names) for names in measures):
+            log.info(
+                "%s does nothing: no stage of this run logs %s",
+                type(callback).__name__,
+                callback.monitor,  # type: ignore[attr-defined]
+            )
+    kept = {
+        callback.filename
+        for callback in parts[stages[-1].name]
+        if isinstance(callback, ModelCheckpoint) and takes_part(callback, measures[-1])
+    }
+    if settings.export not in {"last", *kept}:
+        raise UserError(
+            f"export={settings.export}: stage {stages[-1].name} keeps no such checkpoint, only "
+            f"{', '.join(sorted(str(name) for name in {'last', *kept}))}; one that is chosen by a "
+            "metric needs validation data and a stage that logs it (conf/callbacks/default.yaml)"
+        )
+
+
 def _run_stage(
     stage: Stage,
     backbone: Backbone,
@@ -255,8 +310,13 @@ def _run_stage(
     seed = mix(settings.seed, position["stage_index"])
     L.seed_everything(seed % 2**32, verbose=False)  # new heads
     module = stage.make_module(backbone, processor, steps=steps, seed=seed)
+    module.label = label
     saver = LastCheckpoint(settings.last, every=settings.checkpoint_every, position=position)
-    trainer = _make_trainer(stage, settings, saver, label=label, start_step=start_step, steps=steps)
+    metrics_csv = Metrics(settings.run_dir, stage.name, start_step=start_step, steps=steps)
+    parts = settings.parts(stage.name)
+    parts.callbacks[:] = [c for c in parts.callbacks if takes_part(c, module.measures)]
+    trainer = settings.trainer(stage, steps, parts=parts, callbacks=[saver], loggers=[metrics_csv])
+    backbone.compute_dtype = torch.float32 if trainer.precision == "32-true" else torch.bfloat16
     device = trainer.strategy.root_device
     data = StageData(
         train=train,
@@ -285,14 +345,25 @@ def _run_stage(
         stage.policy.name,
         stage.optimization.lr,
     )
-    trainer.fit(module, data, ckpt_path=settings.last if start_step else None)
-    if saver.stopped:
-        raise Interrupted(f"stopped in {stage.name} at step {trainer.global_step} of {steps}")
-    was_validated = start_step < steps and steps % stage.validate_every == 0
-    metrics = _final_validation(trainer, module, data, label=label, was_validated=was_validated)
+    try:
+        for logger in trainer.loggers:
+            logger.log_hyperparams(dict(settings.config))
+        trainer.fit(module, data, ckpt_path=settings.last if start_step else None)
+        taken = trainer.global_step
+        if saver.stopped:
+            raise Interrupted(f"stopped in {stage.name} at step {taken} of {steps}")
+        if taken < steps:
+            log.warning(
+                "%s: ended at step %d of %d by trainer.max_steps, trainer.max_time, "
+                "trainer.limit_train_batches, trainer.fast_dev_run or a callback",
+                *(label, taken, steps),
+            )
+        metrics = _final_validation(trainer, module, data, label=label)
+    finally:
+        close(trainer.loggers)
     return {
         "stage": stage.name,
-        "steps": steps,
+        "steps": taken,
         "batch_size": stage.batch_size,
         "lr": stage.optimization.lr,
         "policy": stage.policy.name,
@@ -302,50 +373,20 @@ def _run_stage(
 
 
 def _final_validation(
-    trainer: L.Trainer, module: StageModule, data: StageData, *, label: str, was_validated: bool
+    trainer: L.Trainer, module: StageModule, data: StageData, *, label: str
 ) -> dict[str, float]:
-    """Measure the finished stage, unless its last step just did, and say what it is worth."""
-    if not len(data.validation):
-        log.info("%s done; there is no validation data to judge it by", label)
-        return {}
-    if not was_validated:
+    """What validation found at the stage's last step, in words too; of a checkpoint of that step,
+    behind which nothing was trained, it is measured now.
+    """
+    if not trainer.callback_metrics and len(data.validation):
         trainer.validate(module, data, verbose=False)
     metrics = {
         name.removeprefix("validation/"): value.item()
         for name, value in trainer.callback_metrics.items()
         if name.startswith("validation/")
     }
-    log.info("%s done; %s", label, module.summary_line(metrics))
-    return metrics
-
-
-def _make_trainer(
-    stage: Stage,
-    settings: RunSettings,
-    saver: LastCheckpoint,
-    *,
-    label: str,
-    start_step: int,
-    steps: int,
-) -> L.Trainer:
-    """The config's trainer, with what the recipe decides: steps, validation, loggers, callbacks."""
-    return settings.trainer(
-        default_root_dir=settings.run_dir,
-        max_steps=steps,
-        max_epochs=-1,
-        val_check_interval=stage.validate_every,
-        check_val_every_n_epoch=None,
-        num_sanity_val_steps=0,
-        enable_progress_bar=False,
-        enable_checkpointing=False,
-        use_distributed_sampler=False,
-        logger=[
-            Metrics(settings.run_dir, stage.name, start_step=start_step, steps=steps),
-            *settings.loggers(settings.run_dir, stage.name),
-        ],
-        callbacks=[
-            StageProgress(label, steps=steps, console=settings.console),
-            Pictures(settings.run_dir, stage.name),
-            saver,
-        ],
-    )
+    if metrics:
+        log.info("%s done; %s", label, module.summary_line(metrics))
+    else:
+        log.info("%s done; there is no validation data to judge it by", label)
+    return {name: value for name, value in metrics.items() if not math.isnan(value)}

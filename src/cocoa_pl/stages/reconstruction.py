@@ -37,6 +37,8 @@ class ReconstructionModule(StageModule):
         patch_weight: of the pixel loss beside the token loss.
     """
 
+    measures = ("loss", "loss_text", "accuracy", "loss_patch", "bridge_gain")
+
     def __init__(
         self,
         backbone: Backbone,

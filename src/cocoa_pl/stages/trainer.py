@@ -1,0 +1,164 @@
+"""`lightning.Trainer` for one stage: what the user configured, and what the recipe decides."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lightning as L
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.profilers import AdvancedProfiler, PyTorchProfiler, SimpleProfiler
+
+from cocoa_pl.distributed.strategies import FULLY_SHARDED, REPLICATED, FullySharded, Replicated
+from cocoa_pl.errors import UserError, first_line
+from cocoa_pl.stages.callbacks import StageProgress
+
+# Arguments of `lightning.Trainer` that a stage cannot honour, and what does their work here. Their
+# defaults are no request.
+LENGTH = "a stage is as long as stage.NAME.steps or stage.NAME.epochs say"
+VALIDATION = "a stage validates every stage.NAME.validate_every steps"
+CLIPPING = "the norm of all ranks' gradients is bounded by stage.clip_norm"
+NO_LOOP = "training has no such loop; evaluate.py scores models"
+REFUSED = {
+    "logger": "loggers are the config group logger=..., made anew for each stage",
+    **dict.fromkeys(("max_epochs", "min_epochs", "min_steps"), LENGTH),
+    **dict.fromkeys(("val_check_interval", "check_val_every_n_epoch"), VALIDATION),
+    **dict.fromkeys(("gradient_clip_val", "gradient_clip_algorithm"), CLIPPING),
+    **dict.fromkeys(("limit_test_batches", "limit_predict_batches"), NO_LOOP),
+    "accumulate_grad_batches": "a step of stage.NAME.batch_size rows is cut into batches of "
+    "stage.token_budget tokens, with exact sums over all of them",
+    "overfit_batches": "stage.NAME.max_rows_per_subset=... trains on few rows",
+    "enable_checkpointing": "resume= needs last.ckpt, written every checkpoint_every steps",
+    "use_distributed_sampler": "every rank draws its own share of each batch",
+    "reload_dataloaders_every_n_epochs": "a stage is one pass of its loader",
+    "sync_batchnorm": "no model here has batch norms",
+    "barebones": "it forbids the logger and the checkpoint that a run folder consists of",
+    "default_root_dir": "the run folder is hydra.run.dir=...",
+    "model_registry": "the run exports its model itself, into model/",
+}
+PRECISIONS = {
+    "bf16-true": "weights that train are kept in float32; bf16-mixed is the fast one",
+    "16-mixed": "float16 needs gradients that are scaled; bf16-mixed does not",
+}
+STRATEGIES = {"ddp": REPLICATED, "fsdp": FULLY_SHARDED, "auto": REPLICATED}  # auto on several
+PROFILERS = {"simple": SimpleProfiler, "advanced": AdvancedProfiler, "pytorch": PyTorchProfiler}
+
+
+class Parts(NamedTuple):
+    """What the config says of a stage's trainer, made anew for each stage: state of one `fit` must
+    not reach the next.
+    """
+
+    trainer: partial[L.Trainer]
+    callbacks: list[L.Callback]
+    loggers: list[Logger]
+
+
+def make_trainer(
+    parts: Parts,
+    *,
+    stage: str,
+    run_dir: Path,
+    steps: int,
+    validate_every: int,
+    dtype: str,
+    callbacks: Sequence[L.Callback] = (),
+    loggers: Sequence[Logger] = (),
+) -> L.Trainer:
+    """The config's trainer for a stage.
+
+    Args:
+        steps: of the stage; `max_steps`, `limit_train_batches` and `fast_dev_run` make it shorter.
+        dtype: `model.dtype`, which `precision=null` follows.
+        callbacks, loggers: the recipe's own, behind and before those of the config.
+
+    Raises:
+        UserError: for an argument that cannot be honoured, or whatever Lightning refuses.
+    """
+    asked = dict(parts.trainer.keywords)
+    known = inspect.signature(L.Trainer).parameters
+    for name, value in asked.items():
+        if name not in known:
+            raise UserError(f"trainer.{name} is no argument of lightning.Trainer")
+        default = known[name].default
+        asks = value != default or isinstance(value, bool) != isinstance(default, bool)
+        if name in REFUSED and asks and (name, value) != ("enable_checkpointing", True):
+            raise UserError(f"trainer.{name}={value} cannot be honoured: {REFUSED[name]}")
+    cap = asked.pop("limit_train_batches", None)
+    cap = int(cap * steps) if isinstance(cap, float) else cap
+    caps = [n for n in (asked.pop("max_steps", -1), cap) if n is not None and n >= 0]
+    own = asked.pop("callbacks", None) or []
+    own = [*parts.callbacks, *(own if isinstance(own, list) else [own]), *callbacks]
+    has_bar = any(isinstance(callback, ProgressBar) for callback in own)
+    shows_bar = asked.pop("enable_progress_bar", None) is not False and not has_bar
+    for callback in own:
+        if isinstance(callback, StageProgress):
+            callback.bar = shows_bar
+    if isinstance(profiler := asked.get("profiler"), str) and profiler in PROFILERS:
+        # Lightning would show what it found on a log that is silent here.
+        asked["profiler"] = PROFILERS[profiler](dirpath=run_dir, filename=f"profile-{stage}")
+    decided = {
+        "precision": checked_precision(asked.get("precision"), dtype),
+        "max_steps": min([steps, *caps]),
+        "max_epochs": -1,
+        "val_check_interval": validate_every,
+        "check_val_every_n_epoch": None,
+        "use_distributed_sampler": False,
+        "enable_progress_bar": has_bar,
+        "default_root_dir": run_dir,
+        "logger": [*loggers, *parts.loggers],
+        "callbacks": own,
+    }
+    asked = {name: value for name, value in asked.items() if name not in REFUSED}
+    make = parts.trainer.func
+    try:
+        strategy = asked.get("strategy", "auto")
+        if strategy != "auto":
+            asked["strategy"] = STRATEGIES.get(str(strategy), strategy)
+        trainer = make(**asked | decided)
+        if trainer.world_size > 1 and strategy == "auto":
+            trainer = make(**asked | decided | {"strategy": REPLICATED})
+    except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
+        raise UserError(f"trainer: {first_line(error)}") from error
+    if trainer.world_size > 1 and not isinstance(trainer.strategy, Replicated | FullySharded):
+        raise UserError(
+            f"trainer.strategy={strategy} cannot be honoured: sums over several processes are "
+            "exact with trainer=ddp, which adds gradients up once a step, or trainer=fsdp"
+        )
+    return trainer
+
+
+def checked_precision(precision: Any, dtype: str) -> str:
+    """What `lightning.Trainer` calls the type of matrix products: bf16-mixed or 32-true.
+
+    Args:
+        precision: as configured; None follows `dtype`, in which weights that do not train are kept.
+
+    Raises:
+        UserError: for another one.
+    """
+    if precision is None:
+        return "32-true" if dtype == "float32" else "bf16-mixed"
+    names = {"bf16": "bf16-mixed", "32": "32-true", "16": "16-mixed"}
+    precision = names.get(str(precision), str(precision))
+    if precision == "32-true" and dtype != "float32":
+        raise UserError(
+            f"trainer.precision=32-true needs weights to match: model.dtype=float32, not {dtype}"
+        )
+    if precision not in ("bf16-mixed", "32-true"):
+        why = PRECISIONS.get(precision, "matrix products are in bf16-mixed or 32-true here")
+        raise UserError(f"trainer.precision={precision} cannot be honoured: {why}")
+    return precision
+
+
+def takes_part(callback: L.Callback, measures: Sequence[str]) -> bool:
+    """Whether a stage logs what a callback monitors, such as ModelCheckpoint or EarlyStopping."""
+    monitor = getattr(callback, "monitor", None)
+    if monitor is None or not monitor.startswith("validation/"):
+        return True
+    return monitor.removeprefix("validation/") in measures

@@ -1,0 +1,357 @@
+"""What Lightning users type reaches the trainer, or is refused with a reason."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import (
+    LearningRateMonitor,
+    ModelSummary,
+    RichProgressBar,
+    Timer,
+)
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.profilers import SimpleProfiler
+
+from cocoa_pl.distributed.strategies import FullySharded, Replicated
+from cocoa_pl.errors import UserError
+from cocoa_pl.models.backbone import Backbone
+from cocoa_pl.run import trainer_parts
+from cocoa_pl.stages import checkpoint
+from cocoa_pl.stages.callbacks import StageProgress
+from cocoa_pl.stages.recipe import Interrupted, Stage
+from cocoa_pl.stages.trainer import REFUSED, Parts, checked_precision, make_trainer
+from tests.configs import composed
+from tests.stages.test_recipe import StopAt, equal
+
+Fresh = Callable[[], Backbone]
+MakeStages = Callable[..., list[Stage]]
+ReadMetrics = Callable[[Path], list[tuple[str, str, str, str]]]
+Train = Callable[..., list[dict[str, Any]]]
+Weights = Callable[[Backbone], dict[str, torch.Tensor]]
+
+ONLY_CONTRAST = "stage.order=[contrast]"
+BEST = Path("checkpoints") / "best.ckpt"
+
+
+def trainer_of(run_dir: Path, *words: str, dtype: str = "float32", **arguments: Any) -> L.Trainer:
+    """Of a stage of 10 steps; `arguments` are objects, which a config would build."""
+    parts = trainer_parts(composed("trainer=cpu", "logger=none", *words), run_dir, "warmup")
+    parts = parts._replace(trainer=partial(L.Trainer, **parts.trainer.keywords | arguments))
+    return make_trainer(
+        parts, stage="warmup", run_dir=run_dir, steps=10, validate_every=4, dtype=dtype
+    )
+
+
+def has(kind: type) -> Callable[[L.Trainer], bool]:
+    return lambda trainer: any(isinstance(one, kind) for one in trainer.callbacks)
+
+
+# An argument's value, and what it makes of the trainer.
+HONOURED: dict[str, tuple[Any, Callable[[Any], Any]]] = {
+    "accelerator": ("cpu", lambda t: type(t.accelerator).__name__ == "CPUAccelerator"),
+    "strategy": ("fsdp", lambda t: isinstance(t.strategy, FullySharded)),
+    "devices": (2, lambda t: t.num_devices == 2 and isinstance(t.strategy, Replicated)),
+    "num_nodes": (1, lambda t: t.num_nodes == 1),
+    "precision": ("bf16-mixed", lambda t: t.precision == "bf16-mixed"),
+    "callbacks": ([LearningRateMonitor()], has(LearningRateMonitor)),
+    "fast_dev_run": (3, lambda t: t.max_steps == 3),
+    "max_steps": (3, lambda t: t.max_steps == 3),
+    "max_time": ({"minutes": 1}, has(Timer)),
+    "limit_train_batches": (0.4, lambda t: t.max_steps == 4),
+    "limit_val_batches": (2, lambda t: t.limit_val_batches == 2),
+    "num_sanity_val_steps": (2, lambda t: t.num_sanity_val_steps == 2),
+    "log_every_n_steps": (7, lambda t: t.log_every_n_steps == 7),
+    "enable_progress_bar": (False, lambda t: not bar_of(t).bar),
+    "enable_model_summary": (True, has(ModelSummary)),
+    "deterministic": (True, lambda t: torch.are_deterministic_algorithms_enabled()),
+    "benchmark": (True, lambda t: torch.backends.cudnn.benchmark),
+    "inference_mode": (False, lambda t: not t.validate_loop.inference_mode),
+    "profiler": ("simple", lambda t: isinstance(t.profiler, SimpleProfiler) and t.profiler.dirpath),
+    "detect_anomaly": (True, lambda t: t._detect_anomaly),
+    "plugins": (
+        [TorchCheckpointIO()],
+        lambda t: isinstance(t.strategy.checkpoint_io, TorchCheckpointIO),
+    ),
+    "enable_autolog_hparams": (False, lambda t: not t.enable_autolog_hparams),
+}
+# A value that is not Lightning's default.
+REFUSED_VALUES: dict[str, Any] = {
+    "logger": False,
+    "max_epochs": 3,
+    "min_epochs": 1,
+    "min_steps": 5,
+    "limit_test_batches": 2,
+    "limit_predict_batches": 2,
+    "overfit_batches": 2,
+    "val_check_interval": 0.5,
+    "check_val_every_n_epoch": 2,
+    "enable_checkpointing": False,
+    "accumulate_grad_batches": 4,
+    "gradient_clip_val": 1.0,
+    "gradient_clip_algorithm": "norm",
+    "use_distributed_sampler": False,
+    "barebones": True,
+    "sync_batchnorm": True,
+    "reload_dataloaders_every_n_epochs": 1,
+    "default_root_dir": "elsewhere",
+    "model_registry": "name",
+}
+
+
+def bar_of(trainer: L.Trainer) -> StageProgress:
+    return next(one for one in trainer.callbacks if isinstance(one, StageProgress))
+
+
+def test_every_argument_of_lightnings_trainer_is_here() -> None:
+    names = set(inspect.signature(L.Trainer).parameters)
+    assert set(HONOURED) | set(REFUSED_VALUES) == names
+    assert set(REFUSED) == set(REFUSED_VALUES)
+
+
+@pytest.mark.parametrize("name", HONOURED)
+def test_an_argument_reaches_the_trainer(
+    name: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    request.addfinalizer(lambda: torch.use_deterministic_algorithms(False))
+    was = torch.backends.cudnn.benchmark
+    request.addfinalizer(lambda: setattr(torch.backends.cudnn, "benchmark", was))
+    value, holds = HONOURED[name]
+    if name != "num_nodes":
+        assert not holds(trainer_of(tmp_path)) or name in ("accelerator", "plugins")
+    assert holds(trainer_of(tmp_path, **{name: value}))
+    os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+
+
+@pytest.mark.parametrize("name", REFUSED_VALUES)
+def test_an_argument_that_cannot_be_honoured_is_refused_with_a_reason(
+    name: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=rf"trainer\.{name}=.* cannot be honoured: .{{20}}"):
+        trainer_of(tmp_path, **{name: REFUSED_VALUES[name]})
+    default = inspect.signature(L.Trainer).parameters[name].default
+    trainer_of(tmp_path, **{name: default})  # no request
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["+trainer.max_stepss=3"], r"trainer\.max_stepss is no argument of lightning\.Trainer"),
+        (["trainer.devices=0"], "trainer: .*0"),
+        (["trainer.accelerator=gpu"], "trainer: .*cuda|trainer: .*[Gg][Pp][Uu]"),
+        (["trainer.accelerator=abacus"], "trainer: .*abacus"),
+        (["trainer.strategy=ddpp"], "trainer: .*ddpp"),
+        (["trainer.strategy=ddp_spawn", "trainer.devices=2"], "ddp_spawn cannot be honoured: sums"),
+        (["trainer.precision=16-mixed"], "16-mixed cannot be honoured: float16 needs"),
+        (["trainer.precision=bf16-true"], "bf16-true cannot be honoured: weights that train"),
+        (["trainer.precision=64"], "64 cannot be honoured: matrix products are in"),
+        (["+trainer.profiler=fast"], "trainer: .*profiler.*'simple'"),
+        (["+trainer.max_time=soon"], "trainer: .*soon"),
+    ],
+)
+def test_a_value_that_lightning_refuses_is_one_sentence(
+    words: list[str], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=message):
+        trainer_of(tmp_path, *words)
+
+
+def test_precision_is_the_switch() -> None:
+    assert checked_precision(None, "float32") == checked_precision(32, "float32") == "32-true"
+    assert checked_precision(None, "bfloat16") == checked_precision("bf16", "float32")
+    with pytest.raises(UserError, match=r"needs weights to match: model\.dtype=float32"):
+        checked_precision("32-true", "bfloat16")
+
+
+def test_names_of_strategies_are_lightnings(tmp_path: Path) -> None:
+    for name, kind in (("ddp", Replicated), ("fsdp", FullySharded)):
+        assert isinstance(trainer_of(tmp_path, f"trainer.strategy={name}").strategy, kind)
+    assert isinstance(trainer_of(tmp_path, "trainer.devices=2").strategy, Replicated)
+
+
+def test_a_bar_of_the_users_takes_the_place_of_ours(tmp_path: Path) -> None:
+    words = ["+callbacks.bar._target_=lightning.pytorch.callbacks.RichProgressBar"]
+    trainer = trainer_of(tmp_path, *words)
+    assert has(RichProgressBar)(trainer)
+    assert not bar_of(trainer).bar  # it still logs samples a second
+
+
+def test_parts_are_made_anew_for_each_stage(tmp_path: Path) -> None:
+    """Patience, a W&B run, a profile: what one `fit` leaves must not reach the next."""
+    cfg = composed(
+        "logger=tensorboard",
+        "+trainer.profiler._target_=lightning.pytorch.profilers.SimpleProfiler",
+    )
+    made: list[Parts] = [trainer_parts(cfg, tmp_path, stage) for stage in ("warmup", "contrast")]
+    assert made[0].trainer.keywords["profiler"] is not made[1].trainer.keywords["profiler"]
+    assert not {id(c) for c in made[0].callbacks} & {id(c) for c in made[1].callbacks}
+    versions = [parts.loggers[0].version for parts in made]
+    assert versions == ["warmup", "contrast"]
+    assert isinstance(made[0].loggers[0], TensorBoardLogger)
+    assert made[0].loggers[0].root_dir == str(tmp_path / "tensorboard")
+
+
+def test_loggers_are_lightnings_own_and_learn_the_config(
+    tmp_path: Path, make_stages: MakeStages, train: Train, fresh: Fresh
+) -> None:
+    train(
+        tmp_path,
+        make_stages("stage.order=[warmup,contrast]"),
+        fresh(),
+        trainer=["logger=[csv,tensorboard]"],
+        config={"seed": 7},
+    )
+    for stage in ("warmup", "contrast"):
+        assert "seed: 7" in (tmp_path / "csv" / stage / "hparams.yaml").read_text()
+        assert "train/loss" in (tmp_path / "csv" / stage / "metrics.csv").read_text()
+        assert list((tmp_path / "tensorboard" / stage).glob("events*"))
+
+
+@pytest.mark.parametrize(
+    ("words", "steps"),
+    [
+        (["+trainer.max_steps=2"], 2),
+        (["+trainer.limit_train_batches=1"], 1),
+        (["+trainer.max_time={milliseconds: 1}"], 1),
+    ],
+)
+def test_a_capped_stage_says_how_far_it_came(
+    words: list[str],
+    steps: int,
+    tmp_path: Path,
+    make_stages: MakeStages,
+    train: Train,
+    fresh: Fresh,
+    weights: Weights,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The steps that are taken are those of the whole stage, and can be gone on from."""
+    stages = make_stages("stage.order=[warmup,contrast]", steps=3)
+    lineage = train(tmp_path, stages, fresh(), trainer=words)
+    assert [entry["steps"] for entry in lineage] == [steps, steps]
+    assert all(entry["validation"] for entry in lineage)
+    assert f"2/2 contrast: ended at step {steps} of 3 by trainer.max_steps" in caplog.text
+    assert checkpoint.read(tmp_path / checkpoint.LAST)["global_step"] == steps
+    whole, gone_on = fresh(), fresh()
+    only = make_stages(ONLY_CONTRAST, steps=3)
+    train(tmp_path / "capped", only, gone_on, trainer=words)
+    train(tmp_path / "capped", only, gone_on, resume=True)
+    train(tmp_path / "whole", only, whole)
+    assert equal(weights(whole), weights(gone_on))
+
+
+def test_fast_dev_run_writes_nothing(
+    tmp_path: Path, make_stages: MakeStages, train: Train, fresh: Fresh
+) -> None:
+    words = ["+trainer.fast_dev_run=true"]
+    lineage = train(tmp_path, make_stages(), fresh(), trainer=words)
+    assert [entry["steps"] for entry in lineage] == [1, 1, 1, 1]
+    assert not list((tmp_path / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("words", [["+trainer.limit_val_batches=0"], ["callbacks=none"]])
+def test_validation_and_callbacks_can_be_left_out(
+    words: list[str], tmp_path: Path, make_stages: MakeStages, train: Train, fresh: Fresh
+) -> None:
+    lineage = train(tmp_path, make_stages(ONLY_CONTRAST), fresh(), trainer=words)
+    assert bool(lineage[0]["validation"]) == ("callbacks" in words[0])
+    assert not (tmp_path / BEST).exists()
+    train(tmp_path, make_stages(ONLY_CONTRAST), fresh(), trainer=words, resume=True)
+
+
+def test_the_best_checkpoint_is_kept_beside_the_last(
+    tmp_path: Path,
+    make_stages: MakeStages,
+    train: Train,
+    fresh: Fresh,
+    read_metrics: ReadMetrics,
+) -> None:
+    """By precision@1 among held-out rows, of the stage that measures it, also over a resume in
+    another folder.
+    """
+    stages = make_stages("stage.order=[warmup,contrast]", "schedule.validate_every=1", steps=8)
+    train(tmp_path / "whole", stages, fresh())
+    with pytest.raises(Interrupted):
+        train(tmp_path / "parts", stages, fresh(), callbacks=[StopAt(8 + 5)])
+    (tmp_path / "parts").rename(tmp_path / "moved")
+    train(tmp_path / "moved", stages, fresh(), resume=True)
+    found = {}
+    for name in ("whole", "moved"):
+        scores = {
+            int(step): float(value)
+            for stage, step, metric, value in read_metrics(tmp_path / name)
+            if metric == "validation/precision_at_1"
+        }
+        assert list(scores) == list(range(1, 9))
+        content = checkpoint.read(tmp_path / name / BEST)
+        assert content["cocoa"]["stage"] == "contrast"
+        assert scores[content["global_step"]] == max(scores.values())
+        weights, chosen = checkpoint.read_chosen(tmp_path / name / BEST)
+        assert chosen["validation"]["precision_at_1"] == pytest.approx(max(scores.values()))
+        assert chosen["steps"] == content["global_step"]
+        found[name] = weights
+    assert equal(found["whole"], found["moved"])
+
+
+def test_a_callback_takes_part_where_its_metric_is_logged(
+    tmp_path: Path,
+    make_stages: MakeStages,
+    train: Train,
+    fresh: Fresh,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Patience with the bridge gain ends the reconstruction, and contrast runs to its end."""
+    caplog.set_level("INFO", logger="cocoa_pl")
+    stop = "lightning.pytorch.callbacks.EarlyStopping"
+    words = [
+        *(f"+callbacks.stop._target_={stop}", "+callbacks.stop.monitor=validation/bridge_gain"),
+        *("+callbacks.stop.patience=1", "+callbacks.stop.mode=min"),
+        "+callbacks.stop.stopping_threshold=1e9",
+        *(f"+callbacks.typo._target_={stop}", "+callbacks.typo.monitor=validation/los"),
+    ]
+    stages = make_stages("stage.order=[reconstruct,contrast]", steps=5)
+    lineage = train(tmp_path, stages, fresh(), trainer=words)
+    assert [entry["steps"] for entry in lineage] == [2, 5]
+    assert "EarlyStopping does nothing: no stage of this run logs validation/los" in caplog.text
+    assert "ModelCheckpoint does nothing" not in caplog.text
+
+
+def test_export_names_a_checkpoint_that_will_be_kept(
+    tmp_path: Path, make_stages: MakeStages, train: Train, fresh: Fresh
+) -> None:
+    with pytest.raises(UserError, match="export=best: stage warmup keeps no such checkpoint, only"):
+        train(tmp_path, make_stages("stage.order=[warmup]"), fresh(), export="best")
+    with pytest.raises(UserError, match=r"export=bst: .* only best, last"):
+        train(tmp_path, make_stages(ONLY_CONTRAST), fresh(), export="bst")
+    assert not (tmp_path / "metrics.csv").exists()
+
+
+def test_bf16_mixed_rounds_matrix_products_and_no_loss(
+    tmp_path: Path,
+    make_stages: MakeStages,
+    train: Train,
+    fresh: Fresh,
+    read_metrics: ReadMetrics,
+) -> None:
+    losses = {}
+    for precision in ("32-true", "bf16-mixed"):
+        backbone = fresh()
+        words = [f"trainer.precision={precision}"]
+        train(tmp_path / precision, make_stages(ONLY_CONTRAST), backbone, trainer=words)
+        assert all(p.dtype == torch.float32 for p in backbone.parameters())
+        found = [float(r[3]) for r in read_metrics(tmp_path / precision) if r[2] == "train/loss"]
+        losses[precision] = torch.tensor(found, dtype=torch.float64)
+    exact, rounded = losses.values()
+    assert not torch.equal(exact, rounded)
+    torch.testing.assert_close(exact, rounded, rtol=0.05, atol=0)
+    # A loss in bfloat16 would have 8 bits.
+    assert not torch.equal(rounded, rounded.bfloat16().double())
