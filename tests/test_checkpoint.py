@@ -6,7 +6,7 @@ import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import lightning as L
 import pytest
@@ -118,7 +118,7 @@ def test_a_refused_checkpoint_changes_nothing(load_tiny: LoadTiny) -> None:
 def test_renamed_folders_of_shards_stay(tmp_path: Path) -> None:
     for name in ("0-100.shards", "0-200.shards", "best.shards"):
         (tmp_path / name).mkdir()
-    checkpoint._put_in_place(tmp_path / "0-200.shards", tmp_path / "last.ckpt")
+    checkpoint._link(tmp_path / "last.ckpt", tmp_path / "0-200.shards")
     left = sorted(path.name for path in tmp_path.iterdir())
     assert left == ["0-200.shards", "best.shards", "last.ckpt"]
 
@@ -190,7 +190,6 @@ def fit(path: Path, *, steps: int, every: int, module: Toy) -> None:
         max_steps=steps,
         callbacks=[saver],
         logger=False,
-        enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=path.parent,
@@ -241,11 +240,11 @@ def test_a_write_that_fails_leaves_the_old_file(
     fit(path, steps=1, every=1, module=Toy())
     before = path.read_bytes()
 
-    def full(self: L.Trainer, filepath: Path, *_: Any) -> None:
-        Path(filepath).write_bytes(b"half of it")
+    def full(content: Any, file: IO[bytes]) -> None:
+        file.write(b"half of it")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(L.Trainer, "save_checkpoint", full)
+    monkeypatch.setattr(torch, "save", full)
     message = r"of step 2 cannot be written \(no space left on device\); .*last\.ckpt is as it was"
     with pytest.raises(UserError, match=message):
         fit(path, steps=2, every=2, module=Toy())

@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
+from torch.nn.functional import normalize
 
 from cocoa_pl.data.batch import Sample
 from cocoa_pl.data.items import Item
@@ -25,7 +26,6 @@ from cocoa_pl.distributed.collectives import (
     exchange_counts,
     gather_rows,
     global_sum,
-    global_sums,
     is_lost_peer,
     rank,
     sum_gradients,
@@ -33,6 +33,7 @@ from cocoa_pl.distributed.collectives import (
 )
 from cocoa_pl.models.loading import load
 from cocoa_pl.stages.base import StageModule
+from cocoa_pl.stages.contrastive import PoolPrecision
 from tests.stages.steps import Rows, batches_of, make_module
 
 CPU = torch.device("cpu")
@@ -84,6 +85,18 @@ def stage_steps(task: Task, share: slice) -> Found:
     return found
 
 
+def precision(share: slice) -> Tensor:
+    """Of eight rows in two pools; a query and a positive are there twice, and hit either way."""
+    draws = torch.Generator().manual_seed(0)
+    queries, positives = normalize(torch.randn(2, 8, 4, generator=draws), dim=-1)
+    queries[1], positives[4] = queries[0], positives[3]
+    keys = (torch.tensor([0, 0, *range(2, 8)]), torch.tensor([10, 11, 12, 13, 13, 15, 16, 17]))
+    metric = PoolPrecision(block=2)
+    pools = torch.tensor([7, 9, 7, 7, 9, 9, 7, 9])
+    metric.update(*(one[share] for one in (queries, positives, *keys, pools)))
+    return metric.compute()
+
+
 def primitives() -> Found:
     """Sums and gathers of rank-dependent values, forward and backward."""
     here = rank()
@@ -95,12 +108,11 @@ def primitives() -> Found:
     if here:
         unused.grad = torch.full((2,), 7.0)
     sum_gradients([used, unused, nowhere, frozen, wide])
-    names = {"both": torch.tensor(here + 1.0)} | ({"one": torch.tensor(4.0)} if here else {})
     return {
         "primitives": {
             "world": world_size(),
             "sum": global_sum(torch.tensor([1.0, here])),
-            "sums": global_sums(names),
+            "precision": precision(slice(3) if here else slice(3, None)),
             "used": used.grad,
             "unused": unused.grad,
             "nowhere": nowhere.grad,
@@ -252,11 +264,12 @@ def test_gradients_are_summed_and_a_missing_one_counts_as_zero(ranks: list[Found
         assert torch.equal(found["wide"], torch.full((3,), 10.0, dtype=torch.float64))
 
 
-def test_sums_are_over_ranks_even_of_names_that_one_lacks(ranks: list[Found]) -> None:
+def test_sums_and_precision_are_over_ranks(ranks: list[Found]) -> None:
     for found in (part["primitives"] for part in ranks):
         assert found["world"] == 2
         assert torch.equal(found["sum"], torch.tensor([2.0, 1.0]))
-        assert found["sums"] == {"both": torch.tensor(3.0), "one": torch.tensor(4.0)}
+        assert torch.equal(found["precision"], precision(slice(None)))
+        assert 0 < found["precision"] < 1
 
 
 def test_on_one_process_everything_is_the_identity() -> None:
@@ -266,7 +279,6 @@ def test_on_one_process_everything_is_the_identity() -> None:
     assert exchange_counts([3, 5], rows.device)() == [[3], [5]]
     assert gather_rows(rows, [3]) is rows
     assert torch.equal(global_sum(rows), rows)
-    assert global_sums({"a": rows}) == {"a": rows}
     assert torch.equal(parameter.grad, torch.full((2,), 4.0))
 
 

@@ -142,8 +142,8 @@ def save_config(cfg: DictConfig, run_dir: Path) -> None:
     """
     plain: Any = OmegaConf.to_container(cfg, resolve=True)
     raw: Any = OmegaConf.to_container(cfg, resolve=False)
-    for group in ("callbacks", "logger"):  # refer to the folder, which may move, and to stages
-        plain[group] = raw[group]
+    # These refer to the folder, which may move, and to the stage at hand.
+    plain |= {group: raw[group] for group in ("callbacks", "logger") if group in raw}
     text = OmegaConf.to_yaml(plain)
     try:
         with (run_dir / CONFIG).open("x", encoding="utf-8") as file:

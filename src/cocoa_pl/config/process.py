@@ -47,6 +47,7 @@ HARMLESS = (
     "The number of training batches .* is smaller than the logging interval",  # a short stage
     "It is recommended to use .*sync_dist=True",  # values are summed over ranks before
     "You're resuming from a checkpoint that ended before",  # the sampler counts steps, not epochs
+    "Checkpoint directory .* exists and is not empty",  # last.ckpt is there
     "FSDP2-wrapped module .* returned a view tensor",  # nothing writes into the states it returns
 )
 

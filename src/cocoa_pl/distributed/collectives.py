@@ -31,15 +31,6 @@ def global_sum(value: Tensor) -> Tensor:
     return total
 
 
-def global_sums(values: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Sums over ranks, by name; a rank may lack names that others have, as when it had no rows."""
-    if world_size() == 1:
-        return values
-    gathered = all_objects({name: value.cpu() for name, value in values.items()})
-    names = sorted({name for part in gathered for name in part})
-    return {name: sum(part[name] for part in gathered if name in part) for name in names}
-
-
 def exchange_counts(mine: Sequence[int], device: torch.device) -> Callable[[], list[list[int]]]:
     """Start to exchange how many rows of each kind every rank holds, while other work goes on.
 

@@ -127,7 +127,7 @@ def _setup(cfg: DictConfig, shape: ModelShape) -> Setup:
         adapter=_adapter(build(cfg.adapter)),
         width=WIDTHS[cfg.model.dtype],
         checkpointing=cfg.model.gradient_checkpointing,
-        sharded=strategy == FULLY_SHARDED and gpus > 1,
+        sharded=strategy in ("fsdp", FULLY_SHARDED) and gpus > 1,
         gpus=gpus,
         kernel=kernel,
         on_gpu=on_gpu,
