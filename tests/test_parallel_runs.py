@@ -27,7 +27,7 @@ from cocoa_pl.data.batch import Batch
 from cocoa_pl.distributed.collectives import rank
 from cocoa_pl.errors import UserError
 from cocoa_pl.run import train
-from cocoa_pl.stages.checkpoint import read, read_weights
+from cocoa_pl.stages.checkpoint import read, read_chosen, read_weights
 from cocoa_pl.stages.contrastive import ContrastiveModule
 from cocoa_pl.stages.recipe import Interrupted
 from tests.configs import composed
@@ -273,6 +273,9 @@ def test_a_folder_of_shards_holds_the_weights_that_a_file_holds(runs: Path) -> N
     file, shards = (read_weights(path, read(path)) for path in paths)
     assert paths[1].is_dir()
     assert_same(shards, file)
+    best, of_shards = (read_chosen(path.with_name("best.ckpt")) for path in paths)
+    assert best[1]["steps"] == of_shards[1]["steps"]
+    assert_same(of_shards[0], best[0])
 
 
 def test_a_folder_that_lacks_a_shard_is_said_by_path(runs: Path, tmp_path: Path) -> None:
@@ -285,7 +288,7 @@ def test_a_folder_that_lacks_a_shard_is_said_by_path(runs: Path, tmp_path: Path)
 
 def test_only_the_newest_shards_are_kept(runs: Path) -> None:
     left = sorted(path.name for path in (runs / "again-full" / "checkpoints").iterdir())
-    assert left == ["2-5-validated.shards", "last.ckpt"]
+    assert left == ["2-5-validated.shards", "best.ckpt", "last.ckpt"]
 
 
 def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:

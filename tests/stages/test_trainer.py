@@ -278,7 +278,7 @@ def test_the_best_checkpoint_is_kept_beside_the_last(
     """By precision@1 among held-out rows, of the stage that measures it, also over a resume in
     another folder.
     """
-    stages = make_stages("stage.order=[warmup,contrast]", "schedule.validate_every=1", steps=8)
+    stages = make_stages("stage.order=[warmup,contrast]", "stage.validate_every=1", steps=8)
     train(tmp_path / "whole", stages, fresh())
     with pytest.raises(Interrupted):
         train(tmp_path / "parts", stages, fresh(), callbacks=[StopAt(8 + 5)])
