@@ -16,7 +16,7 @@ from rich.console import Console
 
 from cocoa_pl.attention import Policy
 from cocoa_pl.config.build import build, check_values
-from cocoa_pl.config.process import is_first_process
+from cocoa_pl.config.process import check_processes, is_first_process
 from cocoa_pl.config.saved import load_config, settings_of
 from cocoa_pl.data.processor import Processor
 from cocoa_pl.data.sampler import mix
@@ -71,7 +71,7 @@ def train(cfg: DictConfig, run_dir: Path, console: Console) -> None:
         if logger and logger["_target_"].endswith("WandbLogger"):
             check_login(offline=bool(logger.get("offline")))
     for stage in stages:  # what Lightning refuses, it refuses here
-        settings.trainer(stage, steps=1)
+        check_processes(settings.trainer(stage, steps=1), run_dir)
     data = build(cfg.data)
     benchmark = build(cfg.benchmark) if cfg.evaluate else None  # its mistakes show before training
     if isinstance(benchmark, HeldOutBenchmark) and cfg.benchmark.data == cfg.data:

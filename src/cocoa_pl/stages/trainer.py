@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.profilers import AdvancedProfiler, PyTorchProfiler, SimpleProfiler
 
+from cocoa_pl.distributed.processes import cluster_plugins
 from cocoa_pl.distributed.strategies import FULLY_SHARDED, REPLICATED, FullySharded, Replicated
 from cocoa_pl.errors import UserError, first_line
 from cocoa_pl.stages.callbacks import StageProgress
@@ -109,6 +110,7 @@ def make_trainer(
         "val_check_interval": validate_every,
         "check_val_every_n_epoch": None,
         "use_distributed_sampler": False,
+        "plugins": cluster_plugins(asked.get("plugins")),
         "enable_progress_bar": has_bar,
         "default_root_dir": run_dir,
         "logger": [*loggers, *parts.loggers],
