@@ -130,7 +130,7 @@ def test_a_resumed_run_keeps_its_config(tmp_path: Path) -> None:
     resumed = resumed_config(composed(*given), given)
     assert (resumed.seed, list(resumed.stage.order)) == (5, ["contrast"])
     assert (resumed.num_workers, resumed.evaluate, resumed.init_from) == (3, False, "moved")
-    assert resumed.logger.path == "cocoa_pl.stages.callbacks.nothing"
+    assert resumed.logger == {"none": None}
     assert resumed.resume == str(tmp_path)
 
 

@@ -145,7 +145,6 @@ def test_an_argument_that_cannot_be_honoured_is_refused_with_a_reason(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["+trainer.max_stepss=3"], r"trainer\.max_stepss is no argument of lightning\.Trainer"),
         (["trainer.devices=0"], "trainer: .*0"),
         (["trainer.accelerator=gpu"], "trainer: .*cuda|trainer: .*[Gg][Pp][Uu]"),
         (["trainer.accelerator=abacus"], "trainer: .*abacus"),

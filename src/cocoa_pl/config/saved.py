@@ -36,7 +36,8 @@ log = logging.getLogger(__name__)
 
 # What may change of a resumed run: of `trainer` single keys, of the groups another option too.
 RESUMABLE = {
-    *("trainer", "logger", "callbacks", "num_workers", "checkpoint_every", "evaluate", "init_from")
+    *("trainer", "callbacks", "logger", "export", "num_workers", "checkpoint_every"),
+    *("evaluate", "init_from"),
 }
 DEFAULT_MODEL = "tiny"  # of conf/train.yaml
 OPTION = "of_init_from"  # the name of such settings as an option of `model` and of `schedule`

@@ -176,9 +176,8 @@ class PlainFile(TorchCheckpointIO):
             with partial.open("wb") as file:
                 torch.save(checkpoint, file)
             os.replace(partial, path)
-        except BaseException:
+        finally:
             partial.unlink(missing_ok=True)
-            raise
 
 
 class LastCheckpoint(Checkpoint):

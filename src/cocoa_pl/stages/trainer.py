@@ -84,9 +84,7 @@ def make_trainer(
     asked = dict(parts.trainer.keywords)
     known = inspect.signature(L.Trainer).parameters
     for name, value in asked.items():
-        if name not in known:
-            raise UserError(f"trainer.{name} is no argument of lightning.Trainer")
-        default = known[name].default
+        default = known[name].default if name in known else None
         asks = value != default or isinstance(value, bool) != isinstance(default, bool)
         if name in REFUSED and asks and (name, value) != ("enable_checkpointing", True):
             raise UserError(f"trainer.{name}={value} cannot be honoured: {REFUSED[name]}")
