@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator
 from functools import reduce
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any
 
 import pytest
