@@ -136,10 +136,15 @@ def test_a_resumed_run_keeps_its_config(tmp_path: Path) -> None:
 
 def test_a_resumed_run_may_have_another_logger_and_more_of_the_trainer(tmp_path: Path) -> None:
     save_config(composed("trainer=ddp"), tmp_path)
-    given = [f"resume={tmp_path}", "logger=wandb", "logger.offline=true", "+trainer.max_steps=9"]
+    given = [
+        f"resume={tmp_path}",
+        "logger=wandb",
+        "logger.wandb.offline=true",
+        "+trainer.max_steps=9",
+    ]
     resumed = resumed_config(composed(*given), given)
-    assert resumed.logger == composed("logger=wandb", "logger.offline=true").logger
-    assert (resumed.trainer.strategy, resumed.trainer.max_steps) == ("replicated", 9)
+    assert resumed.logger == composed("logger=wandb", "logger.wandb.offline=true").logger
+    assert (resumed.trainer.strategy, resumed.trainer.max_steps) == ("ddp", 9)
 
 
 @pytest.mark.parametrize(
