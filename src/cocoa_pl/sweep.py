@@ -51,7 +51,7 @@ class SweepSummary(Callback):
     """
 
     def __init__(self, *, subsets: Sequence[str] | None) -> None:
-        self.subsets = None if subsets is None else list(subsets)
+        self.subsets = subsets
         self.expected: list[list[str]] = []
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:

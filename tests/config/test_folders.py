@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from cocoa_pl.config import folders
 from cocoa_pl.config.command_line import CONFIGS, run_app
-from cocoa_pl.config.folders import SWEEP, claim_for_scores, claimed, new_folder
+from cocoa_pl.config.folders import CONFIG, SWEEP, claim_for_scores, claimed, new_folder
 from cocoa_pl.config.process import check_named
 from cocoa_pl.errors import UserError
 
@@ -196,7 +196,7 @@ def test_other_ranks_go_on_with_the_run_and_not_with_its_sweep(name: str) -> Non
     """Lightning starts them with the words of this process and the run folder in quotes."""
     folder = Path(name)
     folder.mkdir(parents=True)
-    folders.save_config(EMPTY, folder)
+    (folder / CONFIG).touch()
     monkey = [*sys.argv]
     folders.hand_over(folder, ["trainer.devices=2"])
     words = [*sys.argv[1:], f'hydra.run.dir="{HydraConfig.get().run.dir}"']
@@ -217,5 +217,5 @@ def test_a_run_is_resumed_by_its_folder_or_its_last_checkpoint() -> None:
     folder.mkdir(parents=True)
     with pytest.raises(UserError, match=r"there is no run \(no config\.yaml\) in that folder"):
         folders.run_of("runs/A")
-    folders.save_config(EMPTY, folder)
+    (folder / CONFIG).touch()
     assert folders.run_of("runs/A") == folders.run_of("runs/A/checkpoints/last.ckpt") == folder

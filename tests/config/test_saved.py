@@ -27,7 +27,7 @@ def trained() -> DictConfig:
 def run(trained: DictConfig, tiny_folder: Path, tmp_path: Path) -> Path:
     """A run folder; the model in it is of Qwen2-VL's family, whatever its settings say."""
     (tmp_path / "model").symlink_to(tiny_folder)
-    OmegaConf.save(trained, tmp_path / "config.yaml", resolve=True)
+    save_config(trained, tmp_path)
     return tmp_path
 
 

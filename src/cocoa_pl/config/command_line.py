@@ -69,13 +69,14 @@ def run_app(
             check_values(cfg)
             ended.append(task(cfg) or 0)
 
-        with _as_before():
+        sweeps = HydraConfig.get().mode == RunMode.MULTIRUN
+        with _as_before() if sweeps else nullcontext():
             statuses.append(guarded(run, remedy=remedy) or ended[0])
         folder = Path(HydraConfig.get().runtime.output_dir)
         if statuses[-1] and folder != Path.cwd():
-            with suppress(OSError):  # of a run that has begun
+            with suppress(OSError):  # there are files of a run that had begun
                 folder.rmdir()
-        if statuses[-1] == INTERRUPTED and HydraConfig.get().mode == RunMode.MULTIRUN:
+        if sweeps and statuses[-1] == INTERRUPTED:
             raise KeyboardInterrupt  # ends the sweep; a mistake in one run does not
 
     def start() -> None:

@@ -25,7 +25,7 @@ from transformers import PretrainedConfig
 
 from cocoa_pl.attention.policy import with_current_names
 from cocoa_pl.config.folders import run_of
-from cocoa_pl.errors import UserError, first_line
+from cocoa_pl.errors import UserError, first_line, typed
 from cocoa_pl.evaluation.results import read_config
 from cocoa_pl.models.adapters import base_path
 from cocoa_pl.models.exported import DESCRIPTION
@@ -55,7 +55,7 @@ def resumed_config(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
     if "schedule" in resumed:
         raise UserError(
             f"resume={cfg.resume}: an earlier version of cocoa_pl made this run, and its config "
-            f"has another form; init_from={cfg.resume} begins a new run with its model"
+            f"has another form; {typed('init_from', cfg.resume)} begins a new run with its model"
         )
     for word in overrides:
         key = word.partition("=")[0].lstrip("+")
@@ -67,7 +67,7 @@ def resumed_config(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
 
 
 def load_config(run_dir: Path) -> DictConfig:
-    """The config.yaml that `save_config` wrote.
+    """The config.yaml that a run wrote.
 
     Raises:
         UserError: if it is damaged.

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cocoa_pl.errors import UserError
+from cocoa_pl.errors import UserError, typed
 from cocoa_pl.evaluation.figures import Panel, read_panels
 from cocoa_pl.evaluation.report import templates
 from cocoa_pl.evaluation.results import CONFIDENCE, MEANS, Interval, read_config, read_results
@@ -262,7 +262,8 @@ def _read(folder: Path, name: str) -> Scored:
     path = folder / "results.json"
     if not path.is_file():
         raise UserError(
-            f"{folder} holds no results.json: score it first, python evaluate.py ckpt={folder}"
+            f"{folder} holds no results.json: score it first, python evaluate.py "
+            + typed("ckpt", folder)
         )
     results = read_results(path)
     if not results["subsets"]:

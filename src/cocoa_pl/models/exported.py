@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from cocoa_pl.data.items import IMAGE_SLOT, Item
-from cocoa_pl.errors import UserError
+from cocoa_pl.errors import UserError, typed
 from cocoa_pl.models.loading import ADAPTER_CONFIG, find_folder
 
 Encode = Callable[[Sequence[Item]], NDArray[np.float32]]
@@ -46,7 +46,7 @@ def export_folder(path: str) -> Path:
     if (folder / ADAPTER_CONFIG).is_file():
         raise UserError(
             f"{folder} is an adapter, which says nothing of attention and pooling; make a model of "
-            f"it first: python train.py init_from={folder} stage=... exports one"
+            f"it first: python train.py {typed('init_from', folder)} stage=... exports one"
         )
     if not (folder / DESCRIPTION).is_file():
         raise UserError(f"{folder} holds no {DESCRIPTION}: it was not exported by cocoa_pl")

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
 from cocoa_pl.attention import TEXT_ATTENTION
-from cocoa_pl.errors import UserError, first_line
+from cocoa_pl.errors import UserError, first_line, typed
 from cocoa_pl.models.backbone import Backbone, NoVocabularyHead
 from cocoa_pl.models.qwen_vl import Qwen2VLBackbone, Qwen3VLBackbone, Qwen25VLBackbone
 from cocoa_pl.models.tiny import Texts
@@ -78,7 +78,7 @@ def find_folder(path: str) -> Path:
         return Path(path)
     if (Path(path) / "config.yaml").is_file():
         raise UserError(
-            f"{path} is a run that has exported no model yet; resume={path} finishes it"
+            f"{path} is a run that has exported no model yet; {typed('resume', path)} finishes it"
         )
     if Path(path).exists() or path.startswith((".", "/", "~")) or path.count("/") != 1:
         raise UserError(f"{path} is no model folder: there is no config.json in it")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import shlex
 import shutil
 import signal
 import time
@@ -135,10 +136,8 @@ def check_base(content: dict[str, Any], base: str, *, where: str) -> None:
 
 def begin_another(path: Path) -> str:
     """What to do where a run cannot go on exactly, for the end of a message."""
-    return (
-        f"begin another run with its weights: cocoa export {path} --to hf --out FOLDER, then "
-        "init_from=FOLDER instead of resume"
-    )
+    command = f"cocoa export {shlex.quote(str(path))} --to hf --out FOLDER"
+    return f"begin another run with its weights: {command}, then init_from=FOLDER instead of resume"
 
 
 def load_backbone(backbone: nn.Module, weights: dict[str, Tensor], *, where: str) -> None:
