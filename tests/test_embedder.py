@@ -135,6 +135,12 @@ def test_what_cannot_be_embedded_is_refused(value: Any, message: str, embedder: 
         embedder.encode([value])
 
 
+@pytest.mark.parametrize("device", ["gpu", "tpu", "cuda:99", "cpu:x"])
+def test_a_device_that_is_not_here_is_refused_before_a_model_is_opened(device: str) -> None:
+    with pytest.raises(UserError, match=f"^device={device} is not here: "):
+        Embedder.load("no such folder", device=device)
+
+
 def test_one_string_is_not_a_list_of_letters(embedder: Embedder) -> None:
     for single in ("two boats", {"text": "two boats"}, np.zeros((4, 4, 3), np.uint8)):
         with pytest.raises(UserError, match=r"write \[(item|array)\]"):

@@ -22,7 +22,7 @@ from cocoa_pl.data.inputs import Input, as_item, as_list
 from cocoa_pl.data.item_batches import item_batches
 from cocoa_pl.data.items import Item
 from cocoa_pl.data.processor import Processor
-from cocoa_pl.errors import UserError, name_of
+from cocoa_pl.errors import UserError, first_line, name_of
 from cocoa_pl.losses import matryoshka
 from cocoa_pl.models.backbone import Backbone
 from cocoa_pl.models.exported import (
@@ -66,6 +66,7 @@ class Embedder:
             UserError: if there is no such model, a file of it was changed, or it does not give the
                 vectors it was exported with.
         """
+        device = chosen_device(device)
         folder = export_folder(path)
         described = read_description(folder)
         dtype = described["dtype"]
@@ -78,7 +79,7 @@ class Embedder:
             max_pixels=described["max_pixels"],
             num_token_rows=loaded.backbone.num_token_rows,
         )
-        backbone = loaded.backbone.to(chosen_device(device)).eval()
+        backbone = loaded.backbone.to(device).eval()
         embedder = cls(backbone, processor, Policy.from_dict(described["policy"]))
         expected = np.array(described["fingerprint"], dtype=np.float32)
         check_fingerprint(embedder.encode, expected, dtype=dtype, where=str(folder))
@@ -258,10 +259,18 @@ def _nothing() -> None:
 
 
 def chosen_device(device: str) -> str:
-    """`auto` is the GPU if there is one, else the CPU."""
-    if device != "auto":
-        return device
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    """`auto` is the GPU if there is one, else the CPU.
+
+    Raises:
+        UserError: for a device that is not here.
+    """
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter where torch has no CUDA
+        raise UserError(f"device={device} is not here: {first_line(error)}") from error
+    return device
 
 
 class Progress:

@@ -54,7 +54,7 @@ def train(cfg: DictConfig, run_dir: Path, console: Console) -> None:
     """Run the stages of a config, export the model and score it."""
     check_values(cfg)
     untouched(run_dir / "model")  # refuse before training, not after hours
-    stages = build_stages(cfg)
+    stages, _ = build_stages(cfg), build(cfg.adapter)  # their mistakes show before data are read
     plain: Any = OmegaConf.to_container(cfg, resolve=True)
     settings = RunSettings(
         run_dir=run_dir,
@@ -144,9 +144,13 @@ def build_stages(cfg: DictConfig) -> list[Stage]:
     """Build the stages that `stage.order` names; a typed word about another stage is logged.
 
     Raises:
-        UserError: if it names one that the config does not hold.
+        UserError: if it names one that the config does not hold, or one twice.
     """
     order = list(cfg.stage.order)
+    if len(set(order)) < len(order):
+        raise UserError(
+            f"stage.order=[{','.join(order)}] names a stage twice; metrics know it by its name"
+        )
     known = [name for name, value in cfg.stage.items() if OmegaConf.is_dict(value)]
     if missing := [name for name in order if name not in known]:
         raise UserError(f"stage.order names {missing[0]}; this config holds {', '.join(known)}")
@@ -232,6 +236,7 @@ def open_embedder(path: str, *, device: str) -> Embedder:
     """A run folder, a .ckpt, an exported folder or a hub id."""
     if not path.endswith(".ckpt"):
         return Embedder.load(path, device=device)
+    device = chosen_device(device)
     run_dir = Path(path).resolve().parents[1]
     content = checkpoint.read(Path(path))
     if not (run_dir / "config.yaml").is_file():
@@ -251,7 +256,7 @@ def open_embedder(path: str, *, device: str) -> Embedder:
     checkpoint.load_backbone(backbone, weights, where=path)
     stage = build_stages(cfg)[content["cocoa"]["stage_index"]]
     processor = make_processor(cfg, loaded, max_pixels=cfg.model.eval_max_pixels)
-    return Embedder(backbone.to(chosen_device(device)).eval(), processor, stage.policy)
+    return Embedder(backbone.to(device).eval(), processor, stage.policy)
 
 
 def score(

@@ -16,6 +16,8 @@ from cocoa_pl.errors import Interrupted, UserError
         (UserError("no such row"), 2, "error: no such row\n"),
         (Interrupted("stopped at step 3"), 130, "stopped at step 3\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
+        (IsADirectoryError(21, "Is a directory", "runs"), 2, "error: runs: Is a directory\n"),
+        (OSError(28, "No space left on device"), 2, "error: No space left on device\n"),
     ],
 )
 def test_how_a_command_ends(

@@ -3,6 +3,7 @@
 Positions and pixels equal the stock model's: see `models/test_stock_parity.py`.
 """
 
+import copy
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -152,6 +153,20 @@ def test_images_that_do_not_fit_are_refused_by_row(
         f"toy row 7: images and the end token take 9 tokens, more than max_length={length}; "
         "lower max_pixels or raise max_length"
     )
+
+
+def test_a_tokenizer_without_an_end_token_is_refused(processor: Processor) -> None:
+    tokenizer = copy.deepcopy(processor.tokenizer)
+    tokenizer.eos_token = None
+    with pytest.raises(UserError, match=r"no end token .* as model\.eos_token="):
+        Processor(
+            tokenizer,
+            processor.image_processor,
+            max_length=128,
+            min_pixels=784,
+            max_pixels=784,
+            num_token_rows=324,
+        )
 
 
 def test_image_that_cannot_be_read_is_refused_by_row(processor: Processor, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from cocoa_pl.errors import UserError
 from cocoa_pl.models import loading
 from cocoa_pl.models.loading import Loaded, PretrainedSource, find_folder
+from cocoa_pl.models.published import find_config
 
 LoadTiny = Callable[..., Loaded]
 UP = "layers.1.mlp.up_proj.weight"
@@ -55,6 +56,20 @@ def test_other_family_is_refused_by_its_name(load_tiny: LoadTiny, folder: Path) 
 def test_unusable_config_is_refused(load_tiny: LoadTiny, folder: Path, config: str) -> None:
     (folder / "config.json").write_text(config)
     assert "cannot be loaded" in message(load_tiny, folder)
+    with pytest.raises(UserError, match=r"config\.json cannot be read: "):
+        find_config(str(folder))
+
+
+@pytest.mark.parametrize("method", ["awq", "gptq", "bitsandbytes"])
+def test_a_quantized_base_names_the_package_that_it_needs(
+    method: str, load_tiny: LoadTiny, folder: Path
+) -> None:
+    file = folder / "config.json"
+    own = {"quant_method": method, "bits": 4, "load_in_4bit": True}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": own}))
+    assert re.search(
+        "cannot be loaded: .*(gptqmodel|optimum|bitsandbytes)", message(load_tiny, folder)
+    )
 
 
 @pytest.mark.parametrize(

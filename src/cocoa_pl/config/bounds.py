@@ -17,10 +17,10 @@ from cocoa_pl.errors import UserError
 
 
 class Bounds(NamedTuple):
-    """Which numbers a setting may be; NaN and infinity never."""
+    """Which numbers or lists a setting may be; NaN and infinity never."""
 
     words: str
-    hold: Callable[[float], bool]
+    hold: Callable[[Any], bool]
 
 
 Count = Annotated[int, Bounds("a whole number of at least 1", lambda n: n >= 1)]
@@ -31,6 +31,7 @@ Positive = Annotated[float, Bounds("a number above 0", lambda x: x > 0)]
 NotNegative = Annotated[float, Bounds("a number of at least 0", lambda x: x >= 0)]
 Share = Annotated[float, Bounds("a number from 0 to 1", lambda x: 0 <= x <= 1)]
 ShareAboveZero = Annotated[float, Bounds("a number above 0, at most 1", lambda x: 0 < x <= 1)]
+Names = Annotated[Sequence[str], Bounds("a list of at least one", lambda names: len(names) > 0)]
 ShareBelowOne = Annotated[float, Bounds("a number of at least 0, below 1", lambda x: 0 <= x < 1)]
 
 
@@ -57,13 +58,16 @@ def check_value(key: str, value: Any, annotation: Any) -> None:
     kind, parts = get_origin(kinds[0]) or kinds[0], get_args(kinds[0])
     fits, words = True, ""
     if kind is Annotated:
-        fits, words = _is_number(value, parts[0]) and parts[1].hold(value), parts[1].words
+        of_kind = (
+            _is_number(value, parts[0]) if parts[0] in (int, float) else isinstance(value, list)
+        )
+        fits, words = of_kind and parts[1].hold(value), parts[1].words
     elif kind in (int, float):
         fits, words = _is_number(value, kind), "a whole number" if kind is int else "a number"
     elif kind is bool:
         fits, words = isinstance(value, bool), "true or false"
     elif kind is Literal:
-        fits, words = value in parts, f"one of {', '.join(map(str, parts))}"
+        fits, words = value in parts, f"one of {', '.join(map(_as_typed, parts))}"
     elif kind is tuple:
         fits, words = isinstance(value, list) and len(value) == len(parts), f"{len(parts)} values"
     elif kind is Sequence:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pkgutil import resolve_name
 from typing import Any, Literal, get_type_hints
 
@@ -18,6 +18,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from cocoa_pl.config.bounds import (
     Count,
+    Names,
     NotNegative,
     Positive,
     Seed,
@@ -35,13 +36,16 @@ VALUES: dict[str, Any] = {
     "checkpoint_every": Count,
     "evaluate": bool,
     **{"trainer.log_every_n_steps": Count, "trainer.num_nodes": Count},
+    "trainer.deterministic": Literal[True, False, "warn"],
     "on_bad_row": OnBadRow,
-    "stage.order": Sequence[str],
+    "stage.order": Names,
+    "model.kernel": Literal["auto", "sdpa", "varlen", "flash"],
     "model.dtype": Literal["float32", "bfloat16"],
     "model.gradient_checkpointing": bool,
     "model.max_length": Count,
     **dict.fromkeys(("model.min_pixels", "model.max_pixels", "model.eval_max_pixels"), Count),
-    **{"batch_tokens": Count, "threads": Whole},  # of evaluate and mine
+    # Of evaluate and mine.
+    **{"batch_tokens": Count, "threads": Whole, "store_dtype": Literal["float16", "float32"]},
     **{"negatives": Count, "max_of_positive": ShareAboveZero, "keep": bool},  # of mine
     "workers": Whole | None,  # of doctor
     **{"gpus": Count | None, "mfu": ShareAboveZero, "lengths.rows": Count | None},  # of plan
@@ -82,7 +86,7 @@ def check_values(cfg: DictConfig) -> None:
 
 def declared(plain: Any) -> dict[str, Any]:
     """Keys of a plain config, and the annotations of what they are for."""
-    found = dict(VALUES)
+    found: dict[str, Any] = {}
     for where, node in _targets(plain):
         made = _made(node)
         try:
@@ -91,7 +95,7 @@ def declared(plain: Any) -> dict[str, Any]:
         except (NameError, TypeError):  # imported for type checkers alone; no function
             continue
         found |= {f"{where}{name}": kind for name, kind in kinds.items()}
-    return found
+    return found | VALUES
 
 
 def _targets(plain: Any, where: str = "") -> Iterator[tuple[str, dict[str, Any]]]:

@@ -72,7 +72,7 @@ def guarded(
         sys.stderr.write(f"error: {first_line(error)}\n")
         return MISTAKE
     except OSError as error:
-        # A folder where a file shall be written, a file where a folder, a full disk.
+        # A folder where a file shall be written, a file where a folder, a full or read-only disk.
         if error.filename is None and error.errno not in NO_ROOM:
             raise
         where = "" if error.filename is None else f"{error.filename}: "

@@ -71,6 +71,11 @@ class Processor:
         self.max_length = max_length
         self.min_pixels = min_pixels
         self.max_pixels = max_pixels
+        if tokenizer.eos_token_id is None:
+            raise UserError(
+                "the tokenizer has no end token (eos_token), whose state is the embedding; "
+                "name one of its special tokens as model.eos_token=..."
+            )
         self.eos_id: int = tokenizer.eos_token_id
         token = tokenizer.convert_tokens_to_ids
         self.image_id: int = token("<|image_pad|>")

@@ -47,6 +47,8 @@ def check(cfg: DictConfig, console: Console) -> int:
         UserError: for a mistake in the config.
     """
     _skip_bad_rows(cfg)
+    out = Path(cfg.out)
+    out.mkdir(parents=True, exist_ok=True)  # refused before the work, not after
     findings = Findings()
     with console.status("reading rows"):
         stages = build_stages(cfg)
@@ -67,8 +69,6 @@ def check(cfg: DictConfig, console: Console) -> int:
     if isinstance(benchmark, MtebBenchmark):
         not_checked.append("rows of the benchmark: mteb alone reads those of its tasks")
     print_report(console, checked, not_checked=not_checked)
-    out = Path(cfg.out)
-    out.mkdir(parents=True, exist_ok=True)
     write_json(out / "doctor.json", checked, not_checked=not_checked)
     console.print(f"written: {out / 'doctor.json'}", soft_wrap=True, highlight=False)
     return WOULD_STOP if findings.stops_training else 0

@@ -10,9 +10,9 @@ import json
 import logging
 import pickle
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path, PureWindowsPath
-from typing import Any
+from typing import Any, Literal
 
 import peft
 import torch
@@ -22,7 +22,7 @@ from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dic
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from cocoa_pl.config.bounds import Count, ShareBelowOne
+from cocoa_pl.config.bounds import Count, Names, ShareBelowOne
 from cocoa_pl.errors import UserError, first_line
 from cocoa_pl.models.backbone import Backbone
 from cocoa_pl.models.dora import make_lean
@@ -61,8 +61,9 @@ class LowRank:
     spacing 1e-3).
 
     Args:
-        target_modules: one regular expression over full module names, for the language model and
-            the vision tower.
+        init: of `A`, as peft's `init_lora_weights`; ways that change the base are left out.
+        target_modules: regular expressions over full module names, of the language model and the
+            vision tower.
         use_dora: DoRA instead of LoRA.
         lean_dora: DoRA's norms once per optimizer step and without an identity matrix; the same
             outputs to rounding. Without DoRA it changes nothing.
@@ -70,8 +71,8 @@ class LowRank:
             `lean_dora` and saves a second product with W.
 
     Raises:
-        UserError: if an expression matches nothing in the model, or for `dropout_on_base` off
-            without `lean_dora`.
+        UserError: for an expression that is none or matches nothing in the model, or for
+            `dropout_on_base` off without `lean_dora`.
     """
 
     def __init__(
@@ -80,9 +81,9 @@ class LowRank:
         rank: Count,
         alpha: Count,
         dropout: ShareBelowOne,
-        init: str,
+        init: Literal[True, False, "gaussian", "orthogonal"],
         use_dora: bool,
-        target_modules: Sequence[str],
+        target_modules: Names,
         lean_dora: bool,
         dropout_on_base: bool,
     ) -> None:
@@ -91,11 +92,18 @@ class LowRank:
         self.lean_dora = lean_dora
         self.dropout_on_base = dropout_on_base
         self.target_modules = tuple(target_modules)
+        for expression in target_modules:
+            try:
+                re.compile(expression)
+            except re.error as error:
+                raise UserError(
+                    f"adapter.target_modules: {expression!r} is no regular expression: {error}"
+                ) from error
         self.config = peft.LoraConfig(
             r=rank,
             lora_alpha=alpha,
             lora_dropout=dropout,
-            init_lora_weights=init,  # type: ignore[arg-type]
+            init_lora_weights=init,
             use_dora=use_dora,
             target_modules="|".join(f"(?:{expression})" for expression in target_modules),
         )
@@ -103,7 +111,10 @@ class LowRank:
     def __call__(self, backbone: Backbone) -> Backbone:
         for expression in self.target_modules:
             _require_match(backbone, expression)
-        backbone.model = peft.get_peft_model(backbone.model, self.config)
+        try:
+            backbone.model = peft.get_peft_model(backbone.model, self.config)
+        except ValueError as error:
+            raise UserError(f"adapter: {first_line(error)}") from error
         if self.lean_dora:
             make_lean(backbone.model, dropout_on_base=self.dropout_on_base)
         # Autocast rounds what enters a product: a float32 copy first changes nothing. peft's own

@@ -162,5 +162,6 @@ def _naming(folder: Path) -> Iterator[None]:
     """Say of missing and broken files of a model in one sentence which folder they are in."""
     try:
         yield
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError, ImportError, RuntimeError) as error:
+        # The last two of a quantized base, without its package or a GPU.
         raise UserError(f"{folder} cannot be loaded: {first_line(error)}") from error

@@ -17,7 +17,7 @@ from huggingface_hub.errors import HFValidationError
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConfig
 
-from cocoa_pl.errors import UserError
+from cocoa_pl.errors import UserError, first_line
 
 
 @dataclass(frozen=True)
@@ -57,11 +57,14 @@ def find_config(path: str) -> PretrainedConfig:
     Looked for in this order: a local folder, the hub's cache on this disk, the published table.
 
     Raises:
-        UserError: if none of them has it.
+        UserError: if none of them has it, or the folder's cannot be read.
     """
     local = Path(path) / "config.json"
     if local.is_file():
-        return AutoConfig.from_pretrained(local)
+        try:
+            return AutoConfig.from_pretrained(local)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{local} cannot be read: {first_line(error)}") from error
     if not Path(path).exists():
         try:
             cached = try_to_load_from_cache(path, "config.json")

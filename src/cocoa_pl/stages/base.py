@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -43,12 +43,23 @@ log = logging.getLogger(__name__)
 SHOWN_ROWS = 8
 
 
+# Those of `transformers.get_scheduler` that ask for no numbers of their own; `polynomial` without
+# them is linear.
+Schedule = Literal[
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+]
+
+
 @dataclass(frozen=True)
 class Optimization:
     """AdamW with warm-up and decay.
 
     Args:
-        schedule: a name known to `transformers.get_scheduler`.
         clip_norm: bound of the global gradient norm; 0 or None for none.
 
     Raises:
@@ -58,7 +69,7 @@ class Optimization:
     lr: Positive
     weight_decay: NotNegative
     betas: tuple[ShareBelowOne, ShareBelowOne]
-    schedule: str
+    schedule: Schedule
     warmup_steps: Whole
     clip_norm: NotNegative | None
 
