@@ -27,7 +27,7 @@ from cocoa_pl.run import open_embedder, provenance_of_run, score
 
 def main(cfg: DictConfig) -> None:
     """Score a model in a folder of its own, or in that of its run."""
-    if OmegaConf.is_missing(cfg, "ckpt"):
+    if OmegaConf.is_missing(cfg, "ckpt") or not cfg.ckpt:
         raise UserError("say which model to score: python evaluate.py ckpt=RUN_OR_EXPORT")
     run_dir = Path(os.path.relpath(HydraConfig.get().runtime.output_dir))
     claim_for_scores(cfg, run_dir)

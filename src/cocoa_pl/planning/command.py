@@ -30,6 +30,7 @@ from cocoa_pl.planning.tuning import Adapter
 from cocoa_pl.planning.verdict import Hardware, remedies
 from cocoa_pl.run import build_stages
 from cocoa_pl.stages.recipe import Stage
+from cocoa_pl.stages.trainer import checked_precision
 
 WIDTHS = {"float32": 4, "bfloat16": 2}
 
@@ -110,10 +111,11 @@ def _model(cfg: DictConfig) -> tuple[PretrainedConfig, str]:
 
 
 def _setup(cfg: DictConfig, shape: ModelShape) -> Setup:
-    if cfg.trainer.precision != "32-true":
+    precision, dtype = cfg.trainer.precision, cfg.model.dtype
+    if checked_precision(precision, dtype) != checked_precision(None, dtype):
         raise UserError(
-            f"trainer.precision={cfg.trainer.precision} cannot be planned; leave it at 32-true, "
-            "model.dtype says what products are computed in"
+            f"trainer.precision={precision} cannot be planned with model.dtype={dtype}; leave it "
+            "at null, which follows model.dtype"
         )
     gpus = _gpus(cfg)
     strategy = str(cfg.trainer.strategy)

@@ -123,8 +123,10 @@ def make_trainer(
         trainer = make(**asked | decided)
         if trainer.world_size > 1 and strategy == "auto":
             trainer = make(**asked | decided | {"strategy": REPLICATED})
-    except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
-        raise UserError(f"trainer: {first_line(error)}") from error
+    except (MisconfigurationException, ValueError, TypeError, RuntimeError, ImportError) as error:
+        keys = [key for key in ("accelerator", "devices", "strategy") if key in asked]
+        said = " ".join(f"trainer.{key}={asked[key]}" for key in keys)
+        raise UserError(f"trainer: {first_line(error)} ({said})") from error
     if trainer.world_size > 1 and not isinstance(trainer.strategy, Replicated | FullySharded):
         raise UserError(
             f"trainer.strategy={strategy} cannot be honoured: sums over several processes are "
