@@ -40,7 +40,7 @@ def write(cfg: DictConfig, console: Console) -> None:
     if OmegaConf.is_missing(cfg, "ckpt"):
         raise UserError("say which model mines: cocoa mine RUN_OR_EXPORT")
     if "benchmark" in cfg:
-        raise UserError("cocoa mine reads training data alone; leave out benchmark=")
+        raise UserError("training data alone are mined; leave out benchmark=")
     out = Path(cfg.out)
     taken = UserError(f"out={out} exists and is not empty; name another folder")
     if out.is_file() or (out.exists() and any(out.iterdir())):
