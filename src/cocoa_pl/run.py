@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
@@ -24,7 +25,7 @@ from cocoa_pl.data.sources import HeldOutBenchmark
 from cocoa_pl.distributed.collectives import rank
 from cocoa_pl.distributed.strategies import full_state
 from cocoa_pl.embedder import Embedder, chosen_device
-from cocoa_pl.errors import UserError
+from cocoa_pl.errors import UserError, first_line
 from cocoa_pl.evaluation.benchmark import check_subsets, score_subsets
 from cocoa_pl.evaluation.embedded import IN_MEMORY, VectorSettings, embedded
 from cocoa_pl.evaluation.report import (
@@ -133,11 +134,15 @@ def train(cfg: DictConfig, run_dir: Path, console: Console) -> None:
 def trainer_parts(cfg: DictConfig, run_dir: Path, stage: str) -> Parts:
     """What the config says of a stage's trainer, with `${run.dir}` and `${run.stage}` filled in."""
     own: Any = OmegaConf.merge(cfg, {"run": {"dir": str(run_dir), "stage": stage}})
-    callbacks, loggers = (
-        [build(node) for node in own[group].values() if node is not None]
-        for group in ("callbacks", "logger")
-    )
-    return Parts(build(own.trainer), callbacks, loggers)
+    made: dict[str, list[Any]] = {"callbacks": [], "logger": []}
+    for group, objects in made.items():
+        for name, node in own[group].items():
+            try:
+                objects += [] if node is None else [build(node)]
+            except InstantiationException as error:  # a package that is missing, a server
+                reason = first_line(error.__cause__ or error)
+                raise UserError(f"{group}.{name} cannot be made: {reason}") from error
+    return Parts(build(own.trainer), made["callbacks"], made["logger"])
 
 
 def build_stages(cfg: DictConfig) -> list[Stage]:

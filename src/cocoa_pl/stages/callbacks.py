@@ -188,8 +188,7 @@ def check_login(*, offline: bool) -> None:
         wandb.login()
     except wandb.Error as error:
         raise UserError(
-            f"logger=wandb: {first_line(error)}; run `wandb login`, or give "
-            "logger.wandb.offline=true"
+            f"logger=wandb: {first_line(error)} Or give logger.wandb.offline=true"
         ) from error
 
 
