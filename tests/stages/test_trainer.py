@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import inspect
 import os
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import lightning as L
 import pytest
@@ -18,7 +20,7 @@ from lightning.pytorch.callbacks import (
     RichProgressBar,
     Timer,
 )
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.profilers import SimpleProfiler
 
@@ -27,7 +29,7 @@ from cocoa_pl.errors import UserError
 from cocoa_pl.models.backbone import Backbone
 from cocoa_pl.run import trainer_parts
 from cocoa_pl.stages import checkpoint
-from cocoa_pl.stages.callbacks import StageProgress
+from cocoa_pl.stages.callbacks import StageProgress, check_login, close
 from cocoa_pl.stages.recipe import Interrupted, Stage
 from cocoa_pl.stages.trainer import REFUSED, Parts, checked_precision, make_trainer
 from tests.configs import composed
@@ -354,3 +356,26 @@ def test_bf16_mixed_rounds_matrix_products_and_no_loss(
     torch.testing.assert_close(exact, rounded, rtol=0.05, atol=0)
     # A loss in bfloat16 would have 8 bits.
     assert not torch.equal(rounded, rounded.bfloat16().double())
+
+
+def test_a_logger_ends_with_its_stage() -> None:
+    """A W&B run is the process's own: the next stage's logger would write into it."""
+    logger = MagicMock(spec=WandbLogger)
+    close([logger])
+    logger.experiment.finish.assert_called_once_with()
+
+
+def test_what_a_logger_lacks_is_said_before_anything_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match=r"logger=wandb needs wandb: pip install 'cocoa_pl\[wandb"):
+        check_login(offline=True)
+    failing = MagicMock(Error=RuntimeError, login=MagicMock(side_effect=RuntimeError("No key.")))
+    monkeypatch.setitem(sys.modules, "wandb", failing)
+    check_login(offline=True)
+    with pytest.raises(UserError, match=r"No key\. Or give logger\.wandb\.offline=true"):
+        check_login(offline=False)
+    words = ["+logger.mine._target_=lightning.pytorch.loggers.CometLogger"]
+    with pytest.raises(UserError, match=r"logger\.mine cannot be made: .*comet"):
+        trainer_of(tmp_path, *words)
