@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import subprocess
 import time
 from pathlib import Path
 from pkgutil import resolve_name
@@ -190,3 +191,28 @@ def test_slurm_never_requeues_by_itself(monkeypatch: pytest.MonkeyPatch) -> None
     assert isinstance(slurm, SLURMEnvironment)
     assert not slurm.auto_requeue
     assert cluster_plugins([own]) == [own]  # the user's choice
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_the_job_script_hands_signals_on_and_requeues(number: int, tmp_path: Path) -> None:
+    """With stand-ins: an srun that leaves as train.py does, and an scontrol that writes."""
+    leaving = "trap 'exit 130' USR1; echo $@ > asked; while :; do sleep 0.1; done"
+    for name, script in {"srun": leaving, "scontrol": "echo $@ > requeued"}.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    job = {"SLURM_JOB_ID": "7", "SLURM_NNODES": "2", "RUN": "run"}
+    process = subprocess.Popen(
+        ["bash", str(ROOT / "docs" / "train.sbatch"), "seed=1"],
+        cwd=tmp_path,
+        env=os.environ | job | {"PATH": f"{tmp_path}:{os.environ['PATH']}"},
+    )
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "asked").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    time.sleep(0.1)  # until the script waits
+    process.send_signal(number)
+    assert process.wait(30) == 130
+    assert (
+        "train.py seed=1 trainer.num_nodes=2 hydra.run.dir=run" in (tmp_path / "asked").read_text()
+    )
+    assert (tmp_path / "requeued").read_text() == "requeue 7\n"

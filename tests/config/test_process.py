@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+
+import lightning as L
 import pytest
 
-from cocoa_pl.config.process import guarded
+from cocoa_pl.config.process import check_processes, guarded
 from cocoa_pl.distributed import collectives
 from cocoa_pl.errors import Interrupted, UserError
 
@@ -29,6 +34,48 @@ def test_how_a_command_ends(
 
     assert guarded(run) == status
     assert capsys.readouterr().err == written
+
+
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "8", "RANK": "0", "LOCAL_RANK": "0"}
+SLURM = {"SLURM_NTASKS": "8", "SLURM_NTASKS_PER_NODE": "8", "SLURM_JOB_NAME": "cocoa"}
+SRUN = SLURM | {"SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "nodes", "said"),
+    [
+        ({}, 1, None),
+        ({}, 2, "is 1 x 2, and 1 processes were started"),
+        ({"NODE_RANK": "0"}, 2, None),  # as Lightning's own way on several machines has it
+        (TORCHRUN | {"WORLD_SIZE": "1"}, 1, None),
+        (TORCHRUN, 1, "is 1 x 1, and 8 processes were started"),
+        (SLURM, 8, "is 1 x 8, and 1 processes were started"),  # not by srun
+        (SRUN, 8, None),
+        (SRUN, 1, "is 1 x 1, and 8 processes were started"),
+        (SRUN | {"SLURM_NTASKS": "1"}, 1, None),
+        ({"PL_TRAINER_FAST_DEV_RUN": "1"}, 1, r"unset it and give trainer\.fast_dev_run="),
+    ],
+)
+def test_processes_that_nobody_starts_are_not_waited_for(
+    environment: dict[str, str],
+    nodes: int,
+    said: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    trainer = SimpleNamespace(num_devices=1, num_nodes=nodes)
+    for name in {*TORCHRUN, *SRUN, "NODE_RANK"}:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with nullcontext() if said is None else pytest.raises(UserError, match=said):
+        check_processes(trainer, tmp_path)  # type: ignore[arg-type]
+
+
+def test_a_checkpoint_that_lightning_would_load_by_itself_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "hpc_ckpt_1.ckpt").touch()
+    with pytest.raises(UserError, match=r"hpc_ckpt_1\.ckpt .* would load into every stage"):
+        check_processes(L.Trainer(logger=False), tmp_path)
 
 
 def test_a_bug_keeps_its_traceback() -> None:

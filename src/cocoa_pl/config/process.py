@@ -16,10 +16,8 @@ import datasets
 import lightning as L
 import torch
 import torch.distributed as dist
-from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
-from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
@@ -65,23 +63,21 @@ def guarded(
     try:
         with interruptible():
             run()
+        return 0
     except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return MISTAKE
+        status, said = MISTAKE, f"error: {error}"
     except OmegaConfBaseException as error:  # a value of the config, which is the user's
-        sys.stderr.write(f"error: {first_line(error)}\n")
-        return MISTAKE
+        status, said = MISTAKE, f"error: {first_line(error)}"
     except OSError as error:
         # A folder where a file shall be written, a file where a folder, a full or read-only disk.
         if error.filename is None and error.errno not in NO_ROOM:
             raise
         where = "" if error.filename is None else f"{error.filename}: "
-        sys.stderr.write(f"error: {where}{error.strerror}\n")
-        return MISTAKE
+        status, said = MISTAKE, f"error: {where}{error.strerror}"
     except (Interrupted, KeyboardInterrupt) as stop:
-        if is_first_process():
-            sys.stderr.write(f"{str(stop) or 'interrupted'}\n")
-        return INTERRUPTED
+        if not is_first_process():
+            return INTERRUPTED
+        status, said = INTERRUPTED, str(stop) or "interrupted"
     except RuntimeError as error:
         if is_lost_worker(error):
             lost = (
@@ -92,9 +88,9 @@ def guarded(
             lost = "another process of this job was killed, or ended with a message of its own"
         else:
             raise
-        sys.stderr.write(f"error: {lost}; {remedy}\n")
-        return LOST_PROCESS
-    return 0
+        status, said = LOST_PROCESS, f"error: {lost}; {remedy}"
+    sys.stderr.write(f"{said}\n")
+    return status
 
 
 @contextmanager
@@ -107,12 +103,13 @@ def launched_processes() -> Iterator[None]:
     Raises:
         UserError: if SLURM started several processes by itself.
     """
-    if not TorchElasticEnvironment.detect():
-        if SLURMEnvironment.detect() and int(os.environ["SLURM_NTASKS"]) > 1:
-            raise UserError(
-                "SLURM started several processes, and each of them would do the whole work; "
-                "let one task a machine run torchrun, which starts processes that share it"
-            )
+    launcher, number = _started()
+    if launcher == "srun" and number > 1:
+        raise UserError(
+            "SLURM started several processes, and each of them would do the whole work; "
+            "let one task a machine run torchrun, which starts processes that share it"
+        )
+    if launcher != "torchrun":
         yield
         return
     if torch.cuda.is_available():
@@ -129,18 +126,22 @@ def is_first_process() -> bool:
     return not any(int(os.environ.get(name, "0")) for name in ranks)
 
 
+def _started() -> tuple[str | None, int]:
+    """What started this process from outside, and how many of them."""
+    if TorchElasticEnvironment.detect():
+        return "torchrun", int(os.environ["WORLD_SIZE"])
+    if SLURMEnvironment.detect():
+        return "srun", int(os.environ["SLURM_NTASKS"])
+    return None, 1  # Lightning hands the folder to the processes that it starts
+
+
 def check_named(way: str) -> None:
     """All processes of a job must agree on the run folder, which by default is a new one of each.
 
     Raises:
         UserError: if torchrun or SLURM started several processes.
     """
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    if SLURMEnvironment.detect():
-        several = int(os.environ["SLURM_NTASKS"]) > 1
-    elif not TorchElasticEnvironment.detect():
-        return  # Lightning hands the folder to the processes that it starts
-    if several:
+    if _started()[1] > 1:
         raise UserError(
             f"several processes were started from outside and must share one run folder; "
             f"give it as {way}"
@@ -149,7 +150,7 @@ def check_named(way: str) -> None:
 
 def check_processes(trainer: L.Trainer, run_dir: Path) -> None:
     """Refuse a trainer that would wait for processes that nobody starts, and what Lightning reads
-    from elsewhere than the config; before anything is loaded.
+    from elsewhere than the config.
 
     Raises:
         UserError: naming what is there and what to do.
@@ -159,36 +160,22 @@ def check_processes(trainer: L.Trainer, run_dir: Path) -> None:
             f"{found[0]} is set in the environment, where Lightning looks for what the config does "
             f"not say; unset it and give trainer.{found[0].removeprefix('PL_TRAINER_').lower()}=..."
         )
-    if found := sorted(map(str, run_dir.glob("hpc_ckpt_*.ckpt"))):
+    if requeued := sorted(run_dir.glob("hpc_ckpt_*.ckpt")):
         raise UserError(
-            f"{found[0]} is a checkpoint of Lightning's own requeueing, which it would load into "
-            "every stage; remove it"
+            f"{requeued[0]} is a checkpoint of Lightning's own requeueing, which it would load "
+            "into every stage; remove it"
         )
-    if TorchElasticEnvironment.detect():
-        launcher, started = "torchrun", int(os.environ["WORLD_SIZE"])
-    elif SLURMEnvironment.detect():
-        launcher, started = "srun", int(os.environ["SLURM_NTASKS"])
-        if started > 1 and "SLURM_STEP_ID" not in os.environ:
-            raise UserError(
-                f"the job has {started} tasks, and this process, which srun did not start, would "
-                "wait for the others for ever; run srun python train.py ..."
-            )
-    else:
-        strategy = trainer.strategy
-        if trainer.num_nodes > 1 and isinstance(strategy, ParallelStrategy):
-            environment = strategy.cluster_environment
-            if isinstance(environment, LightningEnvironment) and "NODE_RANK" not in os.environ:
-                raise UserError(
-                    f"trainer.num_nodes={trainer.num_nodes} would wait for the other nodes for "
-                    "ever; start the command on all of them by torchrun or srun (docs/cluster.md)"
-                )
-        return
+    launcher, started = _started()
     devices, nodes = trainer.num_devices, trainer.num_nodes
+    if launcher == "srun" and "SLURM_STEP_ID" not in os.environ:
+        started = 1  # by the script of a job, whose other tasks nobody starts
+    if launcher is None and (nodes == 1 or "NODE_RANK" in os.environ):
+        return  # Lightning starts the others
     if started != devices * nodes:
         raise UserError(
-            f"{launcher} started {started} processes, and the trainer has {devices} on each of "
-            f"{nodes} nodes; give trainer=ddp or trainer=fsdp with trainer.devices=... and "
-            "trainer.num_nodes=..."
+            f"trainer.devices x trainer.num_nodes is {devices} x {nodes}, and {started} processes "
+            "were started, which would wait for ever or work alone: start as many as the trainer "
+            "has, by torchrun or srun, with trainer=ddp or trainer=fsdp (docs/cluster.md)"
         )
 
 
@@ -198,8 +185,7 @@ def end_with_launcher() -> None:
     Otherwise it would wait for that one until an exchange times out. torchrun and SLURM see to it
     themselves.
     """
-    outside = SLURMEnvironment.detect() or TorchElasticEnvironment.detect()
-    if outside or int(os.environ.get("LOCAL_RANK", "0")) == 0:
+    if _started()[0] or int(os.environ.get("LOCAL_RANK", "0")) == 0:
         return
     end_with_parent(
         message="error: the first process of this job was killed; "
