@@ -223,7 +223,9 @@ def _sentence(error: Exception, words: Sequence[str]) -> str:
         if isinstance(node, DictConfig):
             parent = str(cause.full_key).rpartition(".")[0]
             known = _keys(OmegaConf.to_container(node, resolve=False), f"{parent}." * bool(parent))
-        return f"unknown key {name}{nearest(name, known)}"
+        is_open = name.startswith(("trainer.", "callbacks.", "logger.", "benchmark.table."))
+        more = f"; +{name}=... adds it" if is_open else ""
+        return f"unknown key {name}{nearest(name, known)}{more}"
     if "missing EQUAL" in message and refused:
         return f"{refused[1]}: write key=value"
     return first_line(ValueError(message)).rpartition("resolving interpolation: ")[2]

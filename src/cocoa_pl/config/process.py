@@ -14,6 +14,7 @@ from pathlib import Path
 
 import datasets
 import lightning as L
+import rich
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
@@ -196,7 +197,8 @@ def end_with_launcher() -> None:
 def set_up_logging(run_dir: Path) -> Console:
     """Log lines to the console that progress bars use, and with times to the run's `log.txt`."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    console = Console() if sys.stdout.isatty() else Console(width=160)
+    rich.reconfigure(width=None if sys.stdout.isatty() else 160)
+    console = rich.get_console()  # of progress bars, too
     screen: logging.Handler = (
         RichHandler(console=console, show_path=False, show_time=False, show_level=False)
         if console.is_terminal
