@@ -28,14 +28,7 @@ from rich.table import Table
 
 from cocoa_pl.config.folders import claim_sweep
 from cocoa_pl.config.process import guarded
-from cocoa_pl.evaluation.summary import (
-    Run,
-    collect,
-    find_runs,
-    missing_run,
-    parse_overrides,
-    write_summary,
-)
+from cocoa_pl.evaluation.summary import Run, read_runs, write_summary
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +45,7 @@ class SweepSummary(Callback):
 
     def __init__(self, *, subsets: Sequence[str] | None) -> None:
         self.subsets = subsets
-        self.expected: list[list[str]] = []
+        self.expected: list[dict[str, str]] = []
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         if status := guarded(lambda: claim_sweep(config)):
@@ -62,37 +55,30 @@ class SweepSummary(Callback):
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         if config.hydra.mode != RunMode.MULTIRUN or self.subsets is None:
             return
-        folder = _sweep_folder(config)
-        self._write(folder)
+        self._write(config)
         if job_return.status is JobStatus.FAILED:
-            logger.warning(
-                "run %s failed; %s lists it as missing", config.hydra.job.num, folder / "summary.md"
-            )
+            where = _folder(config) / "summary.md"
+            logger.warning("run %s failed; %s lists it as missing", config.hydra.job.num, where)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         if self.subsets is None:
             return
-        folder = _sweep_folder(config)
         console = Console() if sys.stdout.isatty() else Console(width=160)
-        console.print(self._write(folder))
-        console.print(f"summary: {folder / 'summary.md'} and summary.csv, summary.png beside it")
+        console.print(self._write(config))
+        where = _folder(config) / "summary.md"
+        console.print(f"summary: {where} and summary.csv, summary.png beside it")
 
-    def _write(self, folder: Path) -> Table:
-        return write_summary(folder, sweep_runs(folder, self.expected), subsets=self.subsets or ())
-
-
-def sweep_runs(folder: Path, expected: Sequence[Sequence[str]]) -> list[Run]:
-    """The runs found below a sweep folder, and as missing those expected that left no folder."""
-    runs = collect(find_runs(folder))
-    started = [run.overrides for run in runs]
-    return runs + [
-        missing_run(overrides, folder=folder, why="not started")
-        for overrides in expected
-        if parse_overrides(overrides) not in started
-    ]
+    def _write(self, config: DictConfig) -> Table:
+        """Of the runs in the sweep's folder, and those expected that left none."""
+        folder, subsets = _folder(config), self.subsets or ()
+        runs = read_runs(folder, subsets=subsets)
+        started = [run.overrides for run in runs]
+        absent = [overrides for overrides in self.expected if overrides not in started]
+        runs += [Run(folder, overrides, {}, "not started") for overrides in absent]
+        return write_summary(folder, runs, subsets=subsets)
 
 
-def expected_overrides(config: DictConfig) -> list[list[str]]:
+def expected_overrides(config: DictConfig) -> list[dict[str, str]]:
     """The overrides of every run of the sweep; empty for sweepers that choose as they go."""
     sweeper = config.hydra.sweeper
     if not sweeper.get("_target_", "").endswith("BasicSweeper"):
@@ -101,16 +87,15 @@ def expected_overrides(config: DictConfig) -> list[list[str]]:
     parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
     values = {}  # the last word on a key counts
     for word in parser.parse_overrides([*params, *config.hydra.overrides.task]):
-        values[word.get_key_element()] = (
+        values[word.get_key_element().lstrip("+")] = (
             list(word.sweep_string_iterator())
             if word.is_sweep_override()
             else [word.get_value_element_as_str()]
         )
     return [
-        [f"{key}={value}" for key, value in zip(values, chosen, strict=True)]
-        for chosen in itertools.product(*values.values())
+        dict(zip(values, chosen, strict=True)) for chosen in itertools.product(*values.values())
     ]
 
 
-def _sweep_folder(config: DictConfig) -> Path:
+def _folder(config: DictConfig) -> Path:
     return Path(config.hydra.runtime.cwd) / config.hydra.sweep.dir
