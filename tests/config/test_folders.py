@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -74,25 +75,19 @@ def test_of_two_that_claim_a_folder_one_has_it(tmp_path: Path) -> None:
     assert OmegaConf.load(tmp_path / ".hydra" / "config.yaml").seed == winner
 
 
-def test_a_default_folder_is_new_whatever_starts_in_the_same_second(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    words = ["hydra.run.dir=${run_dir:null,runs/noon}", "hydra.sweep.dir=runs/noon"]
-    assert start(words[0]) == [Path("runs/noon")]
-    assert start(words[0]) == [Path("runs/noon_2")]
-    assert start("-m", "seed=1,2", "+hydra.job.noon=1") != start("-m", "seed=1,2")
+def test_a_default_folder_is_new() -> None:
+    noon = "hydra.run.dir=${run_dir:null,runs/noon}"
+    assert [*start(noon), *start(noon)] == [Path("runs/noon"), Path("runs/noon_2")]
+    assert len({folder.parent for _ in "12" for folder in start("-m", "seed=1,2")}) == 2
 
 
 def test_a_new_run_does_not_go_into_the_folder_of_another(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     for made in ("config.yaml", "metrics.csv", "checkpoints/last.ckpt", "model"):
-        (Path(made).with_suffix("") / made).mkdir(parents=True)
-        start(f"hydra.run.dir={Path(made).with_suffix('')}")
-    said = capsys.readouterr().err.splitlines()
-    assert len(said) == 4
-    for line in said:
-        assert "holds a run already: resume=" in line
+        Path(f"of {made}", made).mkdir(parents=True)
+        start(f"hydra.run.dir=of {made}")
+        assert f"holds a run already: 'resume=\"of {made}\"' goes" in capsys.readouterr().err
 
 
 def test_a_sweep_does_not_go_into_the_folder_of_another(
@@ -197,19 +192,13 @@ def test_other_ranks_go_on_with_the_run_and_not_with_its_sweep(name: str) -> Non
     folder = Path(name)
     folder.mkdir(parents=True)
     (folder / CONFIG).touch()
-    monkey = [*sys.argv]
     folders.hand_over(folder, ["trainer.devices=2"])
     words = [*sys.argv[1:], f'hydra.run.dir="{HydraConfig.get().run.dir}"']
-    sys.argv[:] = monkey
-    assert words[1] == "trainer.devices=2"
-    seen: list[tuple[str, str]] = []
+    seen: list[Any] = []
     HydraConfig.instance().cfg = None
-    run_app(
-        "train",
-        lambda cfg: seen.append((cfg.resume, HydraConfig.get().runtime.output_dir)),
-        words,
-    )
-    assert seen == [(name, str(folder.absolute()))]
+    run_app("train", lambda cfg: seen.extend((cfg, HydraConfig.get().runtime.output_dir)), words)
+    assert (seen[0].resume, seen[0].trainer.devices) == (name, 2)
+    assert seen[1] == str(folder.absolute())
 
 
 def test_a_run_is_resumed_by_its_folder_or_its_last_checkpoint() -> None:

@@ -95,7 +95,7 @@ def run_app(
             app(job)()
         except UserError:
             raise
-        except (HydraException, OmegaConfBaseException, ValueError) as error:
+        except (HydraException, OmegaConfBaseException, ValueError, RuntimeError) as error:
             if is_composed:
                 raise
             raise UserError(_sentence(error, sys.argv[1:])) from error
@@ -209,11 +209,11 @@ def _sentence(error: Exception, words: Sequence[str]) -> str:
             key, _, value = word.partition("=")
             one = typed(key, value)
             return f"{word} has several values, which -m runs one by one; one is written {one}"
-    if "submitit" in message:
-        return 'cluster=slurm needs the submitit launcher: pip install "cocoa-pl[slurm]"'
     if isinstance(error, MissingConfigException) and error.options:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
         known = list(error.options)
+        if name.startswith("submitit_"):
+            return 'cluster=slurm needs the submitit launcher: pip install "cocoa-pl[slurm]"'
         return f"{group}={name} does not exist{nearest(name, known)}; there are " + ", ".join(known)
     cause: Any = error.__cause__
     node, refused = getattr(cause, "parent_node", None), re.search("'([^']+)'", message)

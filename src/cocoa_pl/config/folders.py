@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -60,11 +60,9 @@ def new_folder(name: Path) -> Path:
     name.parent.mkdir(parents=True, exist_ok=True)
     for number in count(1):
         folder = name if number == 1 else name.with_name(f"{name.name}_{number}")
-        try:
+        with suppress(FileExistsError):
             folder.mkdir()
-        except FileExistsError:
-            continue
-        return folder
+            return folder
     raise AssertionError("numbers do not end")
 
 
@@ -127,7 +125,7 @@ def claimed(cfg: DictConfig, run_dir: Path) -> Iterator[None]:
     save_words(cfg, run_dir)
     try:
         yield
-    except UserError:
+    except (UserError, OSError):
         if is_first_process() and not _exists(run_dir, TRAINED):
             (run_dir / CONFIG).unlink()
         raise
