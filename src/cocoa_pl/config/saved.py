@@ -16,7 +16,6 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from hydra import compose
 from hydra.core.config_store import ConfigStore
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
@@ -111,14 +110,20 @@ def settled(cfg: DictConfig) -> DictConfig:
     job = HydraConfig.get()
     typed, name = list(job.overrides.task), job.runtime.choices["model"]
     if name != DEFAULT_MODEL or any(word.lstrip("+").startswith("model=") for word in typed):
-        _check_fits(cfg, name)
+        architecture = _architecture(cfg)
+        if not _fits(cfg.model.source, architecture):
+            raise UserError(
+                f"model={name} does not fit init_from={cfg.init_from}, a {architecture.model_type} "
+                f"of width {architecture.get_text_config().hidden_size}; "
+                + ("leave it out" if _settings(cfg.init_from) else f"add {_fitting(architecture)}")
+            )
         log.info("pixels, lengths and rates are those of model=%s", name)
         return cfg
     found = _settings(cfg.init_from)
     if found is None:
         raise UserError(
             f"init_from={cfg.init_from} does not tell which pixels, lengths and learning rates go "
-            f"with it; add {_fitting(cfg)}"
+            f"with it; add {_fitting(_architecture(cfg))}"
         )
     settings, where = found
     defaults = [{"override /schedule@_global_.schedule": OPTION}, "_self_"]
@@ -177,50 +182,26 @@ def _architecture(cfg: DictConfig) -> PretrainedConfig:
     return find_config(str(config.parent) if config else cfg.init_from)
 
 
-def _fitting(cfg: DictConfig) -> str:
-    """Options of `model` for this architecture: of its own size, or else of its family."""
-    architecture = _architecture(cfg)
-    search = GlobalHydra.instance().config_loader().get_search_path().get_path()
-    folders = [Path(str(place.path).removeprefix("file://")) / "model" for place in search]
-    of_family, of_size = [], []
-    for file in sorted(file for folder in folders for file in folder.glob("*.yaml")):
+def _fitting(architecture: PretrainedConfig) -> str:
+    """The options of `model` for an architecture, as words."""
+    places = [one for one in HydraConfig.get().runtime.config_sources if one.schema == "file"]
+    fitting = []
+    for file in (file for one in places for file in sorted(Path(one.path, "model").glob("*.yaml"))):
         option: Any = OmegaConf.load(file)
-        source = option.get("source") or {}
-        known = KNOWN.get(str(source.get("path")))
-        if known is not None and _size(known.config()) == _size(architecture):
-            of_size.append(file.stem)
-        if _family(source) == architecture.model_type:
-            of_family.append(file.stem)
-    return " or ".join(f"model={name}" for name in of_size or of_family)
+        if "source" in option and _fits(option.source, architecture):
+            fitting.append(f"model={file.stem}")
+    return " or ".join(fitting)
 
 
-def _check_fits(cfg: DictConfig, name: str) -> None:
-    """Settings are for a family; those of small models, with rates for random weights, for these
-    alone.
+def _fits(source: DictConfig, architecture: PretrainedConfig) -> bool:
+    """Whether the `model` section with this source is for an architecture: settings are for a
+    family; those of small models, with rates for random weights, for none that is published.
     """
-    architecture, source = _architecture(cfg), cfg.model.source
-    is_published = any(_size(known.config()) == _size(architecture) for known in KNOWN.values())
-    is_small = "family" in source
-    if _family(source) in (None, architecture.model_type) and not (is_small and is_published):
-        return
-    known = _settings(cfg.init_from) is not None
-    advice = "leave it out" if known else f"add {_fitting(cfg)}"
-    raise UserError(
-        f"model={name} does not fit init_from={cfg.init_from}, a {architecture.model_type} of "
-        f"width {architecture.get_text_config().hidden_size}; {advice}"
-    )
-
-
-def _family(source: Any) -> str | None:
-    """Of the models that an option of `model` is for; None if that is not to be found out here."""
+    text = architecture.get_text_config()
     if "family" in source:
-        return str(source["family"])
+        widths = {known.config().get_text_config().hidden_size for known in KNOWN.values()}
+        return source.family == architecture.model_type and text.hidden_size not in widths
     try:
-        return str(find_config(source["path"]).model_type)
+        return find_config(source["path"]).model_type == architecture.model_type
     except (UserError, KeyError):
-        return None
-
-
-def _size(config: PretrainedConfig) -> tuple[str, int, int]:
-    text = config.get_text_config()
-    return config.model_type, text.hidden_size, text.num_hidden_layers
+        return True  # only its owner can tell
