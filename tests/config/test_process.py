@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import lightning as L
 import pytest
+from safetensors import SafetensorError
 
 from cocoa_pl.config.process import check_processes, guarded
 from cocoa_pl.distributed import collectives
@@ -23,6 +24,7 @@ from cocoa_pl.errors import Interrupted, UserError
         (KeyboardInterrupt(), 130, "interrupted\n"),
         (IsADirectoryError(21, "Is a directory", "runs"), 2, "error: runs: Is a directory\n"),
         (OSError(28, "No space left on device"), 2, "error: No space left on device\n"),
+        (SafetensorError("I/O error: File too large"), 2, "error: I/O error: File too large\n"),
     ],
 )
 def test_how_a_command_ends(

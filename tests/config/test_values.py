@@ -42,6 +42,7 @@ TRAIN = [
     ("num_workers=-1", "a whole number of at least 0"),
     ("checkpoint_every=0", "a whole number of at least 1"),
     ("evaluate=maybe", "true or false"),
+    ("cache_dir=null", "a text"),
     ("data.scenes=0", "a whole number of at least 1"),
     ("trainer.num_nodes=0", "a whole number of at least 1"),
     ("trainer.log_every_n_steps=0", "a whole number of at least 1"),

@@ -38,7 +38,7 @@ ShareBelowOne = Annotated[float, Bounds("a number of at least 0, below 1", lambd
 def check_value(key: str, value: Any, annotation: Any) -> None:
     """Compare a value, and what lists and mappings hold, with an annotation.
 
-    Numbers, bools and literals are looked at; what an annotation says of other types is not.
+    Numbers, bools, texts and literals are looked at; what an annotation says of others is not.
 
     Args:
         key: what the user calls it.
@@ -64,6 +64,8 @@ def check_value(key: str, value: Any, annotation: Any) -> None:
         fits, words = of_kind and parts[1].hold(value), parts[1].words
     elif kind in (int, float):
         fits, words = _is_number(value, kind), "a whole number" if kind is int else "a number"
+    elif kind is str:
+        fits, words = isinstance(value, str), "a text"
     elif kind is bool:
         fits, words = isinstance(value, bool), "true or false"
     elif kind is Literal:

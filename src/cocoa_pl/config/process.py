@@ -23,6 +23,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.logging import RichHandler
+from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
 from cocoa_pl.distributed.collectives import is_lost_peer
@@ -67,7 +68,8 @@ def guarded(
         return 0
     except UserError as error:
         status, said = MISTAKE, f"error: {error}"
-    except OmegaConfBaseException as error:  # a value of the config, which is the user's
+    # A value of the config, which is the user's; weights that do not fit the disk.
+    except (OmegaConfBaseException, SafetensorError) as error:
         status, said = MISTAKE, f"error: {first_line(error)}"
     except OSError as error:
         # A folder where a file shall be written, a file where a folder, a full or read-only disk.
