@@ -176,6 +176,9 @@ def test_every_option_of_lightnings_objects_can_be_built(name: str, tmp_path: Pa
         ("stage.contrast.module.steps", "unknown key stage.contrast.module.steps"),  # filled in
         ("trainer.max_stepss", r"unknown key .* \(did you mean max_steps\?\)"),
         ("data.foo", "unknown key data.foo; there are cache_dir, "),
+        ("model.max_pixel", r"unknown key .* \(did you mean max_pixels\?\)"),
+        ("stage.token_budgett", r"unknown key .* \(did you mean token_budget\?\)"),
+        ("stage.contrst.steps", r"unknown key stage\.contrst \(did you mean contrast\?\)"),
     ],
 )
 def test_a_key_that_nothing_takes_is_named(key: str, message: str, default: DictConfig) -> None:

@@ -38,12 +38,15 @@ VALUES: dict[str, Any] = {
     **{"trainer.log_every_n_steps": Count, "trainer.num_nodes": Count},
     "trainer.deterministic": Literal[True, False, "warn"],
     "on_bad_row": OnBadRow,
-    "stage.order": Names,
+    **{"stage.order": Names, "stage.token_budget": Count, "stage.validate_every": Count},
+    **{"stage.validation_batch_size": Count, "stage.weight_decay": NotNegative},
+    "stage.clip_norm": NotNegative | None,
     "model.kernel": Literal["auto", "sdpa", "varlen", "flash"],
     "model.dtype": Literal["float32", "bfloat16"],
     "model.gradient_checkpointing": bool,
     "model.max_length": Count,
     **dict.fromkeys(("model.min_pixels", "model.max_pixels", "model.eval_max_pixels"), Count),
+    **{"model.num_workers": Whole, "model.eos_token": str | None},
     # Of evaluate and mine.
     **{"batch_tokens": Count, "threads": Whole, "store_dtype": Literal["float16", "float32"]},
     **{"negatives": Count, "max_of_positive": ShareAboveZero, "keep": bool},  # of mine
@@ -64,9 +67,15 @@ def check_values(cfg: DictConfig) -> None:
     Raises:
         UserError: naming the key as a user would type it.
     """
-    plain = OmegaConf.to_container(cfg, resolve=False)
+    plain: Any = OmegaConf.to_container(cfg, resolve=False)
     for where, node in _targets(plain):
         _check_keys(where, node)
+    for section in ("model", "stage"):  # they hold values, and what is made
+        known = {key.partition(".")[2] for key in VALUES if key.startswith(f"{section}.")}
+        for key, value in plain.get(section, {}).items():
+            if key not in known and not (isinstance(value, dict) and "_target_" in value):
+                hint = nearest(key, known | plain[section].keys() - {key})
+                raise UserError(f"unknown key {section}.{key}{hint}")
     for key, kind in declared(plain).items():
         if _raw(plain, key) == MISSING:
             continue
