@@ -11,7 +11,7 @@ import pytest
 from omegaconf import DictConfig
 
 from cocoa_pl.config.command_line import CONFIGS, run_app
-from cocoa_pl.errors import typed
+from cocoa_pl.errors import UserError, typed
 
 ROOT = CONFIGS.parent
 Start = Callable[..., list[DictConfig]]
@@ -163,3 +163,19 @@ def test_what_only_shows_something_makes_no_folder(
         assert start(*words.split()) == []
     assert capsys.readouterr().out
     assert not any(tmp_path.iterdir())
+
+
+def test_of_a_sweep_a_mistake_ends_one_run_and_an_interruption_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    seeds: list[int] = []
+
+    def task(cfg: DictConfig) -> None:
+        seeds.append(cfg.seed)
+        raise [UserError("no such row"), KeyboardInterrupt][cfg.seed]
+
+    with pytest.raises(SystemExit, match="130"):
+        run_app("train", task, ["-m", "seed=0,1,2"])
+    assert seeds == [0, 1]
+    assert capsys.readouterr().err.splitlines() == ["error: no such row", "interrupted"]

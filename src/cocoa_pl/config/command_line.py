@@ -77,7 +77,7 @@ def run_app(
             with suppress(OSError):  # there are files of a run that had begun
                 folder.rmdir()
         if sweeps and statuses[-1] == INTERRUPTED:
-            raise KeyboardInterrupt  # ends the sweep; a mistake in one run does not
+            sys.exit(INTERRUPTED)  # ends the sweep; a mistake in one run does not
 
     def start() -> None:
         register_resolvers()
