@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import logging
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -72,7 +71,7 @@ def train(cfg: DictConfig, run_dir: Path, console: Console) -> None:
         if logger and logger["_target_"].endswith("WandbLogger"):
             check_login(offline=bool(logger.get("offline")))
     for stage in stages:  # what Lightning refuses, it refuses here
-        check_processes(settings.trainer(stage, steps=1), run_dir)
+        check_processes(settings.trainer(stage, settings.parts(stage.name), steps=1), run_dir)
     data = build(cfg.data)
     benchmark = build(cfg.benchmark) if cfg.evaluate else None  # its mistakes show before training
     if isinstance(benchmark, HeldOutBenchmark) and cfg.benchmark.data == cfg.data:
@@ -85,14 +84,8 @@ def train(cfg: DictConfig, run_dir: Path, console: Console) -> None:
         make_processor(cfg, loaded, max_pixels=most)
         for most in (cfg.model.max_pixels, cfg.model.eval_max_pixels)
     )
-    lineage = run_stages(
-        stages,
-        backbone,
-        processor,
-        data,
-        settings,
-        resume=cfg.resume is not None,
-    )
+    resume = cfg.resume is not None
+    lineage = run_stages(stages, backbone, processor, data, settings, resume=resume)
     if cfg.trainer.get("fast_dev_run"):
         log.info("trainer.fast_dev_run: nothing is exported or scored")
         return
@@ -110,25 +103,21 @@ def train(cfg: DictConfig, run_dir: Path, console: Console) -> None:
         backbone = with_adapter(cfg, loaded)
         checkpoint.load_trained(backbone, weights, where=str(source))
     backbone.compute_dtype = backbone.stock.dtype  # as whoever loads it computes
-    embedder = Embedder(
-        backbone.to(scoring_device(cfg)),  # the trainer leaves it on the CPU
-        eval_processor,
-        stages[-1].policy,
-    )
+    backbone = backbone.to(scoring_device(cfg))  # the trainer leaves it on the CPU
     embedder = export(
-        embedder, run_dir / "model", lineage=[*began, *lineage], settings=settings_of(plain)
+        Embedder(backbone, eval_processor, stages[-1].policy),
+        run_dir / "model",
+        lineage=[*began, *lineage],
+        settings=settings_of(plain),
     )
     if benchmark is not None:
-        score(
-            embedder,
-            benchmark,
-            run_dir,
-            console,
-            checkpoint_name=str(run_dir),
-            provenance=provenance_of_run(
-                run_dir, facts=_facts(cfg, stages), policy=embedder.policy
-            ),
-        )
+        facts = {"stages": " → ".join(stage.name for stage in stages)}
+        for stage in stages:
+            facts[stage.name] = f"{stage.policy.name} attention, lr {stage.optimization.lr:g}"
+        facts["seed"] = cfg.seed
+        provenance = provenance_of_run(run_dir, facts=facts, policy=embedder.policy)
+        name = str(run_dir)
+        score(embedder, benchmark, run_dir, console, checkpoint_name=name, provenance=provenance)
 
 
 def trainer_parts(cfg: DictConfig, run_dir: Path, stage: str) -> Parts:
@@ -339,11 +328,3 @@ def provenance_of_run(run: Path, *, facts: dict[str, Any], policy: Policy) -> Pr
         config=text,
         metrics_csv=metrics if metrics.is_file() else None,
     )
-
-
-def _facts(cfg: DictConfig, stages: Sequence[Stage]) -> dict[str, Any]:
-    described = {
-        stage.name: f"{stage.policy.name} attention, lr {stage.optimization.lr:g}"
-        for stage in stages
-    }
-    return {"stages": " → ".join(s.name for s in stages), **described, "seed": cfg.seed}

@@ -14,7 +14,6 @@ import rich
 import torch
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
-from numpy.typing import NDArray
 from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -103,7 +102,9 @@ class StageProgress(L.Callback):
 
 
 class Pictures(L.Callback):
-    """Shows what the stage does on the first validation batch, each time it validates."""
+    """Shows what the stage does on the first validation batch, each time it validates: in
+    `pictures/`, and in every logger that can show it.
+    """
 
     @torch.no_grad()
     def on_validation_batch_end(
@@ -121,10 +122,25 @@ class Pictures(L.Callback):
         pictures: dict[str, Any] = pl_module.pictures(batch)  # type: ignore[operator]
         if not trainer.is_global_zero:
             return
-        loggers: list[Logger] = trainer.loggers
-        run_dir, stage = Path(trainer.default_root_dir), str(pl_module.label).split()[-1]
+        stage, step = str(pl_module.label).split()[-1], trainer.global_step
+        folder = Path(trainer.default_root_dir) / "pictures"
+        folder.mkdir(exist_ok=True)
         for name, content in pictures.items():
-            show(loggers, run_dir, f"{stage}/{name}", content, trainer.global_step)
+            title, is_text = f"{stage}/{name}", isinstance(content, str)
+            if is_text:
+                (folder / f"{stage}_{name}.md").write_text(content + "\n")
+            else:
+                picture = Image.fromarray((content * 255).astype(np.uint8))
+                picture.save(folder / f"{stage}_{name}.png")
+            for logger in trainer.loggers:
+                if isinstance(logger, TensorBoardLogger) and is_text:
+                    logger.experiment.add_text(title, content, step)
+                elif isinstance(logger, TensorBoardLogger):
+                    logger.experiment.add_image(title, content, step, dataformats="HWC")
+                elif isinstance(logger, WandbLogger) and is_text:
+                    logger.log_text(title, columns=["text"], data=[[content]], step=step)
+                elif isinstance(logger, WandbLogger):
+                    logger.log_image(title, [content], step=step)
 
 
 class Metrics(Logger):
@@ -197,25 +213,3 @@ def close(loggers: Sequence[Logger]) -> None:
     for logger in loggers:
         if isinstance(logger, WandbLogger):
             logger.experiment.finish()
-
-
-def show(
-    loggers: list[Logger], run_dir: Path, name: str, content: str | NDArray[np.float32], step: int
-) -> None:
-    """A text or a picture (H, W, 3) in [0, 1] to `pictures/` and every logger that can show it."""
-    folder = run_dir / "pictures"
-    folder.mkdir(exist_ok=True)
-    stem = name.replace("/", "_")
-    if isinstance(content, str):
-        (folder / f"{stem}.md").write_text(content + "\n")
-    else:
-        Image.fromarray((content * 255).astype(np.uint8)).save(folder / f"{stem}.png")
-    for logger in loggers:
-        if isinstance(logger, TensorBoardLogger) and isinstance(content, str):
-            logger.experiment.add_text(name, content, step)
-        elif isinstance(logger, TensorBoardLogger):
-            logger.experiment.add_image(name, content, step, dataformats="HWC")
-        elif isinstance(logger, WandbLogger) and isinstance(content, str):
-            logger.log_text(name, columns=["text"], data=[[content]], step=step)
-        elif isinstance(logger, WandbLogger):
-            logger.log_image(name, [content], step=step)

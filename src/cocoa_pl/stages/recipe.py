@@ -148,16 +148,15 @@ class RunSettings:
     def last(self) -> Path:
         return self.run_dir / checkpoint.LAST
 
-    def trainer(self, stage: Stage, steps: int, **own: Any) -> L.Trainer:
+    def trainer(self, stage: Stage, parts: Parts, *, steps: int) -> L.Trainer:
         """Of a stage that is so long; see `make_trainer`."""
         return make_trainer(
-            own.pop("parts", None) or self.parts(stage.name),
+            parts,
             stage=stage.name,
             run_dir=self.run_dir,
             steps=steps,
             validate_every=stage.validate_every,
             dtype=self.dtype,
-            **own,
         )
 
 
@@ -267,8 +266,8 @@ def _check_callbacks(
     Args:
         measures: what each stage logs under `validation/`.
     """
-    parts = {stage.name: settings.parts(stage.name).callbacks for stage in stages}
-    for callback in parts[stages[-1].name]:
+    callbacks = settings.parts(stages[-1].name).callbacks
+    for callback in callbacks:
         if not any(takes_part(callback, names) for names in measures):
             log.info(
                 "%s does nothing: no stage of this run logs %s",
@@ -277,7 +276,7 @@ def _check_callbacks(
             )
     kept = {
         callback.filename
-        for callback in parts[stages[-1].name]
+        for callback in callbacks
         if isinstance(callback, ModelCheckpoint) and takes_part(callback, measures[-1])
     }
     if settings.export not in {"last", *kept}:
@@ -314,8 +313,9 @@ def _run_stage(
     saver = LastCheckpoint(settings.last, every=settings.checkpoint_every, position=position)
     metrics_csv = Metrics(settings.run_dir, stage.name, start_step=start_step, steps=steps)
     parts = settings.parts(stage.name)
-    parts.callbacks[:] = [c for c in parts.callbacks if takes_part(c, module.measures)]
-    trainer = settings.trainer(stage, steps, parts=parts, callbacks=[saver], loggers=[metrics_csv])
+    callbacks = [c for c in parts.callbacks if takes_part(c, module.measures)]
+    parts = Parts(parts.trainer, [*callbacks, saver], [metrics_csv, *parts.loggers])
+    trainer = settings.trainer(stage, parts, steps=steps)
     backbone.compute_dtype = torch.float32 if trainer.precision == "32-true" else torch.bfloat16
     device = trainer.strategy.root_device
     data = StageData(

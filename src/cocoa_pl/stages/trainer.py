@@ -68,15 +68,12 @@ def make_trainer(
     steps: int,
     validate_every: int,
     dtype: str,
-    callbacks: Sequence[L.Callback] = (),
-    loggers: Sequence[Logger] = (),
 ) -> L.Trainer:
-    """The config's trainer for a stage.
+    """A stage's trainer.
 
     Args:
         steps: of the stage; `max_steps`, `limit_train_batches` and `fast_dev_run` make it shorter.
         dtype: `model.dtype`, which `precision=null` follows.
-        callbacks, loggers: the recipe's own, behind and before those of the config.
 
     Raises:
         UserError: for an argument that cannot be honoured, or whatever Lightning refuses.
@@ -91,11 +88,11 @@ def make_trainer(
     cap = asked.pop("limit_train_batches", None)
     cap = int(cap * steps) if isinstance(cap, float) else cap
     caps = [n for n in (asked.pop("max_steps", -1), cap) if n is not None and n >= 0]
-    own = asked.pop("callbacks", None) or []
-    own = [*parts.callbacks, *(own if isinstance(own, list) else [own]), *callbacks]
-    has_bar = any(isinstance(callback, ProgressBar) for callback in own)
+    callbacks = asked.pop("callbacks", None) or []
+    callbacks = [*(callbacks if isinstance(callbacks, list) else [callbacks]), *parts.callbacks]
+    has_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
     shows_bar = asked.pop("enable_progress_bar", None) is not False and not has_bar
-    for callback in own:
+    for callback in callbacks:
         if isinstance(callback, StageProgress):
             callback.bar = shows_bar
     if isinstance(profiler := asked.get("profiler"), str) and profiler in PROFILERS:
@@ -111,8 +108,8 @@ def make_trainer(
         "plugins": cluster_plugins(asked.get("plugins")),
         "enable_progress_bar": has_bar,
         "default_root_dir": run_dir,
-        "logger": [*loggers, *parts.loggers],
-        "callbacks": own,
+        "logger": parts.loggers,
+        "callbacks": callbacks,
     }
     asked = {name: value for name, value in asked.items() if name not in REFUSED}
     make = parts.trainer.func
