@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import lightning as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, ProgressBar
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.profilers import AdvancedProfiler, PyTorchProfiler, SimpleProfiler
 
@@ -156,8 +156,8 @@ def checked_precision(precision: Any, dtype: str) -> str:
 
 
 def takes_part(callback: L.Callback, measures: Sequence[str]) -> bool:
-    """Whether a stage logs what a callback monitors, such as ModelCheckpoint or EarlyStopping."""
-    monitor = getattr(callback, "monitor", None)
+    """Whether a stage logs the validation metric that a callback monitors, if it does."""
+    monitor = callback.monitor if isinstance(callback, EarlyStopping | ModelCheckpoint) else None
     if monitor is None or not monitor.startswith("validation/"):
         return True
     return monitor.removeprefix("validation/") in measures
