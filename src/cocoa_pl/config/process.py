@@ -78,8 +78,8 @@ def guarded(
         where = "" if error.filename is None else f"{error.filename}: "
         status, said = MISTAKE, f"error: {where}{error.strerror}"
     except (Interrupted, KeyboardInterrupt) as stop:
-        if not is_first_process():
-            return INTERRUPTED
+        if not is_first_process():  # Lightning kills the first at any status but 0
+            return INTERRUPTED if _started()[0] else 0
         status, said = INTERRUPTED, str(stop) or "interrupted"
     except RuntimeError as error:
         if is_lost_worker(error):
