@@ -162,9 +162,7 @@ def model_folder(cfg: DictConfig, texts: Texts) -> Path:
     """The folder of the model, or of the adapter, that training starts from."""
     if cfg.init_from is None:
         return build(cfg.model.source).folder(texts)
-    exported = Path(cfg.init_from) / "model"
-    path = str(exported) if exported.is_dir() else cfg.init_from
-    folder = find_folder(path)
+    folder = find_folder(cfg.init_from)
     log.info("starting from %s", folder)
     return folder
 

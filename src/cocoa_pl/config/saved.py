@@ -164,9 +164,8 @@ def _settings(init_from: str) -> tuple[dict[str, Any], str] | None:
 
 def _file_of(init_from: str, name: str) -> Path | None:
     """A small file of a model, here or on the hub, without its weights; None if it has none."""
-    here = Path(init_from) / "model"
     if Path(init_from).exists() or init_from.count("/") != 1:
-        file = find_folder(str(here if here.is_dir() else init_from)) / name
+        file = find_folder(init_from) / name
         return file if file.is_file() else None
     try:
         return Path(hf_hub_download(init_from, name))

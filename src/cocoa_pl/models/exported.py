@@ -41,8 +41,7 @@ def export_folder(path: str) -> Path:
     Raises:
         UserError: if it is none of these.
     """
-    inner = Path(path) / "model"
-    folder = find_folder(str(inner if (inner / DESCRIPTION).is_file() else path))
+    folder = find_folder(path)
     if (folder / ADAPTER_CONFIG).is_file():
         raise UserError(
             f"{folder} is an adapter, which says nothing of attention and pooling; make a model of "

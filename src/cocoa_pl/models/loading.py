@@ -69,13 +69,14 @@ class Loaded:
 
 
 def find_folder(path: str) -> Path:
-    """The local folder of a model, or of an adapter.
+    """The local folder of a model, or of an adapter; of a run, of the model that it exported.
 
     Raises:
         UserError: if it is neither on this disk nor to be had from the hub.
     """
-    if any((Path(path) / name).is_file() for name in ("config.json", ADAPTER_CONFIG)):
-        return Path(path)
+    for folder in (Path(path), Path(path) / "model"):
+        if any((folder / name).is_file() for name in ("config.json", ADAPTER_CONFIG)):
+            return folder
     if (Path(path) / "config.yaml").is_file():
         raise UserError(
             f"{path} is a run that has exported no model yet; {typed('resume', path)} finishes it"
