@@ -1,4 +1,8 @@
-"""Overrides for the smallest run that works, for tests of whole commands."""
+"""Overrides for the smallest run that works, and models of any size without weights."""
+
+import torch
+from torch import nn
+from transformers import AutoModelForImageTextToText, PretrainedConfig
 
 STAGES = ("pretrain", "warmup", "reconstruct", "contrast")
 SMALL_DIGITS = ["data.scenes=60", "data.task_rows=20", "data.validation_rows=25"]
@@ -17,3 +21,10 @@ SMALL_TRAINING = [
     "trainer=cpu",
     "num_workers=0",
 ]
+
+
+def meta_model(config: PretrainedConfig) -> nn.Module:
+    """The stock generative model on the meta device: every name, shape and dtype, no memory."""
+    with torch.device("meta"):
+        model: nn.Module = AutoModelForImageTextToText.from_config(config)
+    return model

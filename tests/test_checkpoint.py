@@ -214,9 +214,8 @@ def test_a_run_does_not_go_on_with_another_kind_of_checkpoint(tmp_path: Path) ->
     file.touch()
     with pytest.raises(UserError, match=r"shards\.ckpt holds sharded .*init_from=FOLDER instead"):
         fit(shards, steps=1, every=1, module=Toy())
-    trainer = L.Trainer(
-        accelerator="cpu", strategy=FullySharded(timeout_minutes=1), logger=False, barebones=True
-    )
+    strategy = FullySharded(tensor_parallel_size=1)
+    trainer = L.Trainer(accelerator="cpu", strategy=strategy, logger=False, barebones=True)
     saver = LastCheckpoint(file, every=1, position={})
     with pytest.raises(UserError, match=r"file\.ckpt holds whole .*init_from=FOLDER instead"):
         saver.setup(trainer, Toy(), "fit")

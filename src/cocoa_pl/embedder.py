@@ -153,7 +153,9 @@ class Embedder:
         vectors = np.empty((len(items), dim), np.float32)
         with closing(stream), bar(len(items), shown=progress) as advance:
             for numbers, some in stream:
-                vectors[numbers] = some if dim == self.dim else _leading(some, dim)
+                if dim < self.dim:
+                    some = matryoshka(torch.from_numpy(some), [dim])[0].numpy()
+                vectors[numbers] = some
                 advance(len(numbers))
         return vectors
 
@@ -217,22 +219,17 @@ class Embedder:
         with self._one_at_a_time, torch.inference_mode(), _evaluating(self.backbone):
             vectors = self.backbone.embed(batch.to(self.backbone.device))
             on_host = vectors.to("cpu", non_blocking=True)
-            wait = _nothing
+            copied = None
             if vectors.is_cuda:
-                wait = torch.cuda.current_stream(vectors.device).record_event().synchronize
+                copied = torch.cuda.current_stream(vectors.device).record_event()
 
         def fetch() -> NDArray[np.float32]:
-            wait()
+            if copied is not None:
+                copied.synchronize()
             found: NDArray[np.float32] = on_host.numpy()
             return found
 
         return fetch
-
-
-def _leading(vectors: NDArray[np.float32], dim: int) -> NDArray[np.float32]:
-    (found,) = matryoshka(torch.from_numpy(vectors), [dim])
-    short: NDArray[np.float32] = found.numpy()
-    return short
 
 
 def _fetched(numbers: NDArray[np.intp], fetch: Fetch, progress: Progress) -> Part:
@@ -252,10 +249,6 @@ def _evaluating(backbone: Backbone) -> Iterator[None]:
     finally:
         for module in trained:
             module.training = True
-
-
-def _nothing() -> None:
-    """The CPU is done when it returns."""
 
 
 def chosen_device(device: str) -> str:

@@ -17,8 +17,9 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 from cocoa_pl.errors import UserError
 from cocoa_pl.models.adapters import LowRank
 from cocoa_pl.models.loading import FAMILIES
-from cocoa_pl.models.published import KNOWN, find_config, meta_model
+from cocoa_pl.models.published import KNOWN, find_config
 from tests.configs import composed
+from tests.small import meta_model
 
 CONF = Path(__file__).parents[2] / "conf"
 TEXT = (

@@ -12,7 +12,7 @@ from torch import nn
 
 from cocoa_pl.errors import UserError
 from cocoa_pl.models.adapters import LowRank
-from cocoa_pl.models.published import KNOWN, meta_model
+from cocoa_pl.models.published import KNOWN
 from cocoa_pl.planning.families import model_shape
 from cocoa_pl.planning.shapes import Linear
 from cocoa_pl.planning.tuning import (
@@ -22,6 +22,7 @@ from cocoa_pl.planning.tuning import (
     decoder_parameters,
     trained_parameters,
 )
+from tests.small import meta_model
 
 MakeSmall = Callable[..., Any]
 PAPER_TARGETS = (

@@ -46,20 +46,12 @@ MODEL, OPTIMIZER = "state_dict", "optimizer_0"
 
 # Names in trainer configs; each stage gets a fresh strategy.
 REPLICATED, FULLY_SHARDED = "replicated", "fully_sharded"
+TIMEOUT = timedelta(minutes=30)  # for which a process waits for the others in one exchange
 
 
-@StrategyRegistry.register(
-    REPLICATED, description="the model whole on every process", timeout_minutes=30
-)
+@StrategyRegistry.register(REPLICATED, timeout=TIMEOUT)
 class Replicated(DDPStrategy):
-    """Lightning's DDP with its launching of processes, and nothing around the module.
-
-    Args:
-        timeout_minutes: how long a process waits for the others in one exchange.
-    """
-
-    def __init__(self, *, timeout_minutes: float) -> None:
-        super().__init__(timeout=timedelta(minutes=timeout_minutes))
+    """Lightning's DDP with its launching of processes, and nothing around the module."""
 
     def configure_ddp(self) -> None:
         """Give all processes rank 0's values, instead of wrapping the module."""
@@ -68,21 +60,13 @@ class Replicated(DDPStrategy):
             dist.broadcast(value.detach(), src=0)
 
 
-@StrategyRegistry.register(
-    FULLY_SHARDED, description="FSDP2 over all processes", timeout_minutes=30
-)
+@StrategyRegistry.register(FULLY_SHARDED, tensor_parallel_size=1, timeout=TIMEOUT)
 class FullySharded(ModelParallelStrategy):
     """Lightning's strategy for FSDP2 over all processes of a job.
 
     Checkpoints hold what trains and nothing else, as on one process, and load on any number of
     processes.
-
-    Args:
-        timeout_minutes: how long a process waits for the others in one exchange.
     """
-
-    def __init__(self, *, timeout_minutes: float) -> None:
-        super().__init__(tensor_parallel_size=1, timeout=timedelta(minutes=timeout_minutes))
 
     def setup_environment(self) -> None:
         self._data_parallel_size = self.num_nodes * self.num_processes

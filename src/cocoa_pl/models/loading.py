@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -28,14 +28,6 @@ FAMILIES: dict[str, type[Backbone]] = {
 ADAPTER_CONFIG = "adapter_config.json"  # of a folder that holds an adapter (`adapters.py`)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-class ModelSource(Protocol):
-    """Where weights come from."""
-
-    def folder(self, texts: Texts) -> Path:
-        """A local Hugging Face folder; `texts` makes what a source trains a tokenizer on."""
-        ...
 
 
 class PretrainedSource:

@@ -10,12 +10,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
-from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from cocoa_pl.errors import UserError, first_line
 
@@ -78,13 +76,3 @@ def find_config(path: str) -> PretrainedConfig:
         f"no config.json for {path}: it is no model folder, not in the hub's cache and not one of "
         f"{', '.join(KNOWN)}"
     )
-
-
-def meta_model(config: PretrainedConfig) -> nn.Module:
-    """The stock generative model on the meta device: every name, shape and dtype, no memory.
-
-    Parameters have the dtype that the configuration names, or float32.
-    """
-    with torch.device("meta"):
-        model: nn.Module = AutoModelForImageTextToText.from_config(config)
-    return model
