@@ -29,6 +29,7 @@ from cocoa_pl.evaluation.results import CONFIDENCE, MEANS, Interval, read_config
 
 MAX_RUNS = 6  # more curves cannot be distinguished
 SIGN = {"": " ", "above": "+", "below": "-"}
+Part = tuple[float, int]  # score and number of queries of a subset
 
 
 def run(arguments: Sequence[str], console: Console) -> int:
@@ -83,31 +84,6 @@ class Scored:
     folder: Path
     results: Mapping[str, Any]
     config: Mapping[str, str]
-
-    def score(self, row: str, kind: str) -> float | None:
-        """Of a mean, a group or a subset; None where the run has none."""
-        if kind == "mean":
-            found = self.results[row]
-        elif kind == "group":
-            found = self.results["groups"].get(row)
-        else:
-            found = self.results["subsets"].get(row, {}).get("precision_at_1")
-        return None if found is None else float(found)
-
-    def subsets(self, row: str, kind: str) -> list[tuple[float, int]]:
-        """Scores and queries of the subsets that a row is the mean of."""
-        return [
-            (subset["precision_at_1"], subset["num_queries"])
-            for name, subset in self.results["subsets"].items()
-            if (row, kind) in _rows_of(name, subset)
-        ]
-
-
-def _rows_of(name: str, subset: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Name and kind of every row that a subset is counted in."""
-    split = "in_distribution" if subset["in_distribution"] else "out_of_distribution"
-    means = [("overall", "mean"), (split, "mean")]
-    return [(name, "subset"), (subset["group"], "group"), *means]
 
 
 @dataclass(frozen=True)
@@ -166,8 +142,38 @@ def compared(runs: Sequence[Scored]) -> list[Row]:
     named = [(name, "mean") for name in MEANS]
     for group, subsets in groups.items():
         named += [(group, "group"), *((name, "subset") for name in subsets)]
-    rows = [_row(runs, *one) for one in named]
-    return [row for row in rows if any(cell.score is not None for cell in row.cells)]
+    scores = [_scores(run.results) for run in runs]
+    rows = []
+    for key in named:
+        found = [one.get(key, (None, [])) for one in scores]
+        known = [score for score, _ in found if score is not None]
+        if not known:
+            continue
+        first, parts_of_first = found[0]
+        cells = []
+        for number, (score, parts) in enumerate(found):
+            both = number and score is not None and first is not None
+            interval = difference(parts_of_first, parts) if both else None
+            cells.append(Cell(score, is_best=score == max(known), difference=interval))
+        rows.append(Row(*key, tuple(cells)))
+    return rows
+
+
+def _scores(results: Mapping[str, Any]) -> dict[tuple[str, str], tuple[float | None, list[Part]]]:
+    """Of every mean, group and subset, by name and kind: its score, and the subsets that it is the
+    mean of.
+    """
+    found: dict[tuple[str, str], tuple[float | None, list[Part]]] = {
+        **{(name, "mean"): (results[name], []) for name in MEANS},
+        **{(name, "group"): (score, []) for name, score in results["groups"].items()},
+    }
+    for name, one in results["subsets"].items():
+        part = one["precision_at_1"], one["num_queries"]
+        split = "in_distribution" if one["in_distribution"] else "out_of_distribution"
+        found[name, "subset"] = part[0], [part]
+        for key in ((one["group"], "group"), ("overall", "mean"), (split, "mean")):
+            found[key][1].append(part)
+    return found
 
 
 def changed(runs: Sequence[Scored]) -> dict[str, list[str]]:
@@ -220,12 +226,8 @@ def write_comparison(path: Path, runs: Sequence[Scored], rows: Sequence[Row], *,
     path.write_text(page, encoding="utf-8")
 
 
-def difference(first: Sequence[tuple[float, int]], other: Sequence[tuple[float, int]]) -> Interval:
-    """Interval of `other`'s mean minus `first`'s, by the normal approximation.
-
-    Args:
-        first, other: scores and numbers of queries of the subsets of a mean.
-    """
+def difference(first: Sequence[Part], other: Sequence[Part]) -> Interval:
+    """Interval of the mean of `other` minus that of `first`, by the normal approximation."""
     mean = sum(score for score, _ in other) / len(other)
     mean -= sum(score for score, _ in first) / len(first)
     variance = sum(
@@ -234,18 +236,6 @@ def difference(first: Sequence[tuple[float, int]], other: Sequence[tuple[float, 
     )
     reach = NormalDist().inv_cdf(0.5 + CONFIDENCE / 2) * math.sqrt(variance)
     return mean - reach, mean + reach
-
-
-def _row(runs: Sequence[Scored], name: str, kind: str) -> Row:
-    scores = [run.score(name, kind) for run in runs]
-    best = max((score for score in scores if score is not None), default=None)
-    cells = []
-    for run, score in zip(runs, scores, strict=True):
-        interval = None
-        if run is not runs[0] and score is not None and scores[0] is not None:
-            interval = difference(runs[0].subsets(name, kind), run.subsets(name, kind))
-        cells.append(Cell(score, is_best=score is not None and score == best, difference=interval))
-    return Row(name, kind, tuple(cells))
 
 
 def _panels(metrics: Mapping[str, Path]) -> list[Panel]:

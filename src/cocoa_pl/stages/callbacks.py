@@ -56,14 +56,9 @@ class StageProgress(L.Callback):
             self.progress.start()
 
     def on_train_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,  # list[Batch]
-        batch_idx: int,
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *_: Any
     ) -> None:
-        world = trainer.world_size
+        world = trainer.world_size  # a batch is a list of `Batch`
         self._samples += sum(one.num_rows for one in batch) * world
         self._tokens += sum(one.num_tokens for one in batch) * world
         step = trainer.global_step
@@ -87,18 +82,13 @@ class StageProgress(L.Callback):
             done = f"{self.label} {step}/{self.steps}"
             log.info("%s %s %d:%02d left", done, self._line, minutes, seconds)
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._close()
-
-    def on_exception(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
-    ) -> None:
-        self._close()
-
-    def _close(self) -> None:
+    def on_train_end(self, *_: Any) -> None:
         if self.progress is not None:
             self.progress.stop()
             self.progress = None
+
+    def on_exception(self, *_: Any) -> None:
+        self.on_train_end()
 
 
 class Pictures(L.Callback):
@@ -114,7 +104,7 @@ class Pictures(L.Callback):
         outputs: Any,
         batch: Any,  # list[Batch]
         batch_idx: int,
-        dataloader_idx: int = 0,
+        *_: Any,
     ) -> None:
         if batch_idx:
             return
