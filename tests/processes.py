@@ -27,9 +27,11 @@ def logging_restored() -> Iterator[None]:
     """Commands set up logging for themselves."""
     root = logging.getLogger()
     level, handlers = root.level, root.handlers[:]
-    yield
-    root.setLevel(level)
-    root.handlers[:] = handlers
+    try:
+        yield
+    finally:
+        root.setLevel(level)
+        root.handlers[:] = handlers
 
 
 def children_of(pid: int) -> list[int]:
