@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
@@ -13,6 +15,11 @@ from cocoa_pl.config.command_line import CONFIGS, compose_overrides, register_re
 
 
 def composed(*overrides: str, name: str = "train") -> DictConfig:
+    return deepcopy(_composed(name, overrides))  # composing takes a third of a second
+
+
+@functools.cache
+def _composed(name: str, overrides: tuple[str, ...]) -> DictConfig:
     return compose_overrides(name, overrides)
 
 

@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from transformers import AutoTokenizer
 
 from cocoa_pl.config.build import build
-from cocoa_pl.config.command_line import CONFIGS, compose_overrides
+from cocoa_pl.config.command_line import CONFIGS
 from cocoa_pl.errors import UserError
 from cocoa_pl.planning.command import make_plan
 from cocoa_pl.run import build_stages, choose_end_token
@@ -165,7 +165,7 @@ def test_hours_of_the_header_are_those_of_the_plan_at_the_share_that_the_docs_ha
     shares = dict(re.findall(r"hardware=(\w+) mfu=([\d.]+)", text))
     pages = (CONFIGS.parent / "docs" / "plan.md").read_text()
     assert f"| {shares['h100_80gb']} | {shares['h200']} |" in pages
-    plan = make_plan(compose_overrides("plan", [f"experiment={experiment}", *ROOTS, "gpus=8"]))
+    plan = make_plan(composed(f"experiment={experiment}", *ROOTS, "gpus=8", name="plan"))
     for hardware, share in shares.items():  # both have the same peak
         plan = replace(plan, mfu=float(share))
         assert f"{sum(map(plan.hours, plan.stages)):.1f}" == hours[hardware]
@@ -175,26 +175,15 @@ def test_hours_of_the_header_are_those_of_the_plan_at_the_share_that_the_docs_ha
 
 
 def test_the_values_of_the_code_are_one_override_each() -> None:
-    """As the header writes them, quotes for the shell taken off."""
-    given = ("experiment=paper_qwen2vl_2b", *ROOTS)
-    assert "stage.warmup.module.patch_ratio=0.3" in header("paper_qwen2vl_2b")
-    cfg = compose_overrides("train", [*given, "stage.warmup.module.patch_ratio=0.3"])
+    """As the header writes them, quotes for the shell taken off; and those beyond the paper."""
+    ratio, token = "stage.warmup.module.patch_ratio=0.3", 'model.eos_token="<|endoftext|>"'
+    assert ratio in header("paper_qwen2vl_2b")
+    assert f"'{token}'" in header("paper_qwen2vl_2b")
+    sources = "stage.reconstruct.make_samples.sources={query: 1.0, self: 0.0}"
+    policy = "attention@stage.reconstruct.policy=eos_bridge_strict"
+    cfg = composed("experiment=paper_qwen2vl_2b", *ROOTS, ratio, token, sources, policy)
     assert cfg.stage.warmup.module.patch_ratio == 0.3
-    assert """'model.eos_token="<|endoftext|>"'""" in header("paper_qwen2vl_2b")
-    cfg = compose_overrides("train", [*given, 'model.eos_token="<|endoftext|>"'])
     assert cfg.model.eos_token == "<|endoftext|>"
-
-
-def test_overrides_of_the_header_beyond_the_paper_compose() -> None:
-    cfg = compose_overrides(
-        "train",
-        [
-            "experiment=paper_qwen2vl_2b",
-            *ROOTS,
-            "stage.reconstruct.make_samples.sources={query: 1.0, self: 0.0}",
-            "attention@stage.reconstruct.policy=eos_bridge_strict",
-        ],
-    )
     assert dict(cfg.stage.reconstruct.make_samples.sources) == {"query": 1.0, "self": 0.0}
     assert cfg.stage.reconstruct.policy.name == "eos_bridge_strict"
 

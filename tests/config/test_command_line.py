@@ -38,16 +38,24 @@ ODD = (
 )
 
 
-@pytest.mark.parametrize("value", ODD)
-def test_a_value_arrives_as_it_is_typed(value: str, start: Start) -> None:
-    (cfg,) = start("data=pairs", f"data.path={value}")
-    assert cfg.data.path == value
+# Texts that a config holds.
+KEYS = ("path", "image_root", "root", "files", "split", "validation_path")
+PASTED = (*ODD, "a,b", "{x}", "[1]", "null", "1e3", "~/x", 'a\\"b', "'q'")
 
 
-@pytest.mark.parametrize("value", [*ODD, "a,b", "{x}", "[1]", "null", "1e3", "~/x", 'a\\"b', "'q'"])
-def test_a_word_that_a_message_shows_can_be_pasted(value: str, start: Start) -> None:
-    (cfg,) = start(*shlex.split(f"data=pairs {typed('data.path', value)}"))
-    assert cfg.data.path == value
+@pytest.mark.parametrize("first", range(0, len(ODD), len(KEYS)))
+def test_values_arrive_as_they_are_typed(first: int, start: Start) -> None:
+    given = dict(zip(KEYS, ODD[first:], strict=False))
+    (cfg,) = start("data=pairs", *(f"data.{key}={value}" for key, value in given.items()))
+    assert {key: cfg.data[key] for key in given} == given
+
+
+@pytest.mark.parametrize("first", range(0, len(PASTED), len(KEYS)))
+def test_words_that_a_message_shows_can_be_pasted(first: int, start: Start) -> None:
+    given = dict(zip(KEYS, PASTED[first:], strict=False))
+    words = " ".join(typed(f"data.{key}", value) for key, value in given.items())
+    (cfg,) = start("data=pairs", *shlex.split(words))
+    assert {key: cfg.data[key] for key in given} == given
 
 
 def test_a_tilde_is_the_home_folder(start: Start) -> None:
@@ -140,13 +148,16 @@ def test_a_mistake_is_one_sentence_and_leaves_nothing(
     "arguments",
     [
         ["--config-dir", str(ROOT / "docs" / "examples" / "conf"), "data=colours"],
-        ["-m", "seed=0,1", "attention@stage.contrast.policy=causal,bidirectional"],
-        ["-m", "seed=range(0,3)"],
-        ["stage.contrast.epochs=2", "stage.contrast.steps=null"],
-        ["stage.contrast.module.matryoshka_dims=[16,32]"],
-        ["data=mmeb", "data.root=x", "model=qwen2vl", "model.source.path=y"],
-        ["data.validation_path=x", "data=pairs", "data.path=a", "data.image_root=b"],
-        ['model.eos_token="<|endoftext|>"', "+trainer.max_time={hours: 1}"],
+        ["-m", "seed=range(0,2)", "attention@stage.contrast.policy=causal,bidirectional"],
+        [
+            *("data=mmeb", "data.root=x", "model=qwen2vl", "model.source.path=y"),
+            *("stage.contrast.epochs=2", "stage.contrast.steps=null"),
+        ],
+        [
+            *("data.validation_path=x", "data=pairs", "data.path=a", "data.image_root=b"),
+            *("stage.contrast.module.matryoshka_dims=[16,32]", "+trainer.max_time={hours: 1}"),
+            'model.eos_token="<|endoftext|>"',
+        ],
     ],
 )
 def test_what_hydra_allows_is_allowed(arguments: list[str], start: Start) -> None:

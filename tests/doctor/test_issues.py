@@ -10,12 +10,12 @@ import pytest
 from transformers import AutoTokenizer
 
 from cocoa_pl.config.build import build
-from cocoa_pl.config.command_line import compose_overrides
 from cocoa_pl.data.processor import Processor
 from cocoa_pl.doctor.findings import KINDS, Severity
 from cocoa_pl.doctor.lengths import items_of
 from cocoa_pl.errors import UserError
 from cocoa_pl.models.qwen_vl import Qwen2VLBackbone
+from tests.configs import composed
 
 from .conftest import MAX_LENGTH, Checkup, issues, mmeb, noise, row, write_rows
 
@@ -157,7 +157,7 @@ def test_a_row_stops_training_exactly_if_it_is_reported_so(
 
     def stops(root: Path) -> bool:
         try:
-            (pair,) = build(compose_overrides("doctor", mmeb(root)).data).train_pairs()
+            (pair,) = build(composed(*mmeb(root), name="doctor").data).train_pairs()
             for item in items_of(pair):
                 processor(item, None, key=0, row_id=pair.row_id)
         except UserError:
