@@ -76,26 +76,13 @@ def plain(run: Run) -> Curve:
     return run(*PLAIN)
 
 
-SAVINGS: dict[str, list[str]] = {
-    "small chunks": [*PLAIN, "stage.token_budget=70"],
-    "similarities by blocks": [PLAIN[0], "stage.contrast.module.similarity_block=5"],
-    "workers": [*PLAIN, "num_workers=2"],
-    "recomputed blocks": [*PLAIN, "model.gradient_checkpointing=true"],
-}
-
-
-SLOW = ("recomputed blocks",)
-
-
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        pytest.param(overrides, id=name, marks=[pytest.mark.slow] * (name in SLOW))
-        for name, overrides in SAVINGS.items()
-    ],
-)
-def test_a_saving_changes_no_number(overrides: list[str], run: Run, plain: Curve) -> None:
-    assert_same(run(*overrides), plain, relative=1e-4)
+def test_savings_change_no_number(run: Run, plain: Curve) -> None:
+    """Small chunks, similarities by blocks, workers, and recomputed blocks, all at once."""
+    saving = [
+        *("stage.token_budget=70", "stage.contrast.module.similarity_block=5"),
+        *("num_workers=2", "model.gradient_checkpointing=true"),
+    ]
+    assert_same(run(*saving), plain, relative=1e-4)
 
 
 DORA = [*PLAIN, "adapter=dora", "adapter.dropout=0"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from copy import copy
@@ -84,6 +85,7 @@ class FewPairs:
 class Whole(NamedTuple):
     """What an uninterrupted run leaves."""
 
+    folder: Path
     weights: dict[str, Tensor]
     metrics: list[Row]
     lineage: list[dict[str, Any]]
@@ -100,7 +102,7 @@ def whole(
 ) -> Whole:
     folder, backbone = tmp_path_factory.mktemp("whole"), fresh()
     lineage = train(folder, make_stages(steps=STEPS), backbone)
-    return Whole(weights(backbone), read_metrics(folder), lineage)
+    return Whole(folder, weights(backbone), read_metrics(folder), lineage)
 
 
 def equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
@@ -145,17 +147,16 @@ def test_all_four_stages_run_one_after_the_other(whole: Whole) -> None:
 
 
 @pytest.mark.parametrize(
-    ("stop_at", "num_workers"),
+    ("stops", "num_workers"),
     [
-        (2, 0),  # in the middle of pretrain, where a validation is due
-        pytest.param(STEPS, 1, marks=pytest.mark.slow),  # with its last step
-        (STEPS + 3, 1),  # in the middle of warmup, where none is due
-        (2 * STEPS + 1, 0),  # after one step of reconstruct
-        pytest.param(4 * STEPS, 0, marks=pytest.mark.slow),  # with the very last step
+        ([2, 1], 0),  # in the middle of pretrain, where a validation is due, and again
+        pytest.param([STEPS], 1, marks=pytest.mark.slow),  # with its last step
+        ([2 * STEPS + 1], 0),  # after one step of reconstruct
+        pytest.param([4 * STEPS], 0, marks=pytest.mark.slow),  # with the very last step
     ],
 )
 def test_a_stopped_run_goes_on_bit_by_bit(
-    stop_at: int,
+    stops: list[int],
     num_workers: int,
     tmp_path: Path,
     make_stages: MakeStages,
@@ -163,63 +164,64 @@ def test_a_stopped_run_goes_on_bit_by_bit(
     fresh: Fresh,
     go_on: Callable[..., None],
 ) -> None:
-    stages, stop = make_stages(steps=STEPS), StopAt(stop_at)
-    with pytest.raises(Interrupted, match="stopped in"):
-        train(tmp_path, stages, fresh(), num_workers=num_workers, callbacks=[stop])
+    stages, resume = make_stages(steps=STEPS), False
+    for stop in stops:
+        options: dict[str, Any] = {"num_workers": num_workers, "callbacks": [StopAt(stop)]}
+        with pytest.raises(Interrupted, match="stopped in"):
+            train(tmp_path, stages, fresh(), resume=resume, **options)
+        resume = True
     go_on(num_workers=num_workers)
 
 
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        (lambda lines: lines[:-1], "13 rows then, 12 now"),
-        (lambda lines: lines[::-1], "as many rows, of other content or in another order"),
-        (lambda lines: [lines[0].replace("sofa", "sea"), *lines[1:]], "as many rows, of other .*"),
-    ],
-    ids=["fewer", "turned", "edited"],
-)
-def test_data_that_changed_is_no_data_to_resume_on(
-    change: Callable[[list[str]], list[str]],
-    said: str,
-    tmp_path: Path,
-    data: PairSource,
-    make_stages: MakeStages,
-    train: Train,
-    fresh: Fresh,
-) -> None:
-    """Whatever the workers have read ahead; a file that is written again as it was is no change."""
-    file = tmp_path / "train.jsonl"
-    lines = Path(data.place).read_text().splitlines()
-    file.write_text("\n".join(lines))
-
-    def reading() -> PairSource:
-        made = copy_of(data)
-        made.place = str(file)
-        return made
-
-    stages = make_stages("stage.order=[contrast]", steps=STEPS)
-    with pytest.raises(Interrupted):
-        train(tmp_path, stages, fresh(), data=reading(), num_workers=2, callbacks=[StopAt(2)])
-    file.write_text("\n".join(change(lines)))
-    with pytest.raises(UserError, match=rf"stage contrast changed .* \({said}\).*init_from=FOLDER"):
-        train(tmp_path, stages, fresh(), data=reading(), num_workers=2, resume=True)
-    file.write_text("\n".join(lines) + "\n")
-    train(tmp_path, stages, fresh(), data=reading(), num_workers=2, resume=True)
-
-
-def test_a_run_can_be_stopped_and_resumed_twice(
+def test_a_stopped_run_says_where_and_leaves_a_whole_checkpoint(
     tmp_path: Path,
     make_stages: MakeStages,
     train: Train,
     fresh: Fresh,
     go_on: Callable[..., None],
 ) -> None:
-    stages = make_stages(steps=STEPS)
-    with pytest.raises(Interrupted, match="stopped in pretrain at step 3 of 5"):
-        train(tmp_path, stages, fresh(), callbacks=[StopAt(3)])
-    with pytest.raises(Interrupted, match="stopped in pretrain at step 4 of 5"):
-        train(tmp_path, stages, fresh(), resume=True, callbacks=[StopAt(1)])
-    go_on()
+    """In the middle of warmup, where no validation is due."""
+    before = signal.getsignal(signal.SIGTERM)
+    stop = StopAt(STEPS + 3, number=signal.SIGTERM)
+    with pytest.raises(Interrupted, match="stopped in warmup at step 3 of 5"):
+        train(tmp_path, make_stages(steps=STEPS), fresh(), num_workers=1, callbacks=[stop])
+    content = checkpoint.read(tmp_path / "checkpoints" / "last.ckpt")
+    assert content["global_step"] == 3
+    assert content["cocoa"]["stage"] == "warmup"
+    assert [entry["stage"] for entry in content["cocoa"]["lineage"]] == ["pretrain"]
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["last.ckpt"]
+    assert signal.getsignal(signal.SIGTERM) is before
+    go_on(num_workers=1)
+
+
+def test_data_that_changed_is_no_data_to_resume_on(
+    tmp_path: Path, data: PairSource, make_stages: MakeStages, train: Train, fresh: Fresh
+) -> None:
+    """Whatever the workers have read ahead; a file that is written again as it was is no change."""
+    file = tmp_path / "train.jsonl"
+    lines = Path(data.place).read_text().splitlines()
+
+    def reading(lines: list[str]) -> PairSource:
+        file.write_text("\n".join(lines))
+        made = copy_of(data)
+        made.place = str(file)
+        return made
+
+    stages = make_stages("stage.order=[contrast]", steps=STEPS)
+    stopped: dict[str, Any] = {"num_workers": 2, "callbacks": [StopAt(2)]}
+    with pytest.raises(Interrupted):
+        train(tmp_path, stages, fresh(), data=reading(lines), **stopped)
+    edited = [lines[0].replace("sofa", "sea"), *lines[1:]]
+    other = "as many rows, of other content or in another order"
+    for changed, said in (
+        (lines[:-1], "13 rows then, 12 now"),
+        (lines[::-1], other),
+        (edited, other),
+    ):
+        refused = rf"stage contrast changed .* \({said}\).*init_from=FOLDER"
+        with pytest.raises(UserError, match=refused):
+            train(tmp_path, stages, fresh(), data=reading(changed), num_workers=2, resume=True)
+    train(tmp_path, stages, fresh(), data=reading([*lines, ""]), num_workers=2, resume=True)
 
 
 @pytest.mark.parametrize(
@@ -242,14 +244,9 @@ def test_a_crashed_run_goes_on_from_its_last_regular_checkpoint(
 
 
 def test_a_finished_run_resumes_to_itself(
-    tmp_path: Path,
-    make_stages: MakeStages,
-    train: Train,
-    fresh: Fresh,
-    go_on: Callable[..., None],
-    monkeypatch: pytest.MonkeyPatch,
+    whole: Whole, tmp_path: Path, go_on: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train(tmp_path, make_stages(steps=STEPS), fresh())
+    shutil.copytree(whole.folder, tmp_path, dirs_exist_ok=True)
     digest = MagicMock(side_effect=checkpoint.digest_of)
     monkeypatch.setattr(checkpoint, "digest_of", digest)
     go_on()
@@ -285,25 +282,6 @@ def test_dropout_of_adapters_goes_on_too(
         assert equal(weights(run(folder, 1, resume=True)), weights(once))
     untrained = weights(adapter(fresh()))
     assert not equal(weights(once), untrained)
-
-
-def test_a_stopped_run_says_where_and_leaves_a_whole_checkpoint(
-    tmp_path: Path, make_stages: MakeStages, train: Train, fresh: Fresh
-) -> None:
-    before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(Interrupted, match="stopped in warmup at step 2 of 5"):
-        train(
-            tmp_path,
-            make_stages(steps=STEPS),
-            fresh(),
-            callbacks=[StopAt(STEPS + 2, number=signal.SIGTERM)],
-        )
-    content = checkpoint.read(tmp_path / "checkpoints" / "last.ckpt")
-    assert content["global_step"] == 2
-    assert content["cocoa"]["stage"] == "warmup"
-    assert [entry["stage"] for entry in content["cocoa"]["lineage"]] == ["pretrain"]
-    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["last.ckpt"]
-    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_signal_in_the_validation_of_the_last_step_is_seen(

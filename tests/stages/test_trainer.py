@@ -233,21 +233,32 @@ def test_a_capped_stage_says_how_far_it_came(
     train: Train,
     fresh: Fresh,
     weights: Weights,
+    whole_contrast: dict[str, torch.Tensor],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """The steps that are taken are those of the whole stage, and can be gone on from."""
-    stages = make_stages("stage.order=[warmup,contrast]", steps=3)
-    lineage = train(tmp_path, stages, fresh(), trainer=words)
-    assert [entry["steps"] for entry in lineage] == [steps, steps]
-    assert all(entry["validation"] for entry in lineage)
-    assert f"2/2 contrast: ended at step {steps} of 3 by trainer.max_steps" in caplog.text
+    stages, backbone = make_stages(ONLY_CONTRAST), fresh()
+    (entry,) = train(tmp_path, stages, backbone, trainer=words)
+    assert entry["steps"] == steps
+    assert entry["validation"]
+    assert f"1/1 contrast: ended at step {steps} of 3 by trainer.max_steps" in caplog.text
     assert checkpoint.read(tmp_path / checkpoint.LAST)["global_step"] == steps
-    whole, gone_on = fresh(), fresh()
-    only = make_stages(ONLY_CONTRAST, steps=3)
-    train(tmp_path / "capped", only, gone_on, trainer=words)
-    train(tmp_path / "capped", only, gone_on, resume=True)
-    train(tmp_path / "whole", only, whole)
-    assert equal(weights(whole), weights(gone_on))
+    train(tmp_path, stages, backbone, resume=True)
+    assert equal(weights(backbone), whole_contrast)
+
+
+@pytest.fixture(scope="module")
+def whole_contrast(
+    tmp_path_factory: pytest.TempPathFactory,
+    make_stages: MakeStages,
+    train: Train,
+    fresh: Fresh,
+    weights: Weights,
+) -> dict[str, torch.Tensor]:
+    """The weights after three steps of contrast."""
+    backbone = fresh()
+    train(tmp_path_factory.mktemp("whole"), make_stages(ONLY_CONTRAST), backbone)
+    return weights(backbone)
 
 
 def test_fast_dev_run_writes_nothing(
