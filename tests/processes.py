@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import runpy
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
+from torch.multiprocessing.spawn import start_processes
 
 
 def run_script(script: Path, arguments: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> int:
@@ -20,6 +23,12 @@ def run_script(script: Path, arguments: Sequence[str], monkeypatch: pytest.Monke
     except SystemExit as ended:
         return int(ended.code or 0)
     return 0
+
+
+def start_ranks(work: Callable[..., None], *arguments: Any, world: int) -> None:
+    """Run `work(rank, *arguments)` in processes that import the libraries once for all."""
+    multiprocessing.set_forkserver_preload(["cocoa_pl.run"])
+    start_processes(work, args=arguments, nprocs=world, start_method="forkserver")
 
 
 @contextmanager

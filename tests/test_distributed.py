@@ -15,7 +15,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.multiprocessing.spawn import spawn
 from torch.nn.functional import normalize
 
 from cocoa_pl.data.batch import Sample
@@ -34,6 +33,7 @@ from cocoa_pl.distributed.collectives import (
 from cocoa_pl.models.loading import load
 from cocoa_pl.stages.base import StageModule
 from cocoa_pl.stages.contrastive import PoolPrecision
+from tests.processes import start_ranks
 from tests.stages.steps import Rows, batches_of, make_module
 
 CPU = torch.device("cpu")
@@ -199,7 +199,7 @@ def folder(task: Task, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
     with (folder / "task.pkl").open("wb") as file:
         pickle.dump(task, file)
-    spawn(work, args=(folder,), nprocs=WORLD)
+    start_ranks(work, folder, world=WORLD)
     return folder
 
 
@@ -224,7 +224,7 @@ def gatherings(
         found: list[Found] = request.getfixturevalue("ranks")
         return found
     folder = tmp_path_factory.mktemp("gatherings")
-    spawn(gather, args=(world, folder), nprocs=world)
+    start_ranks(gather, world, folder, world=world)
     return [torch.load(folder / f"{index}.pt", weights_only=False) for index in range(world)]
 
 

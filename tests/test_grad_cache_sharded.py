@@ -15,12 +15,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
-from torch.multiprocessing.spawn import spawn
 from torch.nn.functional import cross_entropy, normalize
 
 from cocoa_pl.distributed.strategies import shard
 from cocoa_pl.grad_cache import GradientCache
 from cocoa_pl.models.dora import make_lean, shared_norms
+from tests.processes import start_ranks
 
 pytestmark = pytest.mark.slow  # two processes that import everything
 
@@ -97,7 +97,7 @@ def work(index: int, folder: str) -> None:
 
 
 def test_sharded_gradients_are_those_of_one_process(tmp_path: Path) -> None:
-    spawn(work, args=(str(tmp_path),), nprocs=WORLD)
+    start_ranks(work, str(tmp_path), world=WORLD)
     sharded = pickle.loads((tmp_path / "found").read_bytes())
     expected = steps(build(lean=False), [rows_of(index) for index in range(WORLD)])
     for found, single in zip(sharded, expected, strict=True):

@@ -20,7 +20,6 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
-from torch.multiprocessing.spawn import spawn
 
 from cocoa_pl.config.command_line import register_resolvers
 from cocoa_pl.data.batch import Batch
@@ -31,6 +30,7 @@ from cocoa_pl.stages.checkpoint import read, read_chosen, read_weights
 from cocoa_pl.stages.contrastive import ContrastiveModule
 from cocoa_pl.stages.recipe import Interrupted
 from tests.configs import composed
+from tests.processes import start_ranks
 
 STAGES = ("warmup", "reconstruct", "contrast")
 TUNINGS = {
@@ -192,7 +192,7 @@ def runs(make_job: Callable[..., Job], folder: Path) -> Path:
     for tuning in (*TUNINGS, *UNUSED):
         run(make_job("cpu", tuning, 1))
     jobs = jobs_of_two(OF_TWO, make_job)
-    spawn(work, args=(2, str(folder / "meeting2"), jobs), nprocs=2)
+    start_ranks(work, 2, str(folder / "meeting2"), jobs, world=2)
     return folder
 
 
@@ -202,7 +202,7 @@ def more_runs(runs: Path, make_job: Callable[..., Job]) -> Path:
     for tuning in MORE:
         run(make_job("cpu", tuning, 1))
     jobs = jobs_of_two(MORE_OF_TWO, make_job)
-    spawn(work, args=(2, str(runs / "meeting2more"), jobs), nprocs=2)
+    start_ranks(work, 2, str(runs / "meeting2more"), jobs, world=2)
     return runs
 
 
@@ -212,9 +212,9 @@ def runs_of_four(runs: Path, make_job: Callable[..., Job]) -> Path:
     jobs = [make_job(s, tuning, 4) for s in STRATEGIES for tuning in TUNINGS]
     names = {tuning: f"moved-{tuning}" for tuning in TUNINGS}
     jobs += [make_job("fsdp", t, 4, name=name, stopped=True) for t, name in names.items()]
-    spawn(work, args=(4, str(runs / "meeting4"), jobs), nprocs=4)
+    start_ranks(work, 4, str(runs / "meeting4"), jobs, world=4)
     jobs = [make_job("fsdp", t, 2, name=name, resume=True) for t, name in names.items()]
-    spawn(work, args=(2, str(runs / "meeting2again"), jobs), nprocs=2)
+    start_ranks(work, 2, str(runs / "meeting2again"), jobs, world=2)
     return runs
 
 
