@@ -126,20 +126,17 @@ def signal_in(where: str, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(owner, name, called)
 
 
-@pytest.mark.parametrize(
-    ("where", "number"),
-    [
-        ("cocoa_pl.data.digits.DigitsData.train_pairs", signal.SIGTERM),  # reading
-        ("cocoa_pl.run.open_model", signal.SIGUSR1),
-        (f"{MODULE}.configure_model", signal.SIGINT),  # here Lightning would end with 1
-        (f"{MODULE}.on_validation_epoch_end", signal.SIGTERM),  # at the last step
-        ("cocoa_pl.run.export", signal.SIGUSR1),
-        ("cocoa_pl.run.score_subsets", signal.SIGTERM),
-    ],
+PHASES = (
+    ("cocoa_pl.data.digits.DigitsData.train_pairs", signal.SIGTERM),  # reading
+    ("cocoa_pl.run.open_model", signal.SIGUSR1),
+    (f"{MODULE}.configure_model", signal.SIGINT),  # here Lightning would end with 1
+    (f"{MODULE}.on_validation_epoch_end", signal.SIGTERM),  # after the last step
+    ("cocoa_pl.run.export", signal.SIGUSR1),
+    ("cocoa_pl.run.score_subsets", signal.SIGTERM),
 )
+
+
 def test_training_can_be_stopped_in_every_phase_and_resumed(
-    where: str,
-    number: int,
     cache: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -149,13 +146,15 @@ def test_training_can_be_stopped_in_every_phase_and_resumed(
     few = [o for o in SMALL_TRAINING if "epochs" not in o and ("steps" not in o or "contrast" in o)]
     words = [*few, *SMALL_DIGITS, *SMALL_BENCHMARK, cache, "stage=contrast", "hydra.run.dir=run"]
     with logging_restored():
-        signal_in(where, number, monkeypatch)
-        assert run_script(ROOT / "train.py", words, monkeypatch) == 130
-        said = f"interrupted by {signal.Signals(number).name}\n"
-        if "validation" in where:
-            said = "stopped in contrast at step 2 of 2\n"
-        assert capsys.readouterr().err == said
-        assert run_script(ROOT / "train.py", ["resume=run"], monkeypatch) == 0
+        for where, number in PHASES:
+            signal_in(where, number, monkeypatch)
+            assert run_script(ROOT / "train.py", words, monkeypatch) == 130, where
+            said = f"interrupted by {signal.Signals(number).name}\n"
+            if "validation" in where:
+                said = "stopped in contrast at step 2 of 2\n"
+            assert capsys.readouterr().err == said
+            words = ["resume=run"]
+        assert run_script(ROOT / "train.py", words, monkeypatch) == 0
     assert (tmp_path / "run" / "results.json").is_file()
 
 

@@ -14,9 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from torch.utils.data import DataLoader
 
-from cocoa_pl.data.items import Pair
 from cocoa_pl.data.pairs import Pairs
 from cocoa_pl.data.sources import PairSource
 from cocoa_pl.errors import UserError
@@ -212,19 +210,8 @@ def test_subsets_and_media_are_known_without_making_pairs(pairs: Pairs) -> None:
         assert (names, codes.tolist()) == (["B", "A"], [0, 1, 1])
 
 
-def test_workers_read_the_same_rows(pairs: Pairs) -> None:
-    for context in ("fork", "spawn"):
-        loader: DataLoader[Pair] = DataLoader(
-            pairs,  # type: ignore[arg-type]
-            batch_size=None,
-            num_workers=2,
-            multiprocessing_context=context,
-        )
-        assert list(loader) == list(pairs)
-
-
 def test_a_row_costs_a_few_bytes(tmp_path: Path, read: Read) -> None:
-    count = 20_000
+    count = 5000
     rows = {
         "query": [f"what is number {n} of the things that are shown?" for n in range(count)],
         "positive": [f"answer {n}" for n in range(count)],

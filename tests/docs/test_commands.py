@@ -130,8 +130,8 @@ def test_a_command_runs(
     words = shlex.split(command)
     if not (sandbox / "runs" / "A").exists():
         run(shlex.split(FIRST), monkeypatch, stand_ins)
-    if command == FIRST:
-        return  # a second run would need another folder
+    if command in (FIRST, "python train.py"):
+        return  # it has just run, in a folder with a name
     if words[0].startswith("PYTHONPATH="):
         monkeypatch.syspath_prepend(words.pop(0).partition("=")[2])
     if "model.source.path=NEW_MODEL" in words:
