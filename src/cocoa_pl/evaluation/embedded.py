@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from cocoa_pl.data.items import Item
+from cocoa_pl.data.items import EvalSubset
 from cocoa_pl.distributed.collectives import all_objects, rank, world_size
+from cocoa_pl.embedder import Embedder
 from cocoa_pl.evaluation.benchmark import VectorsOf, encode_once
 from cocoa_pl.evaluation.store import VectorStore, cache_keys, embed_missing
-
-if TYPE_CHECKING:
-    from cocoa_pl.data.items import EvalSubset
 
 
 @dataclass(frozen=True)
@@ -40,24 +37,7 @@ class VectorSettings:
 IN_MEMORY = VectorSettings()
 
 
-class Model(Protocol):
-    """What an `Embedder` offers; see there."""
-
-    @property
-    def dim(self) -> int: ...
-
-    def identity(self) -> dict[str, Any]: ...
-
-    def encode(
-        self, items: Sequence[Item], *, batch_tokens: int, threads: int
-    ) -> NDArray[np.float32]: ...
-
-    def stream(
-        self, items: Sequence[Item], *, batch_tokens: int, threads: int
-    ) -> Generator[tuple[NDArray[np.intp], NDArray[np.float32]]]: ...
-
-
-def embedded(model: Model, subsets: Sequence[EvalSubset], settings: VectorSettings) -> VectorsOf:
+def embedded(model: Embedder, subsets: Sequence[EvalSubset], settings: VectorSettings) -> VectorsOf:
     """Where the subsets' vectors come from; a store has been filled by all processes by then."""
     given: Any = {"batch_tokens": settings.batch_tokens, "threads": settings.threads}
     if settings.store is None:
