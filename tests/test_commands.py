@@ -112,6 +112,7 @@ def test_a_run_leaves_everything_it_promises(finished: tuple[Path, Ended]) -> No
         assert (folder / name).stat().st_size > 0, name
     lineage = json.loads((folder / "model" / "cocoa.json").read_text())["lineage"]
     assert [entry["stage"] for entry in lineage] == list(STAGES)
+    assert not (folder / "summary.md").exists()  # of a sweep
     # All but what is filled in for each stage has its value.
     assert "${" not in (folder / "config.yaml").read_text().replace("${run.", "")
 

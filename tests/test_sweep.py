@@ -1,12 +1,9 @@
 """A sweep's summary is written after every run and lists those that failed."""
 
 import json
-from collections.abc import Callable, Iterator
+import subprocess
+import sys
 from pathlib import Path
-
-import pytest
-
-from tests.processes import logging_restored, run_script
 
 SCRIPT = """
 import json, pathlib, hydra
@@ -39,36 +36,25 @@ CONFIG = {
 }
 
 
-Sweep = Callable[..., int]
+def sweep(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    (folder / "script.py").write_text(SCRIPT)
+    (folder / "config.yaml").write_text(json.dumps(CONFIG))
+    command = [sys.executable, "script.py", *overrides]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
 
 
-@pytest.fixture
-def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Sweep]:
-    """Runs the script with some words: its exit status."""
-    (tmp_path / "script.py").write_text(SCRIPT)
-    (tmp_path / "config.yaml").write_text(json.dumps(CONFIG))
-    monkeypatch.chdir(tmp_path)
-    with logging_restored():
-        yield lambda *words: run_script(tmp_path / "script.py", words, monkeypatch)
-
-
-def test_a_sweep_ends_with_one_summary(
-    sweep: Sweep, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert sweep("-m", "seed=0,1") == 0
-    assert "25.0±7.1" in capsys.readouterr().out
+def test_a_sweep_ends_with_one_summary(tmp_path: Path) -> None:
+    ended = sweep(tmp_path, "-m", "seed=0,1")
+    assert ended.returncode == 0, ended.stderr
+    assert "25.0±7.1" in ended.stdout
     assert "| high | 2 | 85.0 ± 7.1 | 85.0 ± 7.1 |" in (tmp_path / "out/summary.md").read_text()
     assert (tmp_path / "out/summary.png").is_file()
 
 
-def test_failed_runs_of_a_sweep_are_listed_as_missing(sweep: Sweep, tmp_path: Path) -> None:
-    assert sweep("-m", "seed=0,1", "fail=1") != 0
+def test_failed_runs_of_a_sweep_are_listed_as_missing(tmp_path: Path) -> None:
+    ended = sweep(tmp_path, "-m", "seed=0,1", "fail=1")
+    assert ended.returncode != 0
     text = (tmp_path / "out/summary.md").read_text()
     assert "| high | 1 of 2 | 80.0 | 80.0 |" in text
     assert "variant=low seed=1 fail=1: no results.json in 1" in text
     assert "not started" not in text
-
-
-def test_a_single_run_writes_no_summary(sweep: Sweep, tmp_path: Path) -> None:
-    assert sweep("hydra.run.dir=out") == 0
-    assert not (tmp_path / "out/summary.md").exists()
