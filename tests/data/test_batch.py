@@ -105,7 +105,7 @@ def test_an_image_costs_more_than_a_text_of_as_many_tokens(
 
 def test_what_a_step_does_not_read_stays_on_the_host(samples: list[Sample], packed: Packed) -> None:
     moved = packed(samples).to(torch.device("meta"))
-    on_host = {"segment_lengths", "grids", "keys", "roles", "places"}
+    on_host = {"segment_lengths", "grids", "keys", "pools", "roles", "places"}
     for field in dataclasses.fields(Batch):
         value = getattr(moved, field.name)
         if isinstance(value, Tensor):

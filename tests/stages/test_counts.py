@@ -134,7 +134,7 @@ def test_memory_of_contrast_grows_with_the_embeddings_and_a_block_of_similaritie
 
 def test_memory_of_rebuilding_does_not_grow_with_the_step(make: Make, rows: MakeRows) -> None:
     for stage in ("warmup", "reconstruct"):
-        peaks = [peak(make(stage), rows(stage, n)) for n in (16, 64)]
+        peaks = [peak(make(stage), rows(stage, n)) for n in (32, 128)]
         assert peaks[1] < 1.05 * peaks[0]
 
 
