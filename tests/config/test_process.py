@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,6 +37,18 @@ def test_how_a_command_ends(
 
     assert guarded(run) == status
     assert capsys.readouterr().err == written
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(capfd: pytest.CaptureFixture[str]) -> None:
+    """As `cocoa plan --help | head` ends."""
+
+    def run() -> None:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    stdout = os.dup(1)
+    assert guarded(run) == 141
+    os.dup2(stdout, 1)
+    assert capfd.readouterr().err == ""
 
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "8", "RANK": "0", "LOCAL_RANK": "0"}

@@ -6,6 +6,7 @@ import datetime
 import errno
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -71,6 +72,9 @@ def guarded(
     # A value of the config, which is the user's; weights that do not fit the disk.
     except (OmegaConfBaseException, SafetensorError) as error:
         status, said = MISTAKE, f"error: {first_line(error)}"
+    except BrokenPipeError:  # of `| head`, which has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except OSError as error:
         # A folder where a file shall be written, a file where a folder, a full or read-only disk.
         if error.filename is None and error.errno not in NO_ROOM:
