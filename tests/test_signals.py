@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import signal
@@ -168,7 +169,9 @@ def test_other_long_commands_can_be_stopped(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])  # of commands in earlier tests
     export(embedder, tmp_path / "model", lineage=[], settings={})
+    capsys.readouterr()
     embed = "cocoa_pl.embedder.Embedder.encode"
     with logging_restored():
         signal_in(embed, signal.SIGUSR1, monkeypatch)
