@@ -79,7 +79,9 @@ def test_help_names_every_command_and_loads_none() -> None:
         assert summary in done.stdout
 
 
-@pytest.mark.parametrize("name", ["doctor", "plan", "mine"])
+@pytest.mark.parametrize(
+    "name", ["plan", *(pytest.param(name, marks=pytest.mark.slow) for name in ("doctor", "mine"))]
+)
 def test_a_command_with_overrides_is_a_hydra_app(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

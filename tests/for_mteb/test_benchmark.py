@@ -146,6 +146,7 @@ def test_an_unknown_task_is_named(name: str) -> None:
         benchmark(tasks=[name])
 
 
+@pytest.mark.slow
 def test_a_suite_is_that_of_mteb() -> None:
     tasks = benchmark(tasks=[], suite="MIEB(lite)").tasks
     assert len(tasks) == len(mteb.get_benchmark("MIEB(lite)").tasks) > 40

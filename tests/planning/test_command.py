@@ -51,6 +51,7 @@ def test_the_papers_run_fits_eight_gpus(tmp_path: Path) -> None:
     assert contrast["chunks_per_gpu"] == 4  # 43 samples with an image fit 8192 tokens
 
 
+@pytest.mark.slow
 def test_auto_is_planned_as_the_kernel_that_it_comes_to(tmp_path: Path) -> None:
     def operations(*overrides: str) -> Any:
         path = tmp_path / "plan.json"

@@ -89,6 +89,7 @@ def test_a_step_costs_what_torch_counts(
     "adapter",
     [*(pytest.param(name, marks=pytest.mark.slow) for name in ("none", "dora")), "lora", "lean"],
 )
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
 def test_so_do_the_other_families(family: str, adapter: str, make_small: MakeSmall) -> None:
     small = make_small("warmup", family=family, adapter=adapter, checkpointing=True)
@@ -101,6 +102,7 @@ def test_so_does_every_policy(policy: str, make_small: MakeSmall) -> None:
     assert planned(small) == counted(small)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter", ["none", "lora"])
 def test_the_gradient_cache_adds_a_forward_pass(adapter: str, make_small: MakeSmall) -> None:
     small = make_small("contrast", adapter=adapter, rows=3, token_budget=60)

@@ -132,6 +132,7 @@ def test_memory_of_contrast_grows_with_the_embeddings_and_a_block_of_similaritie
     assert many < 1.2 * few
 
 
+@pytest.mark.slow
 def test_memory_of_rebuilding_does_not_grow_with_the_step(make: Make, rows: MakeRows) -> None:
     for stage in ("warmup", "reconstruct"):
         peaks = [peak(make(stage), rows(stage, n)) for n in (32, 128)]
