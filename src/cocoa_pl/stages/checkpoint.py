@@ -93,6 +93,15 @@ def read_weights(path: Path, content: dict[str, Any]) -> dict[str, Tensor]:
     return weights
 
 
+def of_backbone(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The backbone's of a checkpoint's trained weights, named as in the backbone itself."""
+    return {
+        name.removeprefix(BACKBONE): value
+        for name, value in weights.items()
+        if name.startswith(BACKBONE)
+    }
+
+
 def read_chosen(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The backbone's weights of a checkpoint that a metric has chosen, and what the lineage says of
     it: the steps it has learnt, and the score.
@@ -101,11 +110,7 @@ def read_chosen(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         UserError: if there is none, or it cannot be read.
     """
     content = read(path)
-    weights = {
-        name.removeprefix(BACKBONE): value
-        for name, value in read_weights(path, content).items()
-        if name.startswith(BACKBONE)
-    }
+    weights = of_backbone(read_weights(path, content))
     found = {
         state["monitor"].removeprefix("validation/"): float(state["best_model_score"])
         for state in content["callbacks"].values()
@@ -146,11 +151,7 @@ def load_backbone(backbone: nn.Module, weights: dict[str, Tensor], *, where: str
     Raises:
         UserError: for missing or unexpected weights, by name, or adapters that were never trained.
     """
-    state = {
-        name.removeprefix(BACKBONE): value
-        for name, value in weights.items()
-        if name.startswith(BACKBONE)
-    }
+    state = of_backbone(weights)
     check_trained(state, where=where)
     load_trained(backbone, state, where=where)
 

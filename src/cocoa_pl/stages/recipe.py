@@ -183,12 +183,12 @@ def run_stages(
     """
     settings.last.parent.mkdir(parents=True, exist_ok=True)
     rows = [_rows_of(stage, source_of(data, stage.name)) for stage in stages]
-    # A module of the last stage refuses before days of the others.
-    modules = [stage.make_module(backbone, processor, steps=1, seed=0) for stage in stages]
-    _check_callbacks(
-        stages, [m.measures if v else () for m, (_, v) in zip(modules, rows, strict=True)], settings
-    )
-    del modules
+    measures: list[Sequence[str]] = []
+    for stage, (_, validation) in zip(stages, rows, strict=True):
+        # A module of the last stage refuses before days of the others.
+        module = stage.make_module(backbone, processor, steps=1, seed=0)
+        measures.append(module.measures if validation else ())
+    _check_callbacks(stages, measures, settings)
     base = checkpoint.base_of(backbone)
     facts = [[train.num_rows, train.fingerprint] for train, _ in rows]
     first, start_step = 0, 0
