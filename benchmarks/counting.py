@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.attention.varlen  # registers its operators
@@ -73,6 +73,7 @@ def cost_of(run: Run, *, device: torch.device, parameters: Iterable[Tensor] = ()
     ignored = {_address(parameter) for parameter in parameters}
     saved, live = _Saved(), LiveBytes()
     flops = FlopCounterMode(display=False, custom_mapping=_ATTENTION)
+    flops.mod_tracker = cast(Any, _NoModules())
 
     def pack(tensor: Tensor) -> _Held:
         return _Held(tensor, None if _address(tensor) in ignored else saved)
@@ -152,6 +153,12 @@ class _Held:
             storage = tensor.untyped_storage()
             saved.add(storage)
             weakref.finalize(self, saved.remove, storage.data_ptr(), storage.nbytes())
+
+
+class _NoModules(nullcontext[None]):
+    """In place of torch's tracker, whose hooks keep recomputed graphs until the count ends."""
+
+    parents = frozenset({"Global"})
 
 
 def _address(tensor: Tensor) -> int:

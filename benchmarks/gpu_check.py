@@ -92,12 +92,12 @@ class Check:
 
         Returns:
             Its `status` and `seconds`, with an `error` of its last lines where it failed; `skipped`
-            where there was no time to begin with.
+            where there was no time to begin or to end.
         """
         room, start = self.room(most), time.monotonic()
         if room < LEAST:
             return {"skipped": "no time left"}
-        log, status = self.scratch / f"{name}.log", 0
+        log, over = self.scratch / f"{name}.log", False
         with log.open("w") as output:
             process = subprocess.Popen(
                 [sys.executable, *command],
@@ -112,13 +112,17 @@ class Check:
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
                 status = process.wait()
+                over = room < most  # the whole check's time, not its own
         text = log.read_text(errors="replace")
         with (self.out / "log.txt").open("a") as everything:
             everything.write(f"==== {name}: {' '.join(command)}\n{text}\n")
         found: Found = {"status": status, "seconds": round(time.monotonic() - start, 1)}
-        if status:
+        if over:
+            found["skipped"] = "no time left"
+        elif status:
             found["error"] = " | ".join([f"status {status}", *text.strip().splitlines()[-3:]])
-        print(f"{name}: {found.get('error', 'done')[:300]} ({found['seconds']} s)", flush=True)
+        outcome = found.get("error") or found.get("skipped", "done")
+        print(f"{name}: {outcome[:300]} ({found['seconds']} s)", flush=True)
         return found
 
 

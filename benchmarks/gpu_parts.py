@@ -62,12 +62,21 @@ CASES = (
 
 
 def attempt(found: Found, file: Path, name: str, work: Callable[[], Found], *, end: float) -> None:
-    """Write what a case finds, or its error, which ends this case alone; none begins at the end."""
-    try:
-        found[name] = work() if time.monotonic() < end else {"skipped": "no time left"}
-    except Exception as error:
-        traceback.print_exc()
-        found[name] = {"error": f"{type(error).__name__}: {str(error)[:300]}"}
+    """Write what a case finds, or its error, which ends this case alone.
+
+    None begins where the longest before it would not end in time.
+    """
+    start = time.monotonic()
+    longest = max((case.get("took", 0.0) for case in found.values()), default=0.0)
+    if start + longest > end:
+        found[name] = {"skipped": "no time left"}
+    else:
+        try:
+            found[name] = work()
+        except Exception as error:
+            traceback.print_exc()
+            found[name] = {"error": f"{type(error).__name__}: {str(error)[:300]}"}
+        found[name]["took"] = round(time.monotonic() - start, 1)
     write_json(file, found)
     print(name, found[name], flush=True)
     gc.collect()

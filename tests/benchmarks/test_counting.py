@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import linear, scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry
 
-from benchmarks.counting import Cost, Count, cost_of
+from benchmarks.counting import Cost, Count, LiveBytes, cost_of
 
 CPU = torch.device("cpu")
 FLOAT = 4  # bytes
@@ -109,6 +110,24 @@ def test_peak_memory_is_of_what_lives_together() -> None:
 
     assert cost(run).peak_bytes == 2 * 1000 * FLOAT
     assert cost(lambda: x.view(10, 100)).peak_bytes == 0
+
+
+def test_counting_does_not_keep_recomputed_graphs() -> None:
+    """On a GPU a contrastive step of 11 GiB took all 139 while it was counted."""
+    layers = [nn.Sequential(nn.Linear(64, 64), nn.GELU()) for _ in range(8)]
+    x = torch.randn(1000, 64, requires_grad=True)
+
+    def run() -> None:
+        y = x
+        for layer in layers:
+            y = checkpoint(layer, y, use_reentrant=False)
+        y.sum().backward()
+
+    parameters = [p for layer in layers for p in layer.parameters()]
+    run()  # gradients are there
+    with LiveBytes() as live:
+        run()
+    assert cost(run, x, *parameters).peak_bytes == live.peak
 
 
 def test_writing_into_an_input_makes_nothing() -> None:

@@ -56,6 +56,15 @@ def test_without_time_a_process_is_skipped_which_is_no_failure(tmp_path: Path) -
     assert failures({"bench": {"late": found}}) == []
 
 
+def test_a_process_that_the_end_stops_is_no_failure(tmp_path: Path) -> None:
+    check = Check(tmp_path, time.monotonic() + gpu_check.KEPT_BACK + 1, True, tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpu_check, "LEAST", 0)
+        found = check.run("long", ["-c", "import time; time.sleep(60)"], most=100)
+    assert (found["status"], found["skipped"]) == (-9, "no time left")
+    assert failures({"bench": {"long": found}}) == []
+
+
 def test_a_process_that_takes_too_long_is_stopped_with_its_children(
     check: Check, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -103,11 +112,19 @@ def test_an_error_ends_its_case_alone(tmp_path: Path) -> None:
     for name, work in works.items():
         gpu_parts.attempt(found, file, name, work, end=end - 100 * (name == "late"))
         assert json.loads(file.read_text()) == found
+    assert {name: case.pop("took", None) for name, case in found.items()}["late"] is None
     assert found == {
         "bad": {"error": "ZeroDivisionError: division by zero"},
         "good": {"x": 1},
         "late": {"skipped": "no time left"},
     }
+
+
+def test_a_case_that_would_not_end_in_time_is_not_begun(tmp_path: Path) -> None:
+    found = {"long": {"took": 30.0}}
+    end = time.monotonic() + 20
+    gpu_parts.attempt(found, tmp_path / "steps.json", "next", lambda: {"x": 1}, end=end)
+    assert found["next"] == {"skipped": "no time left"}
 
 
 def test_failed_tests_are_named_with_their_reason(tmp_path: Path) -> None:
