@@ -48,14 +48,14 @@ def draw_ratios(records: Sequence[Record], path: Path) -> None:
     axes.set_xscale("log")
     largest = max(max(r["ci"][1], r["target"] or 1) for r in records)
     smallest = min(min(r["ci"][0], 1) for r in records)
-    axes.set_xlim(smallest / 1.15, largest * 1.5)
-    shown = [tick for tick in TICKS if smallest / 1.15 <= tick <= largest * 1.5]
+    axes.set_xlim(smallest / 1.3, largest * 1.5)
+    shown = [tick for tick in TICKS if smallest / 1.3 <= tick <= largest * 1.5]
     axes.xaxis.set_major_locator(FixedLocator(shown))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))
     axes.axvline(1, color=INK, linewidth=0.8)
     axes.set_xlabel("peer's time over ours (above 1, this project is faster)")
-    axes.legend(loc="lower right", frameon=False)
+    figure.legend(loc="outside upper right", ncols=2, frameon=False)
     _plain(axes)
     _save(figure, path)
 
