@@ -25,8 +25,13 @@ from cocoa_pl.distributed.collectives import rank
 from cocoa_pl.distributed.strategies import full_state
 from cocoa_pl.embedder import Embedder, chosen_device
 from cocoa_pl.errors import UserError, first_line
-from cocoa_pl.evaluation.benchmark import check_subsets, score_subsets
-from cocoa_pl.evaluation.embedded import IN_MEMORY, VectorSettings, embedded
+from cocoa_pl.evaluation.benchmark import (
+    IN_MEMORY,
+    VectorSettings,
+    check_subsets,
+    embedded,
+    score_subsets,
+)
 from cocoa_pl.evaluation.report import (
     Provenance,
     published_rows,

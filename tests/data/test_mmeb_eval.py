@@ -23,7 +23,7 @@ from cocoa_pl.config.command_line import compose_overrides
 from cocoa_pl.data.items import IMAGE_SLOT, EvalSubset, Item
 from cocoa_pl.data.mmeb_eval import READERS, MmebBenchmark, read_eval_subset
 from cocoa_pl.errors import UserError
-from cocoa_pl.evaluation.benchmark import evaluate
+from cocoa_pl.evaluation.benchmark import encode_once, score_subsets
 from cocoa_pl.evaluation.report import score_table
 
 SLOT = IMAGE_SLOT
@@ -533,7 +533,13 @@ def test_choice_of_subsets_gives_no_means(root: Path) -> None:
         return np.eye(512, dtype=np.float32)[[item.key % 512 for item in items]]
 
     whole, few = (
-        evaluate(encode, [subset], benchmark="b", checkpoint="c", is_partial=is_partial)
+        score_subsets(
+            encode_once(encode, [subset]),
+            [subset],
+            benchmark="b",
+            checkpoint="c",
+            is_partial=is_partial,
+        )
         for is_partial in (False, True)
     )
     content = few.to_json()

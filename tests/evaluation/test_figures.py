@@ -9,19 +9,17 @@ import pytest
 
 from cocoa_pl.attention import Policy
 from cocoa_pl.data.items import EvalSubset, Item
-from cocoa_pl.evaluation.benchmark import evaluate
+from cocoa_pl.evaluation.benchmark import encode_once, score_subsets
 from cocoa_pl.evaluation.figures import (
     EDGES,
     MAPPED_ROWS,
     Mapped,
-    Similarities,
-    counted,
+    binned,
     flattened,
     histogram,
     sample,
 )
-from cocoa_pl.evaluation.report import Provenance, grid_rows
-from cocoa_pl.evaluation.scoring import Hits
+from cocoa_pl.evaluation.report import Provenance
 
 ALL = ("context", "bottleneck", "target")
 
@@ -39,7 +37,7 @@ def test_distances_in_the_plane_are_kept() -> None:
     space = flattened(mapped(*(flat @ basis.T + 7)))
     assert space is not None
     assert sum(space.shares) == pytest.approx(1)
-    points = np.array([at for p in space.places for at in (p.query_at, p.positive_at)])
+    points = np.concatenate([place.at for place in space.places])
     assert points.min(axis=0) == pytest.approx([0, 0])
     assert points.max(axis=0) == pytest.approx([1, 1])
     for axis in (0, 1):  # each axis is an affine function of the plane's points
@@ -57,7 +55,7 @@ def test_the_map_is_never_mirrored() -> None:
     )
     assert first is not None
     assert second is not None
-    np.testing.assert_allclose(first.places[0].query_at, second.places[1].query_at, atol=1e-9)
+    np.testing.assert_allclose(first.places[0].at, second.places[1].at, atol=1e-9)
 
 
 def test_points_on_a_line_make_no_map() -> None:
@@ -74,7 +72,7 @@ def test_rows_are_spread_over_the_subset(
     found = sample(subset, queries, candidates, rows=3)
     assert [one.row_id for one in found] == ["s row 0", "s row 10", "s row 19"]
     for one in found:
-        np.testing.assert_array_equal(one.vectors, compass([one.query, one.positive]))
+        np.testing.assert_array_equal(one.at, compass([one.query, one.positive]))
     assert len(sample(subset, queries, candidates, rows=0)) == 1
     assert len(sample(subset, queries, candidates, rows=99)) == 20
 
@@ -84,38 +82,30 @@ def test_a_benchmark_maps_all_its_subsets(
 ) -> None:
     rows = [(f"q {n}", [f"p {n + 1}", "other 90"]) for n in range(50)]
     subsets = [make_subset(name, rows) for name in ("a", "b")]
-    space = evaluate(compass, subsets, benchmark="d", checkpoint="c").space
+    vectors = encode_once(compass, subsets)
+    space = score_subsets(vectors, subsets, benchmark="d", checkpoint="c").space
     assert space is not None
     assert [place.subset for place in space.places] == ["a"] * 50 + ["b"] * 50
     assert len(space.places) <= MAPPED_ROWS
 
 
 def test_histograms_count_rows_by_cosine() -> None:
-    found = counted(
-        Hits(
-            np.ones(4, bool),
-            np.ones(4, bool),
-            np.array([1.0000001, 0.99, 0.52, -1], np.float32),
-            np.array([0.5, np.nan, -np.inf, 0.01], np.float32),
-        )
-    )
-    assert len(found.positive) == len(EDGES) - 1 == 40
-    bins = {(EDGES[n], count) for n, count in enumerate(found.positive) if count}
+    positive = binned(np.array([1.0000001, 0.99, 0.52, -1], np.float32))
+    assert len(positive) == len(EDGES) - 1 == 40
+    bins = {(EDGES[n], count) for n, count in enumerate(positive) if count}
     assert bins == {(0.95, 2), (0.5, 1), (-1.0, 1)}
-    assert sum(found.hardest) == 2  # a row with one candidate has no negative
+    hardest = binned(np.array([0.5, np.nan, -np.inf, 0.01], np.float32))
+    assert sum(hardest) == 2  # a row with one candidate has no negative
 
 
 def test_bars_are_those_of_the_filled_bins() -> None:
     positive = [0] * 40
     hardest = [0] * 40
     positive[30], positive[33], hardest[29] = 4, 1, 2
-    drawn = histogram(Similarities(tuple(positive), tuple(hardest)))
-    assert (drawn.low, drawn.high) == (0.45, 0.7)
-    assert [(bar.left, bar.width, bar.height) for bar in drawn.positive] == [
-        (60, 60, 100),
-        (240, 60, 25),
-    ]
-    assert [(bar.left, bar.height) for bar in drawn.hardest] == [(0, 50)]
+    drawn = histogram(positive, hardest)
+    assert (drawn["low"], drawn["high"]) == (0.45, 0.7)
+    assert drawn["positive"] == [(60, 60, 100), (240, 60, 25)]
+    assert drawn["hardest"] == [(0, 60, 50)]
 
 
 def test_grids_show_each_policy_once_and_who_uses_it() -> None:
@@ -123,9 +113,10 @@ def test_grids_show_each_policy_once_and_who_uses_it() -> None:
     bridge = Policy(
         "bridge", ("context", "bottleneck"), ALL, ("bottleneck", "target"), causal=False
     )
-    grids = Provenance(policies={"a": bidirectional, "b": bridge, "c": bidirectional}).grids
-    assert [grid.name for grid in grids] == ["both ways: a, c", "bridge: b"]
-    assert grids[0].rows == ("AAAAEBBB",) * 8
-    assert grid_rows(bridge) == (*("AAAAE   ",) * 4, "AAAAEBBB", *("    EBBB",) * 3)
-    causal = grid_rows(Policy("causal", ALL, ALL, ALL, causal=True))
-    assert causal == tuple("AAAAEBBB"[: n + 1].ljust(8) for n in range(8))
+    causal = Policy("causal", ALL, ALL, ALL, causal=True)
+    policies = {"a": bidirectional, "b": bridge, "c": bidirectional, "d": causal}
+    assert Provenance(policies=policies).grids == {
+        "both ways: a, c": ("AAAAEBBB",) * 8,
+        "bridge: b": (*("AAAAE   ",) * 4, "AAAAEBBB", *("    EBBB",) * 3),
+        "causal: d": tuple("AAAAEBBB"[: n + 1].ljust(8) for n in range(8)),
+    }

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from cocoa_pl.evaluation.results import Results, SubsetScore, interval, resampled, score_interval
+from cocoa_pl.evaluation.results import Results, SubsetScore, score_interval
 
 SUBSET = SubsetScore("scene_i2t", "retrieval", True, 0.7, 0.7, 200, 50, 0.02)
 OTHER = replace(SUBSET, name="scene_t2i", precision_at_1=0.4, num_queries=1000)
@@ -42,7 +42,7 @@ def test_more_queries_and_more_subsets_leave_less_room() -> None:
 
 @pytest.mark.parametrize("score", [0.0, 1.0])
 def test_what_is_always_the_same_has_no_width(score: float) -> None:
-    assert interval([resampled(score, 50, name="x")]) == (score, score)
+    assert score_interval([replace(SUBSET, precision_at_1=score)]) == (score, score)
 
 
 def test_a_subset_has_the_same_interval_in_any_choice_of_them() -> None:

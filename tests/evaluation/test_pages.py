@@ -15,7 +15,7 @@ from cocoa_pl.attention import Policy
 from cocoa_pl.data.items import IMAGE_SLOT, EvalSubset, Item
 from cocoa_pl.errors import UserError
 from cocoa_pl.evaluation import comparison as command
-from cocoa_pl.evaluation.benchmark import evaluate
+from cocoa_pl.evaluation.benchmark import encode_once, score_subsets
 from cocoa_pl.evaluation.comparison import difference
 from cocoa_pl.evaluation.report import Provenance, write_report
 from cocoa_pl.evaluation.results import Results, SubsetScore
@@ -53,7 +53,8 @@ def results(
         with_image = f"{IMAGE_SLOT}\nwhat? {30 + place}"
         subset.queries[3] = Item(with_image, (make_image((56, 28), seed=1),))
         subsets.append(subset)
-    return evaluate(compass, subsets, benchmark="digits", checkpoint="runs/1")
+    vectors = encode_once(compass, subsets)
+    return score_subsets(vectors, subsets, benchmark="digits", checkpoint="runs/1")
 
 
 @pytest.fixture

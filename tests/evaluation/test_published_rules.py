@@ -20,7 +20,7 @@ from PIL import Image
 
 from cocoa_pl.data.items import IMAGE_SLOT, Item
 from cocoa_pl.data.mmeb_eval import MmebBenchmark
-from cocoa_pl.evaluation.benchmark import evaluate
+from cocoa_pl.evaluation.benchmark import encode_once, score_subsets
 
 PLACEHOLDER = "<|image_1|>"
 DISTINCT = 9  # vectors: far fewer than items, so that many tie
@@ -82,7 +82,9 @@ def scored(root: Path, table: dict[str, Any], encoder: Encoder) -> dict[str, flo
         published=[],
         on_bad_row="fail",
     )
-    results = evaluate(encoder, benchmark.subsets(), benchmark="mmeb", checkpoint="x")
+    subsets = benchmark.subsets()
+    vectors = encode_once(encoder, subsets)
+    results = score_subsets(vectors, subsets, benchmark="mmeb", checkpoint="x")
     return {subset.name: subset.precision_at_1 for subset in results.subsets}
 
 

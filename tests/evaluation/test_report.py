@@ -14,7 +14,7 @@ from rich.console import Console
 from cocoa_pl.attention import Policy
 from cocoa_pl.data.items import IMAGE_SLOT, EvalSubset, Item
 from cocoa_pl.errors import UserError
-from cocoa_pl.evaluation.benchmark import evaluate
+from cocoa_pl.evaluation.benchmark import encode_once, score_subsets
 from cocoa_pl.evaluation.figures import read_panels
 from cocoa_pl.evaluation.report import Provenance, picture, score_table, write_report
 from cocoa_pl.evaluation.results import Results
@@ -58,7 +58,8 @@ def results(make_subset: Callable[..., EvalSubset], compass: Callable[..., np.nd
     Image.new("RGB", (56, 28), "red").save(buffer, "png")
     subset.queries[0] = Item(f"{IMAGE_SLOT} what is this? 0", (buffer.getvalue(),))
     vqa = make_subset("scene_vqa", [("q 0", [EVIL])], group="vqa", in_distribution=False)
-    return evaluate(compass, [subset, vqa], benchmark="digits", checkpoint="runs/<1>")
+    vectors = encode_once(compass, [subset, vqa])
+    return score_subsets(vectors, [subset, vqa], benchmark="digits", checkpoint="runs/<1>")
 
 
 @pytest.fixture

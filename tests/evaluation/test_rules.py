@@ -5,11 +5,7 @@ import pytest
 
 from cocoa_pl.errors import UserError
 from cocoa_pl.evaluation import scoring
-from cocoa_pl.evaluation.scoring import (
-    chance_level,
-    check_embeddings,
-    rule_hits,
-)
+from cocoa_pl.evaluation.scoring import check_embeddings, rule_hits
 
 
 def unit(array: np.ndarray) -> np.ndarray:
@@ -34,10 +30,6 @@ def test_official_rule_is_argmax_zero_and_strict_rule_wants_a_lead(
 ) -> None:
     got = rule_hits(np.array(scores[:1]), np.array([np.max(scores[1:])]))
     assert (got[0].tolist(), got[1].tolist()) == ([official], [strict])
-
-
-def test_chance_is_the_mean_over_ragged_rows() -> None:
-    assert chance_level([np.arange(2), np.arange(4)]) == pytest.approx(0.375)
 
 
 GOOD = np.eye(4, dtype=np.float32)

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from cocoa_pl.evaluation import scoring
-from cocoa_pl.evaluation.scoring import TIE, Hits, score_rows
-from cocoa_pl.evaluation.vectors import read
+from cocoa_pl.evaluation.scoring import TIE, Hits, read, score_rows
 
 
 def unit(array: np.ndarray) -> np.ndarray:
@@ -74,6 +73,7 @@ def test_scores_in_blocks_are_those_of_the_definition(
     rows_at_once: int, block: int, dtype: str, nan: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(scoring, "ROWS", rows_at_once)
+    monkeypatch.setattr(scoring, "BLOCK", block)
     for seed in range(4):
         corpus = Corpus(seed, dtype=dtype, nan=nan)
         rows = corpus.rows()
@@ -82,7 +82,6 @@ def test_scores_in_blocks_are_those_of_the_definition(
             corpus.candidates,
             query_index=corpus.query_index,
             candidate_index=rows,
-            block=block,
         )
         expected = by_definition(corpus.queries, corpus.candidates, corpus.query_index, rows)
         assert_same(found, expected)
@@ -96,8 +95,8 @@ def test_equal_candidates_tie_whatever_the_matrix_product_rounds(dimensions: int
     candidates = np.repeat(queries, 3, axis=0)  # three copies of every query's answer
     rows = [np.array([3 * row + copy for copy in (row % 3, (row + 1) % 3)]) for row in range(50)]
     hits = score_rows(queries, candidates, query_index=np.arange(50), candidate_index=rows)
-    assert hits.precision_at_1 == 1.0
-    assert hits.precision_at_1_strict == 0.0
+    assert hits.official.all()
+    assert not hits.strict.any()
 
 
 def test_neighbours_are_read_without_a_copy_and_others_in_their_order() -> None:
@@ -118,8 +117,9 @@ def test_memory_is_bounded_by_the_block_and_not_by_the_corpus(
     rows = [rng.choice(count, size=each, replace=False) for _ in range(num_rows)]
     block = 1 << 15  # 128 KiB of float32
     monkeypatch.setattr(scoring, "ROWS", 4)
+    monkeypatch.setattr(scoring, "BLOCK", block)
     tracemalloc.start()
-    score_rows(vectors, vectors, query_index=np.arange(num_rows), candidate_index=rows, block=block)
+    score_rows(vectors, vectors, query_index=np.arange(num_rows), candidate_index=rows)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     whole = count * width * 4

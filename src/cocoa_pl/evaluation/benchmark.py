@@ -1,31 +1,35 @@
-"""Score the vectors of evaluation subsets, which an `encode` callable or a store gives.
+"""Score the vectors of evaluation subsets, which are in memory or in a store.
 
-The scorer never sees a model. Every unique item is encoded once, also across subsets.
-A benchmark never averages over fewer subsets than expected: what cannot be scored raises.
+The scorer never sees a model. Every unique item is encoded once, also across subsets. What cannot
+be scored raises: a benchmark never averages over fewer subsets than it has.
 """
 
+from __future__ import annotations
+
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from cocoa_pl.data.items import Item
+from cocoa_pl.data.items import EvalSubset, Item
+from cocoa_pl.distributed.collectives import all_objects, rank, world_size
+from cocoa_pl.embedder import Embedder
 from cocoa_pl.errors import UserError, renamed
-from cocoa_pl.evaluation.figures import MAPPED_ROWS, Mapped, counted, flattened, sample
+from cocoa_pl.evaluation.figures import MAPPED_ROWS, Mapped, binned, flattened, sample
 from cocoa_pl.evaluation.results import GalleryRow, RankedCandidate, Results, SubsetScore
 from cocoa_pl.evaluation.scoring import (
-    BLOCK,
+    Floats,
     Hits,
-    chance_level,
     check_embeddings,
+    evenly_spaced,
     row_scores,
     score_rows,
 )
-from cocoa_pl.evaluation.vectors import Floats, evenly_spaced
-
-if TYPE_CHECKING:
-    from cocoa_pl.data.items import EvalSubset
+from cocoa_pl.evaluation.store import VectorStore, cache_keys, embed_missing
 
 logger = logging.getLogger(__name__)
 
@@ -33,50 +37,42 @@ Encode = Callable[[Sequence[Item]], Floats]  # items -> float32 [N, D], unit len
 # A subset's number -> vectors of its queries and of its candidates; called in the subsets' order.
 VectorsOf = Callable[[int], tuple[Floats, Floats]]
 
+GALLERY_ROWS = 3  # hits, and misses, of each subset
+GALLERY_RANKS = 5  # candidates of a row, beside a positive that is farther down
 
-def evaluate(
-    encode: Encode,
-    subsets: Sequence["EvalSubset"],
-    *,
-    benchmark: str,
-    checkpoint: str,
-    expected: Sequence[str] | None = None,
-    is_partial: bool = False,
-    gallery_rows: int = 3,
-) -> Results:
-    """Encode every unique item once and score all subsets by both rules.
 
-    Args:
-        encode: called once per subset with the items not encoded before.
-        expected: names of the benchmark's subsets; None trusts `subsets` to be complete.
-        is_partial: `subsets` are a choice; no means are reported.
-        gallery_rows: how many hits, and how many misses, of each subset go into the gallery.
+@dataclass(frozen=True)
+class VectorSettings:
+    """How the items of a benchmark are embedded, and where their vectors are.
 
-    Raises:
-        UserError: if a subset is missing, empty, twice there, or its embeddings are NaN, collapsed
-            or not of unit length.
+    Attributes:
+        batch_tokens: that go through the model together.
+        threads: that read and tokenize ahead of it.
+        store: folder that keeps the vectors; None has them in memory, in float32.
+        store_dtype: of the vectors in it.
     """
-    check_subsets(subsets, expected=expected)
-    return score_subsets(
-        encode_once(encode, subsets),
-        subsets,
-        benchmark=benchmark,
-        checkpoint=checkpoint,
-        is_partial=is_partial,
-        gallery_rows=gallery_rows,
-    )
+
+    batch_tokens: int = 8192
+    threads: int = 4
+    store: Path | None = None
+    store_dtype: str = "float16"
+
+
+IN_MEMORY = VectorSettings()
 
 
 def score_subsets(
     vectors_of: VectorsOf,
-    subsets: Sequence["EvalSubset"],
+    subsets: Sequence[EvalSubset],
     *,
     benchmark: str,
     checkpoint: str,
     is_partial: bool = False,
-    gallery_rows: int = 3,
 ) -> Results:
     """Score checked subsets by both rules; vectors are read in blocks from where they lie.
+
+    Args:
+        is_partial: `subsets` are a choice; no means are reported.
 
     Raises:
         UserError: if embeddings of a subset are NaN, collapsed or not of unit length.
@@ -100,39 +96,32 @@ def score_subsets(
                 name=subset.name,
                 group=subset.group,
                 in_distribution=subset.in_distribution,
-                precision_at_1=hits.precision_at_1,
-                precision_at_1_strict=hits.precision_at_1_strict,
+                precision_at_1=float(hits.official.mean()),
+                precision_at_1_strict=float(hits.strict.mean()),
                 num_queries=len(subset.query_index),
                 num_candidates=len(subset.candidates),
-                chance=chance_level(subset.candidate_index),
-                similarities=counted(hits),
-                num_without_choice=hits.num_without_choice,
+                chance=float(np.mean([1.0 / len(row) for row in subset.candidate_index])),
+                num_queries_without_choice=int(np.isneginf(hits.hardest).sum()),
+                positive_similarities=binned(hits.positive),
+                hardest_negative_similarities=binned(hits.hardest),
             )
         )
         mapped += sample(subset, queries, candidates, rows=MAPPED_ROWS // len(subsets))
-        for row in _sample_rows(hits, count=gallery_rows):
-            gallery.append(_gallery_row(subset, row, hits, queries=queries, candidates=candidates))
+        gallery += _gallery(subset, hits, queries, candidates)
     return Results(
         benchmark, checkpoint, tuple(scores), tuple(gallery), is_partial, space=flattened(mapped)
     )
 
 
-def check_subsets(
-    subsets: Sequence["EvalSubset"], *, expected: Sequence[str] | None = None
-) -> None:
+def check_subsets(subsets: Sequence[EvalSubset]) -> None:
     """Refuse what cannot be scored before anything is encoded.
 
     Raises:
-        UserError: if a subset is missing, empty or twice there, or a row has no candidates.
+        UserError: if there is no subset, one is empty or twice there, or a row has no candidates.
     """
     if not subsets:
         raise UserError("the benchmark has no subset; name at least one")
     names = [subset.name for subset in subsets]
-    if missing := [name for name in expected or () if name not in names]:
-        raise UserError(
-            f"the benchmark lacks {', '.join(missing)}; a mean over fewer subsets than asked for "
-            "compares with nothing: add them, or take them out of the benchmark's config"
-        )
     for subset in subsets:
         if names.count(subset.name) > 1:
             raise UserError(f"{subset.name}: the subset is in the benchmark twice; keep one")
@@ -143,7 +132,30 @@ def check_subsets(
                 raise UserError(f"{row_id}: no candidates; give at least the positive")
 
 
-def encode_once(encode: Encode, subsets: Sequence["EvalSubset"]) -> VectorsOf:
+def embedded(model: Embedder, subsets: Sequence[EvalSubset], settings: VectorSettings) -> VectorsOf:
+    """Where the subsets' vectors come from; a store has been filled by all processes by then."""
+    given: Any = {"batch_tokens": settings.batch_tokens, "threads": settings.threads}
+    if settings.store is None:
+        return encode_once(partial(model.encode, **given), subsets)
+    store = VectorStore(
+        settings.store, identity=model.identity(), dim=model.dim, dtype=settings.store_dtype
+    )
+    keys = [(cache_keys(subset.queries), cache_keys(subset.candidates)) for subset in subsets]
+    for subset, both in zip(subsets, keys, strict=True):
+        embed_missing(
+            store,
+            [*subset.queries, *subset.candidates],
+            np.concatenate(both),
+            partial(model.stream, **given),
+            rank=rank(),
+            world_size=world_size(),
+        )
+    all_objects("done")  # scoring waits until every process has embedded its share
+    store.reload()
+    return lambda number: (store.vectors(keys[number][0]), store.vectors(keys[number][1]))
+
+
+def encode_once(encode: Encode, subsets: Sequence[EvalSubset]) -> VectorsOf:
     """Embeddings in memory, encoded when a subset is the first to need them.
 
     To be called in the subsets' order: an embedding is dropped after the last subset that uses it.
@@ -162,7 +174,11 @@ def encode_once(encode: Encode, subsets: Sequence["EvalSubset"]) -> VectorsOf:
         items = dict(zip(keys, [*subset.queries, *subset.candidates], strict=True))
         new = {key: item for key, item in items.items() if key not in known}
         try:
-            known.update(_encode_new(new, encode))
+            if new:
+                # Copies: a view would keep the whole array alive until its last row is dropped.
+                known.update(
+                    {k: v.copy() for k, v in zip(new, encode([*new.values()]), strict=True)}
+                )
         except UserError as error:
             places = [keys.index(key) for key in new]
             raise renamed(error, lambda item: _name(subset, places[item])) from error
@@ -176,7 +192,7 @@ def encode_once(encode: Encode, subsets: Sequence["EvalSubset"]) -> VectorsOf:
     return encode_subset
 
 
-def _name(subset: "EvalSubset", place: int) -> str:
+def _name(subset: EvalSubset, place: int) -> str:
     """A query, or behind all of them a candidate, by the first row that it belongs to."""
     candidate = place - len(subset.queries)
     if candidate < 0:
@@ -185,57 +201,40 @@ def _name(subset: "EvalSubset", place: int) -> str:
     return f"{subset.row_ids[next(rows)]}, candidate"
 
 
-def _encode_new(items: Mapping[int, Item], encode: Encode) -> dict[int, Floats]:
-    if not items:
-        return {}
-    embeddings = encode(list(items.values()))
-    if embeddings.ndim != 2 or len(embeddings) != len(items):
-        raise ValueError(
-            f"encode returned shape {embeddings.shape} for {len(items)} items; expected [N, D]"
-        )
-    # Copies: a view would keep the whole array alive until its last row is dropped.
-    return {key: row.copy() for key, row in zip(items, embeddings, strict=True)}
-
-
-def _sample_rows(hits: Hits, *, count: int) -> list[int]:
-    """Up to `count` misses and `count` hits, spread evenly over the subset, in row order."""
+def _gallery(
+    subset: EvalSubset, hits: Hits, queries: Floats, candidates: Floats
+) -> list[GalleryRow]:
+    """Up to `GALLERY_ROWS` misses and as many hits, spread evenly over the subset, in row order."""
     rows: list[int] = []
     for hit in (False, True):
         found = np.flatnonzero(hits.strict == hit)
-        rows.extend(int(row) for row in found[evenly_spaced(len(found), count=count)])
-    return sorted(rows)
-
-
-def _gallery_row(
-    subset: "EvalSubset",
-    row: int,
-    hits: Hits,
-    *,
-    queries: Floats,
-    candidates: Floats,
-    top: int = 5,
-) -> GalleryRow:
-    query, index = subset.query_index[row], subset.candidate_index[row]
-    scores = row_scores(queries[np.array([query])][0], candidates, index, block=BLOCK)
-    order = np.argsort(-scores, kind="stable")  # ties keep row order: the positive comes first
-    rank_of_positive = int(np.flatnonzero(order == 0)[0])
-    places = [*range(min(top, len(order)))]
-    if rank_of_positive >= top:
-        places.append(rank_of_positive)
-    ranked = tuple(
-        RankedCandidate(
-            item=subset.candidates[int(index[order[place]])],
-            rank=place + 1,
-            score=float(scores[order[place]]),
-            is_positive=place == rank_of_positive,
+        rows += found[evenly_spaced(len(found), count=GALLERY_ROWS)].tolist()
+    gallery = []
+    for row in sorted(rows):
+        query, index = subset.query_index[row], subset.candidate_index[row]
+        scores = row_scores(queries[query], candidates, index)
+        order = np.argsort(-scores, kind="stable")  # ties keep row order: the positive comes first
+        place_of_positive = int(np.flatnonzero(order == 0)[0])
+        places = [*range(min(GALLERY_RANKS, len(order)))]
+        if place_of_positive >= GALLERY_RANKS:
+            places.append(place_of_positive)
+        ranked = tuple(
+            RankedCandidate(
+                item=subset.candidates[int(index[order[place]])],
+                rank=place + 1,
+                score=float(scores[order[place]]),
+                is_positive=place == place_of_positive,
+            )
+            for place in places
         )
-        for place in places
-    )
-    return GalleryRow(
-        subset=subset.name,
-        row_id=subset.row_ids[row],
-        query=subset.queries[query],
-        ranked=ranked,
-        num_candidates=len(index),
-        hit=bool(hits.strict[row]),
-    )
+        gallery.append(
+            GalleryRow(
+                subset=subset.name,
+                row_id=subset.row_ids[row],
+                query=subset.queries[query],
+                ranked=ranked,
+                num_candidates=len(index),
+                hit=bool(hits.strict[row]),
+            )
+        )
+    return gallery

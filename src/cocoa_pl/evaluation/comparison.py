@@ -14,6 +14,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
@@ -23,7 +24,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from cocoa_pl.errors import UserError, typed
-from cocoa_pl.evaluation.figures import Panel, read_panels
+from cocoa_pl.evaluation.figures import read_panels
 from cocoa_pl.evaluation.report import templates
 from cocoa_pl.evaluation.results import CONFIDENCE, MEANS, Interval, read_config, read_results
 
@@ -126,7 +127,20 @@ def read_runs(folders: Sequence[Path]) -> list[Scored]:
         raise UserError(f"2 to {MAX_RUNS} runs are compared, not {len(folders)}")
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise UserError("a run is named twice")
-    runs = [_read(folder, name) for folder, name in zip(folders, _names(folders), strict=True)]
+    runs = []
+    for folder, name in zip(folders, _names(folders), strict=True):
+        path = folder / "results.json"
+        if not path.is_file():
+            raise UserError(
+                f"{folder} holds no results.json: score it first, python evaluate.py "
+                + typed("ckpt", folder)
+            )
+        results = read_results(path)
+        if not results["subsets"]:
+            raise UserError(
+                f"{path} holds no subsets to compare; mteb compares its tasks by itself"
+            )
+        runs.append(Scored(name, folder, results, dict(_flat(read_config(folder)))))
     benchmarks = {run.results["benchmark"] for run in runs}
     if len(benchmarks) > 1:
         raise UserError(f"runs of different benchmarks do not compare: {', '.join(benchmarks)}")
@@ -203,7 +217,11 @@ def _parts(run: Scored) -> list[tuple[str, ...]]:
 
 def write_comparison(path: Path, runs: Sequence[Scored], rows: Sequence[Row], *, date: str) -> None:
     """Write the page; `rows` are those of `compared`."""
-    metrics = {run.name: run.folder / "metrics.csv" for run in runs}
+    metrics = {
+        run.name: run.folder / "metrics.csv"
+        for run in runs
+        if (run.folder / "metrics.csv").is_file()
+    }
     reports = {
         run.name: os.path.relpath(run.folder / "report.html", path.parent)
         for run in runs
@@ -219,7 +237,11 @@ def write_comparison(path: Path, runs: Sequence[Scored], rows: Sequence[Row], *,
             rows=rows,
             changed=changed(runs),
             reports=reports,
-            panels=_panels({name: file for name, file in metrics.items() if file.is_file()}),
+            panels=[  # with validation there would be twice the curves
+                replace(panel, curves=curves)
+                for panel in read_panels(metrics)
+                if (curves := tuple(c for c in panel.curves if c.label.endswith(" train")))
+            ],
             confidence=CONFIDENCE,
         )
     )
@@ -238,29 +260,6 @@ def difference(first: Sequence[Part], other: Sequence[Part]) -> Interval:
     return mean - reach, mean + reach
 
 
-def _panels(metrics: Mapping[str, Path]) -> list[Panel]:
-    """Training losses alone: with validation there would be twice the curves."""
-    kept = []
-    for panel in read_panels(metrics):
-        curves = tuple(curve for curve in panel.curves if curve.label.endswith(" train"))
-        if curves:
-            kept.append(replace(panel, curves=curves))
-    return kept
-
-
-def _read(folder: Path, name: str) -> Scored:
-    path = folder / "results.json"
-    if not path.is_file():
-        raise UserError(
-            f"{folder} holds no results.json: score it first, python evaluate.py "
-            + typed("ckpt", folder)
-        )
-    results = read_results(path)
-    if not results["subsets"]:
-        raise UserError(f"{path} holds no subsets to compare; mteb compares its tasks by itself")
-    return Scored(name, folder, results, dict(_flat(read_config(folder))))
-
-
 def _flat(node: Any, prefix: str = "") -> list[tuple[str, str]]:
     if not isinstance(node, dict):
         return [(prefix, json.dumps(node) if isinstance(node, list) else str(node))]
@@ -271,8 +270,5 @@ def _flat(node: Any, prefix: str = "") -> list[tuple[str, str]]:
 def _names(folders: Sequence[Path]) -> list[str]:
     """The last parts of the paths, as many as tell them apart."""
     resolved = [folder.resolve() for folder in folders]
-    for depth in range(1, 20):
-        names = ["/".join(folder.parts[-depth:]) for folder in resolved]
-        if len(set(names)) == len(names):
-            return names
-    return [str(folder) for folder in resolved]
+    names = (["/".join(folder.parts[-depth:]) for folder in resolved] for depth in count(1))
+    return next(some for some in names if len(set(some)) == len(some))

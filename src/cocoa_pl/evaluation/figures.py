@@ -10,17 +10,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from cocoa_pl.data.items import Item
+from cocoa_pl.data.items import EvalSubset, Item
 from cocoa_pl.errors import UserError
-from cocoa_pl.evaluation.scoring import Hits
-from cocoa_pl.evaluation.vectors import Floats, evenly_spaced, read
-
-if TYPE_CHECKING:
-    from cocoa_pl.data.items import EvalSubset
+from cocoa_pl.evaluation.scoring import Floats, evenly_spaced, read
 
 WIDTH, HEIGHT = 300.0, 100.0
 EDGES = tuple(round(-1 + 0.05 * number, 2) for number in range(41))  # of cosines
@@ -32,8 +28,7 @@ Point = tuple[float, float]  # step, value
 # --- Loss curves -------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Curve:
+class Curve(NamedTuple):
     """One line of a panel: `points` is the `points` attribute of an SVG polyline."""
 
     label: str
@@ -55,8 +50,8 @@ class Panel:
     left_out: int  # values that are NaN or inf
 
 
-def read_panels(files: Mapping[str, Path], *, word: str = "loss") -> list[Panel]:
-    """One panel per stage and metric whose name contains `word`, in the files' order.
+def read_panels(files: Mapping[str, Path]) -> list[Panel]:
+    """One panel per stage and metric whose name holds "loss", in the files' order.
 
     metrics.csv is long: a row `stage,step,name,value` per logged number, with names like
     `train/loss_mntp`.
@@ -67,53 +62,48 @@ def read_panels(files: Mapping[str, Path], *, word: str = "loss") -> list[Panel]
     Raises:
         UserError: if a file lacks a column, or a step or value is not a number.
     """
-    series: dict[tuple[str, str], dict[str, list[Point]]] = {}
+    panels: dict[tuple[str, str], dict[str, list[Point]]] = {}
     for run, path in files.items():
-        for (stage, metric), splits in _series(path, word).items():
-            of_panel = series.setdefault((stage, metric), {})
-            of_panel |= {f"{run} {split}".strip(): points for split, points in splits.items()}
-    return [_panel(stage, metric, splits) for (stage, metric), splits in series.items()]
+        with path.open(newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                try:
+                    split, _, metric = row["name"].rpartition("/")
+                    panel, point = (row["stage"], metric), (float(row["step"]), float(row["value"]))
+                except (KeyError, TypeError, ValueError, AttributeError) as error:
+                    raise UserError(
+                        f"{path} line with {row}: expected the columns stage,step,name,value with "
+                        "numbers for step and value"
+                    ) from error
+                if "loss" in metric:
+                    curves = panels.setdefault(panel, {})
+                    curves.setdefault(f"{run} {split}".strip(), []).append(point)
+    return [_panel(stage, metric, curves) for (stage, metric), curves in panels.items()]
 
 
-def _series(path: Path, word: str) -> dict[tuple[str, str], dict[str, list[Point]]]:
-    series: dict[tuple[str, str], dict[str, list[Point]]] = {}
-    with path.open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            try:
-                stage, name = row["stage"], row["name"]
-                point = (float(row["step"]), float(row["value"]))
-            except (KeyError, TypeError, ValueError) as error:
-                raise UserError(
-                    f"{path} line with {row}: expected the columns stage,step,name,value with "
-                    "numbers for step and value"
-                ) from error
-            split, _, metric = name.rpartition("/")
-            if word in metric:
-                series.setdefault((stage, metric), {}).setdefault(split, []).append(point)
-    return series
+def _panel(stage: str, name: str, curves: Mapping[str, list[Point]]) -> Panel:
+    finite = {label: [p for p in points if math.isfinite(p[1])] for label, points in curves.items()}
+    drawn = {label: _thin(points) for label, points in finite.items() if points}
+    steps = [step for points in finite.values() for step, _ in points] or [0.0]
+    values = [value for points in drawn.values() for _, value in points]
+    left, low = min(steps), min([0.0, *values])
+    right, high = max(steps), max([low, *values])
+    wide, tall = (right - left) or 1.0, (high - low) or 1.0
 
+    def polyline(points: Sequence[Point]) -> str:
+        return " ".join(
+            f"{(step - left) / wide * WIDTH:.1f},{HEIGHT - (value - low) / tall * HEIGHT:.1f}"
+            for step, value in points
+        )
 
-def _panel(stage: str, name: str, splits: dict[str, list[Point]]) -> Panel:
-    kept = {label: [p for p in points if math.isfinite(p[1])] for label, points in splits.items()}
-    drawn = {label: _thin(points) for label, points in kept.items()}
-    finite = [point for points in drawn.values() for point in points]
-    steps = [step for points in kept.values() for step, _ in points] or [0.0]
-    low = min([0.0, *(value for _, value in finite)])
-    high = max([low, *(value for _, value in finite)])
-    box = (min(steps), max(steps), low, high)
     return Panel(
         stage=stage,
         name=name,
-        curves=tuple(
-            Curve(label, _polyline(points, box), points[-1][1])
-            for label, points in drawn.items()
-            if points
-        ),
-        first_step=int(box[0]),
-        last_step=int(box[1]),
+        curves=tuple(Curve(label, polyline(some), some[-1][1]) for label, some in drawn.items()),
+        first_step=int(left),
+        last_step=int(right),
         low=low,
         high=high,
-        left_out=sum(not math.isfinite(value) for points in splits.values() for _, value in points),
+        left_out=sum(map(len, curves.values())) - sum(map(len, finite.values())),
     )
 
 
@@ -124,112 +114,56 @@ def _thin(points: Sequence[Point], most: int = 200) -> list[Point]:
     return [(s[-1][0], sum(value for _, value in s) / len(s)) for s in stretches]
 
 
-def _polyline(points: Sequence[Point], box: tuple[float, float, float, float]) -> str:
-    left, right, low, high = box
-    wide, tall = (right - left) or 1.0, (high - low) or 1.0
-    return " ".join(
-        f"{(step - left) / wide * WIDTH:.1f},{HEIGHT - (value - low) / tall * HEIGHT:.1f}"
-        for step, value in points
-    )
-
-
 # --- Similarities ------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Similarities:
-    """Rows of each bin of `EDGES`, by the cosine of their query with its positive, and with the
-    nearest of its other candidates.
+def binned(cosines: Floats) -> tuple[int, ...]:
+    """Rows of each bin of `EDGES`; what is not finite is in none."""
+    finite = cosines[np.isfinite(cosines)]
+    counts = np.histogram(np.clip(finite, -1, 1), bins=np.array(EDGES))[0]  # rounding goes past 1
+    return tuple(counts.tolist())
+
+
+def histogram(positive: Sequence[int], hardest: Sequence[int]) -> dict[str, Any]:
+    """Two histograms as they are drawn, on one scale: `low` and `high`, the cosines where the bins
+    that hold a row begin and end, and by name their bars (left, width, height).
     """
-
-    positive: tuple[int, ...]
-    hardest: tuple[int, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """Its part of a subset in results.json; bins are of 0.05 from -1 to 1."""
-        return {
-            "positive_similarities": list(self.positive),
-            "hardest_negative_similarities": list(self.hardest),
-        }
-
-
-class Bar(NamedTuple):
-    """In the units of the drawing, `WIDTH` x `HEIGHT`."""
-
-    left: float
-    width: float
-    height: float
-
-
-@dataclass(frozen=True)
-class Histogram:
-    """Similarities of positives and of hardest negatives, as bars between two cosines."""
-
-    positive: list[Bar]
-    hardest: list[Bar]
-    low: float
-    high: float
-
-
-def counted(hits: Hits) -> Similarities:
-    """Histograms of a subset; a row without other candidates is in the first alone."""
-    return Similarities(_bins(hits.positive), _bins(hits.hardest))
-
-
-def histogram(similarities: Similarities) -> Histogram:
-    """Bars over the bins between the first and the last that hold a row, on one scale."""
-    both = np.array([similarities.positive, similarities.hardest])
+    both = np.array([positive, hardest])
     filled = np.flatnonzero(both.any(axis=0))
-    first, last = (int(filled[0]), int(filled[-1])) if len(filled) else (0, len(both[0]) - 1)
+    first, last = (int(filled[0]), int(filled[-1])) if len(filled) else (0, len(positive) - 1)
     both = both[:, first : last + 1]
     width = WIDTH / both.shape[1]
     bars = [
         [
-            Bar(round(place * width, 2), round(width, 2), round(HEIGHT * float(share), 2))
+            (round(place * width, 2), round(width, 2), round(HEIGHT * float(share), 2))
             for place, share in enumerate(counts / max(1, both.max()))
             if share
         ]
         for counts in both
     ]
-    return Histogram(bars[0], bars[1], low=EDGES[first], high=EDGES[last + 1])
-
-
-def _bins(values: Floats) -> tuple[int, ...]:
-    finite = values[np.isfinite(values)]
-    counts = np.histogram(np.clip(finite, -1, 1), bins=np.array(EDGES))[0]  # rounding goes past 1
-    return tuple(int(count) for count in counts)
+    return {"low": EDGES[first], "high": EDGES[last + 1], "positive": bars[0], "hardest": bars[1]}
 
 
 # --- Map ---------------------------------------------------------------------------------------
 
 
 class Mapped(NamedTuple):
-    """A row that goes into the map."""
+    """A row of the map: `at` has its query and its positive, (2, D) as vectors, (2, 2) as points.
+
+    A point is (right, down), both from 0 to 1.
+    """
 
     subset: str
     row_id: str
     query: Item
     positive: Item
-    vectors: Floats  # (2, D)
+    at: Floats
 
 
-@dataclass(frozen=True)
-class Place:
-    """A row on the map; points are (right, down), both from 0 to 1."""
-
-    subset: str
-    row_id: str
-    query: Item
-    positive: Item
-    query_at: tuple[float, float]
-    positive_at: tuple[float, float]
-
-
-@dataclass(frozen=True)
-class Space:
+class Space(NamedTuple):
     """The map, and the share of the variance that each of its axes holds."""
 
-    places: tuple[Place, ...]
+    places: tuple[Mapped, ...]
     shares: tuple[float, float]
 
 
@@ -253,7 +187,7 @@ def flattened(mapped: Sequence[Mapped]) -> Space | None:
     """
     if not mapped:
         return None
-    vectors = np.concatenate([one.vectors for one in mapped]).astype(np.float64)
+    vectors = np.concatenate([one.at for one in mapped]).astype(np.float64)
     centred = vectors - vectors.mean(axis=0)
     _, lengths, axes = np.linalg.svd(centred, full_matrices=False)
     if len(lengths) < 2 or lengths[1] < 1e-6:
@@ -265,15 +199,6 @@ def flattened(mapped: Sequence[Mapped]) -> Space | None:
     points = (points - low) / np.where(high > low, high - low, 1)
     points[:, 1] = 1 - points[:, 1]
     shares = lengths[:2] ** 2 / (lengths**2).sum()
-    places = [
-        Place(
-            one.subset,
-            one.row_id,
-            one.query,
-            one.positive,
-            query_at=(float(points[2 * number, 0]), float(points[2 * number, 1])),
-            positive_at=(float(points[2 * number + 1, 0]), float(points[2 * number + 1, 1])),
-        )
-        for number, one in enumerate(mapped)
-    ]
-    return Space(tuple(places), (float(shares[0]), float(shares[1])))
+    pairs = zip(mapped, points.reshape(-1, 2, 2), strict=True)
+    places = tuple(one._replace(at=at) for one, at in pairs)
+    return Space(places, (float(shares[0]), float(shares[1])))

@@ -21,7 +21,6 @@ from rich.table import Table
 
 from cocoa_pl.attention import Policy, dense_mask, segment_letters
 from cocoa_pl.data.images import ImageSource, open_image
-from cocoa_pl.data.items import Item
 from cocoa_pl.errors import UserError
 from cocoa_pl.evaluation.figures import histogram, read_panels
 from cocoa_pl.evaluation.results import (
@@ -38,18 +37,7 @@ TEXT_LIMIT = 320  # characters of an item shown in the gallery
 GRID_LENGTHS = (4, 1, 3)  # CONTEXT, BOTTLENECK, TARGET of the sample that grids show
 COLUMN_MEANS = ("in_distribution", "out_of_distribution", "overall")  # as papers have them
 OWN = "this run"
-
-
-@dataclass(frozen=True)
-class Score:
-    """One line of a score table; every number in [0, 1]."""
-
-    label: str
-    official: float
-    interval: Interval  # of `official`
-    strict: float
-    chance: float
-    num_subsets: int
+ModelScores = tuple[str, tuple[float, ...]]  # a model's means in [0, 1], in the order of `columns`
 
 
 @dataclass(frozen=True)
@@ -60,14 +48,6 @@ class Picture:
     width: int
     height: int
     pixelated: bool
-
-
-@dataclass(frozen=True)
-class Grid:
-    """Who sees whom: `rows[row][column]` is the letter of what is seen, or a blank."""
-
-    name: str
-    rows: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -89,15 +69,20 @@ class Provenance:
     metrics_csv: Path | None = None
 
     @property
-    def grids(self) -> list[Grid]:
-        """Each policy once, named after all that use it."""
-        users: dict[str, tuple[Policy, list[str]]] = {}
-        for user, policy in self.policies.items():
-            users.setdefault(policy.name, (policy, []))[1].append(user)
-        return [
-            Grid(f"{name}: {', '.join(names)}", grid_rows(policy))
-            for name, (policy, names) in users.items()
-        ]
+    def grids(self) -> dict[str, tuple[str, ...]]:
+        """Each policy once, named after all that use it: its mask of one short sample, a string for
+        each row with the letters of what is seen, or a blank.
+        """
+        letters = segment_letters(GRID_LENGTHS)
+        found = {}
+        for policy in self.policies.values():
+            users = [user for user, other in self.policies.items() if other.name == policy.name]
+            mask = dense_mask(policy, torch.tensor([GRID_LENGTHS]))
+            found[f"{policy.name}: {', '.join(users)}"] = tuple(
+                "".join(letter if seen else " " for letter, seen in zip(letters, row, strict=True))
+                for row in mask.tolist()
+            )
+        return found
 
 
 def write_report(
@@ -124,20 +109,19 @@ def write_report(
             results=results,
             numbers={subset.name: number for number, subset in enumerate(results.subsets)},
             histograms={
-                subset.name: histogram(subset.similarities)
-                for subset in results.subsets
-                if subset.similarities is not None
+                one.name: histogram(one.positive_similarities, one.hardest_negative_similarities)
+                for one in results.subsets
+                if one.positive_similarities
             },
-            splits=split_scores(results),
+            means={name.replace("_", " "): some for name, some in results.means.items()},
             published=published,
             published_columns=columns(results),
-            groups=group_scores(results),
             gallery={
                 subset.name: [row for row in results.gallery if row.subset == subset.name]
                 for subset in results.subsets
             },
             outcome=outcome,
-            pictures=pictures,
+            picture=picture,
             query_box=QUERY_BOX,
             candidate_box=CANDIDATE_BOX,
             map_box=MAP_BOX,
@@ -159,8 +143,9 @@ def templates() -> Environment:
     environment.filters |= {
         "percent": percent,
         "between": between,
-        "interval": lambda subset: score_interval([subset]),
-        "number": _number,
+        "interval": score_interval,
+        "mean": mean_score,
+        "number": "{:.3g}".format,
         "shorten": _shorten,
         "heading": _heading,
     }
@@ -174,53 +159,30 @@ def score_table(results: Results) -> Table:
     table.add_column("split")
     for column in ("P@1", "strict", "chance", "queries", "candidates"):
         table.add_column(column, justify="right")
-    for group in group_scores(results):
-        for subset in results.groups[group.label]:
+    for group, subsets in results.groups.items():
+        for subset in subsets:
             table.add_row(
                 escape(subset.name),
                 "in" if subset.in_distribution else "out",
-                percent(subset.precision_at_1),
-                percent(subset.precision_at_1_strict),
-                percent(subset.chance),
+                *_percentages([subset]),
                 f"{subset.num_queries:,}",
                 f"{subset.num_candidates:,}",
             )
         if not results.is_partial:
-            table.add_row(*_score_cells(group), style="bold", end_section=True)
-    means = split_scores(results)
-    for split in means[1:]:
-        table.add_row(*_score_cells(split))
-    for whole in means[:1]:
-        table.add_row(*_score_cells(whole), style="bold")
+            table.add_row(escape(group), "", *_percentages(subsets), style="bold", end_section=True)
+    for name in COLUMN_MEANS:
+        if name in results.means:
+            cells = _percentages(results.means[name])
+            label = name.replace("_", " ")
+            table.add_row(label, "", *cells, style="bold" if name == "overall" else None)
     caveats = [f"{escape(one.name)}: {one.caveat}" for one in results.subsets if one.caveat]
     table.caption, table.caption_justify = "\n".join(caveats) or None, "left"
     return table
 
 
-def split_scores(results: Results) -> list[Score]:
-    """The unweighted means over all subsets and over the splits that have any; none of a choice."""
-    if results.is_partial:
-        return []
-    splits = {
-        "overall": results.subsets,
-        "in distribution": results.split(in_distribution=True),
-        "out of distribution": results.split(in_distribution=False),
-    }
-    return [_score(label, subsets) for label, subsets in splits.items() if subsets]
-
-
-def group_scores(results: Results) -> list[Score]:
-    """The unweighted mean of every group."""
-    return [_score(name, subsets) for name, subsets in results.groups.items()]
-
-
-@dataclass(frozen=True)
-class ModelScores:
-    """One model's means in [0, 1], in the order of the columns."""
-
-    model: str
-    scores: tuple[float, ...]
-    is_own: bool
+def _percentages(subsets: Sequence[SubsetScore]) -> list[str]:
+    scores = ("precision_at_1", "precision_at_1_strict", "chance")
+    return [percent(mean_score(subsets, of=score)) for score in scores]
 
 
 def columns(results: Results) -> tuple[str, ...]:
@@ -228,9 +190,7 @@ def columns(results: Results) -> tuple[str, ...]:
     return (*results.groups, *COLUMN_MEANS)
 
 
-def published_rows(
-    results: Results, published: Sequence[Mapping[str, object]]
-) -> list[ModelScores]:
+def published_rows(results: Results, published: Sequence[Mapping[str, Any]]) -> list[ModelScores]:
     """Published rows as they are listed, and the run's own last; none for a choice of subsets.
 
     Args:
@@ -249,11 +209,16 @@ def published_rows(
                 f"benchmark.published: the row of {row.get('model')} must have model, "
                 f"{', '.join(names)}; see {', '.join(sorted(different))}"
             )
-        scores = tuple(_fraction(row, name) for name in names)
-        found.append(ModelScores(str(row["model"]), scores, is_own=False))
+        for name in names:
+            if not isinstance(row[name], int | float) or not 0 <= row[name] <= 100:
+                raise UserError(
+                    f"benchmark.published: {name} of {row['model']} is {row[name]!r}, not a "
+                    "percentage"
+                )
+        found.append((str(row["model"]), tuple(row[name] / 100 for name in names)))
     content = results.to_json()
     means = {**content["groups"], **{name: content[name] for name in COLUMN_MEANS}}
-    return [*found, ModelScores(OWN, tuple(means[name] for name in names), is_own=True)]
+    return [*found, (OWN, tuple(means[name] for name in names))]
 
 
 def published_table(results: Results, rows: Sequence[ModelScores]) -> Table:
@@ -262,19 +227,9 @@ def published_table(results: Results, rows: Sequence[ModelScores]) -> Table:
     table.add_column("model")
     for name in columns(results):
         table.add_column(name.replace("_", " "), justify="right")
-    for row in rows:
-        cells = [f"{100 * score:.1f}" for score in row.scores]
-        table.add_row(escape(row.model), *cells, style="bold" if row.is_own else "")
+    for model, scores in rows:
+        table.add_row(escape(model), *map(percent, scores), style="bold" if model == OWN else "")
     return table
-
-
-def _fraction(row: Mapping[str, object], name: str) -> float:
-    value = row[name]
-    if not isinstance(value, int | float) or not 0 <= value <= 100:
-        raise UserError(
-            f"benchmark.published: {name} of {row['model']} is {value!r}, not a percentage"
-        )
-    return value / 100
 
 
 def outcome(row: GalleryRow) -> str:
@@ -285,11 +240,6 @@ def outcome(row: GalleryRow) -> str:
     if rank == 1:
         return "Miss: tied with another candidate"
     return f"Miss: the positive is number {rank:,} of {row.num_candidates:,}"
-
-
-def pictures(item: Item, *, box: int, where: str) -> list[Picture]:
-    """The item's images, each fitted into `box` x `box` CSS pixels."""
-    return [picture(image, box=box, where=where) for image in item.media]
 
 
 def picture(source: ImageSource, *, box: int, where: str) -> Picture:
@@ -315,35 +265,10 @@ def between(interval: Interval) -> str:
     return f"{percent(low)} to {percent(high)}"
 
 
-def _score(label: str, subsets: Sequence[SubsetScore]) -> Score:
-    return Score(
-        label=label,
-        official=mean_score(subsets),
-        interval=score_interval(subsets),
-        strict=mean_score(subsets, strict=True),
-        chance=sum(subset.chance for subset in subsets) / len(subsets),
-        num_subsets=len(subsets),
-    )
-
-
-def _score_cells(score: Score) -> tuple[str, ...]:
-    return (
-        escape(score.label),
-        "",
-        percent(score.official),
-        percent(score.strict),
-        percent(score.chance),
-    )
-
-
 def _data_uri(image: Image.Image, kind: str) -> str:
     buffer = io.BytesIO()
     image.save(buffer, format=kind, optimize=True, quality=82)
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
-def _number(value: float) -> str:
-    return f"{value:.3g}"
 
 
 def _heading(label: str) -> str:
@@ -352,13 +277,3 @@ def _heading(label: str) -> str:
 
 def _shorten(text: str) -> str:
     return text if len(text) <= TEXT_LIMIT else text[: TEXT_LIMIT - 1].rstrip() + "…"
-
-
-def grid_rows(policy: Policy) -> tuple[str, ...]:
-    """The policy's mask of one short sample, a string for each row."""
-    mask = dense_mask(policy, torch.tensor([GRID_LENGTHS]))
-    columns = segment_letters(GRID_LENGTHS)
-    return tuple(
-        "".join(letter if seen else " " for letter, seen in zip(columns, row, strict=True))
-        for row in mask.tolist()
-    )

@@ -2,18 +2,17 @@
 
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
-from numpy.typing import NDArray
 
 from cocoa_pl.data.items import Item
 from cocoa_pl.errors import UserError
-from cocoa_pl.evaluation.figures import Similarities, Space
+from cocoa_pl.evaluation.figures import Space
 
 CONFIDENCE = 0.95
 RESAMPLES = 10_000
@@ -26,8 +25,15 @@ _READ = ("precision_at_1", "group", "in_distribution", "num_queries")
 
 @dataclass(frozen=True)
 class SubsetScore:
-    """Scores of one subset in [0, 1]; `num_candidates` counts unique candidates over all rows,
-    `num_without_choice` rows with a single one, which are hits whatever the model says.
+    """Scores of one subset in [0, 1], as results.json has them under its name.
+
+    Attributes:
+        num_candidates: unique ones over all rows.
+        num_queries_without_choice: rows with a single candidate, which are hits whatever the model
+            says.
+        positive_similarities, hardest_negative_similarities: rows of each bin of `figures.EDGES`,
+            by the cosine of their query with its positive, and with the nearest of its other
+            candidates; empty where they were not counted.
     """
 
     name: str
@@ -38,17 +44,18 @@ class SubsetScore:
     num_queries: int
     num_candidates: int
     chance: float
-    similarities: Similarities | None = None
-    num_without_choice: int = 0
+    num_queries_without_choice: int = 0
+    positive_similarities: tuple[int, ...] = ()
+    hardest_negative_similarities: tuple[int, ...] = ()
 
     @property
     def caveat(self) -> str:
         """What a reader of the score must know; empty for nothing."""
-        if not self.num_without_choice:
+        if not self.num_queries_without_choice:
             return ""
         return (
-            f"{self.num_without_choice:,} of {self.num_queries:,} queries have a single candidate, "
-            "which is right whatever the model says"
+            f"{self.num_queries_without_choice:,} of {self.num_queries:,} queries have a single "
+            "candidate, which is right whatever the model says"
         )
 
 
@@ -90,84 +97,54 @@ class Results:
     space: Space | None = None
 
     @property
-    def overall(self) -> float | None:
-        """The mean over all subsets; None if not all were scored."""
-        return None if self.is_partial else mean_score(self.subsets)
-
-    @property
-    def in_distribution(self) -> float | None:
-        """The mean over subsets of this split; None if there is none."""
-        return self._split_score(in_distribution=True)
-
-    @property
-    def out_of_distribution(self) -> float | None:
-        """The mean over subsets of this split; None if there is none."""
-        return self._split_score(in_distribution=False)
-
-    @property
     def groups(self) -> dict[str, tuple[SubsetScore, ...]]:
         """Group -> its subsets, in order of first appearance."""
         names = dict.fromkeys(subset.group for subset in self.subsets)
         return {name: tuple(s for s in self.subsets if s.group == name) for name in names}
 
-    def split(self, *, in_distribution: bool) -> tuple[SubsetScore, ...]:
-        return tuple(s for s in self.subsets if s.in_distribution == in_distribution)
+    @property
+    def means(self) -> dict[str, tuple[SubsetScore, ...]]:
+        """What results.json calls a mean -> its subsets; of those means that there are."""
+        parts = (
+            self.subsets,
+            tuple(s for s in self.subsets if s.in_distribution),
+            tuple(s for s in self.subsets if not s.in_distribution),
+        )
+        named = zip(MEANS, parts, strict=True)
+        return {name: some for name, some in named if some and not self.is_partial}
 
     def to_json(self) -> dict[str, Any]:
         """The content of results.json; a split without subsets is null, and so are all means over
         subsets of a partial result.
         """
+
+        def of_all(score: Callable[[Sequence[SubsetScore]], Any]) -> dict[str, Any]:
+            groups = self.groups.items()
+            return {
+                **dict.fromkeys(MEANS),
+                **{name: score(some) for name, some in self.means.items()},
+                "groups": {n: None if self.is_partial else score(some) for n, some in groups},
+            }
+
+        subsets = {subset.name: asdict(subset) for subset in self.subsets}
         return {
             "benchmark": self.benchmark,
             "checkpoint": self.checkpoint,
-            "overall": self.overall,
-            "in_distribution": self.in_distribution,
-            "out_of_distribution": self.out_of_distribution,
-            "groups": {
-                name: None if self.is_partial else mean_score(subsets)
-                for name, subsets in self.groups.items()
+            **of_all(mean_score),
+            "intervals": {
+                "confidence": CONFIDENCE,
+                **of_all(score_interval),
+                "subsets": {subset.name: score_interval([subset]) for subset in self.subsets},
             },
-            "intervals": self._intervals(),
             "subsets": {
-                subset.name: {
-                    "group": subset.group,
-                    "in_distribution": subset.in_distribution,
-                    "precision_at_1": subset.precision_at_1,
-                    "precision_at_1_strict": subset.precision_at_1_strict,
-                    "num_queries": subset.num_queries,
-                    "num_candidates": subset.num_candidates,
-                    "chance": subset.chance,
-                    "num_queries_without_choice": subset.num_without_choice,
-                    **(subset.similarities.to_json() if subset.similarities else {}),
-                }
-                for subset in self.subsets
+                name: {key: value for key, value in one.items() if key != "name" and value != ()}
+                for name, one in subsets.items()
             },
         }
-
-    def _intervals(self) -> dict[str, Any]:
-        """Of everything that has a score by the official rule, by its name."""
-        splits = {
-            "overall": self.subsets,
-            "in_distribution": self.split(in_distribution=True),
-            "out_of_distribution": self.split(in_distribution=False),
-        }
-        found: dict[str, Any] = {"confidence": CONFIDENCE}
-        for name, subsets in splits.items():
-            found[name] = None if self.is_partial or not subsets else score_interval(subsets)
-        found["groups"] = {
-            name: None if self.is_partial else score_interval(subsets)
-            for name, subsets in self.groups.items()
-        }
-        found["subsets"] = {subset.name: score_interval([subset]) for subset in self.subsets}
-        return found
 
     def write_json(self, path: Path) -> None:
         text = json.dumps(self.to_json(), indent=2, allow_nan=False, ensure_ascii=False)
         path.write_text(text + "\n", encoding="utf-8")
-
-    def _split_score(self, *, in_distribution: bool) -> float | None:
-        subsets = self.split(in_distribution=in_distribution)
-        return mean_score(subsets) if subsets and not self.is_partial else None
 
 
 def read_results(path: Path) -> dict[str, Any]:
@@ -209,35 +186,24 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path} is damaged: {' '.join(str(error).split())}") from error
 
 
-def mean_score(subsets: Sequence[SubsetScore], *, strict: bool = False) -> float:
-    """Unweighted mean of precision@1 over at least one subset."""
-    scores = [s.precision_at_1_strict if strict else s.precision_at_1 for s in subsets]
-    return sum(scores) / len(scores)
+def mean_score(subsets: Sequence[SubsetScore], of: str = "precision_at_1") -> float:
+    """Unweighted mean of a score over at least one subset."""
+    return sum(getattr(subset, of) for subset in subsets) / len(subsets)
 
 
 def score_interval(subsets: Sequence[SubsetScore]) -> Interval:
-    """Interval of the unweighted mean of precision@1 over at least one subset."""
-    return interval([resampled(s.precision_at_1, s.num_queries, name=s.name) for s in subsets])
-
-
-def resampled(score: float, count: int, *, name: str) -> NDArray[np.float64]:
-    """[RESAMPLES] scores of as many rows drawn with replacement: a bootstrap over queries (Efron
-    1979).
+    """Interval of the unweighted mean of precision@1 over at least one subset: a bootstrap over
+    queries (Efron 1979).
 
     Rows score 0 or 1, so how many of a resample's rows are hits is binomial, and none is drawn row
-    by row. Which subsets a benchmark has is not drawn: an interval covers no other data sets.
-
-    Args:
-        name: of the subset; the draws follow from it, so that a subset has the same interval in
-            any choice of them.
+    by row. Which subsets a benchmark has is not drawn: an interval covers no other data sets. The
+    draws follow from a subset's name, so that it has the same interval in any choice of them.
     """
-    seed = int.from_bytes(name.encode(), "little")
-    drawn = np.random.default_rng(seed).binomial(count, score, size=RESAMPLES)
-    return drawn / count
-
-
-def interval(parts: Sequence[NDArray[np.float64]]) -> Interval:
-    """Interval of the unweighted mean over subsets, from the resamples [RESAMPLES] of each."""
+    resampled = []  # for each subset [RESAMPLES] scores of as many rows drawn with replacement
+    for one in subsets:
+        random = np.random.default_rng(int.from_bytes(one.name.encode(), "little"))
+        drawn = random.binomial(one.num_queries, one.precision_at_1, size=RESAMPLES)
+        resampled.append(drawn / one.num_queries)
     tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(np.mean(parts, axis=0), [tail, 1 - tail])
+    low, high = np.quantile(np.mean(resampled, axis=0), [tail, 1 - tail])
     return float(low), float(high)

@@ -7,15 +7,17 @@ Shapes: U unique queries, N unique candidates, Q rows, B rows of a block, K cand
 (ragged), D dimensions. In every row the first candidate is the positive.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from cocoa_pl.errors import UserError
-from cocoa_pl.evaluation.vectors import Floats, Ints, blocks, read, to_float32
 
+Floats = NDArray[np.floating]  # vectors are float16 or float32, and computed with as float32
+Ints = NDArray[np.integer]
 Bools = NDArray[np.bool_]
 
 # Embeddings normalised in bfloat16 miss unit length by up to about 0.004.
@@ -49,19 +51,6 @@ class Hits:
     positive: Floats
     hardest: Floats
 
-    @property
-    def num_without_choice(self) -> int:
-        """Rows whose positive is the only candidate: hits, whatever the model says."""
-        return int(np.isneginf(self.hardest).sum())
-
-    @property
-    def precision_at_1(self) -> float:
-        return float(self.official.mean())
-
-    @property
-    def precision_at_1_strict(self) -> float:
-        return float(self.strict.mean())
-
 
 def score_rows(
     queries: Floats,
@@ -69,7 +58,6 @@ def score_rows(
     *,
     query_index: Ints,
     candidate_index: Sequence[Ints],
-    block: int = BLOCK,
 ) -> Hits:
     """Score every row's query against that row's own candidates by cosine.
 
@@ -78,7 +66,6 @@ def score_rows(
             once.
         query_index: [Q] row -> query.
         candidate_index: per row the indices [K] of its candidates, K may differ from row to row.
-        block: components of candidates that are float32 at once.
     """
     official = np.zeros(len(query_index), dtype=bool)
     strict = np.zeros(len(query_index), dtype=bool)
@@ -96,7 +83,7 @@ def score_rows(
         scores = np.empty((len(rows), len(distinct)), np.float32)
         own_queries = to_float32(queries[query_index[rows]])
         with np.errstate(invalid="ignore", over="ignore"):  # NaN is judged by the rules
-            for some in blocks(len(distinct), block // queries.shape[1]):
+            for some in blocks(len(distinct), BLOCK // queries.shape[1]):
                 scores[:, some] = own_queries @ read(candidates, distinct[some]).T
             of_row = scores[np.repeat(np.arange(len(rows)), lengths), place[flat]]
             # The positive's second mention in a row is no other candidate.
@@ -107,12 +94,10 @@ def score_rows(
             positive[rows], hardest[rows] = first, other
             # A product rounds equal candidates differently: settle close rows one by one.
             for row in rows[np.abs(first - other) < _ROUNDING]:
-                official[row], strict[row] = row_hit(
-                    to_float32(queries[query_index[row]]),
-                    candidates,
-                    candidate_index[row],
-                    block=block,
-                )
+                index = candidate_index[row]
+                exact = row_scores(queries[query_index[row]], candidates, index)
+                best_other = np.max(exact[index != index[0]], initial=-np.inf)
+                (official[row],), (strict[row],) = rule_hits(exact[:1], best_other[None])
     return Hits(official, strict, positive, hardest)
 
 
@@ -167,33 +152,43 @@ def rule_hits(first: Floats, other: Floats) -> tuple[Bools, Bools]:
         return official, (first > other + TIE) & np.isfinite(first)
 
 
-def row_hit(query: Floats, candidates: Floats, index: Ints, *, block: int) -> tuple[bool, bool]:
-    """Both rules for one row, exactly: its query [D], and the candidates `index` [K] names."""
-    scores = row_scores(query, candidates, index, block=block)
-    others = scores[np.asarray(index) != index[0]]
-    official, strict = rule_hits(scores[:1], np.max(others, initial=-np.inf)[None])
-    return bool(official[0]), bool(strict[0])
-
-
-def row_scores(query: Floats, candidates: Floats, index: Ints, *, block: int) -> Floats:
-    """Cosines [K] of one query [D] in float64; equal candidates get bit-equal scores.
-
-    Args:
-        block: components read at once.
-    """
+def row_scores(query: Floats, candidates: Floats, index: Ints) -> Floats:
+    """Cosines [K] of one query [D] in float64; equal candidates get bit-equal scores."""
     wide = query.astype(np.float64)
     parts = [
         (candidates[index[part]].astype(np.float64) * wide).sum(axis=1)
-        for part in blocks(len(index), block // len(query))
+        for part in blocks(len(index), BLOCK // len(query))
     ]
     return np.concatenate(parts)
-
-
-def chance_level(candidate_index: Sequence[Ints]) -> float:
-    """Expected precision@1 of a blind guess: the mean of 1 / (candidates of the row)."""
-    return float(np.mean([1.0 / len(row) for row in candidate_index]))
 
 
 def _some(bad: Bools) -> str:
     first = int(bad.argmax())
     return f"{int(bad.sum())} of {len(bad)} embeddings (first: number {first}) have"
+
+
+def read(vectors: Floats, rows: slice | Ints) -> NDArray[np.float32]:
+    """Some vectors as float32: [n, D]. Neighbours in their order are not copied one by one."""
+    if not isinstance(rows, slice) and len(rows) and (np.diff(rows) == 1).all():
+        rows = slice(int(rows[0]), int(rows[-1]) + 1)
+    return to_float32(vectors[rows])
+
+
+def to_float32(vectors: Floats) -> NDArray[np.float32]:
+    """As float32; float32 as it is, without a copy."""
+    if vectors.dtype != np.float16:
+        return vectors.astype(np.float32, copy=False)
+    # numpy converts half precision one number at a time; torch by vector instructions.
+    return torch.from_numpy(vectors).float().numpy()
+
+
+def blocks(count: int, size: int) -> Iterator[slice]:
+    """0..count in pieces of at most `size`, which is taken as 1 where it is less."""
+    size = max(1, size)
+    for start in range(0, count, size):
+        yield slice(start, min(start + size, count))
+
+
+def evenly_spaced(length: int, *, count: int) -> Ints:
+    """Up to `count` of `length` places, evenly spaced from the first to the last."""
+    return np.linspace(0, length - 1, num=min(count, length)).round().astype(int)

@@ -23,7 +23,7 @@ from safetensors.numpy import load_file, save
 
 from cocoa_pl.data.items import Item, as_key
 from cocoa_pl.errors import UserError
-from cocoa_pl.evaluation.vectors import Floats
+from cocoa_pl.evaluation.scoring import Floats
 
 log = logging.getLogger(__name__)
 

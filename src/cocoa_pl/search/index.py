@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from cocoa_pl.embedder import Embedder
 from cocoa_pl.errors import UserError
+from cocoa_pl.evaluation.scoring import Floats, blocks, read
 from cocoa_pl.evaluation.store import FORMAT, VectorStore, embed_missing
-from cocoa_pl.evaluation.vectors import Floats, blocks, read
 from cocoa_pl.models.exported import digest_of_text
 from cocoa_pl.search.folder import cache_keys, existing, image_files, items_of, unreadable
 
