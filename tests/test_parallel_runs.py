@@ -189,7 +189,7 @@ def jobs_of_two(names: list[str], make_job: Callable[..., Job]) -> list[Job]:
 @pytest.fixture(scope="module")
 def runs(make_job: Callable[..., Job], folder: Path) -> Path:
     """Runs of one and of two processes; one of two is stopped and goes on."""
-    for tuning in (*TUNINGS, *UNUSED):
+    for tuning in TUNINGS:
         run(make_job("cpu", tuning, 1))
     jobs = jobs_of_two(OF_TWO, make_job)
     start_ranks(work, 2, str(folder / "meeting2"), jobs, world=2)
@@ -199,7 +199,7 @@ def runs(make_job: Callable[..., Job], folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def more_runs(runs: Path, make_job: Callable[..., Job]) -> Path:
     """What is left out of `runs` for its time."""
-    for tuning in MORE:
+    for tuning in (*UNUSED, *MORE):
         run(make_job("cpu", tuning, 1))
     jobs = jobs_of_two(MORE_OF_TWO, make_job)
     start_ranks(work, 2, str(runs / "meeting2more"), jobs, world=2)
@@ -218,8 +218,12 @@ def runs_of_four(runs: Path, make_job: Callable[..., Job]) -> Path:
     return runs
 
 
-OF_TWO = ["ddp-full-2", "fsdp-dora-2", "again-full", *(f"again-{tuning}" for tuning in UNUSED)]
-MORE_OF_TWO = ["ddp-dora-2", "fsdp-full-2", *(f"fsdp-{tuning}-2" for tuning in MORE), "again-dora"]
+OF_TWO = ["ddp-full-2", "fsdp-dora-2", "again-full"]
+MORE_OF_TWO = [
+    *("ddp-dora-2", "fsdp-full-2", "again-dora"),
+    *(f"fsdp-{tuning}-2" for tuning in MORE),
+    *(f"again-{tuning}" for tuning in UNUSED),
+]
 OF_FOUR = [
     *(f"{strategy}-{tuning}-4" for strategy in STRATEGIES for tuning in TUNINGS),
     *(f"moved-{tuning}" for tuning in TUNINGS),

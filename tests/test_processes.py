@@ -48,6 +48,7 @@ def start(folder: Path) -> subprocess.Popen[str]:
     return process
 
 
+@pytest.mark.slow
 def test_blocked_workers_end_with_the_process_that_was_killed(tmp_path: Path) -> None:
     process = start(tmp_path)
     workers = children_of(process.pid)

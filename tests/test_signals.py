@@ -137,6 +137,7 @@ PHASES = (
 )
 
 
+@pytest.mark.slow
 def test_training_can_be_stopped_in_every_phase_and_resumed(
     cache: str,
     tmp_path: Path,

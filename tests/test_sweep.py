@@ -1,9 +1,11 @@
 """A sweep's summary is written after every run and lists those that failed."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
+
+import pytest
+
+from tests.processes import logging_restored, run_script
 
 SCRIPT = """
 import json, pathlib, hydra
@@ -36,24 +38,27 @@ CONFIG = {
 }
 
 
-def sweep(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+def sweep(folder: Path, monkeypatch: pytest.MonkeyPatch, *overrides: str) -> int:
     (folder / "script.py").write_text(SCRIPT)
     (folder / "config.yaml").write_text(json.dumps(CONFIG))
-    command = [sys.executable, "script.py", *overrides]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    monkeypatch.chdir(folder)
+    with logging_restored():
+        return run_script(folder / "script.py", overrides, monkeypatch)
 
 
-def test_a_sweep_ends_with_one_summary(tmp_path: Path) -> None:
-    ended = sweep(tmp_path, "-m", "seed=0,1")
-    assert ended.returncode == 0, ended.stderr
-    assert "25.0±7.1" in ended.stdout
+def test_a_sweep_ends_with_one_summary(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sweep(tmp_path, monkeypatch, "-m", "seed=0,1") == 0
+    assert "25.0±7.1" in capsys.readouterr().out
     assert "| high | 2 | 85.0 ± 7.1 | 85.0 ± 7.1 |" in (tmp_path / "out/summary.md").read_text()
     assert (tmp_path / "out/summary.png").is_file()
 
 
-def test_failed_runs_of_a_sweep_are_listed_as_missing(tmp_path: Path) -> None:
-    ended = sweep(tmp_path, "-m", "seed=0,1", "fail=1")
-    assert ended.returncode != 0
+def test_failed_runs_of_a_sweep_are_listed_as_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert sweep(tmp_path, monkeypatch, "-m", "seed=0,1", "fail=1") != 0
     text = (tmp_path / "out/summary.md").read_text()
     assert "| high | 1 of 2 | 80.0 | 80.0 |" in text
     assert "variant=low seed=1 fail=1: no results.json in 1" in text

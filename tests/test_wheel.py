@@ -59,6 +59,17 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
+def test_the_wheel_holds_what_the_repository_has(installed: Path) -> None:
+    package = installed / "cocoa_pl"
+    for folder, place in ((ROOT / "src/cocoa_pl", package), (ROOT / "conf", package / "conf")):
+        wanted = {path.relative_to(folder) for path in folder.rglob("*.*") if path.is_file()}
+        assert len(wanted) > 50
+        for path in wanted:
+            if "__pycache__" not in path.parts and "conf" not in path.parts:
+                assert (place / path).read_bytes() == (folder / path).read_bytes()
+
+
+@pytest.mark.slow
 def test_every_command_runs_from_the_wheel(
     installed: Path,
     embedder: Embedder,

@@ -118,8 +118,10 @@ def _config_of(experiment: str) -> str:
 
 
 def marked(command: str) -> Any:
-    """Sweeps are many runs."""
-    return pytest.param(command, id=command, marks=[pytest.mark.slow] * (" -m " in command))
+    """Sweeps are many runs; published models and mteb's tasks take long to open."""
+    is_long = " -m " in command or "benchmark=mteb" in command
+    is_long |= any(REAL.match(word) for word in shlex.split(command))
+    return pytest.param(command, id=command, marks=[pytest.mark.slow] * is_long)
 
 
 @pytest.mark.timeout(300)

@@ -73,7 +73,10 @@ def planned(small: Any, *, cached: bool = False) -> float:
 @pytest.mark.parametrize(
     "checkpointing", [pytest.param(False, marks=pytest.mark.slow), True], ids=["kept", "recomputed"]
 )
-@pytest.mark.parametrize("adapter", ["none", "lora", "dora", "leaner"])
+@pytest.mark.parametrize(
+    "adapter",
+    [*(pytest.param(name, marks=pytest.mark.slow) for name in ("none", "dora")), "lora", "leaner"],
+)
 @pytest.mark.parametrize(
     "stage",
     [pytest.param("pretrain", marks=pytest.mark.slow), "warmup", "reconstruct", "contrast"],

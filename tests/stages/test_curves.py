@@ -76,6 +76,7 @@ def plain(run: Run) -> Curve:
     return run(*PLAIN)
 
 
+@pytest.mark.slow
 def test_savings_change_no_number(run: Run, plain: Curve) -> None:
     """Small chunks, similarities by blocks, workers, and recomputed blocks, all at once."""
     saving = [
@@ -95,6 +96,7 @@ def test_dora_with_less_work_gives_the_same_curve(run: Run) -> None:
     assert_same(run(*DORA, "adapter.dropout_on_base=false"), theirs, relative=1e-4)
 
 
+@pytest.mark.slow
 def test_another_seed_gives_another_curve(run: Run, plain: Curve) -> None:
     """The comparisons above can fail."""
     other = run(*PLAIN, "seed=1")

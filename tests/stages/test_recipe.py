@@ -253,6 +253,7 @@ def test_a_finished_run_resumes_to_itself(
     digest.assert_called_once()  # minutes for a large frozen model
 
 
+@pytest.mark.slow
 def test_dropout_of_adapters_goes_on_too(
     tmp_path: Path, make_stages: MakeStages, train: Train, fresh: Fresh, weights: Weights
 ) -> None:
@@ -309,7 +310,9 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(
         train(tmp_path, stages, fresh(), resume=True)  # it is finished
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n != "contrast")) for n in NAMES]
+)
 def test_a_stage_learns_a_few_rows_by_heart(
     name: str,
     tmp_path: Path,
