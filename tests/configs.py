@@ -11,7 +11,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, open_dict
 
-from cocoa_pl.config.command_line import CONFIGS, compose_overrides, register_resolvers
+from cocoa_pl.config.command_line import CONFIGS, compose_overrides
 
 
 def composed(*overrides: str, name: str = "train") -> DictConfig:
@@ -26,7 +26,6 @@ def _composed(name: str, overrides: tuple[str, ...]) -> DictConfig:
 @contextmanager
 def started(*overrides: str) -> Iterator[DictConfig]:
     """The config of train.py, with Hydra as it is while the command runs."""
-    register_resolvers()
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         cfg = compose("train", list(overrides), return_hydra_config=True)
         HydraConfig.instance().set_config(cfg)

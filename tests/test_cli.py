@@ -116,7 +116,7 @@ def test_a_commands_exit_status_is_the_programs(monkeypatch: pytest.MonkeyPatch)
 
     module = types.ModuleType("finds_something")
     module.run = run  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "finds_something", module)
+    monkeypatch.setitem(sys.modules, "cocoa_pl.finds_something", module)
     monkeypatch.setitem(cli.COMMANDS, "find", ("finds_something", "finds something"))
     assert cli.run(["find", "data=mmeb", "data.root=x"]) == 1
     assert seen == [["data=mmeb", "data.root=x"]]

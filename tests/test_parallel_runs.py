@@ -21,7 +21,6 @@ from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
 
-from cocoa_pl.config.command_line import register_resolvers
 from cocoa_pl.data.batch import Batch
 from cocoa_pl.distributed.collectives import rank
 from cocoa_pl.errors import UserError
@@ -94,7 +93,6 @@ def work(index: int, world: int, meeting: str, jobs: list[Job]) -> None:
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=index, world_size=world)
     # For Lightning: the processes are there already, and know each other.
     os.environ |= {"LOCAL_RANK": str(index), "NODE_RANK": "0", "WORLD_SIZE": str(world)}
-    register_resolvers()
     for job in jobs:
         run_and_stop(job) if job.stopped else run(job)
     dist.barrier()  # no process leaves while another waits for it

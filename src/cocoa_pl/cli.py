@@ -9,31 +9,26 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from rich.console import Console
 
-# A module that offers `run(words: Sequence[str], console: Console) -> int`, the exit status, and
-# one line in the list of commands.
+# A module of the package that offers `run(words: Sequence[str], console: Console) -> int`, the exit
+# status, and one line in the list of commands.
 COMMANDS = {
     "attention": (
-        "cocoa_pl.attention.command",
+        "attention.command",
         "print an attention policy as a 0/1 grid and write it as a PNG",
     ),
-    "doctor": ("cocoa_pl.doctor.command", "check a data set and its images before training"),
+    "doctor": ("doctor.command", "check a data set and its images before training"),
     "export": (
-        "cocoa_pl.export.command",
+        "export.command",
         "a trained model for Hugging Face or sentence-transformers, checked",
     ),
-    "mine": (
-        "cocoa_pl.mining.command",
-        "training data with hard negatives that a model finds",
-    ),
-    "report": ("cocoa_pl.evaluation.comparison", "scored runs side by side on one page"),
-    "search": (
-        "cocoa_pl.search.command",
-        "search a folder of images by a text, an image, or both",
-    ),
-    "plan": ("cocoa_pl.planning.command", "what a training run needs: memory, time, disk"),
+    "mine": ("mining.command", "training data with hard negatives that a model finds"),
+    "report": ("evaluation.comparison", "scored runs side by side on one page"),
+    "search": ("search.command", "search a folder of images by a text, an image, or both"),
+    "plan": ("planning.command", "what a training run needs: memory, time, disk"),
 }
 
 
@@ -64,10 +59,8 @@ def run(arguments: Sequence[str]) -> int:
     # Not at the top of the file: `cocoa --help` should not wait for it.
     from cocoa_pl.config.process import guarded
 
-    statuses: list[int] = []
+    def command() -> int:
+        module: Any = importlib.import_module(f"{__package__}.{COMMANDS[parsed.command][0]}")
+        return module.run(parsed.words, Console())
 
-    def command() -> None:
-        module = importlib.import_module(COMMANDS[parsed.command][0])
-        statuses.append(module.run(parsed.words, Console()))
-
-    return guarded(command) or statuses[0]
+    return guarded(command)

@@ -52,10 +52,14 @@ def typed(key: str, value: object) -> str:
     text = str(value)
     is_plain = re.fullmatch(r"[A-Za-z_./][\w./-]*", text, re.ASCII)
     if not is_plain or text.lower() in ("null", "true", "false", "nan", "inf"):
-        # Hydra's quotes: only backslashes before one are doubled.
-        escaped = re.sub(r'(\\*)("|\Z)', lambda m: m[1] * 2 + m[2].replace('"', '\\"'), text)
-        text = f'"{escaped}"'
+        text = quoted(text)
     return shlex.quote(f"{key}={text}")
+
+
+def quoted(text: object) -> str:
+    """A text as Hydra's grammar takes it: of backslashes, only those before a quote are doubled."""
+    doubled = re.sub(r'(\\+)("|\Z)', r"\1\1\2", str(text))
+    return '"' + doubled.replace('"', r"\"") + '"'
 
 
 def first_line(error: BaseException) -> str:

@@ -1,16 +1,7 @@
 """A Hydra callback that gives a sweep (`-m`) a folder of its own, and its runs one summary: table,
 summary.csv, .md and .png.
-
-In a config:
-
-    hydra:
-      callbacks:
-        summary:
-          _target_: cocoa_pl.sweep.SweepSummary
-          subsets: [scene_i2t, scene_t2i]
 """
 
-import itertools
 import logging
 import sys
 from collections.abc import Sequence
@@ -22,6 +13,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
+from hydra.utils import get_method
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
@@ -55,27 +47,27 @@ class SweepSummary(Callback):
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         if config.hydra.mode != RunMode.MULTIRUN or self.subsets is None:
             return
-        self._write(config)
+        folder, _ = self._write(config, self.subsets)
         if job_return.status is JobStatus.FAILED:
-            where = _folder(config) / "summary.md"
-            logger.warning("run %s failed; %s lists it as missing", config.hydra.job.num, where)
+            number = config.hydra.job.num
+            logger.warning("run %s failed; %s/summary.md lists it as missing", number, folder)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         if self.subsets is None:
             return
         console = Console() if sys.stdout.isatty() else Console(width=160)
-        console.print(self._write(config))
-        where = _folder(config) / "summary.md"
-        console.print(f"summary: {where} and summary.csv, summary.png beside it")
+        folder, table = self._write(config, self.subsets)
+        console.print(table)
+        console.print(f"summary: {folder}/summary.md and summary.csv, summary.png beside it")
 
-    def _write(self, config: DictConfig) -> Table:
+    def _write(self, config: DictConfig, subsets: Sequence[str]) -> tuple[Path, Table]:
         """Of the runs in the sweep's folder, and those expected that left none."""
-        folder, subsets = _folder(config), self.subsets or ()
+        folder = Path(config.hydra.runtime.cwd) / config.hydra.sweep.dir
         runs = read_runs(folder, subsets=subsets)
         started = [run.overrides for run in runs]
         absent = [overrides for overrides in self.expected if overrides not in started]
         runs += [Run(folder, overrides, {}, "not started") for overrides in absent]
-        return write_summary(folder, runs, subsets=subsets)
+        return folder, write_summary(folder, runs, subsets=subsets)
 
 
 def expected_overrides(config: DictConfig) -> list[dict[str, str]]:
@@ -85,17 +77,6 @@ def expected_overrides(config: DictConfig) -> list[dict[str, str]]:
         return []
     params = [f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()]
     parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
-    values = {}  # the last word on a key counts
-    for word in parser.parse_overrides([*params, *config.hydra.overrides.task]):
-        values[word.get_key_element().lstrip("+")] = (
-            list(word.sweep_string_iterator())
-            if word.is_sweep_override()
-            else [word.get_value_element_as_str()]
-        )
-    return [
-        dict(zip(values, chosen, strict=True)) for chosen in itertools.product(*values.values())
-    ]
-
-
-def _folder(config: DictConfig) -> Path:
-    return Path(config.hydra.runtime.cwd) / config.hydra.sweep.dir
+    words = parser.parse_overrides([*params, *config.hydra.overrides.task])
+    (runs,) = get_method(f"{sweeper._target_}.split_arguments")(words, max_batch_size=None)
+    return [dict(word.lstrip("+").split("=", 1) for word in run) for run in runs]

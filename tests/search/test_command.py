@@ -35,7 +35,7 @@ def run(embedder: Embedder, monkeypatch: pytest.MonkeyPatch) -> Run:
 
 
 def test_it_is_a_command() -> None:
-    assert COMMANDS["search"][0] == command.__name__
+    assert f"cocoa_pl.{COMMANDS['search'][0]}" == command.__name__
 
 
 def test_the_best_come_first_with_their_scores(run: Run, folder: Path) -> None:

@@ -8,9 +8,11 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pkgutil import resolve_name
 from typing import Any, Literal, get_type_hints
 
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -61,75 +63,94 @@ VALUES: dict[str, Any] = {
 
 
 def check_values(cfg: DictConfig) -> None:
-    """Refuse what cannot be meant in a whole config, before anything of it is made: keys that a
-    callable does not take or needs, and numbers, bools and choices that a key is not declared for.
+    """Refuse what cannot be meant in a whole config, before anything of it is made: one word for a
+    section of several values, keys that a callable does not take or needs, and numbers, bools and
+    choices that a key is not declared for.
 
     Raises:
         UserError: naming the key as a user would type it.
     """
     plain: Any = OmegaConf.to_container(cfg, resolve=False)
-    for where, node in _targets(plain):
-        _check_keys(where, node)
+    written, kinds = dict(walk(plain)), declared(plain)
+    _check_sections(cfg, kinds)
+    for where, node, made in _targets(plain):
+        _check_keys(where, node, made)
     for section in ("model", "stage"):  # they hold values, and what is made
         known = {key.partition(".")[2] for key in VALUES if key.startswith(f"{section}.")}
         for key, value in plain.get(section, {}).items():
             if key not in known and not (isinstance(value, dict) and "_target_" in value):
                 hint = nearest(key, known | plain[section].keys() - {key})
                 raise UserError(f"unknown key {section}.{key}{hint}")
-    for key, kind in declared(plain).items():
-        if _raw(plain, key) == MISSING:
-            continue
-        try:
-            value = OmegaConf.select(cfg, key)
-            if OmegaConf.is_dict(value) and "_target_" in value:
-                continue  # it has values of its own
-            if OmegaConf.is_config(value):
-                value = OmegaConf.to_container(value, resolve=True)
-        except OmegaConfBaseException:  # raised where it is needed
-            continue
-        check_value(_typed(plain, key), value, kind)
+    for key, kind in kinds.items():
+        value = _resolved(cfg, key)
+        is_made = isinstance(value, dict) and "_target_" in value  # it has values of its own
+        while elsewhere := re.fullmatch(r"\$\{(\w[\w.]*)\}", str(written.get(key))):
+            key = elsewhere[1]  # where the value is typed
+        if value != MISSING and not is_made:
+            check_value(key, value, kind)
     for most in ("model.max_pixels", "model.eval_max_pixels"):
         if "model" in cfg and OmegaConf.select(cfg, most) < cfg.model.min_pixels:
             raise UserError(f"{most} must be at least model.min_pixels={cfg.model.min_pixels}")
 
 
+def walk(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """A node of a plain config and all that is in it, by their keys from the root on."""
+    yield key, node
+    for name, inner in node.items() if isinstance(node, dict) else ():
+        yield from walk(inner, f"{key}.{name}".lstrip("."))
+
+
 def declared(plain: Any) -> dict[str, Any]:
     """Keys of a plain config, and the annotations of what they are for."""
     found: dict[str, Any] = {}
-    for where, node in _targets(plain):
-        made = _made(node)
-        try:
-            function: Any = made.__init__ if isinstance(made, type) else made  # type: ignore[misc]
+    for where, _, made in _targets(plain):
+        function = made.__init__ if isinstance(made, type) else made  # type: ignore[misc]
+        with suppress(NameError, TypeError):  # imported for type checkers alone; no function
             kinds = get_type_hints(function, include_extras=True)
-        except (NameError, TypeError):  # imported for type checkers alone; no function
-            continue
-        found |= {f"{where}{name}": kind for name, kind in kinds.items()}
+            found |= {f"{where}{name}": kind for name, kind in kinds.items()}
     return found | VALUES
 
 
-def _targets(plain: Any, where: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
-    """Nodes that make something, and the prefix of their keys; Hydra's own left out."""
-    if not isinstance(plain, dict):
-        return
-    if "_target_" in plain:
-        yield where, plain
-    for key, value in plain.items():
-        if f"{where}{key}" != "hydra":
-            yield from _targets(value, f"{where}{key}.")
+def _targets(plain: Any) -> Iterator[tuple[str, Mapping[str, Any], Any]]:
+    """Nodes that make something: the prefix of their keys, the node, and the callable that it
+    names, unless that is not there, which `build` reports.
+    """
+    for key, node in walk(plain):
+        if isinstance(node, dict) and "_target_" in node:
+            try:
+                made = resolve_name(node["_target_"])
+            except (ImportError, AttributeError, ValueError):
+                continue
+            yield f"{key}.".lstrip("."), node, made
 
 
-def _made(node: Mapping[str, Any]) -> Any:
-    """The callable that a node names; None if it is not there, which `build` reports."""
+def _resolved(cfg: DictConfig, key: str) -> Any:
+    """A plain value; `???` where there is none, or it cannot be told, which is raised where it is
+    needed.
+    """
     try:
-        return resolve_name(node["_target_"])
-    except (ImportError, AttributeError, ValueError):
-        return None
+        value = OmegaConf.select(cfg, key, default=MISSING)
+        return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+    except OmegaConfBaseException:
+        return MISSING
 
 
-def _check_keys(where: str, node: Mapping[str, Any]) -> None:
+def _check_sections(cfg: DictConfig, kinds: Mapping[str, Any]) -> None:
+    """Refuse one word for a section of several values, which Hydra takes."""
+    choices = HydraConfig.get().runtime.choices if HydraConfig.initialized() else ()
+    groups = {name.rpartition("@")[2]: name for name in choices if "@" in name}
+    ours = [key for key, kind in kinds.items() if str(kind).startswith("<class 'cocoa_pl.")]
+    for place in (*groups, *ours, *(key.rpartition(".")[0] for key in kinds if "." in key)):
+        value = _resolved(cfg, place)
+        if isinstance(value, str | int | float) and value != MISSING:
+            hint = f"{groups[place]}={value}" if place in groups else f"{place}.KEY=..."
+            raise UserError(f"{place} holds several values; did you mean {hint}?")
+
+
+def _check_keys(where: str, node: Mapping[str, Any], made: Any) -> None:
     try:
-        parameters = inspect.signature(_made(node)).parameters.values()
-    except (TypeError, ValueError):  # not there, or written in C
+        parameters = inspect.signature(made).parameters.values()
+    except (TypeError, ValueError):  # no function, or written in C
         return
     # `**shared` of a stage's module is for what the code fills in.
     if any(p.kind is p.VAR_KEYWORD and p.name != "shared" for p in parameters):
@@ -144,20 +165,6 @@ def _check_keys(where: str, node: Mapping[str, Any]) -> None:
     for p in parameters:
         if p.default is p.empty and p.name not in node and p.kind is not p.VAR_KEYWORD:
             raise UserError(f"{where}{p.name} is missing, which {node['_target_']} needs")
-
-
-def _raw(plain: Any, key: str) -> Any:
-    """What stands in a config, not resolved; `???` where nothing does."""
-    for part in key.split("."):
-        plain = plain.get(part, MISSING) if isinstance(plain, dict) else MISSING
-    return plain
-
-
-def _typed(plain: Any, key: str) -> str:
-    """The key that a value comes from through interpolations."""
-    while elsewhere := re.fullmatch(r"\$\{(\w[\w.]*)\}", str(_raw(plain, key))):
-        key = elsewhere[1]
-    return key
 
 
 def build(node: Any) -> Any:

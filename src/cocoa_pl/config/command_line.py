@@ -25,15 +25,19 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from cocoa_pl.config.build import check_values, declared
-from cocoa_pl.config.folders import quoted, run_folder
+from cocoa_pl.config.build import check_values, walk
+from cocoa_pl.config.folders import run_folder
 from cocoa_pl.config.process import guarded
 from cocoa_pl.distributed.processes import INTERRUPTED
-from cocoa_pl.errors import UserError, first_line, nearest, typed
+from cocoa_pl.errors import UserError, first_line, nearest, quoted, typed
 
 # A link to the repository's conf/, and a folder of the wheel.
 CONFIGS = (Path(__file__).parents[1] / "conf").resolve()
 FOLDER_OPTIONS = ("--config-dir", "-cd", "--config-path", "-cp")
+
+# `${run_dir:RESUMED,NEW}` is the run folder, resumed or new; `${sum:A,B}` adds step counts.
+OmegaConf.register_new_resolver("run_dir", run_folder, replace=True, use_cache=True)
+OmegaConf.register_new_resolver("sum", lambda *terms: sum(terms), replace=True)
 
 
 def run_app(
@@ -61,17 +65,15 @@ def run_app(
     def job(cfg: DictConfig) -> None:
         nonlocal is_composed
         is_composed = True
-        ended: list[int] = []
 
-        def run() -> None:
+        def run() -> int | None:
             _check_sources()
-            _check_sections(cfg)
             check_values(cfg)
-            ended.append(task(cfg) or 0)
+            return task(cfg)
 
         sweeps = HydraConfig.get().mode == RunMode.MULTIRUN
         with _as_before() if sweeps else nullcontext():
-            statuses.append(guarded(run, remedy=remedy) or ended[0])
+            statuses.append(guarded(run, remedy=remedy))
         folder = Path(HydraConfig.get().runtime.output_dir)
         if statuses[-1] and folder != Path.cwd():
             with suppress(OSError):  # there are files of a run that had begun
@@ -79,8 +81,7 @@ def run_app(
         if sweeps and statuses[-1] == INTERRUPTED:
             sys.exit(INTERRUPTED)  # ends the sweep; a mistake in one run does not
 
-    def start() -> None:
-        register_resolvers()
+    def start() -> int:
         if any(word.startswith("--experimental") for word in words):
             raise UserError(
                 "--experimental-rerun would write into the folder of the run that it repeats; give "
@@ -101,19 +102,13 @@ def run_app(
             raise UserError(_sentence(error, sys.argv[1:])) from error
         finally:
             HydraConfig.instance().cfg = before
+        return max(statuses, default=0)
 
-    return guarded(start) or max(statuses, default=0)
-
-
-def register_resolvers() -> None:
-    """`${run_dir:RESUMED,NEW}` is the run folder, resumed or new; `${sum:A,B}` adds step counts."""
-    OmegaConf.register_new_resolver("run_dir", run_folder, replace=True, use_cache=True)
-    OmegaConf.register_new_resolver("sum", lambda *terms: sum(terms), replace=True)
+    return guarded(start)
 
 
 def compose_overrides(config_name: str, overrides: Sequence[str]) -> DictConfig:
     """The config that these overrides choose, beside the one of a Hydra app or without any."""
-    register_resolvers()
     is_app = GlobalHydra.instance().is_initialized()
     conf = None if is_app else hydra.initialize_config_dir(str(CONFIGS), version_base="1.3")
     with conf or nullcontext():
@@ -184,22 +179,6 @@ def _check_sources() -> None:
                 raise UserError(f"{file} is never read: {first} comes first; name it otherwise")
 
 
-def _check_sections(cfg: DictConfig) -> None:
-    """Refuse one word for a section of several values, which Hydra takes."""
-    choices = HydraConfig.get().runtime.choices
-    groups = {name.rpartition("@")[2]: name for name in choices if "@" in name}
-    kinds = declared(OmegaConf.to_container(cfg, resolve=False))
-    ours = [key for key, kind in kinds.items() if str(kind).startswith("<class 'cocoa_pl.")]
-    for place in (*groups, *ours, *(key.rpartition(".")[0] for key in kinds if "." in key)):
-        try:
-            value = OmegaConf.select(cfg, place)
-        except OmegaConfBaseException:  # raised where it is needed
-            continue
-        if isinstance(value, str | int | float):
-            hint = f"{groups[place]}={value}" if place in groups else f"{place}.KEY=..."
-            raise UserError(f"{place} holds several values; did you mean {hint}?")
-
-
 def _sentence(error: Exception, words: Sequence[str]) -> str:
     """What is wrong with the words that Hydra refused, with the nearest existing name."""
     message = str(error) or str(error.__cause__)
@@ -222,18 +201,10 @@ def _sentence(error: Exception, words: Sequence[str]) -> str:
         known = re.findall(r"\w+@[\w.]+", message.partition("\n")[2].partition("\n")[0])
         if isinstance(node, DictConfig):
             parent = str(cause.full_key).rpartition(".")[0]
-            known = _keys(OmegaConf.to_container(node, resolve=False), f"{parent}." * bool(parent))
+            known = [key for key, _ in walk(OmegaConf.to_container(node), parent)]
         is_open = name.startswith(("trainer.", "callbacks.", "logger.", "benchmark.table."))
         more = f"; +{name}=... adds it" if is_open else ""
         return f"unknown key {name}{nearest(name, known)}{more}"
     if "missing EQUAL" in message and refused:
         return f"{refused[1]}: write key=value"
     return first_line(ValueError(message)).rpartition("resolving interpolation: ")[2]
-
-
-def _keys(plain: Any, prefix: str) -> list[str]:
-    """The keys of a mapping and of those in it."""
-    keys: list[str] = []
-    for key, value in plain.items() if isinstance(plain, dict) else ():
-        keys += [f"{prefix}{key}", *_keys(value, f"{prefix}{key}.")]
-    return keys

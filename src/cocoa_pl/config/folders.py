@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from itertools import count
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.types import Quote, QuotedString
 from omegaconf import DictConfig, OmegaConf, read_write
 
 from cocoa_pl.config.process import check_named, is_first_process
-from cocoa_pl.errors import UserError, typed
+from cocoa_pl.errors import UserError, quoted, typed
 from cocoa_pl.stages.checkpoint import LAST
 
 CONFIG, MODEL, RESULTS = "config.yaml", "model", "results.json"
@@ -57,13 +55,14 @@ def run_of(resumed: str) -> Path:
 
 def new_folder(name: Path) -> Path:
     """Make a folder of this name, or of the first one behind it that is free: `_2`, `_3`, ..."""
-    name.parent.mkdir(parents=True, exist_ok=True)
-    for number in count(1):
-        folder = name if number == 1 else name.with_name(f"{name.name}_{number}")
-        with suppress(FileExistsError):
-            folder.mkdir()
+    folder, number = name, 1
+    while True:
+        try:
+            folder.mkdir(parents=True)
             return folder
-    raise AssertionError("numbers do not end")
+        except FileExistsError:
+            number += 1
+            folder = name.with_name(f"{name.name}_{number}")
 
 
 def claim_sweep(config: DictConfig) -> None:
@@ -103,12 +102,13 @@ def claim_for_scores(cfg: DictConfig, folder: Path) -> None:
     if (folder / RESULTS).exists():
         raise UserError(f"hydra.run.dir={folder} holds scores already; name another folder")
     model = Path(cfg.ckpt).resolve()
-    if not _exists(folder, (CONFIG, MODEL)):
-        save_words(cfg, folder)
-    elif folder.resolve() not in (model, *model.parents):
+    is_run = _exists(folder, (CONFIG, MODEL))
+    if is_run and folder.resolve() not in (model, *model.parents):
         raise UserError(
             f"hydra.run.dir={folder} holds another run than {cfg.ckpt}; name a new folder"
         )
+    if not is_run and is_first_process():
+        save_words(cfg, folder)
 
 
 @contextmanager
@@ -122,7 +122,7 @@ def claimed(cfg: DictConfig, run_dir: Path) -> Iterator[None]:
     """
     if is_first_process():
         save_config(cfg, run_dir)
-    save_words(cfg, run_dir)
+        save_words(cfg, run_dir)
     try:
         yield
     except (UserError, OSError):
@@ -153,8 +153,6 @@ def save_config(cfg: DictConfig, run_dir: Path) -> None:
 
 def save_words(cfg: DictConfig, folder: Path) -> None:
     """Hydra's own files, which Hydra would write before it is known whose the folder is."""
-    if not is_first_process():
-        return
     own, job = folder / ".hydra", HydraConfig.get()
     own.mkdir(exist_ok=True)
     OmegaConf.save(cfg, own / "config.yaml")
@@ -173,11 +171,6 @@ def hand_over(run_dir: Path, words: Sequence[str] = ()) -> None:
     job: Any = HydraConfig.get()
     with read_write(job):
         job.run.dir = quoted(run_dir)[1:-1]  # Lightning puts it in quotes
-
-
-def quoted(text: object) -> str:
-    """A text as Hydra's grammar takes it, whatever is in it."""
-    return QuotedString(str(text), Quote.double).with_quotes()
 
 
 def _exists(folder: Path, names: Sequence[str]) -> bool:

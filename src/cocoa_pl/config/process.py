@@ -20,7 +20,6 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
-from lightning.pytorch.utilities import rank_zero_only
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.logging import RichHandler
@@ -54,19 +53,19 @@ HARMLESS = (
 
 
 def guarded(
-    run: Callable[[], None], *, remedy: str = "resume=RUN goes on from the last checkpoint"
+    run: Callable[[], int | None], *, remedy: str = "resume=RUN goes on from the last checkpoint"
 ) -> int:
     """Run an entry point; what a user did wrong becomes one sentence and an exit status.
 
     Args:
+        run: what it returns is the status; None is 0.
         remedy: what to do when another process of the job was lost.
     """
     transformers_logging.disable_progress_bar()  # one line for each file it opens
     datasets.disable_progress_bars()  # and so does this
     try:
         with interruptible():
-            run()
-        return 0
+            return run() or 0
     except UserError as error:
         status, said = MISTAKE, f"error: {error}"
     # A value of the config, which is the user's; weights that do not fit the disk.
@@ -213,8 +212,7 @@ def set_up_logging(run_dir: Path) -> Console:
     screen.setFormatter(logging.Formatter("%(message)s"))
     file = logging.FileHandler(run_dir / "log.txt")
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    is_first: bool = rank_zero_only.rank == 0  # type: ignore[attr-defined]
-    level = logging.INFO if is_first else logging.WARNING  # the first process logs for all
+    level = logging.INFO if is_first_process() else logging.WARNING  # it logs for all
     logging.basicConfig(level=level, handlers=[screen, file], force=True)
     for harmless in HARMLESS:
         warnings.filterwarnings("ignore", message=harmless)

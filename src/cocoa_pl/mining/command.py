@@ -14,10 +14,9 @@ from rich.table import Table
 
 from cocoa_pl.config.build import build
 from cocoa_pl.config.command_line import run_app
-from cocoa_pl.config.folders import quoted
 from cocoa_pl.data.items import Item
 from cocoa_pl.data.stream import PairStream
-from cocoa_pl.errors import UserError, typed
+from cocoa_pl.errors import UserError, quoted, typed
 from cocoa_pl.mining.folder import image_root, write_subset
 from cocoa_pl.mining.mine import Mined, mine
 from cocoa_pl.run import open_embedder
