@@ -14,8 +14,7 @@ from PIL import Image
 
 from cocoa_pl.embedder import Embedder
 from cocoa_pl.errors import UserError
-from cocoa_pl.search.folder import image_files
-from cocoa_pl.search.index import ImageIndex, nearest
+from cocoa_pl.search.index import ImageIndex, image_files, nearest
 
 READABLE = 8  # of the folder's pictures
 
@@ -45,22 +44,22 @@ def test_pictures_are_found_by_themselves_and_equal_the_embedders_vectors(
 
 
 def test_what_cannot_be_read_is_named_and_left_out(folder: Path, embedder: Embedder) -> None:
-    update = again(folder, embedder).update()
-    assert update.embedded == READABLE
-    assert list(update.unreadable) == [Path("broken.png")]
-    assert "cannot be read as an image" in update.unreadable[Path("broken.png")]
+    embedded, left_out = again(folder, embedder).update()
+    assert embedded == READABLE
+    assert list(left_out) == [Path("broken.png")]
+    assert "cannot be read as an image" in left_out[Path("broken.png")]
 
 
 def test_only_what_is_new_or_has_changed_is_embedded(
     index: ImageIndex, embedder: Embedder, make_image: Callable[..., Image.Image]
 ) -> None:
     folder = index.folder
-    assert again(folder, embedder).update().embedded == 0
+    assert again(folder, embedder).update()[0] == 0
     make_image((56, 56), seed=50).save(folder / "1.png")  # another picture of that name
     make_image((56, 56), seed=51).save(folder / "new.png")
     (folder / "2.JPG").unlink()
     later = again(folder, embedder)
-    assert later.update().embedded == 2
+    assert later.update()[0] == 2
     assert Path("2.JPG") not in later.files
     vector = embedder.encode([folder / "1.png"])[0]
     best = later.search(vector, 1)[0]
@@ -71,7 +70,7 @@ def test_only_what_is_new_or_has_changed_is_embedded(
 def test_a_folder_may_move_with_what_is_known_of_it(index: ImageIndex, embedder: Embedder) -> None:
     moved = index.folder.with_name("moved")
     shutil.move(index.folder, moved)
-    assert again(moved, embedder).update().embedded == 0
+    assert again(moved, embedder).update()[0] == 0
 
 
 def test_a_killed_update_goes_on(
@@ -88,16 +87,16 @@ def test_a_killed_update_goes_on(
         patch.setattr(embedder, "stream", dies)
         with pytest.raises(KeyboardInterrupt):
             killed.update()
-    assert again(folder, embedder).update().embedded == READABLE - 1
+    assert again(folder, embedder).update()[0] == READABLE - 1
 
 
 def test_another_model_has_vectors_of_its_own(
     index: ImageIndex, embedder: Embedder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(embedder.processor, "max_length", embedder.processor.max_length - 1)
-    assert again(index.folder, embedder).update().embedded == READABLE
+    assert again(index.folder, embedder).update()[0] == READABLE
     monkeypatch.undo()
-    assert again(index.folder, embedder).update().embedded == 0
+    assert again(index.folder, embedder).update()[0] == 0
 
 
 def test_vectors_may_be_kept_elsewhere(folder: Path, embedder: Embedder, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from PIL import Image
 from cocoa_pl.embedder import Embedder
 from cocoa_pl.errors import UserError
 from cocoa_pl.search.index import ImageIndex
-from cocoa_pl.search.page import LOCAL, THUMBNAIL, Page, printable
+from cocoa_pl.search.page import LOCAL, THUMBNAIL, page, printable
 
 from .conftest import HOSTILE, SECRET
 
@@ -25,13 +25,13 @@ flask = pytest.importorskip("flask")
 
 
 @pytest.fixture
-def page(index: ImageIndex) -> Page:
-    return Page(index, instruction=None, top=5, hosts=LOCAL)
+def app(index: ImageIndex) -> Any:
+    return page(index, instruction=None, top=5, hosts=LOCAL)
 
 
 @pytest.fixture
-def client(page: Page) -> Any:
-    return page.app().test_client()
+def client(app: Any) -> Any:
+    return app.test_client()
 
 
 def search(client: Any, *, text: str = "", image: bytes | None = None, name: str = "q.png") -> Any:
@@ -62,8 +62,8 @@ def test_it_shows_what_the_index_finds(
 
 
 def test_an_instruction_reaches_the_model(index: ImageIndex, embedder: Embedder) -> None:
-    page = Page(index, instruction="Find it:", top=8, hosts=LOCAL)
-    html = search(page.app().test_client(), text="two boats").text
+    app = page(index, instruction="Find it:", top=8, hosts=LOCAL)
+    html = search(app.test_client(), text="two boats").text
     vector = embedder.encode(["two boats"], instruction="Find it:")[0]
     assert numbers(html) == [found.number for found in index.search(vector, 8)]
 
@@ -157,7 +157,7 @@ def test_other_sites_names_are_refused(client: Any, index: ImageIndex) -> None:
         assert client.get("/original/0", headers={"Host": host}).status_code == 403
     for host in ("127.0.0.1:8000", "localhost:8000", "localhost"):
         assert client.get("/", headers={"Host": host}).status_code == 200
-    anywhere = Page(index, instruction=None, top=5, hosts=()).app().test_client()
+    anywhere = page(index, instruction=None, top=5, hosts=()).test_client()
     assert anywhere.get("/", headers={"Host": "my.server:80"}).status_code == 200
 
 
@@ -167,8 +167,7 @@ def test_nothing_foreign_may_run_on_the_page(client: Any) -> None:
     assert "script-src" not in policy  # not even its own: it has none
 
 
-def test_an_upload_has_a_limit(page: Page) -> None:
-    app = page.app()
+def test_an_upload_has_a_limit(app: Any) -> None:
     app.config["MAX_CONTENT_LENGTH"] = 1000
     assert search(app.test_client(), image=b"x" * 2000).status_code == 413
 
@@ -181,16 +180,16 @@ def test_a_name_is_made_printable() -> None:
 def test_the_extra_is_named(index: ImageIndex, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "flask", None)
     with pytest.raises(UserError, match=r"cocoa_pl\[search\]"):
-        Page(index, instruction=None, top=5, hosts=LOCAL)
+        page(index, instruction=None, top=5, hosts=LOCAL)
 
 
 # --- In a browser ------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def address(page: Page) -> Iterator[str]:
+def address(app: Any) -> Iterator[str]:
     waitress = pytest.importorskip("waitress")
-    server = waitress.create_server(page.app(), host="127.0.0.1", port=0)
+    server = waitress.create_server(app, host="127.0.0.1", port=0)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     yield f"http://127.0.0.1:{server.effective_port}/"

@@ -14,9 +14,8 @@ from rich.table import Table
 
 from cocoa_pl.embedder import Embedder
 from cocoa_pl.errors import UserError, extra
-from cocoa_pl.search.folder import existing
-from cocoa_pl.search.index import Found, ImageIndex
-from cocoa_pl.search.page import LOCAL, Page, printable
+from cocoa_pl.search.index import ImageIndex, existing
+from cocoa_pl.search.page import LOCAL, page, printable
 
 SHOWN = 5  # files that are left out and named
 
@@ -38,19 +37,27 @@ def run(arguments: Sequence[str], console: Console) -> int:
         kept_in=Path(parsed.index) if parsed.index else None,
         threads=parsed.threads,
     )
-    update = index.update()
+    embedded, left_out = index.update()
     log = Console(stderr=True) if parsed.json else console
-    log.print(f"{len(index.files):,} images, {update.embedded:,} of them new", soft_wrap=True)
-    for file, why in list(update.unreadable.items())[:SHOWN]:
+    log.print(f"{len(index.files):,} images, {embedded:,} of them new", soft_wrap=True)
+    for file, why in list(left_out.items())[:SHOWN]:
         log.print(f"{printable(file)} {why}", soft_wrap=True, markup=False)
-    if len(update.unreadable) > SHOWN:
-        log.print(f"... and {len(update.unreadable) - SHOWN} more left out")
+    if len(left_out) > SHOWN:
+        log.print(f"... and {len(left_out) - SHOWN} more left out")
     if parsed.serve:
         _serve(index, parsed, console)
     elif parsed.text or parsed.image:
         query = {"text": parsed.text, "image": parsed.image}
         vector = embedder.encode([query], instruction=parsed.instruction)[0]
-        _show(index, index.search(vector, parsed.top), console, as_json=parsed.json)
+        table = Table("", "score", "image", box=None, header_style="bold")
+        for rank, one in enumerate(index.search(vector, parsed.top), 1):
+            name = printable(index.folder / one.file)
+            table.add_row(str(rank), f"{one.score:.3f}", escape(name))
+            if parsed.json:
+                line = json.dumps({"file": name, "score": round(one.score, 6)})
+                console.print(line, markup=False, highlight=False, soft_wrap=True)
+        if not parsed.json:
+            console.print(table)
     return 0
 
 
@@ -78,30 +85,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _show(index: ImageIndex, found: Sequence[Found], console: Console, *, as_json: bool) -> None:
-    if as_json:
-        for one in found:
-            line = {"file": printable(index.folder / one.file), "score": round(one.score, 6)}
-            console.print(json.dumps(line), markup=False, highlight=False, soft_wrap=True)
-        return
-    table = Table("", "score", "image", box=None, header_style="bold")
-    for rank, one in enumerate(found, 1):
-        table.add_row(str(rank), f"{one.score:.3f}", escape(printable(index.folder / one.file)))
-    console.print(table)
-
-
 def _serve(index: ImageIndex, parsed: argparse.Namespace, console: Console) -> None:
     waitress = extra("waitress", of="search", wanted_by="the page")
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # a page's thumbnails are a queue
-    local = parsed.host in LOCAL
-    page = Page(
-        index,
-        instruction=parsed.instruction,
-        top=parsed.top,
-        hosts=LOCAL if local else (),
-    )
+    hosts = LOCAL if parsed.host in LOCAL else ()
+    app = page(index, instruction=parsed.instruction, top=parsed.top, hosts=hosts)
     try:
-        server = waitress.create_server(page.app(), host=parsed.host, port=parsed.port, threads=4)
+        server = waitress.create_server(app, host=parsed.host, port=parsed.port, threads=4)
     except OSError as error:
         raise UserError(f"--port {parsed.port}: {error.strerror or error}") from error
     console.print(f"http://{parsed.host}:{server.effective_port}  (Ctrl-C ends it)", soft_wrap=True)
