@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,8 +22,7 @@ from cocoa_pl.data.images import ImageSource, real_path
 from cocoa_pl.data.items import IMAGE_SLOT, PLACEHOLDER, Item, Pair
 from cocoa_pl.errors import UserError
 
-SPLIT = "train"
-FILE = f"{SPLIT}-00000-of-00001.parquet"
+FILE = "train-00000-of-00001.parquet"
 
 
 def image_root(pairs: Sequence[Pair], *, folder: Path) -> Path:
@@ -37,7 +37,7 @@ def image_root(pairs: Sequence[Pair], *, folder: Path) -> Path:
     return Path(os.path.commonpath(folders or {here}))
 
 
-def write_subset(folder: Path, subset: str, pairs: Sequence[Pair], *, root: Path) -> Path:
+def write_subset(folder: Path, subset: str, pairs: Sequence[Pair], *, root: Path) -> None:
     """Write the rows of a subset.
 
     Args:
@@ -46,7 +46,7 @@ def write_subset(folder: Path, subset: str, pairs: Sequence[Pair], *, root: Path
     Raises:
         UserError: for a row with several images on one side, which the layout cannot hold.
     """
-    columns: dict[str, list[str]] = {name: [] for name in _COLUMNS}
+    columns: dict[str, list[str]] = defaultdict(list)
     for pair in pairs:
         for item, text, image in (
             (pair.query, "qry", "qry_image_path"),
@@ -63,10 +63,6 @@ def write_subset(folder: Path, subset: str, pairs: Sequence[Pair], *, root: Path
     part = path.with_suffix(".part")
     pq.write_table(pa.table(columns), part)
     part.replace(path)
-    return path
-
-
-_COLUMNS = ("qry", "qry_image_path", "pos_text", "pos_image_path", "neg_text", "neg_image_path")
 
 
 def _text(item: Item, pair: Pair) -> str:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import starmap
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,59 +73,44 @@ def mine(
             "there is nothing to mine: in each subset all rows have the same positive, and only "
             "positives of other rows become negatives"
         )
-    return (
-        _mine_subset(
-            subset, some, encode, number=number, max_of_positive=max_of_positive, keep=keep
+
+    def mined(subset: str, pairs: list[Pair]) -> Mined:
+        queries, query = numbered([pair.query for pair in pairs])
+        positives, positive = numbered([pair.positive for pair in pairs])
+
+        def encoded(items: list[Item], numbers: list[int]) -> NDArray[np.float32]:
+            try:
+                return encode(items)
+            except UserError as error:
+                raise renamed(error, lambda item: pairs[numbers.index(item)].row_id) from error
+
+        chosen = choose(
+            encoded(queries, query),
+            encoded(positives, positive),
+            query=np.array(query, np.intp),
+            positive=np.array(positive, np.intp),
+            number=number,
+            max_of_positive=max_of_positive,
         )
-        for subset, some in rows.items()
-    )
+        found = []
+        for pair, places in zip(pairs, chosen.candidates, strict=True):
+            own = pair.negatives if keep else ()
+            known = {item.key for item in own}
+            new = [positives[place] for place in places if positives[place].key not in known]
+            found.append(replace(pair, negatives=(*own, *new)))
+        some = chosen.hardest[np.isfinite(chosen.hardest)]
+        return Mined(
+            subset,
+            found,
+            positive=float(chosen.positive.mean()),
+            hardest=float(some.mean()) if len(some) else float("nan"),
+            spared=float(chosen.spared.mean()),
+        )
+
+    return starmap(mined, rows.items())
 
 
-def _mine_subset(
-    subset: str,
-    pairs: list[Pair],
-    encode: Encode,
-    *,
-    number: int,
-    max_of_positive: float,
-    keep: bool,
-) -> Mined:
-    queries, query = numbered([pair.query for pair in pairs])
-    positives, positive = numbered([pair.positive for pair in pairs])
-
-    def encoded(items: list[Item], numbers: list[int]) -> NDArray[np.float32]:
-        try:
-            return encode(items)
-        except UserError as error:
-            raise renamed(error, lambda number: pairs[numbers.index(number)].row_id) from error
-
-    chosen = choose(
-        encoded(queries, query),
-        encoded(positives, positive),
-        query=np.array(query, np.intp),
-        positive=np.array(positive, np.intp),
-        number=number,
-        max_of_positive=max_of_positive,
-    )
-    mined = []
-    for pair, places in zip(pairs, chosen.candidates, strict=True):
-        own = pair.negatives if keep else ()
-        known = {item.key for item in own}
-        found = (positives[place] for place in places)
-        new = tuple(item for item in found if item.key not in known)
-        mined.append(replace(pair, negatives=(*own, *new)))
-    some = chosen.hardest[np.isfinite(chosen.hardest)]
-    return Mined(
-        subset,
-        mined,
-        positive=float(chosen.positive.mean()),
-        hardest=float(some.mean()) if len(some) else float("nan"),
-        spared=float(chosen.spared.mean()),
-    )
-
-
-@dataclass(frozen=True)
-class Chosen:
+class Chosen(NamedTuple):
     """What was chosen for each row.
 
     Attributes:
