@@ -6,6 +6,7 @@ import importlib
 import json
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,6 @@ from cocoa_pl.config.bounds import Count
 from cocoa_pl.embedder import Embedder
 from cocoa_pl.errors import UserError, extra
 from cocoa_pl.evaluation.results import OF_MTEB
-
-_OF_MMEB = "mmeb"
 
 
 class MtebBenchmark:
@@ -54,20 +53,24 @@ class MtebBenchmark:
         if bool(tasks) == (suite is not None):
             raise UserError("give either benchmark.tasks=[NAME,...] or benchmark.suite=NAME")
         self.mteb = extra("mteb", of="mteb", wanted_by="benchmark=mteb")
-        self.encoder = importlib.import_module("cocoa_pl.for_mteb.encoder")
-        self.encoder.check_name(model_name)
+        encoder = importlib.import_module("cocoa_pl.for_mteb.encoder")
+        encoder.check_name(model_name)
         self.tasks = _tasks(self.mteb, tasks, suite)
         self.suite = suite
-        self.model_name = model_name
-        self.instructions = dict(instructions)
-        is_mmeb = training_datasets == _OF_MMEB
-        if isinstance(training_datasets, str) and not is_mmeb:
+        if training_datasets == "mmeb":
+            training_datasets = encoder.MMEB_TRAIN
+        elif isinstance(training_datasets, str):
             raise UserError(
                 "benchmark.training_datasets is a list, or mmeb; "
                 f"write benchmark.training_datasets=[{training_datasets}]"
             )
-        self.training_datasets = self.encoder.MMEB_TRAIN if is_mmeb else training_datasets
-        self.license = license
+        self.encoder = partial(
+            encoder.CocoaEncoder,
+            name=model_name,
+            instructions=instructions,
+            training_datasets=training_datasets,
+            license=license,
+        )
         self.results = results
         self.batch_size = batch_size
 
@@ -89,15 +92,7 @@ class MtebBenchmark:
         Raises:
             UserError: for a score that is not a number.
         """
-        model = self.encoder.CocoaEncoder(
-            embedder,
-            name=self.model_name,
-            instructions=self.instructions,
-            training_datasets=self.training_datasets,
-            license=self.license,
-            batch_tokens=batch_tokens,
-            threads=threads,
-        )
+        model = self.encoder(embedder, batch_tokens=batch_tokens, threads=threads)
         metrics = {task.metadata.name: task.metadata.main_score for task in self.tasks}
         found = self.mteb.evaluate(
             model,
@@ -110,7 +105,7 @@ class MtebBenchmark:
             "benchmark": self.suite or "mteb",
             "checkpoint": checkpoint_name,
             **OF_MTEB,
-            "model": self.model_name,
+            "model": model.mteb_model_meta.name,
             "revision": model.mteb_model_meta.revision,
             "mteb_version": self.mteb.__version__,
             "tasks": {
@@ -120,7 +115,10 @@ class MtebBenchmark:
         }
         text = json.dumps(content, indent=2, allow_nan=False)
         (run_dir / "results.json").write_text(text + "\n", encoding="utf-8")
-        console.print(_table(content["tasks"]))
+        table = Table("task", "metric", "score", box=None, header_style="bold")
+        for name, task in content["tasks"].items():
+            table.add_row(name, task["metric"], f"{100 * task['main_score']:.1f}")
+        console.print(table)
         console.print(f"results: {run_dir / 'results.json'}", soft_wrap=True)
         return content
 
@@ -165,10 +163,3 @@ def _task(result: Any, metric: str) -> dict[str, Any]:
             for split, subsets in result.scores.items()
         },
     }
-
-
-def _table(tasks: Mapping[str, Mapping[str, Any]]) -> Table:
-    table = Table("task", "metric", "score", box=None, header_style="bold")
-    for name, task in tasks.items():
-        table.add_row(name, task["metric"], f"{100 * task['main_score']:.1f}")
-    return table

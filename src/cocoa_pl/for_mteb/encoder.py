@@ -54,6 +54,9 @@ class CocoaEncoder(AbsEncoder):
             that it is not known.
         license: of the weights, as mteb writes it.
         batch_tokens, threads: as in `Embedder.encode`.
+
+    Raises:
+        UserError: as `check_name`.
     """
 
     def __init__(
@@ -67,16 +70,39 @@ class CocoaEncoder(AbsEncoder):
         batch_tokens: int = 8192,
         threads: int = 4,
     ) -> None:
+        check_name(name)
         self.embedder = embedder
         self.instructions = dict(instructions or {})
         self.batch_tokens = batch_tokens
         self.threads = threads
-        self.mteb_model_meta = model_meta(
-            embedder,
+        stock, identity = embedder.backbone.stock, embedder.identity()
+        # Rounding moves the fingerprint; it follows from the rest.
+        del identity["fingerprint"], identity["tolerance"]
+        half = embedder.backbone.compute_dtype == torch.bfloat16
+        self.mteb_model_meta = ModelMeta(  # all that mteb's leaderboard asks of a model
+            loader=load_encoder,  # type: ignore[arg-type]
             name=name,
-            instructions=self.instructions,
-            training_datasets=training_datasets,
+            # Of all that vectors depend on: results of other weights, attention, pixels or
+            # instructions are never taken for these.
+            revision=digest_of_text(json.dumps([identity, self.instructions], sort_keys=True)),
+            release_date=datetime.date.today().isoformat(),
+            languages=["eng-Latn"],
+            n_parameters=sum(p.numel() for p in stock.parameters()),
+            n_embedding_parameters=stock.get_input_embeddings().weight.numel(),
+            memory_usage_mb=sum(p.numel() * p.element_size() for p in stock.parameters()) / 2**20,
+            max_tokens=embedder.processor.max_length,
+            embed_dim=embedder.dim,
             license=license,
+            open_weights=None,
+            public_training_code=None,
+            public_training_data=None,
+            framework=["PyTorch", "Transformers"],
+            similarity_fn_name=ScoringFunction.COSINE,
+            use_instructions=True,
+            training_datasets=None if training_datasets is None else set(training_datasets),
+            modalities=["image", "text"],
+            model_type=["dense"],
+            output_dtypes=OutputDType.BF16 if half else None,
         )
 
     def encode(
@@ -148,52 +174,6 @@ class CocoaEncoder(AbsEncoder):
         if side == "document":
             return None
         return prompt or self.get_task_instruction(task_metadata, prompt_type) or None
-
-
-def model_meta(
-    embedder: Embedder,
-    *,
-    name: str,
-    instructions: Mapping[str, str],
-    training_datasets: Collection[str] | None,
-    license: str | None,
-) -> ModelMeta:
-    """All that mteb's leaderboard asks of a model; the revision is a digest of all that vectors
-    depend on, so that results of other weights, attention, pixels or instructions are never taken
-    for these.
-
-    Raises:
-        UserError: as `check_name`.
-    """
-    check_name(name)
-    stock, identity = embedder.backbone.stock, embedder.identity()
-    # Rounding moves the fingerprint; it follows from the rest.
-    del identity["fingerprint"], identity["tolerance"]
-    embedding = stock.get_input_embeddings().weight.numel()
-    half = embedder.backbone.compute_dtype == torch.bfloat16
-    return ModelMeta(
-        loader=load_encoder,  # type: ignore[arg-type]
-        name=name,
-        revision=digest_of_text(json.dumps([identity, dict(instructions)], sort_keys=True)),
-        release_date=datetime.date.today().isoformat(),
-        languages=["eng-Latn"],
-        n_parameters=sum(p.numel() for p in stock.parameters()),
-        n_embedding_parameters=embedding,
-        memory_usage_mb=sum(p.numel() * p.element_size() for p in stock.parameters()) / 2**20,
-        max_tokens=embedder.processor.max_length,
-        embed_dim=embedder.dim,
-        license=license,
-        open_weights=None,
-        public_training_code=None,
-        public_training_data=None,
-        framework=["PyTorch", "Transformers"],
-        similarity_fn_name=ScoringFunction.COSINE,
-        use_instructions=True,
-        training_datasets=None if training_datasets is None else set(training_datasets),
-        modalities=["image", "text"],
-        model_type=["dense"],
-        output_dtypes=OutputDType.BF16 if half else None,
-    )
 
 
 def check_name(name: str) -> None:
