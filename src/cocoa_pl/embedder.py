@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing, contextmanager
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from rich import progress as rich_progress
 from rich.console import Console
+from torch import Tensor
 
 from cocoa_pl.attention import Policy
 from cocoa_pl.data.batch import Batch, Sample, pack
@@ -41,8 +42,8 @@ log = logging.getLogger(__name__)
 EVERY_SECONDS = 30.0  # between two lines in the log; short work logs nothing
 THREADS = 4  # that read images and tokenize ahead of the model
 
-Fetch = Callable[[], NDArray[np.float32]]
 Part = tuple[NDArray[np.intp], NDArray[np.float32]]  # places of items, and their vectors
+Queued = tuple[NDArray[np.intp], Tensor, torch.cuda.Event | None]  # on the device
 
 
 class Embedder:
@@ -151,12 +152,20 @@ class Embedder:
             items, instruction=instruction, batch_tokens=batch_tokens, threads=threads
         )
         vectors = np.empty((len(items), dim), np.float32)
-        with closing(stream), bar(len(items), shown=progress) as advance:
+        bar = rich_progress.Progress(
+            rich_progress.BarColumn(),
+            rich_progress.MofNCompleteColumn(),
+            rich_progress.TimeRemainingColumn(),
+            console=Console(stderr=True),
+            disable=not progress,
+        )
+        task = bar.add_task("", total=len(items))
+        with closing(stream), bar:
             for numbers, some in stream:
                 if dim < self.dim:
                     some = matryoshka(torch.from_numpy(some), [dim])[0].numpy()
                 vectors[numbers] = some
-                advance(len(numbers))
+                bar.advance(task, len(numbers))
         return vectors
 
     def stream(
@@ -176,18 +185,14 @@ class Embedder:
             An iterator over places in `items`, (n), and their vectors, (n, D). Each item occurs
             once; the order is by cost within a few thousand items.
         """
-        return self._parts(as_list(items), instruction, batch_tokens, threads)
+        items = as_list(items)
 
-    def _parts(
-        self, items: Sequence[Input], instruction: str | None, batch_tokens: int, threads: int
-    ) -> Generator[Part]:
         def item_at(number: int) -> Item:
             try:
                 return as_item(items[number], instruction)
             except ValueError as error:
                 raise UserError(f"{name_of(number)}: {error}") from error
 
-        progress = Progress(len(items))
         batches = item_batches(
             len(items),
             item_at,
@@ -196,14 +201,27 @@ class Embedder:
             batch_tokens=batch_tokens,
             threads=threads,
         )
+        return self._parts(batches, Progress(len(items)))
+
+    def _parts(
+        self, batches: Generator[tuple[NDArray[np.intp], Batch]], progress: Progress
+    ) -> Generator[Part]:
+        queued: deque[Queued] = deque()
+
+        def fetched() -> Part:
+            numbers, vectors, copied = queued.popleft()
+            if copied is not None:
+                copied.synchronize()
+            progress.advance(len(numbers))
+            return numbers, vectors.numpy()
+
         with closing(batches):
-            queued: deque[tuple[NDArray[np.intp], Fetch]] = deque()  # on the device
             for numbers, batch in batches:
-                queued.append((numbers, self._embed(batch)))
+                queued.append((numbers, *self._embed(batch)))
                 if len(queued) > 1:  # the device has the next one while this one is fetched
-                    yield _fetched(*queued.popleft(), progress)
+                    yield fetched()
             while queued:
-                yield _fetched(*queued.popleft(), progress)
+                yield fetched()
 
     def _pack(self, samples: list[Sample]) -> Batch:
         """The model's input; in a thread ahead of it, and for a GPU in pinned memory."""
@@ -214,28 +232,14 @@ class Embedder:
         with torch.cuda.device(device):  # a new thread begins with the first GPU
             return batch.pin_memory()
 
-    def _embed(self, batch: Batch) -> Fetch:
-        """Queue a batch on the device; the function returned waits for its vectors."""
+    def _embed(self, batch: Batch) -> tuple[Tensor, torch.cuda.Event | None]:
+        """Queue a batch on the device; its vectors are on the host once the event has come."""
         with self._one_at_a_time, torch.inference_mode(), _evaluating(self.backbone):
             vectors = self.backbone.embed(batch.to(self.backbone.device))
             on_host = vectors.to("cpu", non_blocking=True)
-            copied = None
-            if vectors.is_cuda:
-                copied = torch.cuda.current_stream(vectors.device).record_event()
-
-        def fetch() -> NDArray[np.float32]:
-            if copied is not None:
-                copied.synchronize()
-            found: NDArray[np.float32] = on_host.numpy()
-            return found
-
-        return fetch
-
-
-def _fetched(numbers: NDArray[np.intp], fetch: Fetch, progress: Progress) -> Part:
-    vectors = fetch()
-    progress.advance(len(numbers))
-    return numbers, vectors
+            if not vectors.is_cuda:
+                return on_host, None
+            return on_host, torch.cuda.current_stream(vectors.device).record_event()
 
 
 @contextmanager
@@ -288,20 +292,6 @@ class Progress:
             rate,
             _duration((self.total - self.count) / rate),
         )
-
-
-@contextmanager
-def bar(total: int, *, shown: bool) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr; yields what advances it."""
-    console = Console(stderr=True)
-    columns = (
-        rich_progress.BarColumn(),
-        rich_progress.MofNCompleteColumn(),
-        rich_progress.TimeRemainingColumn(),
-    )
-    with rich_progress.Progress(*columns, console=console, disable=not shown) as found:
-        task = found.add_task("", total=total)
-        yield lambda items: found.advance(task, items)
 
 
 def _duration(seconds: float) -> str:
