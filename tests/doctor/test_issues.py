@@ -11,8 +11,8 @@ from transformers import AutoTokenizer
 
 from cocoa_pl.config.build import build
 from cocoa_pl.data.processor import Processor
+from cocoa_pl.doctor.check_data import sides_of_pair
 from cocoa_pl.doctor.findings import KINDS, Severity
-from cocoa_pl.doctor.lengths import items_of
 from cocoa_pl.errors import UserError
 from cocoa_pl.models.qwen_vl import Qwen2VLBackbone
 from tests.configs import composed
@@ -158,7 +158,7 @@ def test_a_row_stops_training_exactly_if_it_is_reported_so(
     def stops(root: Path) -> bool:
         try:
             (pair,) = build(composed(*mmeb(root), name="doctor").data).train_pairs()
-            for item in items_of(pair):
+            for _, item in sides_of_pair(pair):
                 processor(item, None, key=0, row_id=pair.row_id)
         except UserError:
             return True

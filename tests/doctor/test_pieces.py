@@ -11,17 +11,23 @@ import numpy as np
 import pytest
 
 from cocoa_pl.config.command_line import CONFIGS
-from cocoa_pl.data.batch import VISUAL
 from cocoa_pl.data.examples import CaptionExamples, PairExamples
 from cocoa_pl.data.items import IMAGE_SLOT, Item, Pair
 from cocoa_pl.data.processor import Processor
 from cocoa_pl.data.sampler import mix
-from cocoa_pl.doctor.findings import KEPT, KINDS, Finding, Findings, Severity
-from cocoa_pl.doctor.images import DistinctImages
+from cocoa_pl.doctor.findings import (
+    KEPT,
+    KINDS,
+    Finding,
+    Findings,
+    Severity,
+    as_finding,
+    collect_row_errors,
+    kind_of,
+)
+from cocoa_pl.doctor.images import DistinctImages, in_workers
 from cocoa_pl.doctor.lengths import measure
-from cocoa_pl.doctor.parallel import ordered_map
 from cocoa_pl.doctor.report import NUM_BINS, bar, make_bins
-from cocoa_pl.doctor.row_errors import as_finding, collect_row_errors, kind_of
 from cocoa_pl.errors import UserError
 
 from .conftest import noise
@@ -35,6 +41,10 @@ class OneStage:
         self.make_samples = make_samples
         self.batch_size = 8
         self.token_budget = 64
+
+
+def unwatched(values: Any, label: str, total: int) -> Any:
+    return values
 
 
 def random_pairs(folder: Path, count: int) -> list[Pair]:
@@ -58,7 +68,7 @@ def test_lengths_are_those_of_samples(
     pairs, images = random_pairs(tmp_path, 30), DistinctImages()
     for pair in pairs:
         images.note(pair.query)
-    images.open_all(workers=0, advance=lambda done: None)
+    images.open_all(workers=0, watch=unwatched)
     stages: Any = [OneStage(make_samples)]
     measured = measure(
         stages,
@@ -68,7 +78,7 @@ def test_lengths_are_those_of_samples(
         Findings(),
         seed=3,
         workers=0,
-        advance=lambda done: None,
+        watch=unwatched,
     )
     samples = [
         processor(context, target, key=0, row_id=pair.row_id)
@@ -78,40 +88,30 @@ def test_lengths_are_those_of_samples(
     # Nothing was cut here, or samples would be shorter than counted.
     assert max(measured.totals) <= processor.max_length
     assert measured.totals.tolist() == [sample.num_tokens for sample in samples]
-    visual = [int((sample.kinds == VISUAL).sum()) + 2 * len(sample.grids) for sample in samples]
-    assert measured.visual.tolist() == visual
     total = sum(sample.num_tokens for sample in samples) / len(pairs) * 8
     assert measured.tokens_per_step(stages[0]) == pytest.approx(total)
-    assert measured.pieces_per_step(stages[0]) == pytest.approx(total / 64)
+    assert measured.passes_per_step(stages[0]) == pytest.approx(total / 64)
 
 
-def test_work_comes_back_in_order_and_is_bounded() -> None:
-    taken: list[int] = []
-
-    def chunks() -> Any:
-        for number in range(40):
-            taken.append(number)
-            yield number
-
-    results = ordered_map(_square, chunks(), workers=2)
-    assert next(results) == 0
-    assert len(taken) <= 6  # of 40: the rest waits in its file
-    assert [0, *results] == [number**2 for number in range(40)]
+@pytest.mark.parametrize("workers", [0, 2])
+def test_work_comes_back_in_order(workers: int) -> None:
+    results = in_workers(_squares, range(40), chunk=3, workers=workers)
+    assert list(results) == [number**2 for number in range(40)]
 
 
 def test_a_killed_worker_is_one_sentence() -> None:
     with pytest.raises(UserError, match=r"ran out; use fewer than workers=2"):
-        list(ordered_map(_die, range(8), workers=2))
+        list(in_workers(_die, range(8), chunk=1, workers=2))
 
 
-def _square(number: int) -> int:
-    return number**2
+def _squares(numbers: list[int]) -> list[int]:
+    return [number**2 for number in numbers]
 
 
-def _die(number: int) -> int:
-    if number == 3:
+def _die(numbers: list[int]) -> list[int]:
+    if 3 in numbers:
         os._exit(9)
-    return number
+    return numbers
 
 
 def test_embedded_images_are_identified_by_their_bytes(tmp_path: Path) -> None:
@@ -120,9 +120,9 @@ def test_embedded_images_are_identified_by_their_bytes(tmp_path: Path) -> None:
     images = DistinctImages()
     for item in items:
         images.note(item)
-    images.open_all(workers=0, advance=lambda done: None)
+    images.open_all(workers=0, watch=unwatched)
     assert images.sizes.tolist() == [[20, 30], [0, 0]]
-    assert [fault.kind for fault in images.faults.values()] == ["corrupt_image"]
+    assert [kind for kind, _ in images.faults.values()] == ["corrupt_image"]
     assert images.content_key(items[0]) == images.content_key(items[1])
     assert images.content_key(items[0]) != images.content_key(items[2])
 
@@ -158,28 +158,27 @@ def test_row_errors_are_collected_once_and_do_not_reach_the_log(
 ) -> None:
     from cocoa_pl.data.rows import log_left_out
 
-    findings = Findings()
     messages = [f"Set row {number}: wrong" for number in range(5)]
-    with collect_row_errors(findings, part="train"):
+    with collect_row_errors("train") as found:
         log_left_out(messages, source="Set", kind="bad")
     assert caplog.records == []
-    assert [finding.message for finding in findings.kept("bad_row")] == messages
+    assert [(finding.kind, finding.message) for finding in found] == [
+        ("bad_row", message) for message in messages
+    ]
     log_left_out(messages, source="Set", kind="bad")
     assert len(caplog.records) == 1
-    assert findings.count("bad_row") == 5
+    assert len(found) == 5
 
 
 def test_findings_beyond_the_limit_are_counted() -> None:
-    findings, whole = Findings(), Findings()
+    findings = Findings()
     for number in range(KEPT + 7):
         findings.add(Finding("tiny_image", "train", f"Set row {number}", "", "", ""))
-    whole.join(findings)
-    for one in (findings, whole):
-        assert one.count("tiny_image") == KEPT + 7
-        assert len(one.kept("tiny_image")) == KEPT
-        assert not one.stops_training
-    whole.add(Finding("empty_text", "train", "Set row 0", "", "", ""))
-    assert whole.stops_training
+    assert findings.counts["tiny_image"] == KEPT + 7
+    assert len(findings.kept["tiny_image"]) == KEPT
+    assert not findings.stops_training
+    findings.add(Finding("empty_text", "train", "Set row 0", "", "", ""))
+    assert findings.stops_training
 
 
 @pytest.mark.parametrize("longest", [1, 7, 12, 100, 4096])

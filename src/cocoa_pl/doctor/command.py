@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from cocoa_pl.config.build import build
 from cocoa_pl.config.command_line import run_app
@@ -18,9 +18,9 @@ from cocoa_pl.config.saved import settled
 from cocoa_pl.data.mmeb_eval import MmebBenchmark
 from cocoa_pl.data.processor import Processor
 from cocoa_pl.data.sources import HeldOutBenchmark, distinct_texts
-from cocoa_pl.doctor.check_data import Settings, Watch, check_data
+from cocoa_pl.doctor.check_data import check_data
 from cocoa_pl.doctor.findings import Findings
-from cocoa_pl.doctor.reading import Pieces, Reading, read
+from cocoa_pl.doctor.reading import Reading, read
 from cocoa_pl.doctor.report import print_report, write_json
 from cocoa_pl.errors import UserError
 from cocoa_pl.for_mteb.benchmark import MtebBenchmark
@@ -46,7 +46,10 @@ def check(cfg: DictConfig, console: Console) -> int:
     Raises:
         UserError: for a mistake in the config.
     """
-    _skip_bad_rows(cfg)
+    # Bad rows are reported and left out, so that one does not hide the next.
+    for node in (cfg, cfg.data, cfg.benchmark):
+        if "on_bad_row" in node:
+            node.on_bad_row = "skip"
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)  # refused before the work, not after
     findings = Findings()
@@ -56,15 +59,24 @@ def check(cfg: DictConfig, console: Console) -> int:
         benchmark = build(cfg.benchmark) if cfg.evaluate else None
         reading = _read(cfg, stages, data, benchmark, findings)
         processors, reason = _processors(cfg, reading)
-    settings = Settings(
-        stages=stages,
-        processor=processors[0] if processors else None,
-        eval_processor=processors[1] if processors else None,
-        seed=cfg.seed,
-        workers=os.cpu_count() or 1 if cfg.workers is None else cfg.workers,
-    )
-    with _progress(console) as progress:
-        checked = check_data(reading, settings, findings, watch=_watch(progress, console))
+    workers = os.cpu_count() or 1 if cfg.workers is None else cfg.workers
+    columns = (BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress("{task.description}", *columns, console=console, transient=True) as progress:
+
+        def watch(values: Iterable[Any], label: str, total: int) -> Iterable[Any]:
+            if not console.is_terminal:  # a log shows no bars, but where a long check stands
+                console.print(f"checking {label} ({total:,})", highlight=False)
+            return progress.track(values, total, description=label)
+
+        checked = check_data(
+            reading,
+            stages,
+            findings,
+            processors=processors,
+            seed=cfg.seed,
+            workers=workers,
+            watch=watch,
+        )
     not_checked = [reason] if reason else []
     if isinstance(benchmark, MtebBenchmark):
         not_checked.append("rows of the benchmark: mteb alone reads those of its tasks")
@@ -74,25 +86,20 @@ def check(cfg: DictConfig, console: Console) -> int:
     return WOULD_STOP if findings.stops_training else 0
 
 
-def _skip_bad_rows(cfg: DictConfig) -> None:
-    """Bad rows are reported and left out, so that one does not hide the next."""
-    cfg.on_bad_row = "skip"
-    for group in ("data", "benchmark"):
-        if "on_bad_row" in cfg[group]:
-            cfg[group].on_bad_row = "skip"
-
-
 def _read(
     cfg: DictConfig, stages: Sequence[Stage], data: Any, benchmark: Any, findings: Findings
 ) -> Reading:
     if isinstance(benchmark, HeldOutBenchmark | MtebBenchmark):
         benchmark = None  # the validation rows, which are read anyway, or rows that mteb reads
     scored = list(benchmark.table) if isinstance(benchmark, MmebBenchmark) else []
-    pieces = Pieces(
-        data=lambda: _one_by_one(cfg.data, cfg.data.get("subsets") or []),
-        benchmark=lambda: _one_by_one(cfg.benchmark, scored),
+    return read(
+        data,
+        stages,
+        benchmark,
+        findings,
+        data_pieces=lambda: _one_by_one(cfg.data, cfg.data.get("subsets") or []),
+        benchmark_pieces=lambda: _one_by_one(cfg.benchmark, scored),
     )
-    return read(data, stages, benchmark, findings, pieces=pieces)
 
 
 def _one_by_one(node: DictConfig, names: Sequence[str]) -> list[Any]:
@@ -145,28 +152,3 @@ def _processors(cfg: DictConfig, reading: Reading) -> tuple[list[Processor], str
         for max_pixels in (cfg.model.max_pixels, cfg.model.eval_max_pixels)
     ]
     return made, ""
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-    )
-
-
-def _watch(progress: Progress, console: Console) -> Watch:
-    def watch(label: str, total: int) -> Callable[[int], None]:
-        if not console.is_terminal:  # a log shows no bars, but where a long check stands
-            console.print(f"checking {label} ({total:,})", highlight=False)
-        task = progress.add_task(label, total=total)
-
-        def advance(done: int) -> None:
-            progress.advance(task, done)
-
-        return advance
-
-    return watch

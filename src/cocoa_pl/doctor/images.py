@@ -6,16 +6,19 @@ Each file is read and decoded once, by the code that training uses.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from torch.utils.data import DataLoader
 
+from cocoa_pl.data.datamodule import start_worker
 from cocoa_pl.data.images import ImageSource, open_image
 from cocoa_pl.data.items import Item, as_key
-from cocoa_pl.doctor.parallel import ordered_map
-from cocoa_pl.doctor.row_errors import kind_of
+from cocoa_pl.data.processor import Processor
+from cocoa_pl.distributed.processes import is_lost_worker
+from cocoa_pl.doctor.findings import kind_of
 from cocoa_pl.errors import UserError
 
 CHUNK = 64  # images: a second or less of work
@@ -23,13 +26,8 @@ TINY_SIDE = 8  # pixels; below it there is nothing to see
 
 _WHERE = "image"
 
-
-@dataclass(frozen=True)
-class Fault:
-    """Why an image cannot be used: a kind of finding, and the reader's words without the row."""
-
-    kind: str
-    message: str
+Fault = tuple[str, str]  # a kind of finding, and the reader's words without the row
+Watch = Callable[[Iterable[Any], str, int], Iterable[Any]]  # values, label, how many -> values
 
 
 class DistinctImages:
@@ -49,25 +47,27 @@ class DistinctImages:
         """Number the images of an item that were not met before."""
         for image in item.media:
             new = len(self.sources)
-            if self._numbers.setdefault(image_identity(image), new) == new:
+            if self._numbers.setdefault(_identity(image), new) == new:
                 self.sources.append(image)
 
     def number(self, image: ImageSource) -> int:
-        return self._numbers[image_identity(image)]
+        return self._numbers[_identity(image)]
 
-    def open_all(self, *, workers: int, advance: Callable[[int], None]) -> None:
-        """Decode every image; `advance` is called with the number of those that are done."""
-        sizes: list[np.ndarray] = []
-        digests: list[np.ndarray] = []
-        done = 0
-        for result in ordered_map(_open_chunk, _chunks(self.sources), workers=workers):
-            sizes.append(result.sizes)
-            digests.append(result.digests)
-            self.faults |= {done + place: fault for place, fault in result.faults.items()}
-            done += len(result.sizes)
-            advance(len(result.sizes))
-        if sizes:
-            self.sizes, self.digests = np.concatenate(sizes), np.concatenate(digests)
+    def open_all(self, *, workers: int, watch: Watch) -> None:
+        """Decode every image."""
+        self.sizes = np.zeros((len(self), 2), dtype=np.int64)
+        self.digests = np.zeros(len(self), dtype=np.uint64)
+        opened = in_workers(_open, self.sources, chunk=CHUNK, workers=workers)
+        for number, (size, digest, fault) in enumerate(watch(opened, "images", len(self))):
+            self.sizes[number], self.digests[number] = size, digest
+            if fault:
+                self.faults[number] = fault
+
+    def visual_tokens(self, processor: Processor) -> np.ndarray:
+        """int64 [N] visual tokens of each distinct image; -1 for those that cannot be read."""
+        distinct, inverse = np.unique(self.sizes, axis=0, return_inverse=True)
+        counts = [processor.count_visual_tokens(w, h) if w else -1 for w, h in distinct.tolist()]
+        return np.array(counts, dtype=np.int64)[inverse.reshape(-1)]
 
     def content_key(self, item: Item) -> int:
         """63-bit identity of text and image contents, whatever the files are called."""
@@ -77,37 +77,56 @@ class DistinctImages:
         return as_key(digest.digest())
 
 
+def in_workers(
+    work: Callable[[Any], Iterable[Any]], values: Sequence[Any], *, chunk: int, workers: int
+) -> Iterator[Any]:
+    """What `work` makes of `chunk` values at a time, one after the other in their order.
+
+    Args:
+        workers: processes; 0 computes here.
+
+    Raises:
+        UserError: when a process dies, which is what happens when memory runs out.
+    """
+    data: Any = values  # what has a length and places is a data set
+    try:
+        for results in DataLoader(
+            data, chunk, collate_fn=work, num_workers=workers, worker_init_fn=start_worker
+        ):
+            yield from results
+    except RuntimeError as error:
+        if not is_lost_worker(error):
+            raise
+        raise UserError(
+            "a worker process was killed, most likely because memory ran out; "
+            f"use fewer than workers={workers}"
+        ) from error
+
+
 def file_name(image: ImageSource) -> str:
     """The path of an image, or nothing for one that is not a file."""
     return str(image) if isinstance(image, Path) else ""
 
 
-@dataclass(frozen=True)
-class _Opened:
-    sizes: np.ndarray
-    digests: np.ndarray
-    faults: dict[int, Fault]
-
-
-def _open_chunk(sources: Sequence[ImageSource]) -> _Opened:
-    sizes = np.zeros((len(sources), 2), dtype=np.int64)
-    digests = np.zeros(len(sources), dtype=np.uint64)
-    faults: dict[int, Fault] = {}
-    for place, source in enumerate(sources):
+def _open(sources: Sequence[ImageSource]) -> list[tuple[tuple[int, int], int, Fault | None]]:
+    """Of each image its size, the digest of its bytes, and why it cannot be used."""
+    opened: list[tuple[tuple[int, int], int, Fault | None]] = []
+    for source in sources:
         try:
-            sizes[place] = open_image(source, where=_WHERE).size
-            digests[place] = _digest(_content(source))
+            size = open_image(source, where=_WHERE).size
+            # Its bytes come from the page cache: it was just decoded.
+            opened.append((size, _digest(_content(source)), None))
         except (UserError, OSError) as error:
             message = str(error).removeprefix(f"{_WHERE}: ")
-            faults[place] = Fault(kind_of(message)[0], message)
             # A digest of its own: two unreadable files are not the same image.
-            digests[place] = _digest(b"unreadable\0" + str(source).encode(errors="replace"))
-    return _Opened(sizes, digests, faults)
+            digest = _digest(b"unreadable\0" + str(source).encode(errors="replace"))
+            opened.append(((0, 0), digest, (kind_of(message)[0], message)))
+    return opened
 
 
 def _content(source: ImageSource) -> bytes:
     if isinstance(source, Path):
-        return source.read_bytes()  # from the page cache: it was just decoded
+        return source.read_bytes()
     return source if isinstance(source, bytes) else source.tobytes()
 
 
@@ -115,12 +134,8 @@ def _digest(content: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
-def image_identity(image: ImageSource) -> str | bytes:
+def _identity(image: ImageSource) -> str | bytes:
     """What tells images apart before they are opened: a path, or a hash of embedded bytes."""
     if isinstance(image, Path):
         return str(image)
     return hashlib.blake2b(_content(image), digest_size=16).digest()
-
-
-def _chunks(sources: Sequence[ImageSource]) -> Iterator[Sequence[ImageSource]]:
-    return (sources[start : start + CHUNK] for start in range(0, len(sources), CHUNK))

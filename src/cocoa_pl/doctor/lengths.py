@@ -5,18 +5,18 @@ No image is opened again: its visual tokens follow from its size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
-from cocoa_pl.data.examples import Example, MakeSamples
-from cocoa_pl.data.items import IMAGE_SLOT, Item, Pair
+from cocoa_pl.data.examples import MakeSamples
+from cocoa_pl.data.items import IMAGE_SLOT, Pair
 from cocoa_pl.data.processor import Processor
 from cocoa_pl.data.sampler import mix
 from cocoa_pl.doctor.findings import Finding, Findings
-from cocoa_pl.doctor.images import DistinctImages, image_identity
-from cocoa_pl.doctor.parallel import ordered_map
+from cocoa_pl.doctor.images import DistinctImages, Watch, in_workers
 from cocoa_pl.stages.recipe import Stage
 
 CHUNK = 256  # rows
@@ -33,16 +33,14 @@ class StageLengths:
     Attributes:
         stages: the stages.
         num_rows: rows that the samples are made of.
-        text, visual: int64 [N], text tokens before anything is cut, and visual tokens with their
-            start and end.
+        totals: int64 [N], tokens of each sample with EOS, before anything is cut.
         num_unknown: samples with an image that cannot be read.
         max_length: tokens of a sample that the model is given.
     """
 
-    stages: tuple[Stage, ...]
+    stages: Sequence[Stage]
     num_rows: int
-    text: np.ndarray
-    visual: np.ndarray
+    totals: np.ndarray
     num_unknown: int
     max_length: int
 
@@ -51,27 +49,20 @@ class StageLengths:
         return ", ".join(stage.name for stage in self.stages)
 
     @property
-    def totals(self) -> np.ndarray:
-        """int64 [N], tokens of each sample with EOS, before anything is cut."""
-        return self.text + self.visual + EOS
+    def num_cut(self) -> int:
+        """Samples that are longer than the model is given."""
+        return int((self.totals > self.max_length).sum())
 
     def tokens_per_step(self, stage: Stage) -> float:
         """Expected tokens of a step over all ranks, texts cut to `max_length`."""
-        samples = len(self.text) + self.num_unknown
+        samples = len(self.totals) + self.num_unknown
         given = np.minimum(self.totals, self.max_length)
         per_row = samples / max(1, self.num_rows)
         return float(given.mean() * per_row * stage.batch_size) if len(given) else 0.0
 
-    def pieces_per_step(self, stage: Stage) -> float:
+    def passes_per_step(self, stage: Stage) -> float:
         """Expected forward passes of a step over all ranks, cut by the stage's token budget."""
         return self.tokens_per_step(stage) / stage.token_budget
-
-
-def visual_tokens(images: DistinctImages, processor: Processor) -> np.ndarray:
-    """int64 [N] visual tokens of each distinct image; -1 for those that cannot be read."""
-    distinct, inverse = np.unique(images.sizes, axis=0, return_inverse=True)
-    counts = [processor.count_visual_tokens(w, h) if w else -1 for w, h in distinct.tolist()]
-    return np.array(counts, dtype=np.int64)[inverse.reshape(-1)]
 
 
 def measure(
@@ -83,106 +74,61 @@ def measure(
     *,
     seed: int,
     workers: int,
-    advance: Callable[[int], None],
+    watch: Watch,
 ) -> StageLengths:
     """Lengths of the samples that training would make of these rows in its first epoch.
 
     Args:
         stages: make the same samples; the first one's name stands in findings.
         seed: of the first stage, as in training.
-        advance: is called with the number of rows that are done.
     """
-    tokens = visual_tokens(images, processor)
-    counted = ordered_map(
-        _Counter(processor, stages[0].make_samples),
-        _chunks(rows, images, tokens, seed=seed),
-        workers=workers,
-    )
-    text: list[np.ndarray] = [np.empty(0, np.int64)]
-    visual: list[np.ndarray] = [np.empty(0, np.int64)]
-    num_unknown = 0
-    limit = processor.max_length
-    for part in counted:
-        text.append(part.text)
-        visual.append(part.visual)
-        num_unknown += part.num_unknown
-        totals = part.text + part.visual + EOS
-        # Where the images alone are too long, the row has a finding of its own.
-        for place in np.flatnonzero((totals > limit) & (part.visual + EOS <= limit)).tolist():
-            message = (
-                f"{part.row_ids[place]}: {totals[place]} tokens in {stages[0].name}; "
-                f"max_length={limit} cuts {totals[place] - limit} of its text"
+    tokens = images.visual_tokens(processor)
+    count = partial(_count, rows, stages[0].make_samples, processor, images, tokens, seed)
+    counted = in_workers(count, range(len(rows)), chunk=CHUNK, workers=workers)
+    label = f"lengths in {', '.join(stage.name for stage in stages)}"
+    totals, num_unknown, limit = [], 0, processor.max_length
+    for row_id, samples in watch(counted, label, len(rows)):
+        for text, visual in samples:
+            total = text + visual + EOS
+            if visual < 0:
+                num_unknown += 1
+                continue
+            totals.append(total)
+            # Where the images alone are too long, the row has a finding of its own.
+            if total > limit >= visual + EOS:
+                message = (
+                    f"{row_id}: {total} tokens in {stages[0].name}; "
+                    f"max_length={limit} cuts {total - limit} of its text"
+                )
+                findings.add(Finding("truncated_text", "train", row_id, "", "", message))
+    return StageLengths(stages, len(rows), np.array(totals, np.int64), num_unknown, limit)
+
+
+def _count(
+    rows: Sequence[Pair],
+    make_samples: MakeSamples,
+    processor: Processor,
+    images: DistinctImages,
+    tokens: np.ndarray,
+    seed: int,
+    numbers: Sequence[int],
+) -> list[tuple[str, list[tuple[int, int]]]]:
+    """Of the rows of these numbers, in a worker process: the name, and of each sample the text
+    tokens before anything is cut, and the visual tokens with their start and end; -1 of these where
+    an image cannot be read.
+    """
+    counted = []
+    for number in numbers:
+        pair, samples = rows[number], []
+        rng = np.random.default_rng(mix(seed, _FIRST_EPOCH, number))
+        for context, target in make_samples(pair, rng):
+            texts = [*context.text.split(IMAGE_SLOT), target or ""]
+            visual = [int(tokens[images.number(image)]) for image in context.media]
+            samples.append(
+                (
+                    sum(processor.count_text_tokens(text) for text in texts if text),
+                    -1 if -1 in visual else sum(visual) + MARKERS * len(visual),
+                )
             )
-            findings.add(Finding("truncated_text", "train", part.row_ids[place], "", "", message))
-        advance(part.num_rows)
-    return StageLengths(
-        tuple(stages), len(rows), np.concatenate(text), np.concatenate(visual), num_unknown, limit
-    )
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """A chunk: each row with its seed, and the visual tokens of all images in it."""
-
-    rows: list[tuple[Pair, int]]
-    visual: Mapping[str | bytes, int]
-
-
-@dataclass(frozen=True)
-class _Counts:
-    text: np.ndarray
-    visual: np.ndarray
-    row_ids: list[str]
-    num_unknown: int
-    num_rows: int
-
-
-@dataclass(frozen=True)
-class _Counter:
-    """Works in a worker process: rows in, lengths of their samples out."""
-
-    processor: Processor
-    make_samples: MakeSamples
-
-    def __call__(self, chunk: _Rows) -> _Counts:
-        text: list[int] = []
-        visual: list[int] = []
-        row_ids: list[str] = []
-        num_unknown = 0
-        for pair, seed in chunk.rows:
-            for example in self.make_samples(pair, np.random.default_rng(seed)):
-                tokens = [chunk.visual[image_identity(i)] for i in example[0].media]
-                if -1 in tokens:
-                    num_unknown += 1
-                    continue
-                text.append(self._text_tokens(example))
-                visual.append(sum(tokens) + MARKERS * len(tokens))
-                row_ids.append(pair.row_id)
-        return _Counts(
-            np.array(text, dtype=np.int64),
-            np.array(visual, dtype=np.int64),
-            row_ids,
-            num_unknown,
-            len(chunk.rows),
-        )
-
-    def _text_tokens(self, example: Example) -> int:
-        context, target = example
-        texts = [*context.text.split(IMAGE_SLOT), target or ""]
-        return sum(self.processor.count_text_tokens(text) for text in texts if text)
-
-
-def _chunks(
-    rows: Sequence[Pair], images: DistinctImages, tokens: np.ndarray, *, seed: int
-) -> Iterator[_Rows]:
-    for start in range(0, len(rows), CHUNK):
-        stop = min(start + CHUNK, len(rows))
-        chunk = [(rows[row], mix(seed, _FIRST_EPOCH, row)) for row in range(start, stop)]
-        used = {image for pair, _ in chunk for item in items_of(pair) for image in item.media}
-        visual = {image_identity(i): int(tokens[images.number(i)]) for i in used}
-        yield _Rows(chunk, visual)
-
-
-def items_of(pair: Pair) -> tuple[Item, ...]:
-    """Query, positive and hard negatives."""
-    return (pair.query, pair.positive, *pair.negatives)
+        counted.append((pair.row_id, samples))
+    return counted

@@ -30,23 +30,20 @@ _COLOURS = {Severity.STOPS: "red", Severity.LOSES: "yellow", Severity.INFORMS: "
 
 def print_report(console: Console, checked: CheckedData, *, not_checked: Sequence[str]) -> None:
     """Print the whole report: what was read, lengths, findings, verdict."""
+    stops, loses, informs = (checked.findings.total(severity) for severity in Severity)
+    if stops:
+        verdict = f"[bold red]{stops:,} finding(s) would stop training[/] (on_bad_row=fail)"
+    else:
+        lost = f"; {loses:,} row(s) or texts are lost" if loses else ""
+        verdict = f"[bold green]nothing would stop training[/]{lost}; "
+        verdict += f"{informs:,} for your information"
     parts: list[RenderableType] = [_inventory(checked)]
     if checked.lengths:
         parts += ["", text_histogram(checked.lengths, width=console.width)]
         parts += ["", _length_table(checked.lengths), f"[dim]{_LEGEND}[/]"]
     parts += ["", _summary(checked.findings)]
     parts += [f"[yellow]not checked[/]: {escape(sentence)}" for sentence in not_checked]
-    parts.append(conclusion(checked.findings))
-    console.print(Group(*parts), highlight=False)
-
-
-def conclusion(findings: Findings) -> str:
-    """One sentence at the end."""
-    stops, loses, informs = (findings.total(severity) for severity in Severity)
-    if stops:
-        return f"[bold red]{stops:,} finding(s) would stop training[/] (on_bad_row=fail)"
-    lost = f"; {loses:,} row(s) or texts are lost" if loses else ""
-    return f"[bold green]nothing would stop training[/]{lost}; {informs:,} for your information"
+    console.print(Group(*parts, verdict), highlight=False)
 
 
 def write_json(path: Path, checked: CheckedData, *, not_checked: Sequence[str]) -> None:
@@ -61,12 +58,12 @@ def write_json(path: Path, checked: CheckedData, *, not_checked: Sequence[str]) 
                 "severity": KINDS[kind].severity.name.lower(),
                 "title": KINDS[kind].title,
                 "advice": KINDS[kind].advice,
-                "count": findings.count(kind),
-                "listed": len(findings.kept(kind)),
+                "count": findings.counts[kind],
+                "listed": len(findings.kept[kind]),
             }
             for kind in findings.kinds()
         },
-        "findings": [asdict(f) for kind in findings.kinds() for f in findings.kept(kind)],
+        "findings": [asdict(f) for kind in findings.kinds() for f in findings.kept[kind]],
         "images": _image_facts(checked),
         "lengths": [_length_facts(one) for one in checked.lengths],
         "not_checked": list(not_checked),
@@ -107,7 +104,7 @@ def _length_table(lengths: Sequence[StageLengths]) -> Table:
         if not len(one.totals):
             continue
         found = percentiles(one.totals)
-        cut = int((one.totals > one.max_length).sum())
+        cut = one.num_cut
         for stage in one.stages:
             table.add_row(
                 stage.name,
@@ -115,7 +112,7 @@ def _length_table(lengths: Sequence[StageLengths]) -> Table:
                 f"{cut:,}",
                 f"{one.tokens_per_step(stage):,.0f}",
                 f"{stage.token_budget:,}",
-                f"{np.ceil(one.pieces_per_step(stage)):,.0f}",
+                f"{np.ceil(one.passes_per_step(stage)):,.0f}",
             )
     return table
 
@@ -133,7 +130,7 @@ def _summary(findings: Findings) -> Table:
         for kind in kinds:
             about = KINDS[kind]
             table.add_row(
-                f"[{colour}]{findings.count(kind):,}[/]",
+                f"[{colour}]{findings.counts[kind]:,}[/]",
                 f"{about.title} [dim]({escape(about.advice)})[/]\n"
                 f"[dim]{escape(_examples(findings, kind))}[/]",
             )
@@ -142,11 +139,11 @@ def _summary(findings: Findings) -> Table:
 
 def _examples(findings: Findings, kind: str) -> str:
     """Names of the first rows; where no row is meant, the first message."""
-    kept = findings.kept(kind)
+    kept = findings.kept[kind]
     rows = list(dict.fromkeys(finding.row_id for finding in kept if finding.row_id))
     if not rows:
         return kept[0].message
-    more = findings.count(kind) > SHOWN_ROWS and len(rows) >= SHOWN_ROWS
+    more = findings.counts[kind] > SHOWN_ROWS and len(rows) >= SHOWN_ROWS
     return ", ".join(rows[:SHOWN_ROWS]) + (", ..." if more else "")
 
 
@@ -173,14 +170,14 @@ def _length_facts(one: StageLengths) -> dict[str, Any]:
         "samples": len(one.totals),
         "unknown": one.num_unknown,
         "max_length": one.max_length,
-        "cut": int((one.totals > one.max_length).sum()),
+        "cut": one.num_cut,
         "tokens": percentiles(one.totals) if len(one.totals) else None,
         "histogram": {"edges": bins.edges.tolist(), "counts": bins.counts(one.totals).tolist()},
         "steps": {
             stage.name: {
                 "tokens": one.tokens_per_step(stage),
                 "token_budget": stage.token_budget,
-                "passes": one.pieces_per_step(stage),
+                "passes": one.passes_per_step(stage),
             }
             for stage in one.stages
         },
