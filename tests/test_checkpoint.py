@@ -11,12 +11,12 @@ from typing import IO, Any
 import lightning as L
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from cocoa_pl.distributed.strategies import FullySharded
+from cocoa_pl.distributed.strategies import FullySharded, trained_state
 from cocoa_pl.errors import UserError
-from cocoa_pl.models.adapters import LowRank
+from cocoa_pl.models.adapters import LowRank, check_trained
 from cocoa_pl.models.backbone import Backbone
 from cocoa_pl.models.loading import Loaded
 from cocoa_pl.stages import checkpoint
@@ -44,74 +44,74 @@ def adapted(load_tiny: LoadTiny) -> Backbone:
     return backbone
 
 
-def content_of(backbone: Backbone) -> dict[str, Any]:
-    state = {f"backbone.{n}": v.clone() for n, v in checkpoint.trained_state(backbone).items()}
-    return {"state_dict": state | {"log_scale": torch.tensor(1.0)}, "cocoa": {}}
+def state_of(backbone: Backbone) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in trained_state(backbone).items()}
 
 
 def test_only_what_trains_is_saved(load_tiny: LoadTiny) -> None:
-    saved = checkpoint.trained_state(adapted(load_tiny))
+    saved = trained_state(adapted(load_tiny))
     assert saved
     assert all("lora_" in name for name in saved)
 
 
-def test_adapters_come_back_as_they_were(load_tiny: LoadTiny) -> None:
-    content, other = content_of(adapted(load_tiny)), adapted(load_tiny)
-    checkpoint.load_backbone(other, content["state_dict"], where="last.ckpt")
-    for name, value in checkpoint.trained_state(other).items():
-        assert torch.equal(value, content["state_dict"][f"backbone.{name}"])
+def test_adapters_come_back_as_they_were(load_tiny: LoadTiny, tmp_path: Path) -> None:
+    saved, other = state_of(adapted(load_tiny)), adapted(load_tiny)
+    path, state = tmp_path / "last.ckpt", {f"backbone.{n}": v for n, v in saved.items()}
+    torch.save({"state_dict": state | {"log_scale": torch.tensor(1.0)}, "cocoa": {}}, path)
+    found = checkpoint.read_weights(path, checkpoint.read(path))
+    checkpoint.load_trained(other, found, where="last.ckpt")
+    assert found.keys() == saved.keys()
+    for name, value in trained_state(other).items():
+        assert torch.equal(value, saved[name])
 
 
 def test_fully_tuned_weights_come_back_as_they_were(load_tiny: LoadTiny) -> None:
     trained, other = (load_tiny().backbone.requires_grad_(True) for _ in range(2))
     for parameter in trained.parameters():
         parameter.data.add_(0.1)
-    checkpoint.load_backbone(other, content_of(trained)["state_dict"], where="last.ckpt")
+    checkpoint.load_trained(other, state_of(trained), where="last.ckpt")
     for name, value in trained.state_dict().items():
         assert torch.equal(other.state_dict()[name], value), name
 
 
 def test_a_missing_adapter_is_refused_by_name(load_tiny: LoadTiny) -> None:
     backbone = adapted(load_tiny)
-    content = content_of(backbone)
-    name = sorted(n for n in content["state_dict"] if "lora_A" in n)[0]
-    del content["state_dict"][name]
-    message = re.escape(f"last.ckpt misses 1 weights, first {name.removeprefix('backbone.')}")
+    state = state_of(backbone)
+    name = sorted(n for n in state if "lora_A" in n)[0]
+    del state[name]
+    message = re.escape(f"last.ckpt misses 1 weights, first {name}")
     with pytest.raises(UserError, match=message):
-        checkpoint.load_backbone(backbone, content["state_dict"], where="last.ckpt")
+        checkpoint.load_trained(backbone, state, where="last.ckpt")
 
 
 def test_an_unexpected_adapter_is_refused_by_name(load_tiny: LoadTiny) -> None:
     backbone = adapted(load_tiny)
-    content = content_of(backbone)
-    content["state_dict"]["backbone.model.extra.lora_A.weight"] = torch.ones(1)
+    state = state_of(backbone) | {"model.extra.lora_A.weight": torch.ones(1)}
     with pytest.raises(UserError, match=r"has unexpected 1 weights, first model\.extra\.lora_A"):
-        checkpoint.load_backbone(backbone, content["state_dict"], where="last.ckpt")
+        checkpoint.load_trained(backbone, state, where="last.ckpt")
 
 
 def test_adapters_that_never_trained_are_refused_and_a_part_of_them_is_not(
     load_tiny: LoadTiny,
 ) -> None:
     """Pairs of texts alone leave the vision tower's as they began."""
-    backbone = adapted(load_tiny)
-    content = content_of(backbone)
-    first, *others = sorted(n for n in content["state_dict"] if "lora_B" in n)
-    content["state_dict"][first].zero_()
-    checkpoint.load_backbone(backbone, content["state_dict"], where="last.ckpt")
+    state = state_of(adapted(load_tiny))
+    first, *others = sorted(n for n in state if "lora_B" in n)
+    state[first].zero_()
+    check_trained(state, where="last.ckpt")
     for name in others:
-        content["state_dict"][name].zero_()
+        state[name].zero_()
     with pytest.raises(UserError, match=r"last\.ckpt was never trained: all lora_B are zero"):
-        checkpoint.load_backbone(backbone, content["state_dict"], where="last.ckpt")
+        check_trained(state, where="last.ckpt")
 
 
 def test_a_refused_checkpoint_changes_nothing(load_tiny: LoadTiny) -> None:
     backbone = adapted(load_tiny)
     before = {n: v.clone() for n, v in backbone.state_dict().items()}
-    content = content_of(adapted(load_tiny))
-    content["state_dict"].popitem()
-    del content["state_dict"][next(iter(content["state_dict"]))]
+    state = state_of(adapted(load_tiny))
+    del state[next(iter(state))]
     with pytest.raises(UserError):
-        checkpoint.load_backbone(backbone, content["state_dict"], where="last.ckpt")
+        checkpoint.load_trained(backbone, state, where="last.ckpt")
     assert all(torch.equal(backbone.state_dict()[n], v) for n, v in before.items())
 
 
@@ -214,7 +214,7 @@ def test_a_run_does_not_go_on_with_another_kind_of_checkpoint(tmp_path: Path) ->
     file.touch()
     with pytest.raises(UserError, match=r"shards\.ckpt holds sharded .*init_from=FOLDER instead"):
         fit(shards, steps=1, every=1, module=Toy())
-    strategy = FullySharded(tensor_parallel_size=1)
+    strategy = FullySharded()
     trainer = L.Trainer(accelerator="cpu", strategy=strategy, logger=False, barebones=True)
     saver = LastCheckpoint(file, every=1, position={})
     with pytest.raises(UserError, match=r"file\.ckpt holds whole .*init_from=FOLDER instead"):

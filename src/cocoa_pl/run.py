@@ -22,7 +22,6 @@ from cocoa_pl.data.processor import Processor
 from cocoa_pl.data.sampler import mix
 from cocoa_pl.data.sources import HeldOutBenchmark
 from cocoa_pl.distributed.collectives import rank
-from cocoa_pl.distributed.strategies import full_state
 from cocoa_pl.embedder import Embedder, chosen_device
 from cocoa_pl.errors import UserError, first_line
 from cocoa_pl.evaluation.benchmark import (
@@ -41,14 +40,20 @@ from cocoa_pl.evaluation.report import (
 )
 from cocoa_pl.export.folder import export, lineage_of, untouched
 from cocoa_pl.for_mteb.benchmark import MtebBenchmark
-from cocoa_pl.models.adapters import base_path, is_adapter, load_adapter, trainable_line
+from cocoa_pl.models.adapters import (
+    base_path,
+    check_trained,
+    is_adapter,
+    load_adapter,
+    trainable_line,
+)
 from cocoa_pl.models.backbone import Backbone
 from cocoa_pl.models.loading import Loaded, find_folder, load
 from cocoa_pl.models.tiny import Texts
 from cocoa_pl.stages import checkpoint
 from cocoa_pl.stages.callbacks import check_login
 from cocoa_pl.stages.recipe import RunSettings, Stage, run_stages
-from cocoa_pl.stages.trainer import Parts
+from cocoa_pl.stages.trainer import Parts, make_trainer
 
 log = logging.getLogger(__name__)
 
@@ -69,14 +74,15 @@ def train(cfg: DictConfig, run_dir: Path, console: Console) -> None:
         num_workers=cfg.num_workers,
         on_bad_row=cfg.on_bad_row,
         checkpoint_every=cfg.checkpoint_every,
-        dtype=cfg.model.dtype,
         export=cfg.export,
     )
     for logger in plain["logger"].values():
         if logger and logger["_target_"].endswith("WandbLogger"):
             check_login(offline=bool(logger.get("offline")))
     for stage in stages:  # what Lightning refuses, it refuses here
-        check_processes(settings.trainer(stage, settings.parts(stage.name), steps=1), run_dir)
+        parts = settings.parts(stage.name)
+        trainer = make_trainer(parts, steps=1, validate_every=stage.validate_every)
+        check_processes(trainer, run_dir)
     data = build(cfg.data)
     benchmark = build(cfg.benchmark) if cfg.evaluate else None  # its mistakes show before training
     if isinstance(benchmark, HeldOutBenchmark) and cfg.benchmark.data == cfg.data:
@@ -94,16 +100,14 @@ def train(cfg: DictConfig, run_dir: Path, console: Console) -> None:
     if cfg.trainer.get("fast_dev_run"):
         log.info("trainer.fast_dev_run: nothing is exported or scored")
         return
-    weights = full_state(backbone)  # of all ranks together
     if rank():
         return
-    source = settings.last
-    if cfg.export != "last":
-        source = settings.last.with_name(f"{cfg.export}.ckpt")
+    source = settings.last.with_name(f"{cfg.export}.ckpt")
+    if cfg.export != "last" or source.is_dir():  # of the last shards each rank holds its own
         weights, chosen = checkpoint.read_chosen(source)
-        lineage[-1] |= chosen
-        log.info("model/ is taken from %s, of step %d", source, chosen["steps"])
-    if weights is not None:
+        if cfg.export != "last":
+            lineage[-1] |= chosen
+            log.info("model/ is taken from %s, of step %d", source, chosen["steps"])
         loaded = open_model(cfg, data.training_texts)
         backbone = with_adapter(cfg, loaded)
         checkpoint.load_trained(backbone, weights, where=str(source))
@@ -136,7 +140,8 @@ def trainer_parts(cfg: DictConfig, run_dir: Path, stage: str) -> Parts:
             except InstantiationException as error:  # a package that is missing, a server
                 reason = first_line(error.__cause__ or error)
                 raise UserError(f"{group}.{name} cannot be made: {reason}") from error
-    return Parts(build(own.trainer), made["callbacks"], made["logger"])
+    dtype = cfg.model.dtype
+    return Parts(stage, run_dir, dtype, build(own.trainer), made["callbacks"], made["logger"])
 
 
 def build_stages(cfg: DictConfig) -> list[Stage]:
@@ -250,7 +255,8 @@ def open_embedder(path: str, *, device: str) -> Embedder:
     backbone = with_adapter(cfg, loaded)
     checkpoint.check_base(content, checkpoint.base_of(backbone), where=path)
     weights = checkpoint.read_weights(Path(path), content)
-    checkpoint.load_backbone(backbone, weights, where=path)
+    check_trained(weights, where=path)
+    checkpoint.load_trained(backbone, weights, where=path)
     stage = build_stages(cfg)[content["cocoa"]["stage_index"]]
     processor = make_processor(cfg, loaded, max_pixels=cfg.model.eval_max_pixels)
     return Embedder(backbone.to(device).eval(), processor, stage.policy)

@@ -111,7 +111,6 @@ def train(data: PairSource, processor: Processor) -> Train:
             num_workers=num_workers,
             on_bad_row="fail",
             checkpoint_every=checkpoint_every,
-            dtype="float32",
             export=export,
         )
         return run_stages(stages, backbone, processor, data, settings, resume=resume)

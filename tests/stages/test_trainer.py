@@ -45,13 +45,11 @@ ONLY_CONTRAST = "stage.order=[contrast]"
 BEST = Path("checkpoints") / "best.ckpt"
 
 
-def trainer_of(run_dir: Path, *words: str, dtype: str = "float32", **arguments: Any) -> L.Trainer:
+def trainer_of(run_dir: Path, *words: str, **arguments: Any) -> L.Trainer:
     """Of a stage of 10 steps; `arguments` are objects, which a config would build."""
     parts = trainer_parts(composed("trainer=cpu", "logger=none", *words), run_dir, "warmup")
-    parts = parts._replace(trainer=partial(L.Trainer, **parts.trainer.keywords | arguments))
-    return make_trainer(
-        parts, stage="warmup", run_dir=run_dir, steps=10, validate_every=4, dtype=dtype
-    )
+    trainer = partial(L.Trainer, **parts.trainer.keywords | arguments)
+    return make_trainer(parts._replace(trainer=trainer), steps=10, validate_every=4)
 
 
 def has(kind: type) -> Callable[[L.Trainer], bool]:

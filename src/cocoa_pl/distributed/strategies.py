@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, StrategyRegistry
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
@@ -32,24 +32,16 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.checkpoint.state_dict_loader import load as load_shards
-from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
-from torch.optim import Optimizer
 
-from cocoa_pl.distributed.collectives import rank
 from cocoa_pl.errors import UserError, first_line
 
-META = "meta.pt"  # of a checkpoint folder: all that is not a tensor of the model or the optimizer
-MODEL, OPTIMIZER = "state_dict", "optimizer_0"
-
-# Names in trainer configs; each stage gets a fresh strategy.
-REPLICATED, FULLY_SHARDED = "replicated", "fully_sharded"
+# Lightning's names. META is all that is not a tensor of the model or the optimizer.
+META, MODEL, OPTIMIZER = "meta.pt", "state_dict", "optimizer_0"
 TIMEOUT = timedelta(minutes=30)  # for which a process waits for the others in one exchange
 
 
-@StrategyRegistry.register(REPLICATED, timeout=TIMEOUT)
 class Replicated(DDPStrategy):
     """Lightning's DDP with its launching of processes, and nothing around the module."""
 
@@ -60,7 +52,6 @@ class Replicated(DDPStrategy):
             dist.broadcast(value.detach(), src=0)
 
 
-@StrategyRegistry.register(FULLY_SHARDED, tensor_parallel_size=1, timeout=TIMEOUT)
 class FullySharded(ModelParallelStrategy):
     """Lightning's strategy for FSDP2 over all processes of a job.
 
@@ -70,67 +61,50 @@ class FullySharded(ModelParallelStrategy):
 
     def setup_environment(self) -> None:
         self._data_parallel_size = self.num_nodes * self.num_processes
+        self._tensor_parallel_size = 1
         super().setup_environment()
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """This rank's shares of the trained parameters."""
-        reshard(self._whole)
-        return dict(trained_state(self._whole))
+        assert self.model is not None
+        reshard(self.model)
+        return dict(trained_state(self.model))
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
     ) -> None:
-        path = Path(filepath)
-        tensors = {
-            MODEL: checkpoint.pop("state_dict"),
-            OPTIMIZER: checkpoint.pop("optimizer_states")[0],
-        }
-        save_shards(tensors, checkpoint_id=path)  # fails on all ranks together
-        problem = ""
-        if self.is_global_zero:
-            try:
-                torch.save(checkpoint | {"names": sorted(tensors[MODEL])}, path / META)
-            except (OSError, RuntimeError) as error:
-                problem = str(error)
-        if problem := self.broadcast(problem):
-            raise OSError(problem)
+        names = {"names": sorted(checkpoint["state_dict"])}
+        super().save_checkpoint(checkpoint | names, filepath, storage_options)
 
     def load_checkpoint(
         self, checkpoint_path: Any, weights_only: bool | None = None
     ) -> dict[str, Any]:
+        """Load what both have; the caller compares the names and refuses what does not match.
+
+        Of the optimizer that is the state of the parameters that had one: AdamW makes it at the
+        first gradient, and some never get any (an untied vocabulary head in contrast, the vision
+        tower on texts alone).
+        """
+        assert self.model is not None
         path, mine = Path(checkpoint_path), self.lightning_module_state_dict()
         with readable(path):
             meta = torch.load(path / META, map_location="cpu", weights_only=True)
             found = set(meta.pop("names"))
-            # Only what both have; the caller compares the names and refuses what does not match.
             load_shards({MODEL: {n: mine[n] for n in found & set(mine)}}, checkpoint_id=path)
-        if found == set(mine):
-            for optimizer in self.optimizers:
-                self._load_optimizer(optimizer, path)
-        return meta | {"state_dict": dict.fromkeys(found)}
-
-    def _load_optimizer(self, optimizer: Optimizer, path: Path) -> None:
-        """Load the state of the parameters that had one: AdamW makes it at the first gradient, and
-        some never get any (an untied vocabulary head in contrast, the vision tower on texts alone).
-        """
-        state: dict[str, Any] = get_optimizer_state_dict(self._whole, optimizer)  # of all of them
-        with readable(path):
             saved = FileSystemReader(path).read_metadata().state_dict_metadata
             prefix = f"{OPTIMIZER}.state."
             had = {k.removeprefix(prefix).rpartition(".")[0] for k in saved if k.startswith(prefix)}
-            state["state"] = {name: state["state"][name] for name in had}
-            load_shards({OPTIMIZER: state}, checkpoint_id=path)
-        set_optimizer_state_dict(
-            self._whole,
-            optimizer,
-            optim_state_dict=state,
-            options=StateDictOptions(strict=False),  # the others begin at their first gradient
-        )
-
-    @property
-    def _whole(self) -> nn.Module:
-        assert self.model is not None
-        return self.model
+            for optimizer in self.optimizers if found == set(mine) else ():
+                state: dict[str, Any] = get_optimizer_state_dict(self.model, optimizer)  # of all
+                state["state"] = {name: state["state"][name] for name in had}
+                load_shards({OPTIMIZER: state}, checkpoint_id=path)
+                set_optimizer_state_dict(
+                    self.model,
+                    optimizer,
+                    optim_state_dict=state,
+                    options=StateDictOptions(strict=False),  # others begin at their first gradient
+                )
+        return meta | {"state_dict": dict.fromkeys(found)}
 
 
 def shard(
@@ -140,9 +114,8 @@ def shard(
     mesh: DeviceMesh,
     compute_dtype: torch.dtype | None,
 ) -> None:
-    """Split parameters in place; a part that is split already stays as it is.
-
-    Gradients are summed over ranks, not averaged: every loss is divided by a global count.
+    """Split parameters in place; a part that is split already stays as it is. Gradients are summed
+    over ranks, not averaged.
 
     Args:
         parts: modules that are called from outside, each with all its parameters.
@@ -178,23 +151,6 @@ def trained_state(module: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
 
 
-def full_state(module: nn.Module) -> dict[str, Tensor] | None:
-    """Sharded trained parameters whole, on the CPU of rank 0 (empty on other ranks); None for a
-    module that is not sharded.
-
-    Every rank must call this at the same time; one parameter is gathered at a time.
-    """
-    if not any(isinstance(parameter, DTensor) for parameter in module.parameters()):
-        return None
-    reshard(module)
-    state: dict[str, Tensor] = {}
-    for name, value in trained_state(module).items():
-        whole = value.full_tensor() if isinstance(value, DTensor) else value
-        if rank() == 0:
-            state[name] = whole.cpu()
-    return state
-
-
 def first_reason(error: BaseException) -> str:
     """What lies at the bottom of a failed read or write, in one line."""
     if isinstance(error, CheckpointException) and error.failures:
@@ -203,10 +159,11 @@ def first_reason(error: BaseException) -> str:
 
 
 @contextmanager
-def readable(folder: Path) -> Iterator[None]:
-    """Turn what fails when a folder of shards is read into a UserError."""
+def readable(path: Path, *more: type[BaseException]) -> Iterator[None]:
+    """Turn what fails when a checkpoint is read, these errors too, into a UserError."""
+    known = (CheckpointException, OSError, EOFError, pickle.UnpicklingError)
     try:
         yield
-    except (CheckpointException, OSError, EOFError, pickle.UnpicklingError) as error:
+    except known + more as error:
         reason = first_reason(error)
-        raise UserError(f"{folder} cannot be read as a checkpoint: {reason}") from error
+        raise UserError(f"{path} cannot be read as a checkpoint: {reason}") from error

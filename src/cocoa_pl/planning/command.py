@@ -14,7 +14,6 @@ from transformers import AutoConfig, PretrainedConfig
 from cocoa_pl.config.build import build
 from cocoa_pl.config.command_line import CONFIGS, compose_overrides, run_app
 from cocoa_pl.config.saved import settled
-from cocoa_pl.distributed.strategies import FULLY_SHARDED
 from cocoa_pl.errors import UserError
 from cocoa_pl.models.adapters import LowRank
 from cocoa_pl.models.published import find_config
@@ -129,7 +128,7 @@ def _setup(cfg: DictConfig, shape: ModelShape) -> Setup:
         adapter=_adapter(build(cfg.adapter)),
         width=WIDTHS[cfg.model.dtype],
         checkpointing=cfg.model.gradient_checkpointing,
-        sharded=strategy in ("fsdp", FULLY_SHARDED) and gpus > 1,
+        sharded=strategy == "fsdp" and gpus > 1,
         gpus=gpus,
         kernel=kernel,
         on_gpu=on_gpu,

@@ -7,7 +7,6 @@ A checkpoint is a file, or with sharded parameters a folder to which every proce
 from __future__ import annotations
 
 import os
-import pickle
 import shlex
 import shutil
 import signal
@@ -37,11 +36,9 @@ from cocoa_pl.distributed.strategies import (
     trained_state,
 )
 from cocoa_pl.errors import UserError
-from cocoa_pl.models.adapters import check_trained
 from cocoa_pl.models.exported import digest_of
 
 LAST = Path("checkpoints") / "last.ckpt"  # in a run folder
-BACKBONE = "backbone."
 
 
 def check_names(expected: set[str], found: set[str], *, where: str) -> None:
@@ -65,58 +62,46 @@ def read(path: Path) -> dict[str, Any]:
     if not (path.is_file() or (path / META).is_file()):
         raise UserError(f"there is no checkpoint {path}")
     file = path / META if path.is_dir() else path
-    try:
+    with readable(path, RuntimeError, KeyError, ValueError):
         content: Any = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
-        reason = first_reason(error)
-        raise UserError(f"{path} cannot be read as a checkpoint: {reason}") from error
     if not isinstance(content, dict) or "cocoa" not in content:
         raise UserError(f"{path} is not a checkpoint of cocoa_pl")
     return content
 
 
 def read_weights(path: Path, content: dict[str, Any]) -> dict[str, Tensor]:
-    """The trained weights of a checkpoint that `read` has opened, by name; those of shards are put
-    together by this process alone.
+    """The backbone's trained weights of a checkpoint that `read` has opened, named as in the
+    backbone itself; those of shards are put together by this process alone.
     """
+    weights: dict[str, Tensor] = {}
     if path.is_file():
-        return content["state_dict"]
-    prefix = f"{MODEL}."
-    with readable(path):
-        known = FileSystemReader(path).read_metadata().state_dict_metadata
-        weights: dict[str, Any] = {
-            name.removeprefix(prefix): torch.empty(entry.size, dtype=entry.properties.dtype)
-            for name, entry in known.items()
-            if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
-        }
-        load_shards({MODEL: weights}, checkpoint_id=path, no_dist=True)
-    return weights
-
-
-def of_backbone(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The backbone's of a checkpoint's trained weights, named as in the backbone itself."""
-    return {
-        name.removeprefix(BACKBONE): value
-        for name, value in weights.items()
-        if name.startswith(BACKBONE)
-    }
+        weights = content["state_dict"]
+    else:
+        with readable(path):
+            for name, entry in FileSystemReader(path).read_metadata().state_dict_metadata.items():
+                kind, _, name = name.partition(".")
+                if kind == MODEL and isinstance(entry, TensorStorageMetadata):
+                    weights[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
+            load_shards({MODEL: weights}, checkpoint_id=path, no_dist=True)
+    own = "backbone."
+    return {n.removeprefix(own): value for n, value in weights.items() if n.startswith(own)}
 
 
 def read_chosen(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The backbone's weights of a checkpoint that a metric has chosen, and what the lineage says of
-    it: the steps it has learnt, and the score.
+    """The weights of a checkpoint that a metric has chosen (`read_weights`), and what the lineage
+    says of it: the steps it has learnt, and the score.
 
     Raises:
         UserError: if there is none, or it cannot be read.
     """
     content = read(path)
-    weights = of_backbone(read_weights(path, content))
     found = {
         state["monitor"].removeprefix("validation/"): float(state["best_model_score"])
         for state in content["callbacks"].values()
         if Path(state.get("best_model_path", "")).name == path.name
     }
-    return weights, {"steps": content["global_step"], "checkpoint": path.stem, "validation": found}
+    chosen = {"steps": content["global_step"], "checkpoint": path.stem, "validation": found}
+    return read_weights(path, content), chosen
 
 
 def base_of(backbone: nn.Module) -> str:
@@ -145,19 +130,12 @@ def begin_another(path: Path) -> str:
     return f"begin another run with its weights: {command}, then init_from=FOLDER instead of resume"
 
 
-def load_backbone(backbone: nn.Module, weights: dict[str, Tensor], *, where: str) -> None:
-    """Put a checkpoint's trained weights into a backbone, all of them or none.
+def load_trained(backbone: nn.Module, state: dict[str, Tensor], *, where: str) -> None:
+    """Put the weights that `read_weights` finds into a backbone, all of them or none.
 
     Raises:
-        UserError: for missing or unexpected weights, by name, or adapters that were never trained.
+        UserError: for missing or unexpected weights, by name.
     """
-    state = of_backbone(weights)
-    check_trained(state, where=where)
-    load_trained(backbone, state, where=where)
-
-
-def load_trained(backbone: nn.Module, state: dict[str, Tensor], *, where: str) -> None:
-    """Put weights that are named as in the backbone itself into it, all of them or none."""
     check_names(set(trained_state(backbone)), set(state), where=where)
     backbone.load_state_dict(state, strict=False)
 
@@ -261,9 +239,7 @@ class LastCheckpoint(Checkpoint):
         if self._saved != trainer.global_step:  # a callback ended the stage
             self._save(trainer)
 
-    def on_exception(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
-    ) -> None:
+    def on_exception(self, *_: Any) -> None:
         handle_stops(self._before)
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
@@ -287,8 +263,8 @@ class LastCheckpoint(Checkpoint):
             if isinstance(error, RuntimeError) and is_lost_worker(error):  # while this writes
                 raise
             reason = first_reason(error)
-            if path == self.path:  # rank 0 alone writes a file, and the others wait behind that
-                trainer.strategy.barrier()
+            # What rank 0 alone writes the others wait behind; what all write fails on all of them.
+            trainer.strategy.barrier()
         failed = trainer.strategy.reduce_boolean_decision(bool(reason), all=False)
         if failed:
             if path != self.path:

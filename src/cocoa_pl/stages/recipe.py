@@ -130,7 +130,6 @@ class RunSettings:
     Args:
         parts: what the config says of a stage's trainer, by the stage's name.
         config: of the run, plain, for loggers.
-        dtype: `model.dtype`.
         export: name of the checkpoint that the model is taken from in the end, `last` or `best`.
     """
 
@@ -141,23 +140,11 @@ class RunSettings:
     num_workers: int
     on_bad_row: str
     checkpoint_every: int
-    dtype: str
     export: str
 
     @property
     def last(self) -> Path:
         return self.run_dir / checkpoint.LAST
-
-    def trainer(self, stage: Stage, parts: Parts, *, steps: int) -> L.Trainer:
-        """Of a stage that is so long; see `make_trainer`."""
-        return make_trainer(
-            parts,
-            stage=stage.name,
-            run_dir=self.run_dir,
-            steps=steps,
-            validate_every=stage.validate_every,
-            dtype=self.dtype,
-        )
 
 
 def run_stages(
@@ -314,8 +301,8 @@ def _run_stage(
     metrics_csv = Metrics(settings.run_dir, stage.name, start_step=start_step, steps=steps)
     parts = settings.parts(stage.name)
     callbacks = [c for c in parts.callbacks if takes_part(c, module.measures)]
-    parts = Parts(parts.trainer, [*callbacks, saver], [metrics_csv, *parts.loggers])
-    trainer = settings.trainer(stage, parts, steps=steps)
+    parts = parts._replace(callbacks=[*callbacks, saver], loggers=[metrics_csv, *parts.loggers])
+    trainer = make_trainer(parts, steps=steps, validate_every=stage.validate_every)
     backbone.compute_dtype = torch.float32 if trainer.precision == "32-true" else torch.bfloat16
     device = trainer.strategy.root_device
     data = StageData(

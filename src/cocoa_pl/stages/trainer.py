@@ -12,10 +12,9 @@ import lightning as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, ProgressBar
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.profilers import AdvancedProfiler, PyTorchProfiler, SimpleProfiler
 
 from cocoa_pl.distributed.processes import cluster_plugins
-from cocoa_pl.distributed.strategies import FULLY_SHARDED, REPLICATED, FullySharded, Replicated
+from cocoa_pl.distributed.strategies import TIMEOUT, FullySharded, Replicated
 from cocoa_pl.errors import UserError, first_line
 from cocoa_pl.stages.callbacks import StageProgress
 
@@ -46,45 +45,42 @@ PRECISIONS = {
     "bf16-true": "weights that train are kept in float32; bf16-mixed is the fast one",
     "16-mixed": "float16 needs gradients that are scaled; bf16-mixed does not",
 }
-STRATEGIES = {"ddp": REPLICATED, "fsdp": FULLY_SHARDED, "auto": REPLICATED}  # auto on several
-PROFILERS = {"simple": SimpleProfiler, "advanced": AdvancedProfiler, "pytorch": PyTorchProfiler}
+STRATEGIES = {"ddp": Replicated, "fsdp": FullySharded}
 
 
 class Parts(NamedTuple):
     """What the config says of a stage's trainer, made anew for each stage: state of one `fit` must
     not reach the next.
+
+    Attributes:
+        dtype: `model.dtype`, which `precision=null` follows.
     """
 
+    stage: str
+    run_dir: Path
+    dtype: str
     trainer: partial[L.Trainer]
     callbacks: list[L.Callback]
     loggers: list[Logger]
 
 
-def make_trainer(
-    parts: Parts,
-    *,
-    stage: str,
-    run_dir: Path,
-    steps: int,
-    validate_every: int,
-    dtype: str,
-) -> L.Trainer:
+def make_trainer(parts: Parts, *, steps: int, validate_every: int) -> L.Trainer:
     """A stage's trainer.
 
     Args:
         steps: of the stage; `max_steps`, `limit_train_batches` and `fast_dev_run` make it shorter.
-        dtype: `model.dtype`, which `precision=null` follows.
 
     Raises:
         UserError: for an argument that cannot be honoured, or whatever Lightning refuses.
     """
     asked = dict(parts.trainer.keywords)
     known = inspect.signature(L.Trainer).parameters
-    for name, value in asked.items():
-        default = known[name].default if name in known else None
+    for name, reason in REFUSED.items():
+        default = known[name].default
+        value = asked.pop(name, default)
         asks = value != default or isinstance(value, bool) != isinstance(default, bool)
-        if name in REFUSED and asks and (name, value) != ("enable_checkpointing", True):
-            raise UserError(f"trainer.{name}={value} cannot be honoured: {REFUSED[name]}")
+        if asks and (name, value) != ("enable_checkpointing", True):
+            raise UserError(f"trainer.{name}={value} cannot be honoured: {reason}")
     cap = asked.pop("limit_train_batches", None)
     cap = int(cap * steps) if isinstance(cap, float) else cap
     caps = [n for n in (asked.pop("max_steps", -1), cap) if n is not None and n >= 0]
@@ -95,11 +91,8 @@ def make_trainer(
     for callback in callbacks:
         if isinstance(callback, StageProgress):
             callback.bar = shows_bar
-    if isinstance(profiler := asked.get("profiler"), str) and profiler in PROFILERS:
-        # Lightning would show what it found on a log that is silent here.
-        asked["profiler"] = PROFILERS[profiler](dirpath=run_dir, filename=f"profile-{stage}")
     decided = {
-        "precision": checked_precision(asked.get("precision"), dtype),
+        "precision": checked_precision(asked.get("precision"), parts.dtype),
         "max_steps": min([steps, *caps]),
         "max_epochs": -1,
         "val_check_interval": validate_every,
@@ -107,23 +100,24 @@ def make_trainer(
         "use_distributed_sampler": False,
         "plugins": cluster_plugins(asked.get("plugins")),
         "enable_progress_bar": has_bar,
-        "default_root_dir": run_dir,
+        "default_root_dir": parts.run_dir,
         "logger": parts.loggers,
         "callbacks": callbacks,
     }
-    asked = {name: value for name, value in asked.items() if name not in REFUSED}
-    make = parts.trainer.func
+    make, strategy = parts.trainer.func, asked.get("strategy", "auto")
     try:
-        strategy = asked.get("strategy", "auto")
-        if strategy != "auto":
-            asked["strategy"] = STRATEGIES.get(str(strategy), strategy)
+        if strategy in STRATEGIES:
+            decided["strategy"] = STRATEGIES[strategy](timeout=TIMEOUT)
         trainer = make(**asked | decided)
         if trainer.world_size > 1 and strategy == "auto":
-            trainer = make(**asked | decided | {"strategy": REPLICATED})
+            trainer = make(**asked | decided | {"strategy": Replicated(timeout=TIMEOUT)})
     except (MisconfigurationException, ValueError, TypeError, RuntimeError, ImportError) as error:
         keys = [key for key in ("accelerator", "devices", "strategy") if key in asked]
         said = " ".join(f"trainer.{key}={asked[key]}" for key in keys)
         raise UserError(f"trainer: {first_line(error)} ({said})") from error
+    if isinstance(asked.get("profiler"), str):  # it would show what it found on a log, silent here
+        profiler: Any = trainer.profiler  # type: ignore[attr-defined]
+        profiler.dirpath, profiler.filename = parts.run_dir, f"profile-{parts.stage}"
     if trainer.world_size > 1 and not isinstance(trainer.strategy, Replicated | FullySharded):
         raise UserError(
             f"trainer.strategy={strategy} cannot be honoured: sums over several processes are "
