@@ -22,7 +22,7 @@ from cocoa_pl.distributed.collectives import world_size
 from cocoa_pl.errors import UserError
 from cocoa_pl.evaluation.benchmark import VectorSettings
 from cocoa_pl.for_mteb.benchmark import MtebBenchmark
-from cocoa_pl.run import open_embedder, provenance_of_run, score
+from cocoa_pl.run import open_embedder, score
 
 
 def main(cfg: DictConfig) -> None:
@@ -47,12 +47,8 @@ def main(cfg: DictConfig) -> None:
             benchmark,
             run_dir,
             console,
-            checkpoint_name=cfg.ckpt,
-            provenance=provenance_of_run(
-                Path(cfg.ckpt),
-                facts={"attention": embedder.policy.name, "vectors": _kept_as(cfg)},
-                policy=embedder.policy,
-            ),
+            path=cfg.ckpt,
+            facts={"attention": embedder.policy.name, "vectors": _kept_as(cfg)},
             vectors=VectorSettings(
                 batch_tokens=cfg.batch_tokens,
                 threads=cfg.threads,

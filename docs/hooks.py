@@ -26,7 +26,7 @@ from cocoa_pl.data.digit_scenes import caption, compose, draw
 from cocoa_pl.data.items import IMAGE_SLOT, Item
 from cocoa_pl.data.masking import Masking, with_noise
 from cocoa_pl.data.processor import Processor
-from cocoa_pl.run import make_processor, open_model
+from cocoa_pl.run import make_processors, open_model
 from cocoa_pl.stages.pictures import unpatchify
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -69,7 +69,7 @@ def draw_masking(path: Path, folder: Path) -> Path:
     captions = [caption(scene.layout) for scene in scenes]
     cfg = compose_overrides("train", [f"cache_dir={folder}"])
     loaded = open_model(cfg, lambda: captions)
-    processor = make_processor(cfg, loaded, max_pixels=cfg.model.max_pixels)
+    processor, _ = make_processors(cfg, loaded, loaded.backbone.num_token_rows)
     images = [Image.fromarray(draw(scene)).convert("RGB") for scene in scenes]
     hides = cfg.stage.warmup.module
     masking = Masking(

@@ -20,7 +20,6 @@ from cocoa_pl.cli import run as cocoa
 from cocoa_pl.config.command_line import CONFIGS
 from cocoa_pl.data.digits import DigitsBenchmark
 from cocoa_pl.errors import UserError
-from cocoa_pl.evaluation.report import Provenance
 from cocoa_pl.run import open_embedder, score
 from tests.processes import logging_restored, run_script
 from tests.small import SMALL_BENCHMARK, SMALL_DIGITS, SMALL_TRAINING, STAGES
@@ -157,8 +156,8 @@ def test_parts_of_a_run_score_as_the_run(
         benchmark,
         tmp_path,
         Console(quiet=True),
-        checkpoint_name=part,
-        provenance=Provenance(),
+        path=part,
+        facts={},
     )
     assert scores(tmp_path) == scores(finished[0])
 

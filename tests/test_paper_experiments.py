@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
-from transformers import AutoTokenizer
 
 from cocoa_pl.config.build import build
 from cocoa_pl.config.command_line import CONFIGS
 from cocoa_pl.errors import UserError
+from cocoa_pl.models.loading import load_inputs
 from cocoa_pl.planning.command import make_plan
-from cocoa_pl.run import build_stages, choose_end_token
+from cocoa_pl.run import build_stages, make_processors
 from tests.configs import composed
 
 ROOTS = ("data.root=MMEB-train", "benchmark.root=MMEB-eval")
@@ -195,11 +195,13 @@ def test_a_command_line_still_decides_over_the_experiment() -> None:
 
 
 def test_another_end_token_is_the_one_that_samples_end_with(tiny_folder: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
-    own = tokenizer.eos_token_id
-    choose_end_token(tokenizer, None)
-    assert tokenizer.eos_token_id == own
-    choose_end_token(tokenizer, "<|endoftext|>")
-    assert tokenizer.eos_token_id == tokenizer.convert_tokens_to_ids("<|endoftext|>") != own
+    inputs, cfg = load_inputs(tiny_folder), composed()
+    own = inputs.tokenizer.eos_token_id
+    assert {made.eos_id for made in make_processors(cfg, inputs, inputs.num_token_rows)} == {own}
+    cfg.model.eos_token = "<|endoftext|>"
+    other = inputs.tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    assert {made.eos_id for made in make_processors(cfg, inputs, inputs.num_token_rows)} == {other}
+    assert other != own
+    cfg.model.eos_token = "dog"
     with pytest.raises(UserError, match=r"model\.eos_token=dog is no special token; there are <"):
-        choose_end_token(tokenizer, "dog")
+        make_processors(cfg, inputs, inputs.num_token_rows)

@@ -48,7 +48,7 @@ from cocoa_pl.models.adapters import (
     trainable_line,
 )
 from cocoa_pl.models.backbone import Backbone
-from cocoa_pl.models.loading import Loaded, find_folder, load
+from cocoa_pl.models.loading import Inputs, Loaded, find_folder, load
 from cocoa_pl.models.tiny import Texts
 from cocoa_pl.stages import checkpoint
 from cocoa_pl.stages.callbacks import check_login
@@ -91,10 +91,7 @@ def train(cfg: DictConfig, run_dir: Path, console: Console) -> None:
     began = lineage_of(str(loaded.folder))
     backbone = with_adapter(cfg, loaded)
     log.info("%s", trainable_line(backbone))
-    processor, eval_processor = (
-        make_processor(cfg, loaded, max_pixels=most)
-        for most in (cfg.model.max_pixels, cfg.model.eval_max_pixels)
-    )
+    processor, eval_processor = make_processors(cfg, loaded, loaded.backbone.num_token_rows)
     resume = cfg.resume is not None
     lineage = run_stages(stages, backbone, processor, data, settings, resume=resume)
     if cfg.trainer.get("fast_dev_run"):
@@ -124,9 +121,7 @@ def train(cfg: DictConfig, run_dir: Path, console: Console) -> None:
         for stage in stages:
             facts[stage.name] = f"{stage.policy.name} attention, lr {stage.optimization.lr:g}"
         facts["seed"] = cfg.seed
-        provenance = provenance_of_run(run_dir, facts=facts, policy=embedder.policy)
-        name = str(run_dir)
-        score(embedder, benchmark, run_dir, console, checkpoint_name=name, provenance=provenance)
+        score(embedder, benchmark, run_dir, console, path=str(run_dir), facts=facts)
 
 
 def trainer_parts(cfg: DictConfig, run_dir: Path, stage: str) -> Parts:
@@ -189,27 +184,8 @@ def open_model(cfg: DictConfig, texts: Texts) -> Loaded:
     }
     if is_adapter(folder):
         base = find_folder(base_path(folder, copy=cfg.model.source.get("path")))
-        loaded = load_adapter(folder, base=base, **options)
-    else:
-        loaded = load(folder, **options)
-    choose_end_token(loaded.tokenizer, cfg.model.eos_token)
-    return loaded
-
-
-def choose_end_token(tokenizer: Any, token: str | None) -> None:
-    """Make another of the tokenizer's special tokens its end token, EOS; None keeps its own.
-
-    Raises:
-        UserError: if it has no such token.
-    """
-    if token is None:
-        return
-    known = list(tokenizer.added_tokens_encoder)
-    if token not in known:
-        raise UserError(
-            f"model.eos_token={token} is no special token; there are {', '.join(known)}"
-        )
-    tokenizer.eos_token = token
+        return load_adapter(folder, base=base, **options)
+    return load(folder, **options)
 
 
 def scoring_device(cfg: DictConfig) -> str:
@@ -223,15 +199,34 @@ def with_adapter(cfg: DictConfig, loaded: Loaded) -> Backbone:
     return build(cfg.adapter)(loaded.backbone)
 
 
-def make_processor(cfg: DictConfig, loaded: Loaded, *, max_pixels: int) -> Processor:
-    return Processor(
-        loaded.tokenizer,
-        loaded.image_processor,
-        max_length=cfg.model.max_length,
-        min_pixels=cfg.model.min_pixels,
-        max_pixels=max_pixels,
-        num_token_rows=loaded.backbone.num_token_rows,
-    )
+def make_processors(
+    cfg: DictConfig, loaded: Loaded | Inputs, num_token_rows: int
+) -> list[Processor]:
+    """Processors for training and for evaluation; samples end with `model.eos_token`, or with the
+    tokenizer's own.
+
+    Raises:
+        UserError: if that is no special token.
+    """
+    tokenizer, token = loaded.tokenizer, cfg.model.eos_token
+    if token is not None:
+        known = list(tokenizer.added_tokens_encoder)
+        if token not in known:
+            raise UserError(
+                f"model.eos_token={token} is no special token; there are {', '.join(known)}"
+            )
+        tokenizer.eos_token = token
+    return [
+        Processor(
+            tokenizer,
+            loaded.image_processor,
+            max_length=cfg.model.max_length,
+            min_pixels=cfg.model.min_pixels,
+            max_pixels=max_pixels,
+            num_token_rows=num_token_rows,
+        )
+        for max_pixels in (cfg.model.max_pixels, cfg.model.eval_max_pixels)
+    ]
 
 
 def open_embedder(path: str, *, device: str) -> Embedder:
@@ -258,7 +253,7 @@ def open_embedder(path: str, *, device: str) -> Embedder:
     check_trained(weights, where=path)
     checkpoint.load_trained(backbone, weights, where=path)
     stage = build_stages(cfg)[content["cocoa"]["stage_index"]]
-    processor = make_processor(cfg, loaded, max_pixels=cfg.model.eval_max_pixels)
+    _, processor = make_processors(cfg, loaded, loaded.backbone.num_token_rows)
     return Embedder(backbone.to(device).eval(), processor, stage.policy)
 
 
@@ -268,8 +263,8 @@ def score(
     run_dir: Path,
     console: Console,
     *,
-    checkpoint_name: str,
-    provenance: Provenance,
+    path: str,
+    facts: dict[str, Any],
     vectors: VectorSettings = IN_MEMORY,
 ) -> None:
     """Evaluate, write results.json and report.html, and show the table.
@@ -277,18 +272,15 @@ def score(
     Of several processes, which share `vectors.store`, each embeds its part and the first scores.
     mteb scores by its own code, and has no page.
 
+    Args:
+        path: of the model, as results name it; the page shows what its folder tells.
+        facts: of the model, which the page shows first.
+
     Raises:
         UserError: if several processes have no store to share.
     """
     if isinstance(benchmark, MtebBenchmark):
-        benchmark.score(
-            embedder,
-            run_dir,
-            console,
-            checkpoint_name=checkpoint_name,
-            batch_tokens=vectors.batch_tokens,
-            threads=vectors.threads,
-        )
+        benchmark.score(embedder, run_dir, console, path=path, vectors=vectors)
         return
     subsets = benchmark.subsets()
     check_subsets(subsets)
@@ -299,7 +291,7 @@ def score(
         vectors_of,
         subsets,
         benchmark=benchmark.name,
-        checkpoint=checkpoint_name,
+        checkpoint=path,
         is_partial=benchmark.is_partial,
     )
     results.write_json(run_dir / "results.json")
@@ -309,7 +301,7 @@ def score(
         results,
         title=f"cocoa_pl on {benchmark.name}",
         date=datetime.date.today().isoformat(),
-        provenance=provenance,
+        provenance=_provenance(Path(path), facts, embedder.policy),
         published=beside,
     )
     console.print(score_table(results))
@@ -318,22 +310,16 @@ def score(
     console.print(f"report: {run_dir / 'report.html'}", soft_wrap=True)
 
 
-def provenance_of_run(run: Path, *, facts: dict[str, Any], policy: Policy) -> Provenance:
-    """What is known of a model by the folder it lies in: of a run, stages, config and losses.
-
-    Args:
-        policy: attention while it is scored, for a folder that does not tell of stages.
-    """
-    metrics, config = run / "metrics.csv", run / "config.yaml"
-    text = config.read_text(encoding="utf-8") if config.is_file() else None
-    policies = {"evaluation": policy}
-    if text is not None:
-        stages = load_config(run).stage
+def _provenance(run: Path, facts: dict[str, Any], policy: Policy) -> Provenance:
+    """What is known of a model by the folder it lies in: of a run, stages, config and losses."""
+    config, metrics, model = run / "config.yaml", run / "metrics.csv", run / "model"
+    policies, stages = {"evaluation": policy}, load_config(run).get("stage")
+    if stages is not None:
         policies = {name: build(stages[name].policy) for name in stages.order}
     return Provenance(
         facts=facts,
-        lineage=lineage_of(str(run / "model" if (run / "model").is_dir() else run)),
+        lineage=lineage_of(str(model if model.is_dir() else run)),
         policies=policies,
-        config=text,
+        config=config.read_text(encoding="utf-8") if config.is_file() else None,
         metrics_csv=metrics if metrics.is_file() else None,
     )

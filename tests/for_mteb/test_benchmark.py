@@ -17,11 +17,13 @@ from rich.console import Console
 
 from cocoa_pl.embedder import Embedder
 from cocoa_pl.errors import UserError
+from cocoa_pl.evaluation.benchmark import VectorSettings
 from cocoa_pl.evaluation.results import read_results
 from cocoa_pl.for_mteb import digits
 from cocoa_pl.for_mteb.benchmark import MtebBenchmark
 
 TASKS = [f"cocoa_pl.for_mteb.digits.{name}" for name in ("DigitScenes", "DigitCount")]
+VECTORS = VectorSettings(batch_tokens=4096, threads=0)
 
 
 def benchmark(**changes: Any) -> MtebBenchmark:
@@ -51,9 +53,7 @@ def scored(
 ) -> tuple[dict[str, Any], Path, str]:
     folder = tmp_path_factory.mktemp("run")
     console = Console(width=100, record=True, quiet=False)
-    content = benchmark().score(
-        embedder, folder, console, checkpoint_name="run", batch_tokens=4096, threads=0
-    )
+    content = benchmark().score(embedder, folder, console, path="run", vectors=VECTORS)
     return content, folder, console.export_text()
 
 
@@ -107,7 +107,7 @@ def test_results_of_the_same_weights_are_not_computed_again(
     embedder: Embedder, cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own = benchmark(tasks=TASKS[1:], results=str(tmp_path / "kept"))
-    options: dict[str, Any] = {"checkpoint_name": "run", "batch_tokens": 4096, "threads": 0}
+    options: dict[str, Any] = {"path": "run", "vectors": VECTORS}
     first = own.score(embedder, tmp_path, Console(quiet=True), **options)
     seen: list[int] = []
     encode = Embedder.encode

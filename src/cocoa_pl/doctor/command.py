@@ -26,7 +26,7 @@ from cocoa_pl.errors import UserError
 from cocoa_pl.for_mteb.benchmark import MtebBenchmark
 from cocoa_pl.models.adapters import base_path, is_adapter
 from cocoa_pl.models.loading import find_folder, load_inputs
-from cocoa_pl.run import build_stages, choose_end_token, model_folder
+from cocoa_pl.run import build_stages, make_processors, model_folder
 from cocoa_pl.stages.recipe import Stage
 
 WOULD_STOP = 1  # exit status: something would stop training
@@ -139,16 +139,4 @@ def _processors(cfg: DictConfig, reading: Reading) -> tuple[list[Processor], str
             raise
         return [], f"token lengths: {error}"
     inputs = load_inputs(folder)
-    choose_end_token(inputs.tokenizer, cfg.model.eos_token)
-    made = [
-        Processor(
-            inputs.tokenizer,
-            inputs.image_processor,
-            max_length=cfg.model.max_length,
-            min_pixels=cfg.model.min_pixels,
-            max_pixels=max_pixels,
-            num_token_rows=inputs.num_token_rows,
-        )
-        for max_pixels in (cfg.model.max_pixels, cfg.model.eval_max_pixels)
-    ]
-    return made, ""
+    return make_processors(cfg, inputs, inputs.num_token_rows), ""

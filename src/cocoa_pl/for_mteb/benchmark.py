@@ -16,6 +16,7 @@ from rich.table import Table
 from cocoa_pl.config.bounds import Count
 from cocoa_pl.embedder import Embedder
 from cocoa_pl.errors import UserError, extra
+from cocoa_pl.evaluation.benchmark import VectorSettings
 from cocoa_pl.evaluation.results import OF_MTEB
 
 
@@ -80,9 +81,8 @@ class MtebBenchmark:
         run_dir: Path,
         console: Console,
         *,
-        checkpoint_name: str,
-        batch_tokens: int,
-        threads: int,
+        path: str,
+        vectors: VectorSettings,
     ) -> dict[str, Any]:
         """Run the tasks, write results.json and mteb's own files, show a table.
 
@@ -92,7 +92,7 @@ class MtebBenchmark:
         Raises:
             UserError: for a score that is not a number.
         """
-        model = self.encoder(embedder, batch_tokens=batch_tokens, threads=threads)
+        model = self.encoder(embedder, batch_tokens=vectors.batch_tokens, threads=vectors.threads)
         metrics = {task.metadata.name: task.metadata.main_score for task in self.tasks}
         found = self.mteb.evaluate(
             model,
@@ -103,7 +103,7 @@ class MtebBenchmark:
         )
         content = {
             "benchmark": self.suite or "mteb",
-            "checkpoint": checkpoint_name,
+            "checkpoint": path,
             **OF_MTEB,
             "model": model.mteb_model_meta.name,
             "revision": model.mteb_model_meta.revision,
