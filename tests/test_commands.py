@@ -207,7 +207,7 @@ def test_a_stage_starts_from_an_earlier_run(
     )
     assert ended.status == 0, ended.err
     assert f"starting from {finished[0] / 'model'}" in ended.out
-    assert f"rates are those of {finished[0] / 'config.yaml'}" in ended.out
+    assert f"rates are those of {finished[0] / 'model' / 'cocoa.json'}" in ended.out
     written = OmegaConf.load(tmp_path / "more" / "config.yaml")
     first = OmegaConf.load(finished[0] / "config.yaml")
     assert {**written.stage, "order": 0} == {**first.stage, "order": 0}

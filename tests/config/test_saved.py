@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from cocoa_pl.config.folders import save_config
 from cocoa_pl.config.saved import resumed_config, settings_of, settled
 from cocoa_pl.errors import UserError
 from tests.configs import composed, started
@@ -23,23 +22,26 @@ def trained() -> DictConfig:
     return composed("model=tiny_qwen3vl", *words)
 
 
-@pytest.fixture
-def run(trained: DictConfig, tiny_folder: Path, tmp_path: Path) -> Path:
-    """A run folder; the model in it is of Qwen2-VL's family, whatever its settings say."""
-    (tmp_path / "model").symlink_to(tiny_folder)
-    save_config(trained, tmp_path)
-    return tmp_path
+def save_config(cfg: DictConfig, folder: Path) -> None:
+    OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
 
 
 @pytest.fixture
 def exported(trained: DictConfig, tiny_folder: Path, tmp_path: Path) -> Path:
-    """The model alone, elsewhere."""
-    folder = tmp_path / "exported"
+    """A model of Qwen2-VL's family, whatever its settings say."""
+    folder = tmp_path / "model"
     folder.mkdir()
     (folder / "config.json").symlink_to(tiny_folder / "config.json")
     plain: Any = OmegaConf.to_container(trained, resolve=True)
     (folder / "cocoa.json").write_text(json.dumps({"settings": settings_of(plain)}))
     return folder
+
+
+@pytest.fixture
+def run(trained: DictConfig, exported: Path) -> Path:
+    """The folder of the run that exported the model."""
+    save_config(trained, exported.parent)
+    return exported.parent
 
 
 def settled_by(*overrides: str) -> Any:
@@ -173,7 +175,7 @@ def test_runs_and_exports_of_an_earlier_version_do_not_tell_their_settings(
     with pytest.raises(UserError, match=r"an earlier version .*; init_from=.* begins a new run"):
         resumed_config(composed(f"resume={run}"), [f"resume={run}"])
     (exported / "cocoa.json").write_text(json.dumps({"settings": {"model": {}, "schedule": {}}}))
-    for folder in (run, exported):
+    for folder in (run, exported):  # which is the run's own
         with pytest.raises(UserError, match=r"does not tell .*; add model=qwen2vl or "):
             settled_by(f"init_from={folder}")
 

@@ -1,7 +1,7 @@
 """Read what earlier runs saved: a config to resume, or settings for the model of `init_from`.
 
 Pixels, lengths, type and learning rates belong to the model that is loaded, not to the default
-model. A run has them in its config.yaml, an exported folder in its cocoa.json.
+model. An exported folder, also that of a run, has them in its cocoa.json.
 """
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from hydra import compose
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
@@ -21,6 +19,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from transformers import PretrainedConfig
+from transformers.utils.hub import cached_file
 
 from cocoa_pl.attention.policy import with_current_names
 from cocoa_pl.config.folders import run_of
@@ -146,31 +145,23 @@ def _settings(init_from: str) -> tuple[dict[str, Any], str] | None:
     """The settings of a model, and where they are from; None if it has none, or those of an earlier
     version.
     """
-    config = Path(init_from) / "config.yaml"
-    if (Path(init_from) / "model").is_dir() and config.is_file():
-        saved: Any = OmegaConf.to_container(load_config(Path(init_from)))
-        if "schedule" in saved:
-            return None
-        known, source, where = settings_of(saved), saved["model"]["source"], config
-    elif described := _file_of(init_from, DESCRIPTION):
-        known, where = json.loads(described.read_text()).get("settings") or {}, described
-        source = {"_target_": "cocoa_pl.models.loading.PretrainedSource", "path": init_from}
-    else:
+    described = _file_of(init_from, DESCRIPTION)
+    known = json.loads(described.read_text()).get("settings") if described else None
+    if not known or "stage" not in known:
         return None
-    if "stage" not in known:
-        return None
-    return {**known, "model": {**known["model"], "source": source}}, str(where)
+    place = {"_target_": "cocoa_pl.models.loading.PretrainedSource", "path": init_from}
+    source = OmegaConf.select(load_config(Path(init_from)), "model.source", default=place)
+    return {**known, "model": {**known["model"], "source": source}}, str(described)
 
 
 def _file_of(init_from: str, name: str) -> Path | None:
     """A small file of a model, here or on the hub, without its weights; None if it has none."""
-    if Path(init_from).exists() or init_from.count("/") != 1:
-        file = find_folder(init_from) / name
-        return file if file.is_file() else None
+    is_here = Path(init_from).exists() or init_from.count("/") != 1
     try:
-        return Path(hf_hub_download(init_from, name))
-    except (HfHubHTTPError, HFValidationError, OSError):
+        file = cached_file(find_folder(init_from) if is_here else init_from, name)
+    except OSError:
         return None
+    return Path(file) if file else None
 
 
 def _architecture(cfg: DictConfig) -> PretrainedConfig:
