@@ -42,6 +42,7 @@ def sweep(folder: Path, monkeypatch: pytest.MonkeyPatch, *overrides: str) -> int
     (folder / "script.py").write_text(SCRIPT)
     (folder / "config.yaml").write_text(json.dumps(CONFIG))
     monkeypatch.chdir(folder)
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)  # as another command may have left it
     with logging_restored():
         return run_script(folder / "script.py", overrides, monkeypatch)
 

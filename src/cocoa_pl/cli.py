@@ -16,15 +16,9 @@ from rich.console import Console
 # A module of the package that offers `run(words: Sequence[str], console: Console) -> int`, the exit
 # status, and one line in the list of commands.
 COMMANDS = {
-    "attention": (
-        "attention.command",
-        "print an attention policy as a 0/1 grid and write it as a PNG",
-    ),
+    "attention": ("attention.command", "an attention policy as a 0/1 grid and as a PNG"),
     "doctor": ("doctor.command", "check a data set and its images before training"),
-    "export": (
-        "export.command",
-        "a trained model for Hugging Face or sentence-transformers, checked",
-    ),
+    "export": ("export.command", "a trained model for transformers or sentence-transformers"),
     "mine": ("mining.command", "training data with hard negatives that a model finds"),
     "report": ("evaluation.comparison", "scored runs side by side on one page"),
     "search": ("search.command", "search a folder of images by a text, an image, or both"),

@@ -2,7 +2,6 @@
 summary.csv, .md and .png.
 """
 
-import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.utils import JobReturn, JobStatus
+from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from hydra.utils import get_method
@@ -21,8 +20,6 @@ from rich.table import Table
 from cocoa_pl.config.folders import claim_sweep
 from cocoa_pl.config.process import guarded
 from cocoa_pl.evaluation.summary import Run, read_runs, write_summary
-
-logger = logging.getLogger(__name__)
 
 
 class SweepSummary(Callback):
@@ -45,20 +42,15 @@ class SweepSummary(Callback):
         self.expected = expected_overrides(config)
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
-        if config.hydra.mode != RunMode.MULTIRUN or self.subsets is None:
-            return
-        folder, _ = self._write(config, self.subsets)
-        if job_return.status is JobStatus.FAILED:
-            number = config.hydra.job.num
-            logger.warning("run %s failed; %s/summary.md lists it as missing", number, folder)
+        if config.hydra.mode == RunMode.MULTIRUN and self.subsets is not None:
+            self._write(config, self.subsets)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        if self.subsets is None:
-            return
-        console = Console() if sys.stdout.isatty() else Console(width=160)
-        folder, table = self._write(config, self.subsets)
-        console.print(table)
-        console.print(f"summary: {folder}/summary.md and summary.csv, summary.png beside it")
+        if self.subsets is not None:
+            console = Console() if sys.stdout.isatty() else Console(width=160)
+            folder, table = self._write(config, self.subsets)
+            console.print(table)
+            console.print(f"summary: {folder}/summary.md and summary.csv, summary.png beside it")
 
     def _write(self, config: DictConfig, subsets: Sequence[str]) -> tuple[Path, Table]:
         """Of the runs in the sweep's folder, and those expected that left none."""

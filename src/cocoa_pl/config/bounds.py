@@ -35,6 +35,17 @@ Names = Annotated[Sequence[str], Bounds("a list of at least one", lambda names: 
 ShareBelowOne = Annotated[float, Bounds("a number of at least 0, below 1", lambda x: 0 <= x < 1)]
 
 
+# Of annotations without bounds: the types of their values in a config, and their name.
+KINDS: dict[Any, tuple[Any, str]] = {
+    int: (int, "a whole number"),
+    float: (int | float, "a number"),
+    str: (str, "a text"),
+    bool: (bool, "true or false"),
+    Sequence: (list, "a list"),
+    Mapping: (dict, "a mapping"),
+}
+
+
 def check_value(key: str, value: Any, annotation: Any) -> None:
     """Compare a value, and what lists and mappings hold, with an annotation.
 
@@ -46,50 +57,34 @@ def check_value(key: str, value: Any, annotation: Any) -> None:
     Raises:
         UserError: for a value that does not fit the annotation.
     """
-    choices = (
-        get_args(annotation)
-        if get_origin(annotation) in (Union, types.UnionType)
-        else (annotation,)
-    )
-    kinds = [kind for kind in choices if kind is not types.NoneType]
+    is_union = get_origin(annotation) in (Union, types.UnionType)
+    choices = get_args(annotation) if is_union else (annotation,)
+    chosen = [kind for kind in choices if kind is not types.NoneType]
     or_null = " or null" if types.NoneType in choices else ""
-    if len(kinds) > 1 or (value is None and or_null):
+    if len(chosen) > 1 or (value is None and or_null):
         return
-    kind, parts = get_origin(kinds[0]) or kinds[0], get_args(kinds[0])
-    fits, words = True, ""
-    if kind is Annotated:
-        of_kind = (
-            _is_number(value, parts[0]) if parts[0] in (int, float) else isinstance(value, list)
-        )
-        fits, words = of_kind and parts[1].hold(value), parts[1].words
-    elif kind in (int, float):
-        fits, words = _is_number(value, kind), "a whole number" if kind is int else "a number"
-    elif kind is str:
-        fits, words = isinstance(value, str), "a text"
-    elif kind is bool:
-        fits, words = isinstance(value, bool), "true or false"
-    elif kind is Literal:
+    is_bounded = get_origin(chosen[0]) is Annotated
+    plain, *bounds = get_args(chosen[0]) if is_bounded else chosen
+    kind, parts = get_origin(plain) or plain, get_args(plain)
+    if kind is Literal:
         fits, words = value in parts, f"one of {', '.join(map(_as_typed, parts))}"
     elif kind is tuple:
         fits, words = isinstance(value, list) and len(value) == len(parts), f"{len(parts)} values"
-    elif kind is Sequence:
-        fits, words = isinstance(value, list), "a list"
-    elif kind is Mapping:
-        fits, words = isinstance(value, dict), "a mapping"
+    else:
+        made, words = KINDS.get(kind, (object, ""))
+        fits = isinstance(value, made)
+    if kind in (int, float):
+        fits = fits and not isinstance(value, bool) and abs(value) < math.inf
+    for bound in bounds:
+        fits, words = fits and bound.hold(value), bound.words
     if not fits:
         raise UserError(f"{key}={_as_typed(value)} must be {words}{or_null}")
-    if kind in (tuple, Sequence):
-        for place, part in enumerate(value):
-            check_value(f"{key}[{place}]", part, parts[place if kind is tuple else 0])
-    elif kind is Mapping:
+    if kind is Mapping:
         for name, part in value.items():
             check_value(f"{key}.{name}", part, parts[1])
-
-
-def _is_number(value: Any, kind: type) -> bool:
-    if isinstance(value, bool) or not isinstance(value, int if kind is int else int | float):
-        return False
-    return isinstance(value, int) or math.isfinite(value)
+    elif kind in (tuple, Sequence) and not bounds:
+        for place, part in enumerate(value):
+            check_value(f"{key}[{place}]", part, parts[place if kind is tuple else 0])
 
 
 def _as_typed(value: Any) -> str:

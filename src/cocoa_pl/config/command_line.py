@@ -88,7 +88,7 @@ def run_app(
                 "what is in its .hydra/overrides.yaml to a new run, or go on with it by resume=RUN"
             )
         pairs = zip(["", *words], words, strict=False)
-        sys.argv[1:] = [w if before in FOLDER_OPTIONS else in_quotes(w) for before, w in pairs]
+        sys.argv[1:] = [w if before in FOLDER_OPTIONS else _in_quotes(w) for before, w in pairs]
         os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing
         before = HydraConfig.instance().cfg  # `--help` leaves its own
         app = hydra.main(config_path=str(CONFIGS), config_name=config_name, version_base="1.3")
@@ -131,12 +131,9 @@ def _as_before() -> Iterator[None]:
 # ---- values with any letters ----
 
 
-def in_quotes(word: str) -> str:
+def _in_quotes(word: str) -> str:
     """A word of the command line as Hydra's grammar has it: a value that it would not take as it
     is stands in quotes, and `~` before it is the home folder.
-
-    Raises:
-        UserError: for what is no `key=value`, and for such values inside brackets.
     """
     key, equals, value = word.partition("=")
     if not equals or key.startswith("-"):

@@ -66,10 +66,8 @@ def new_folder(name: Path) -> Path:
 
 
 def claim_sweep(config: DictConfig) -> None:
-    """Make the folder of a sweep, or take the one that was named.
-
-    Args:
-        config: with Hydra's own part, whose words each run is composed of.
+    """Make the folder of a sweep, or take the one that was named, into Hydra's own part of its
+    config, whose words each run is composed of.
 
     Raises:
         UserError: if the folder that was named holds another sweep.
@@ -113,7 +111,8 @@ def claim_for_scores(cfg: DictConfig, folder: Path) -> None:
 
 @contextmanager
 def claimed(cfg: DictConfig, run_dir: Path) -> Iterator[None]:
-    """Within this a new run owns its folder, which config.yaml and Hydra's own files describe.
+    """Within this a new run owns its folder, which Hydra's own files describe, and config.yaml,
+    from which the run can be repeated and resumed.
 
     After a mistake before anything was trained, the same folder may be named again.
 
@@ -121,33 +120,22 @@ def claimed(cfg: DictConfig, run_dir: Path) -> Iterator[None]:
         UserError: if another run has the folder.
     """
     if is_first_process():
-        save_config(cfg, run_dir)
+        plain: Any = OmegaConf.to_container(cfg, resolve=True)
+        raw: Any = OmegaConf.to_container(cfg, resolve=False)
+        # These refer to the folder, which may move, and to the stage at hand.
+        plain |= {group: raw[group] for group in ("callbacks", "logger") if group in raw}
+        try:
+            with (run_dir / CONFIG).open("x", encoding="utf-8") as file:
+                file.write(OmegaConf.to_yaml(plain))
+        except FileExistsError:
+            check_free_for_run(run_dir)
+            raise
         save_words(cfg, run_dir)
     try:
         yield
     except (UserError, OSError):
         if is_first_process() and not _exists(run_dir, TRAINED):
             (run_dir / CONFIG).unlink()
-        raise
-
-
-def save_config(cfg: DictConfig, run_dir: Path) -> None:
-    """The resolved config, from which the run can be repeated and resumed; it makes the folder the
-    run's.
-
-    Raises:
-        UserError: if there is one already.
-    """
-    plain: Any = OmegaConf.to_container(cfg, resolve=True)
-    raw: Any = OmegaConf.to_container(cfg, resolve=False)
-    # These refer to the folder, which may move, and to the stage at hand.
-    plain |= {group: raw[group] for group in ("callbacks", "logger") if group in raw}
-    text = OmegaConf.to_yaml(plain)
-    try:
-        with (run_dir / CONFIG).open("x", encoding="utf-8") as file:
-            file.write(text)
-    except FileExistsError:
-        check_free_for_run(run_dir)
         raise
 
 

@@ -191,12 +191,11 @@ def end_with_launcher() -> None:
     Otherwise it would wait for that one until an exchange times out. torchrun and SLURM see to it
     themselves.
     """
-    if _started()[0] or int(os.environ.get("LOCAL_RANK", "0")) == 0:
-        return
-    end_with_parent(
-        message="error: the first process of this job was killed; "
-        "resume=RUN goes on from the last checkpoint\n"
-    )
+    if not _started()[0] and int(os.environ.get("LOCAL_RANK", "0")):
+        end_with_parent(
+            message="error: the first process of this job was killed; "
+            "resume=RUN goes on from the last checkpoint\n"
+        )
 
 
 def set_up_logging(run_dir: Path) -> Console:
