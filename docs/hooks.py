@@ -19,7 +19,7 @@ from mkdocs.structure.files import File, Files
 from PIL import Image
 
 from cocoa_pl.attention import Policy, dense_mask, segment_letters, self_plan
-from cocoa_pl.attention.picture import draw_grid
+from cocoa_pl.attention.command import draw_grid
 from cocoa_pl.config.command_line import compose_overrides
 from cocoa_pl.data.batch import TEXT, Sample, pack
 from cocoa_pl.data.digit_scenes import caption, compose, draw
@@ -69,7 +69,7 @@ def draw_masking(path: Path, folder: Path) -> Path:
     captions = [caption(scene.layout) for scene in scenes]
     cfg = compose_overrides("train", [f"cache_dir={folder}"])
     loaded = open_model(cfg, lambda: captions)
-    processor, _ = make_processors(cfg, loaded, loaded.backbone.num_token_rows)
+    processor, _ = make_processors(cfg, loaded)
     images = [Image.fromarray(draw(scene)).convert("RGB") for scene in scenes]
     hides = cfg.stage.warmup.module
     masking = Masking(

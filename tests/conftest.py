@@ -237,7 +237,7 @@ def make_processor(loaded: Loaded, token_side: int) -> Callable[..., Processor]:
             max_length=max_length,
             min_pixels=token_side**2,
             max_pixels=max_pixels,
-            num_token_rows=loaded.backbone.num_token_rows,
+            num_token_rows=loaded.num_token_rows,
         )
 
     return make

@@ -197,11 +197,11 @@ def test_a_command_line_still_decides_over_the_experiment() -> None:
 def test_another_end_token_is_the_one_that_samples_end_with(tiny_folder: Path) -> None:
     inputs, cfg = load_inputs(tiny_folder), composed()
     own = inputs.tokenizer.eos_token_id
-    assert {made.eos_id for made in make_processors(cfg, inputs, inputs.num_token_rows)} == {own}
+    assert {made.eos_id for made in make_processors(cfg, inputs)} == {own}
     cfg.model.eos_token = "<|endoftext|>"
     other = inputs.tokenizer.convert_tokens_to_ids("<|endoftext|>")
-    assert {made.eos_id for made in make_processors(cfg, inputs, inputs.num_token_rows)} == {other}
+    assert {made.eos_id for made in make_processors(cfg, inputs)} == {other}
     assert other != own
     cfg.model.eos_token = "dog"
     with pytest.raises(UserError, match=r"model\.eos_token=dog is no special token; there are <"):
-        make_processors(cfg, inputs, inputs.num_token_rows)
+        make_processors(cfg, inputs)

@@ -78,7 +78,7 @@ class Embedder:
             max_length=described["max_length"],
             min_pixels=described["min_pixels"],
             max_pixels=described["max_pixels"],
-            num_token_rows=loaded.backbone.num_token_rows,
+            num_token_rows=loaded.num_token_rows,
         )
         backbone = loaded.backbone.to(device).eval()
         embedder = cls(backbone, processor, Policy.from_dict(described["policy"]))

@@ -91,7 +91,7 @@ def train(cfg: DictConfig, run_dir: Path, console: Console) -> None:
     began = lineage_of(str(loaded.folder))
     backbone = with_adapter(cfg, loaded)
     log.info("%s", trainable_line(backbone))
-    processor, eval_processor = make_processors(cfg, loaded, loaded.backbone.num_token_rows)
+    processor, eval_processor = make_processors(cfg, loaded)
     resume = cfg.resume is not None
     lineage = run_stages(stages, backbone, processor, data, settings, resume=resume)
     if cfg.trainer.get("fast_dev_run"):
@@ -199,16 +199,14 @@ def with_adapter(cfg: DictConfig, loaded: Loaded) -> Backbone:
     return build(cfg.adapter)(loaded.backbone)
 
 
-def make_processors(
-    cfg: DictConfig, loaded: Loaded | Inputs, num_token_rows: int
-) -> list[Processor]:
+def make_processors(cfg: DictConfig, inputs: Inputs) -> list[Processor]:
     """Processors for training and for evaluation; samples end with `model.eos_token`, or with the
     tokenizer's own.
 
     Raises:
         UserError: if that is no special token.
     """
-    tokenizer, token = loaded.tokenizer, cfg.model.eos_token
+    tokenizer, token = inputs.tokenizer, cfg.model.eos_token
     if token is not None:
         known = list(tokenizer.added_tokens_encoder)
         if token not in known:
@@ -219,11 +217,11 @@ def make_processors(
     return [
         Processor(
             tokenizer,
-            loaded.image_processor,
+            inputs.image_processor,
             max_length=cfg.model.max_length,
             min_pixels=cfg.model.min_pixels,
             max_pixels=max_pixels,
-            num_token_rows=num_token_rows,
+            num_token_rows=inputs.num_token_rows,
         )
         for max_pixels in (cfg.model.max_pixels, cfg.model.eval_max_pixels)
     ]
@@ -253,7 +251,7 @@ def open_embedder(path: str, *, device: str) -> Embedder:
     check_trained(weights, where=path)
     checkpoint.load_trained(backbone, weights, where=path)
     stage = build_stages(cfg)[content["cocoa"]["stage_index"]]
-    _, processor = make_processors(cfg, loaded, loaded.backbone.num_token_rows)
+    _, processor = make_processors(cfg, loaded)
     return Embedder(backbone.to(device).eval(), processor, stage.policy)
 
 

@@ -92,8 +92,8 @@ def test_measures_are_the_tokens_that_processing_finds(
             except UserError:
                 continue
             measure = module._measure(items.__getitem__, number, processor)
-            assert (measure.tokens, measure.cost) == (sample.num_tokens, sample.cost)
-            lengths.add(measure.tokens)
+            assert measure == (sample.num_tokens, sample.cost)
+            lengths.add(measure[0])
         assert len(lengths) > 5
 
 

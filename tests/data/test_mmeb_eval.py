@@ -6,6 +6,7 @@ import io
 import logging
 import tracemalloc
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from rich.table import Table
 from cocoa_pl.config.build import build
 from cocoa_pl.config.command_line import compose_overrides
 from cocoa_pl.data.items import IMAGE_SLOT, EvalSubset, Item
-from cocoa_pl.data.mmeb_eval import READERS, MmebBenchmark, read_eval_subset
+from cocoa_pl.data.mmeb_eval import READERS, MmebBenchmark
 from cocoa_pl.errors import UserError
 from cocoa_pl.evaluation.benchmark import encode_once, score_subsets
 from cocoa_pl.evaluation.report import score_table
@@ -41,6 +42,24 @@ def config(name: str) -> dict[str, Any]:
     values: dict[str, Any] = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
     assert values.pop("_target_") == "cocoa_pl.data.mmeb_eval.MmebBenchmark"
     return values | {"on_bad_row": "fail"}
+
+
+def benchmark(root: Path, **changes: Any) -> MmebBenchmark:
+    table = {
+        name: {"group": "vqa", "in_distribution": True, "reader": "vqa"} for name in ("A", "B", "C")
+    }
+    values: dict[str, Any] = {
+        "name": "mine",
+        "root": str(root),
+        "image_root": str(root),
+        "split": "test",
+        "table": table,
+        "unlisted": None,
+        "subsets": None,
+        "published": [],
+        "on_bad_row": "fail",
+    }
+    return MmebBenchmark(**(values | changes))
 
 
 def write(root: Path, subset: str, rows: list[dict[str, Any]]) -> None:
@@ -95,15 +114,10 @@ def read_v1(root: Path, rows: list[dict[str, Any]], **changes: Any) -> EvalSubse
 
 
 def read_set(root: Path, **changes: Any) -> EvalSubset:
-    options: dict[str, Any] = {
-        "subset": "Set",
-        "split": "test",
-        "image_root": root,
-        "group": "grounding",
-        "in_distribution": False,
-        "on_bad_row": "fail",
-    }
-    return read_eval_subset(root, **(options | changes))
+    (found,) = benchmark(
+        root, table={"Set": {"group": "grounding", "in_distribution": False}}, **changes
+    ).subsets()
+    return found
 
 
 def test_row_is_read_to_the_letter(root: Path) -> None:
@@ -216,8 +230,9 @@ def test_file_without_rows_is_an_error(root: Path) -> None:
 
 
 def test_unknown_group_is_an_error(root: Path) -> None:
+    subset = read_v1(root, [REFCOCO])
     with pytest.raises(UserError, match="group 'ranking' is not one of classification, vqa"):
-        read_v1(root, [REFCOCO], group="ranking")
+        replace(subset, group="ranking")
 
 
 def test_many_candidates_cost_little_memory(root: Path) -> None:
@@ -430,24 +445,6 @@ def test_tables_hold_the_same_subsets_in_the_same_groups() -> None:
     assert "CIFAR-100" not in old  # its folder lies among the published ones
     assert {name: info | {"reader": new[name]["reader"]} for name, info in old.items()} == new
     assert {info["reader"] for info in new.values()} == set(READERS)
-
-
-def benchmark(root: Path, **changes: Any) -> MmebBenchmark:
-    table = {
-        name: {"group": "vqa", "in_distribution": True, "reader": "vqa"} for name in ("A", "B", "C")
-    }
-    values: dict[str, Any] = {
-        "name": "mine",
-        "root": str(root),
-        "image_root": str(root),
-        "split": "test",
-        "table": table,
-        "unlisted": None,
-        "subsets": None,
-        "published": [],
-        "on_bad_row": "fail",
-    }
-    return MmebBenchmark(**(values | changes))
 
 
 def test_benchmark_reads_its_table_in_order_and_misses_nothing(root: Path) -> None:

@@ -200,7 +200,7 @@ def test_any_text_is_spelt_out_and_decodes_back(
 
 
 def test_mask_token_is_a_row_that_no_text_uses(loaded: Loaded, processor: Processor) -> None:
-    assert processor.mask_id == loaded.backbone.num_token_rows - 1
+    assert processor.mask_id == loaded.num_token_rows - 1
     assert processor.mask_id not in processor.tokenizer.get_vocab().values()
     with pytest.raises(UserError, match="no reserved row for the mask token"):
         Processor(

@@ -209,7 +209,7 @@ def test_the_new_backbone_gives_the_stock_models_vectors(
         max_length=64,
         min_pixels=784,
         max_pixels=4704,
-        num_token_rows=stock.backbone.num_token_rows,
+        num_token_rows=stock.num_token_rows,
     )
     everyone = ("context", "bottleneck", "target")
     policy = Policy("all", everyone, everyone, everyone, causal=False)

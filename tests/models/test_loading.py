@@ -43,7 +43,7 @@ def test_folder_loads_in_the_dtype_asked_for(load_tiny: LoadTiny, dtype: str) ->
     assert loaded.backbone.byte_values.dtype == torch.float32
     assert loaded.backbone.hidden_size == 32
     assert loaded.backbone.merge_size == 2
-    assert loaded.backbone.num_token_rows == 324
+    assert loaded.num_token_rows == 324
 
 
 def test_other_family_is_refused_by_its_name(load_tiny: LoadTiny, folder: Path) -> None:

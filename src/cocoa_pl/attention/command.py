@@ -7,18 +7,25 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from omegaconf import OmegaConf
 from rich.console import Console
 from torch import Tensor
 
-from cocoa_pl.attention import Policy, dense_mask, grid_text, segment_letters
-from cocoa_pl.attention.picture import draw_grid
+from cocoa_pl.attention import SEGMENTS, Policy, dense_mask, grid_text, segment_letters
 from cocoa_pl.config.build import build, check_values
 from cocoa_pl.config.command_line import CONFIGS
 from cocoa_pl.data.inputs import as_item
 from cocoa_pl.embedder import Embedder
 from cocoa_pl.errors import UserError
+
+# Unseen, then the segments as the column that is seen; colour-blind safe (Paul Tol).
+COLOURS = ("#f4f4f2", "#4477aa", "#ccbb44", "#aa3377")
+MAX_LABELS = 48
 
 
 def run(arguments: Sequence[str], console: Console) -> int:
@@ -99,3 +106,42 @@ def _example(arguments: argparse.Namespace) -> tuple[Tensor, list[str]]:
     sample = processor(context, arguments.target, key=0, row_id="the example")
     tokens = [processor.tokenizer.decode([i]) for i in sample.input_ids.tolist()]
     return torch.tensor([sample.segment_lengths]), tokens
+
+
+def draw_grid(
+    path: Path,
+    mask: Tensor,
+    tokens: Sequence[str],
+    *,
+    segment_lengths: Sequence[int],
+    title: str,
+) -> None:
+    """Write a mask as a PNG: rows attend to columns, coloured by segment.
+
+    Args:
+        mask: (t, t) bool of one sample.
+        tokens: what stands at each position.
+        segment_lengths: CONTEXT, BOTTLENECK, TARGET.
+    """
+    columns = np.repeat([1, 2, 3], segment_lengths)
+    cells = mask.numpy() * columns[None, :]
+    size = len(tokens)
+    side = min(12.0, max(3.2, 0.28 * size + 1.4))
+    figure = Figure(figsize=(side, side + 0.3), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(cells, cmap=ListedColormap(COLOURS), vmin=0, vmax=3, interpolation="nearest")
+    if size <= MAX_LABELS:
+        labels = [token.strip() or repr(token) for token in tokens]
+        axes.set_xticks(range(size), labels, rotation=90 if max(map(len, labels)) > 1 else 0)
+        axes.set_yticks(range(size), labels)
+    axes.xaxis.tick_top()
+    axes.tick_params(length=0, labelsize=8)
+    axes.set_xticks(np.arange(size + 1) - 0.5, minor=True)
+    axes.set_yticks(np.arange(size + 1) - 0.5, minor=True)
+    axes.grid(which="minor", color="white", linewidth=1 if size <= MAX_LABELS else 0.2)
+    axes.tick_params(which="minor", length=0)
+    axes.spines[:].set_visible(False)
+    axes.set_title(f"{title}: rows see columns", fontsize=10)
+    handles = [Patch(color=colour) for colour in COLOURS[1:]]
+    figure.legend(handles, SEGMENTS, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    figure.savefig(path, dpi=150)

@@ -130,17 +130,7 @@ class Batch:
         return replace(self, **apply_to_collection(moved, Tensor, change, *arguments))
 
 
-_HOST = {
-    "segment_lengths",
-    "grids",
-    "keys",
-    "roles",
-    "pools",
-    "places",
-    "noise",
-    "row_ids",
-    "exchanged",
-}
+_HOST = {"segment_lengths", "grids", "keys", "roles", "pools", "places"}
 
 
 def pack(
@@ -223,6 +213,7 @@ def cut_by_cost(
     return np.split(order, starts[1:])
 
 
+@dataclass
 class Collator:
     """What a data worker makes of a step's rows at last: batches, each within the token budget.
 
@@ -233,10 +224,9 @@ class Collator:
             bridge gain is measured.
     """
 
-    def __init__(self, plan: PlanBatch, *, token_budget: int, exchange: bool = False) -> None:
-        self.plan = plan
-        self.token_budget = token_budget
-        self.exchange = exchange
+    plan: PlanBatch
+    token_budget: int
+    exchange: bool = False
 
     def __call__(self, rows: Sequence[list[Sample] | str]) -> list[Batch]:
         """Batches of the samples of rows; a row that cannot be read is the reason why.

@@ -12,13 +12,14 @@ import logging
 import os
 import shutil
 import tempfile
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -45,7 +46,7 @@ from cocoa_pl.data.digit_scenes import (
     target,
 )
 from cocoa_pl.data.items import EvalSubset, Pair
-from cocoa_pl.data.mmeb_eval import read_eval_subset
+from cocoa_pl.data.mmeb_eval import MmebBenchmark
 from cocoa_pl.data.pairs import Pairs, read_files
 from cocoa_pl.data.readers import find_files
 from cocoa_pl.data.rows import OnBadRow, RowFormat
@@ -90,6 +91,7 @@ _GROUNDING_CANDIDATES = 100
 _log = logging.getLogger(__name__)
 
 
+@dataclass(kw_only=True, eq=False)
 class DigitsData:
     """Training and validation rows on the training and validation handwriting.
 
@@ -102,30 +104,25 @@ class DigitsData:
         caption_subsets: those whose pairs are a picture and its whole caption.
     """
 
-    def __init__(
-        self,
-        *,
-        cache_dir: str,
-        seed: Seed,
-        scenes: Count,
-        task_rows: Count,
-        validation_rows: Count,
-        caption_subsets: Sequence[str] | None,
-        on_bad_row: OnBadRow,
-    ) -> None:
-        self.cache_dir = Path(cache_dir)
-        self.parameters = {
-            "seed": seed,
-            "scenes": scenes,
-            "task_rows": task_rows,
-            "validation_rows": validation_rows,
-        }
-        self.caption_subsets = tuple(caption_subsets) if caption_subsets is not None else None
-        self.on_bad_row = on_bad_row
+    cache_dir: str
+    seed: Seed
+    scenes: Count
+    task_rows: Count
+    validation_rows: Count
+    caption_subsets: Sequence[str] | None
+    on_bad_row: OnBadRow
 
     def prepare(self) -> Path:
         """The data folder, written first if it is not there."""
-        return _cached(self.cache_dir, name="digits-train", write=write_training, **self.parameters)
+        return _cached(
+            self.cache_dir,
+            "digits-train",
+            write_training,
+            seed=self.seed,
+            scenes=self.scenes,
+            task_rows=self.task_rows,
+            validation_rows=self.validation_rows,
+        )
 
     def train_pairs(self) -> Sequence[Pair]:
         """All training rows, subset after subset."""
@@ -159,12 +156,7 @@ class DigitsData:
 
         def read(name: str, split: str) -> Pairs:
             files = find_files(root / "train", f"{name}/{split}-*.parquet", source=name)
-            return read_files(
-                {name: files},
-                form,
-                subset=name,
-                max_rows=None,
-            )
+            return read_files({name: files}, form, subset=name, max_rows=None)
 
         return {
             split: Pairs.joined([read(name, split) for name in IN_DISTRIBUTION])
@@ -172,6 +164,7 @@ class DigitsData:
         }
 
 
+@dataclass(kw_only=True)
 class DigitsBenchmark:
     """The test handwriting: all four task groups, in and out of distribution.
 
@@ -181,27 +174,25 @@ class DigitsBenchmark:
         task_rows: rows of each other subset.
     """
 
-    is_partial = False
-    published: tuple[()] = ()
-
-    def __init__(
-        self,
-        *,
-        name: str,
-        cache_dir: str,
-        seed: Seed,
-        scenes: Count,
-        task_rows: Count,
-        on_bad_row: OnBadRow,
-    ) -> None:
-        self.name = name
-        self.cache_dir = Path(cache_dir)
-        self.parameters = {"seed": seed, "scenes": scenes, "task_rows": task_rows}
-        self.on_bad_row = on_bad_row
+    name: str
+    cache_dir: str
+    seed: Seed
+    scenes: Count
+    task_rows: Count
+    on_bad_row: OnBadRow
+    is_partial: ClassVar = False
+    published: ClassVar[tuple[()]] = ()
 
     def prepare(self) -> Path:
         """The benchmark folder, written first if it is not there."""
-        return _cached(self.cache_dir, name="digits-test", write=write_benchmark, **self.parameters)
+        return _cached(
+            self.cache_dir,
+            "digits-test",
+            write_benchmark,
+            seed=self.seed,
+            scenes=self.scenes,
+            task_rows=self.task_rows,
+        )
 
     def subsets(self) -> list[EvalSubset]:
         """All subsets, in distribution first."""
@@ -211,30 +202,32 @@ class DigitsBenchmark:
 def _read_eval(
     root: Path, *, folder: str, groups: Mapping[str, str], bad: OnBadRow
 ) -> list[EvalSubset]:
-    return [
-        read_eval_subset(
-            root / folder,
-            subset=name,
-            split=_EVAL_SPLIT,
-            image_root=root,
-            group=group,
-            in_distribution=name in IN_DISTRIBUTION,
-            on_bad_row=bad,
-        )
-        for name, group in groups.items()
-    ]
+    return MmebBenchmark(
+        name=folder,
+        root=str(root / folder),
+        image_root=str(root),
+        split=_EVAL_SPLIT,
+        table={
+            name: {"group": group, "in_distribution": name in IN_DISTRIBUTION}
+            for name, group in groups.items()
+        },
+        unlisted=None,
+        subsets=None,
+        published=(),
+        on_bad_row=bad,
+    ).subsets()
 
 
-def _cached(cache_dir: Path, *, name: str, write: Callable[..., None], **parameters: int) -> Path:
+def _cached(cache_dir: str, name: str, write: Callable[..., None], **parameters: int) -> Path:
     """The complete folder for these parameters; safe to call from several processes at once."""
     recipe: dict[str, Any] = {"format": FORMAT_VERSION, **parameters}
     key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
-    root = cache_dir / f"{name}-{key}"
+    root = Path(cache_dir) / f"{name}-{key}"
     if (root / _MARKER).is_file():
         return root
     _log.info("Drawing digit scenes into %s", root)
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache_dir, prefix=f".{name}-") as temporary:
+    root.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=root.parent, prefix=f".{name}-") as temporary:
         draft = Path(temporary) / "draft"
         draft.mkdir()
         write(draft, **parameters)
@@ -398,12 +391,9 @@ def _cells_to_find(studio: Studio, drawn: list[Scene], *, rows: int) -> list[tup
 
 def _counts_in_turn(scenes: Sequence[Scene]) -> list[Scene]:
     """Scenes with one, two, three and four digits in turn, as long as there are any of each."""
-    seen: dict[int, int] = defaultdict(int)
-    turns = []
-    for scene in scenes:
-        turns.append(seen[len(filled(scene.layout))])
-        seen[len(filled(scene.layout))] += 1
-    return [scenes[index] for index in np.argsort(turns, kind="stable")]
+    counts = pd.Series([len(filled(scene.layout)) for scene in scenes], dtype=np.int64)
+    turns = counts.groupby(counts).cumcount()
+    return [scenes[index] for index in np.argsort(turns.to_numpy(), kind="stable")]
 
 
 def _rows(examples: Iterable[Example | None]) -> list[Example]:

@@ -11,8 +11,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from typing import TypeVar
 
 import numpy as np
@@ -34,14 +33,6 @@ _READY = 2  # batches that wait for the model beside those that threads work on
 _Laid = TypeVar("_Laid")
 _Value = TypeVar("_Value")
 _Result = TypeVar("_Result")
-
-
-@dataclass(frozen=True)
-class Measure:
-    """Tokens of an item and what they cost; infinite for one that cannot be embedded."""
-
-    tokens: int
-    cost: float
 
 
 def item_batches(
@@ -71,7 +62,7 @@ def item_batches(
     check_value("batch_tokens", batch_tokens, Count)
     check_value("threads", threads, Whole)
 
-    def measure(numbers: range) -> list[Measure]:
+    def measure(numbers: range) -> list[tuple[int, float]]:
         return [_measure(item_at, number, processor) for number in numbers]
 
     def read(numbers: NDArray[np.intp]) -> tuple[NDArray[np.intp], _Laid]:
@@ -93,30 +84,31 @@ def item_batches(
 
 
 def _cut_windows(
-    measured: Iterator[list[Measure]], batch_tokens: int
+    measured: Iterator[list[tuple[int, float]]], batch_tokens: int
 ) -> Iterator[NDArray[np.intp]]:
     start = 0
-    while window := [
-        measure for piece in islice(measured, WINDOW // _MEASURED_AT_ONCE) for measure in piece
-    ]:
-        tokens = np.array([measure.tokens for measure in window])
-        costs = np.array([measure.cost for measure in window], np.float64)
-        for places in cut_by_cost(tokens, costs, batch_tokens):
+    while window := [*chain.from_iterable(islice(measured, WINDOW // _MEASURED_AT_ONCE))]:
+        tokens, costs = zip(*window, strict=True)
+        for places in cut_by_cost(np.array(tokens), np.array(costs, np.float64), batch_tokens):
             yield start + places
         start += len(window)
 
 
-def _measure(item_at: Callable[[int], Item], number: int, processor: Processor) -> Measure:
-    """From the text and the images' headers; reading a bad item will say what is wrong with it."""
+def _measure(
+    item_at: Callable[[int], Item], number: int, processor: Processor
+) -> tuple[int, float]:
+    """Tokens of an item and what they cost, from the text and the images' headers; infinite for one
+    that cannot be embedded: reading it will say what is wrong with it.
+    """
     try:
         item = item_at(number)
         sizes = [image_size(image, where=name_of(number)) for image in item.media]
     except UserError:
-        return Measure(0, math.inf)
+        return 0, math.inf
     text = sum(processor.count_text_tokens(part) for part in item.text.split(IMAGE_SLOT) if part)
     visual = sum(processor.count_visual_tokens(*size) for size in sizes)
     tokens = min(text + visual + _MARKERS * len(sizes) + 1, processor.max_length)
-    return Measure(tokens, tokens + VISUAL_TOKEN_COST * visual)
+    return tokens, tokens + VISUAL_TOKEN_COST * visual
 
 
 @contextmanager

@@ -180,82 +180,58 @@ class MmebBenchmark:
         self.on_bad_row = on_bad_row
 
     def subsets(self) -> list[EvalSubset]:
-        """The subsets in the table's order; one that is missing is an error."""
-        return [
-            read_eval_subset(
-                self.root,
-                subset=subset,
-                split=self.split,
-                image_root=self.image_root,
-                group=info["group"],
-                in_distribution=info["in_distribution"],
-                on_bad_row=self.on_bad_row,
-                reader=READERS[info["reader"]] if "reader" in info else None,
-            )
-            for subset, info in self.table.items()
-        ]
+        """The subsets in the table's order; one that is missing is an error.
 
+        A row with one unusable candidate is a bad row.
 
-def read_eval_subset(
-    root: Path,
-    *,
-    subset: str,
-    split: str,
-    image_root: Path,
-    group: str,
-    in_distribution: bool,
-    on_bad_row: OnBadRow,
-    reader: Reader | None = None,
-) -> EvalSubset:
-    """One evaluation subset: `qry_text`, `qry_img_path`, and lists `tgt_text`, `tgt_img_path`.
+        Raises:
+            UserError: no such folder, file or column, no usable row, or a bad row (`on_bad_row`).
+        """
+        return [self._read(subset, info) for subset, info in self.table.items()]
 
-    A row with one unusable candidate is a bad row.
-
-    Args:
-        reader: of V2's annotations; None for files with V1's columns.
-
-    Raises:
-        UserError: no such folder, file or column, no usable row, or a bad row (`on_bad_row`).
-    """
-    queries = _Items(role="query", image_root=image_root)
-    candidates = _Items(role="candidate", image_root=image_root)
-    row_ids: list[str] = []
-    query_index: list[np.ndarray] = []
-    candidate_index: list[np.ndarray] = []
-    skipped: list[str] = []
-    columns = ["qry_text", "qry_img_path", "tgt_text", "tgt_img_path"]
-    files = find_files(root, f"{subset}/{split}-*.parquet", source=subset)
-    for row_id, row in _rows(files, subset=subset, columns=reader.columns if reader else columns):
-        try:
-            row = _checked(row, row_id=row_id)
-            if reader is None:
-                query = Sides.plain([row["qry_text"]], [row["qry_img_path"]])
-                targets = Sides.plain(row["tgt_text"], row["tgt_img_path"])
-            else:
-                query, targets = reader.sides(row)
-            queries.check(query, row_id=row_id)
-            candidates.check(targets, row_id=row_id)
-        except UserError as error:
-            if on_bad_row == "fail":
-                raise
-            skipped.append(str(error))
-            continue
-        row_ids.append(row_id)
-        query_index.append(queries.numbers(query))
-        candidate_index.append(candidates.numbers(targets))
-    log_left_out(skipped, source=subset, kind="bad")
-    if not row_ids:
-        raise UserError(f"{subset}: no usable row in {root / subset} ({len(skipped)} skipped)")
-    return EvalSubset(
-        name=subset,
-        group=group,
-        in_distribution=in_distribution,
-        queries=queries.items(),
-        candidates=candidates.items(),
-        query_index=np.concatenate(query_index),
-        candidate_index=candidate_index,
-        row_ids=row_ids,
-    )
+    def _read(self, subset: str, info: SubsetInfo) -> EvalSubset:
+        """`qry_text`, `qry_img_path`, and lists `tgt_text`, `tgt_img_path`; V2's with a reader."""
+        reader = READERS[info["reader"]] if "reader" in info else None
+        queries = _Items(role="query", image_root=self.image_root)
+        candidates = _Items(role="candidate", image_root=self.image_root)
+        row_ids: list[str] = []
+        query_index: list[np.ndarray] = []
+        candidate_index: list[np.ndarray] = []
+        skipped: list[str] = []
+        columns = ["qry_text", "qry_img_path", "tgt_text", "tgt_img_path"]
+        files = find_files(self.root, f"{subset}/{self.split}-*.parquet", source=subset)
+        for row_id, row in _rows(files, subset, reader.columns if reader else columns):
+            try:
+                row = _checked(row, row_id=row_id)
+                if reader is None:
+                    query = Sides.plain([row["qry_text"]], [row["qry_img_path"]])
+                    targets = Sides.plain(row["tgt_text"], row["tgt_img_path"])
+                else:
+                    query, targets = reader.sides(row)
+                queries.check(query, row_id=row_id)
+                candidates.check(targets, row_id=row_id)
+            except UserError as error:
+                if self.on_bad_row == "fail":
+                    raise
+                skipped.append(str(error))
+                continue
+            row_ids.append(row_id)
+            query_index.append(queries.numbers(query))
+            candidate_index.append(candidates.numbers(targets))
+        log_left_out(skipped, source=subset, kind="bad")
+        if not row_ids:
+            where = self.root / subset
+            raise UserError(f"{subset}: no usable row in {where} ({len(skipped)} skipped)")
+        return EvalSubset(
+            name=subset,
+            group=info["group"],
+            in_distribution=info["in_distribution"],
+            queries=queries.items(),
+            candidates=candidates.items(),
+            query_index=np.concatenate(query_index),
+            candidate_index=candidate_index,
+            row_ids=row_ids,
+        )
 
 
 class _Items:
@@ -293,7 +269,7 @@ class _Items:
 
 
 def _rows(
-    files: Sequence[Path], *, subset: str, columns: Sequence[str]
+    files: Sequence[Path], subset: str, columns: Sequence[str]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     number = 0
     for path in files:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -31,6 +32,7 @@ _BLOCK = 100  # rows in memory together; they may hold images
 _Known = np.dtype([("number", "i8"), ("subset", "i4"), ("group", "i8"), ("has_media", "?", (2,))])
 
 
+@dataclass(eq=False)
 class FileRows(Sequence[Pair]):
     """A file's rows.
 
@@ -38,13 +40,11 @@ class FileRows(Sequence[Pair]):
         label, first: row n is called `label {first + n}` in messages.
     """
 
-    def __init__(
-        self, data: datasets.Dataset, form: RowFormat, subset: str, label: str, *, first: int = 0
-    ) -> None:
-        self.data = data
-        self.form = form
-        self.subset = subset
-        self.label, self.first = label, first
+    data: datasets.Dataset
+    form: RowFormat
+    subset: str
+    label: str
+    first: int = 0
 
     def row_id(self, number: int) -> str:
         return f"{self.label} {self.first + number}"

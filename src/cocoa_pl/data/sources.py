@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 import datasets
 import numpy as np
@@ -257,14 +257,12 @@ def hold_out(
                 f"{source}: {subset} has one distinct image or query, so none can be held out; "
                 "set validation_fraction to 0"
             )
-        ranked = sorted(keys, key=lambda key: _mixed(key, seed=seed))
+        ranked = sorted(
+            keys, key=lambda key: hashlib.blake2b(f"{seed} {key}".encode(), digest_size=8).digest()
+        )
         chosen = ranked[: min(math.ceil(fraction * len(keys)), len(keys) - 1)]
         is_held_out[rows] = np.isin(pairs.known["group"][rows], chosen)
     return pairs.select(~is_held_out), pairs.select(is_held_out)
-
-
-def _mixed(key: int, *, seed: int) -> bytes:
-    return hashlib.blake2b(f"{seed} {key}".encode(), digest_size=8).digest()
 
 
 def as_subsets(pairs: Iterable[Pair], *, max_rows: int) -> list[EvalSubset]:
@@ -346,26 +344,19 @@ def source_of(data: Any, stage: str) -> Any:
     return data.stages[stage]
 
 
-class HeldOut(Protocol):
-    """Data that hold out rows to be scored."""
-
-    def validation_subsets(self) -> list[EvalSubset]: ...
-
-
+@dataclass(frozen=True, kw_only=True)
 class HeldOutBenchmark:
     """The rows that training data hold out, scored like a benchmark.
 
     Args:
         name: of the benchmark, in results.
-        data: whose rows.
+        data: whose rows, any data config builds.
     """
 
-    is_partial = False
-    published: tuple[()] = ()
-
-    def __init__(self, *, name: str, data: HeldOut) -> None:
-        self.name = name
-        self.data = data
+    name: str
+    data: Any
+    is_partial: ClassVar = False
+    published: ClassVar[tuple[()]] = ()
 
     def subsets(self) -> list[EvalSubset]:
         """The held-out subsets.
@@ -373,7 +364,7 @@ class HeldOutBenchmark:
         Raises:
             UserError: if the data hold out nothing.
         """
-        subsets = self.data.validation_subsets()
+        subsets: list[EvalSubset] = self.data.validation_subsets()
         if not subsets:
             raise UserError("the data hold out no rows to score; raise data.validation_fraction")
         return subsets

@@ -138,5 +138,4 @@ def _processors(cfg: DictConfig, reading: Reading) -> tuple[list[Processor], str
         if not isinstance(error.__cause__, OSError):  # not the network
             raise
         return [], f"token lengths: {error}"
-    inputs = load_inputs(folder)
-    return make_processors(cfg, inputs, inputs.num_token_rows), ""
+    return make_processors(cfg, load_inputs(folder)), ""

@@ -109,8 +109,12 @@ class LowRank:
         )
 
     def __call__(self, backbone: Backbone) -> Backbone:
+        names = [name for name, _ in backbone.model.named_modules()]
         for expression in self.target_modules:
-            _require_match(backbone, expression)
+            if not any(re.fullmatch(expression, name) for name in names):
+                raise UserError(
+                    f"adapter.target_modules: {expression!r} matches no module of the model"
+                )
         try:
             backbone.model = peft.get_peft_model(backbone.model, self.config)
         except ValueError as error:
@@ -164,11 +168,6 @@ def check_trained(state: Mapping[str, Tensor], *, where: Path | str) -> None:
             "%s: %d of %d lora_B are zero, first %s: no data ever used them",
             *(where, len(untouched), len(matrices), untouched[0]),
         )
-
-
-def _require_match(backbone: Backbone, expression: str) -> None:
-    if not any(re.fullmatch(expression, name) for name, _ in backbone.model.named_modules()):
-        raise UserError(f"adapter.target_modules: {expression!r} matches no module of the model")
 
 
 def is_adapter(folder: Path) -> bool:

@@ -77,11 +77,6 @@ class Backbone(nn.Module, ABC):
         return [*self.stock.model.language_model.layers, *self.stock.model.visual.blocks]
 
     @property
-    def num_token_rows(self) -> int:
-        """Rows of the token embedding, reserved ones included."""
-        return int(self.stock.get_input_embeddings().weight.shape[0])
-
-    @property
     def device(self) -> torch.device:
         return self.byte_values.device
 

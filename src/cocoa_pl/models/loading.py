@@ -30,11 +30,11 @@ ADAPTER_CONFIG = "adapter_config.json"  # of a folder that holds an adapter (`ad
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
+@dataclass(frozen=True, kw_only=True)
 class PretrainedSource:
     """A local folder, or a model on the Hugging Face hub (downloaded once into its cache)."""
 
-    def __init__(self, *, path: str) -> None:
-        self.path = path
+    path: str
 
     def folder(self, texts: Texts) -> Path:
         return find_folder(self.path)
@@ -42,7 +42,9 @@ class PretrainedSource:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What makes a model's input of texts and images, and how many rows its token embedding has."""
+    """What makes a model's input of texts and images, and how many rows its token embedding has,
+    reserved ones included.
+    """
 
     family: type[Backbone]
     tokenizer: Any
@@ -51,12 +53,10 @@ class Inputs:
 
 
 @dataclass(frozen=True)
-class Loaded:
+class Loaded(Inputs):
     """A model as it came from its folder."""
 
     backbone: Backbone
-    tokenizer: Any
-    image_processor: Any
     folder: Path
 
 
@@ -124,7 +124,7 @@ def load(folder: Path, *, kernel: str, dtype: str, gradient_checkpointing: bool)
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
     backbone = inputs.family(model, inputs.image_processor, kernel=kernel)
-    return Loaded(backbone, inputs.tokenizer, inputs.image_processor, folder)
+    return Loaded(**vars(inputs), backbone=backbone, folder=folder)
 
 
 def load_inputs(folder: Path) -> Inputs:

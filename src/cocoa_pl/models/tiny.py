@@ -64,6 +64,7 @@ SPECIAL_TOKENS = (
 )
 
 
+@dataclass(frozen=True, kw_only=True)
 class TinySource:
     """Builds the folder once for each set of values and texts, and finds it again later.
 
@@ -81,39 +82,32 @@ class TinySource:
         UserError: for a family that there is no twin of.
     """
 
-    def __init__(
-        self,
-        *,
-        cache_dir: str,
-        family: str,
-        seed: Seed,
-        vocabulary_size: Count,
-        reserved_rows: Count,
-        text: Mapping[str, Any],
-        vision: Mapping[str, Any],
-        min_pixels: Count,
-        max_pixels: Count,
-    ) -> None:
-        if family not in TWINS:
-            raise UserError(f"model.source.family: there is no {family}, only {', '.join(TWINS)}")
-        self.cache_dir = Path(cache_dir)
-        self.values: dict[str, Any] = {
-            "family": family,
-            "seed": seed,
-            "vocabulary_size": vocabulary_size,
-            "reserved_rows": reserved_rows,
-            "text": dict(text),
-            "vision": dict(vision),
-            "min_pixels": min_pixels,
-            "max_pixels": max_pixels,
-        }
+    cache_dir: str
+    family: str
+    seed: Seed
+    vocabulary_size: Count
+    reserved_rows: Count
+    text: Mapping[str, Any]
+    vision: Mapping[str, Any]
+    min_pixels: Count
+    max_pixels: Count
+
+    def __post_init__(self) -> None:
+        if self.family not in TWINS:
+            there = ", ".join(TWINS)
+            raise UserError(f"model.source.family: there is no {self.family}, only {there}")
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """What the folder depends on beside the texts."""
+        return {name: value for name, value in vars(self).items() if name != "cache_dir"}
 
     def folder(self, texts: Texts) -> Path:
         unique = sorted(set(texts()))
         digest = hashlib.sha256(json.dumps([self.values, unique], sort_keys=True).encode())
-        folder = self.cache_dir / f"tiny-{digest.hexdigest()[:16]}"
+        folder = Path(self.cache_dir) / f"tiny-{digest.hexdigest()[:16]}"
         if not (folder / "config.json").is_file():
-            self.cache_dir.mkdir(parents=True, exist_ok=True)
+            folder.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=self.cache_dir) as scratch:
                 self._build(Path(scratch) / "model", unique)
                 if not folder.exists():  # another process may have been faster
@@ -121,21 +115,20 @@ class TinySource:
         return folder
 
     def _build(self, folder: Path, texts: Sequence[str]) -> None:
-        values = self.values
-        tokenizer = train_tokenizer(texts, vocabulary_size=values["vocabulary_size"])
+        tokenizer = train_tokenizer(texts, vocabulary_size=self.vocabulary_size)
         token: Any = tokenizer.convert_tokens_to_ids
         # Rows are counted from the size asked for, so that the shape does not depend on the texts.
-        rows = values["vocabulary_size"] + values["reserved_rows"]
-        twin = TWINS[values["family"]]
+        rows = self.vocabulary_size + self.reserved_rows
+        twin = TWINS[self.family]
         config: Any = AutoConfig.for_model(
-            values["family"],
+            self.family,
             text_config={
-                **values["text"],
+                **self.text,
                 "vocab_size": rows,
                 "bos_token_id": token("<|endoftext|>"),
                 "eos_token_id": token("<|im_end|>"),
             },
-            vision_config={**values["vision"], twin.output_field: values["text"]["hidden_size"]},
+            vision_config={**self.vision, twin.output_field: self.text["hidden_size"]},
             image_token_id=token("<|image_pad|>"),
             video_token_id=token("<|video_pad|>"),
             vision_start_token_id=token("<|vision_start|>"),
@@ -143,14 +136,14 @@ class TinySource:
             tie_word_embeddings=True,
         )
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(values["seed"])
+            torch.manual_seed(self.seed)
             AutoModelForImageTextToText.from_config(config).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         Qwen2VLImageProcessorPil(
             patch_size=config.vision_config.patch_size,
             merge_size=config.vision_config.spatial_merge_size,
             temporal_patch_size=config.vision_config.temporal_patch_size,
-            size={"shortest_edge": values["min_pixels"], "longest_edge": values["max_pixels"]},
+            size={"shortest_edge": self.min_pixels, "longest_edge": self.max_pixels},
             image_mean=list(twin.image_mean),
             image_std=list(twin.image_std),
         ).save_pretrained(folder)
