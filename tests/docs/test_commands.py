@@ -198,7 +198,7 @@ def test_the_new_backbone_gives_the_stock_models_vectors(
     """docs/examples/my_backbone.py on a folder of its family."""
     monkeypatch.syspath_prepend(str(ROOT / "docs" / "examples"))
     new = importlib.import_module("my_backbone")
-    monkeypatch.setitem(FAMILIES, "new_vl", new.NewVLBackbone)
+    FAMILIES["new_vl"] = new.NewVLBackbone  # also where it was imported before
     write_new_model(tmp_path, stand_ins["qwen2vl"])
     found = load_tiny(folder=new.NewVLSource(path=str(tmp_path)).folder(list))
     assert type(found.backbone) is new.NewVLBackbone
