@@ -130,7 +130,8 @@ class Batch:
         return replace(self, **apply_to_collection(moved, Tensor, change, *arguments))
 
 
-_HOST = {"segment_lengths", "grids", "keys", "roles", "pools", "places"}
+# What stays as it is; `exchanged` is no tensor anyway.
+_HOST = {"segment_lengths", "grids", "keys", "roles", "pools", "places", "noise", "row_ids"}
 
 
 def pack(
