@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import logging
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,6 @@ from cocoa_pl.models.adapters import (
     load_adapter,
     trainable_line,
 )
-from cocoa_pl.models.backbone import Backbone
 from cocoa_pl.models.loading import Inputs, Loaded, find_folder, load
 from cocoa_pl.models.tiny import Texts
 from cocoa_pl.stages import checkpoint
@@ -88,8 +88,7 @@ def train(cfg: DictConfig, run_dir: Path, console: Console) -> None:
     if isinstance(benchmark, HeldOutBenchmark) and cfg.benchmark.data == cfg.data:
         benchmark = HeldOutBenchmark(name=benchmark.name, data=data)  # rows are read once
     loaded = open_model(cfg, data.training_texts)
-    began = lineage_of(str(loaded.folder))
-    backbone = with_adapter(cfg, loaded)
+    began, backbone = lineage_of(str(loaded.folder)), loaded.backbone
     log.info("%s", trainable_line(backbone))
     processor, eval_processor = make_processors(cfg, loaded)
     resume = cfg.resume is not None
@@ -105,8 +104,7 @@ def train(cfg: DictConfig, run_dir: Path, console: Console) -> None:
         if cfg.export != "last":
             lineage[-1] |= chosen
             log.info("model/ is taken from %s, of step %d", source, chosen["steps"])
-        loaded = open_model(cfg, data.training_texts)
-        backbone = with_adapter(cfg, loaded)
+        backbone = open_model(cfg, data.training_texts).backbone
         checkpoint.load_trained(backbone, weights, where=str(source))
     backbone.compute_dtype = backbone.stock.dtype  # as whoever loads it computes
     backbone = backbone.to(scoring_device(cfg))  # the trainer leaves it on the CPU
@@ -163,40 +161,38 @@ def build_stages(cfg: DictConfig) -> list[Stage]:
     return [build(cfg.stage[name]) for name in order]
 
 
-def model_folder(cfg: DictConfig, texts: Texts) -> Path:
-    """The folder of the model, or of the adapter, that training starts from."""
+def model_folders(cfg: DictConfig, texts: Texts) -> tuple[Path, Path | None]:
+    """The folder of the model that training starts from, an earlier run's or the config's own, and
+    that of an adapter on it.
+    """
     if cfg.init_from is None:
-        return build(cfg.model.source).folder(texts)
-    folder = find_folder(cfg.init_from)
-    log.info("starting from %s", folder)
-    return folder
+        folder = build(cfg.model.source).folder(texts)
+    else:
+        folder = find_folder(cfg.init_from)
+        log.info("starting from %s", folder)
+    if not is_adapter(folder):
+        return folder, None
+    return find_folder(base_path(folder, copy=cfg.model.source.get("path"))), folder
 
 
 def open_model(cfg: DictConfig, texts: Texts) -> Loaded:
-    """The model that training starts from: an earlier run's, an adapter on its base, or the
-    config's own source.
+    """The model that training starts from, with what shall train; new adapters follow from the
+    run's seed alone.
     """
-    folder = model_folder(cfg, texts)
+    base, adapter = model_folders(cfg, texts)
     options = {
         "kernel": cfg.model.kernel,
         "dtype": cfg.model.dtype,
         "gradient_checkpointing": cfg.model.gradient_checkpointing,
     }
-    if is_adapter(folder):
-        base = find_folder(base_path(folder, copy=cfg.model.source.get("path")))
-        return load_adapter(folder, base=base, **options)
-    return load(folder, **options)
+    loaded = load_adapter(adapter, base=base, **options) if adapter else load(base, **options)
+    torch.manual_seed(mix(cfg.seed, _ADAPTER_STREAM))
+    return replace(loaded, backbone=build(cfg.adapter)(loaded.backbone))
 
 
 def scoring_device(cfg: DictConfig) -> str:
     """Where a model is scored after training: the GPU if it was trained on one."""
     return "cpu" if cfg.trainer.accelerator == "cpu" else chosen_device("auto")
-
-
-def with_adapter(cfg: DictConfig, loaded: Loaded) -> Backbone:
-    """The loaded backbone with what shall train; new adapters follow from the run's seed alone."""
-    torch.manual_seed(mix(cfg.seed, _ADAPTER_STREAM))
-    return build(cfg.adapter)(loaded.backbone)
 
 
 def make_processors(cfg: DictConfig, inputs: Inputs) -> list[Processor]:
@@ -245,7 +241,7 @@ def open_embedder(path: str, *, device: str) -> Embedder:
             f"{path} holds what trained, and opens on what the run started from ({error}); the "
             f"model that the run exported stands alone: {run_dir / 'model'}"
         ) from error
-    backbone = with_adapter(cfg, loaded)
+    backbone = loaded.backbone
     checkpoint.check_base(content, checkpoint.base_of(backbone), where=path)
     weights = checkpoint.read_weights(Path(path), content)
     check_trained(weights, where=path)

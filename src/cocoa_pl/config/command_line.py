@@ -94,8 +94,6 @@ def run_app(
         app = hydra.main(config_path=str(CONFIGS), config_name=config_name, version_base="1.3")
         try:
             app(job)()
-        except UserError:
-            raise
         except (HydraException, OmegaConfBaseException, ValueError, RuntimeError) as error:
             if is_composed:
                 raise

@@ -115,15 +115,14 @@ def launched_processes() -> Iterator[None]:
             "SLURM started several processes, and each of them would do the whole work; "
             "let one task a machine run torchrun, which starts processes that share it"
         )
-    if launcher != "torchrun":
-        yield
-        return
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("gloo", timeout=PATIENCE)
+    if launcher == "torchrun":
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("gloo", timeout=PATIENCE)
     yield
-    dist.barrier()  # all leave together: an exchange with a process that is gone fails
-    dist.destroy_process_group()
+    if launcher == "torchrun":
+        dist.barrier()  # all leave together: an exchange with a process that is gone fails
+        dist.destroy_process_group()
 
 
 def is_first_process() -> bool:

@@ -24,9 +24,8 @@ from cocoa_pl.doctor.reading import Reading, read
 from cocoa_pl.doctor.report import print_report, write_json
 from cocoa_pl.errors import UserError
 from cocoa_pl.for_mteb.benchmark import MtebBenchmark
-from cocoa_pl.models.adapters import base_path, is_adapter
-from cocoa_pl.models.loading import find_folder, load_inputs
-from cocoa_pl.run import build_stages, make_processors, model_folder
+from cocoa_pl.models.loading import load_inputs
+from cocoa_pl.run import build_stages, make_processors, model_folders
 from cocoa_pl.stages.recipe import Stage
 
 WOULD_STOP = 1  # exit status: something would stop training
@@ -131,9 +130,7 @@ def _processors(cfg: DictConfig, reading: Reading) -> tuple[list[Processor], str
         return [], "token lengths: there are no rows"
     texts = chain.from_iterable(source.train for source in reading.sources)
     try:
-        folder = model_folder(cfg, lambda: distinct_texts(texts))
-        if is_adapter(folder):
-            folder = find_folder(base_path(folder, copy=cfg.model.source.get("path")))
+        folder, _ = model_folders(cfg, lambda: distinct_texts(texts))
     except UserError as error:
         if not isinstance(error.__cause__, OSError):  # not the network
             raise
