@@ -38,17 +38,15 @@ def run(arguments: Sequence[str]) -> int:
         The sub-command's exit status, 2 for a user's mistake, 130 when interrupted.
     """
     width = max(map(len, COMMANDS))
+    summaries = (f"{name:{width}}  {summary}" for name, (_, summary) in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="cocoa",
-        usage="cocoa COMMAND ...",
         description="Small tools around training, which is `python train.py` in the repository.",
-        epilog="commands:\n"
-        + "\n".join(f"  {name:{width}}  {summary}" for name, (_, summary) in COMMANDS.items())
-        + "\n\n`cocoa COMMAND --help` says more.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="`cocoa COMMAND --help` says more.",
+        formatter_class=argparse.RawTextHelpFormatter,
     )
-    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=argparse.SUPPRESS)
-    parser.add_argument("words", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="\n".join(summaries))
+    parser.add_argument("words", nargs=argparse.REMAINDER, metavar="...", help="of the command")
     parsed = parser.parse_args(arguments)
     # Not at the top of the file: `cocoa --help` should not wait for it.
     from cocoa_pl.config.process import guarded

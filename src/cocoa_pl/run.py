@@ -269,9 +269,6 @@ def score(
     Args:
         path: of the model, as results name it; the page shows what its folder tells.
         facts: of the model, which the page shows first.
-
-    Raises:
-        UserError: if several processes have no store to share.
     """
     if isinstance(benchmark, MtebBenchmark):
         benchmark.score(embedder, run_dir, console, path=path, vectors=vectors)

@@ -39,7 +39,13 @@ class SweepSummary(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         if status := guarded(lambda: claim_sweep(config)):
             sys.exit(status)  # an error would be Hydra's warning
-        self.expected = expected_overrides(config)
+        sweeper = config.hydra.sweeper
+        if sweeper.get("_target_", "").endswith("BasicSweeper"):  # others choose as they go
+            params = [f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()]
+            parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
+            words = parser.parse_overrides([*params, *config.hydra.overrides.task])
+            (runs,) = get_method(f"{sweeper._target_}.split_arguments")(words, max_batch_size=None)
+            self.expected = [dict(word.lstrip("+").split("=", 1) for word in run) for run in runs]
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         if config.hydra.mode == RunMode.MULTIRUN and self.subsets is not None:
@@ -60,15 +66,3 @@ class SweepSummary(Callback):
         absent = [overrides for overrides in self.expected if overrides not in started]
         runs += [Run(folder, overrides, {}, "not started") for overrides in absent]
         return folder, write_summary(folder, runs, subsets=subsets)
-
-
-def expected_overrides(config: DictConfig) -> list[dict[str, str]]:
-    """The overrides of every run of the sweep; empty for sweepers that choose as they go."""
-    sweeper = config.hydra.sweeper
-    if not sweeper.get("_target_", "").endswith("BasicSweeper"):
-        return []
-    params = [f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()]
-    parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
-    words = parser.parse_overrides([*params, *config.hydra.overrides.task])
-    (runs,) = get_method(f"{sweeper._target_}.split_arguments")(words, max_batch_size=None)
-    return [dict(word.lstrip("+").split("=", 1) for word in run) for run in runs]

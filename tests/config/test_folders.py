@@ -16,7 +16,6 @@ from omegaconf import DictConfig, OmegaConf
 from cocoa_pl.config import folders
 from cocoa_pl.config.command_line import CONFIGS, run_app
 from cocoa_pl.config.folders import CONFIG, SWEEP, claim_for_scores, claimed, new_folder
-from cocoa_pl.config.process import check_named
 from cocoa_pl.errors import UserError
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "8"}
@@ -54,7 +53,7 @@ def start(*words: str) -> list[Path]:
 
 def test_runs_that_start_in_the_same_second_have_folders_of_their_own(tmp_path: Path) -> None:
     with ThreadPoolExecutor(8) as threads:
-        made = list(threads.map(new_folder, [tmp_path / "runs" / "noon"] * 8))
+        made = list(threads.map(new_folder, [tmp_path / "runs" / "noon"] * 8, [""] * 8))
     assert sorted(path.name for path in made) == ["noon", *(f"noon_{n}" for n in range(2, 9))]
 
 
@@ -183,7 +182,7 @@ def test_processes_started_from_outside_need_a_run_folder(
         assert not Path("runs").exists()
         assert start("hydra.run.dir=X") == [Path("X")]
     else:
-        check_named("")
+        assert new_folder(Path("runs/noon"), "").is_dir()
 
 
 @pytest.mark.parametrize("name", ["runs/A", 'my "runs" (2), ü=1'])

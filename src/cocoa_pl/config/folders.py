@@ -15,7 +15,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, read_write
 
-from cocoa_pl.config.process import check_named, is_first_process
+from cocoa_pl.config.process import is_first_process, started
 from cocoa_pl.errors import UserError, quoted, typed
 from cocoa_pl.stages.checkpoint import LAST
 
@@ -28,15 +28,13 @@ def run_folder(resumed: str | None, new: str) -> str:
     """The folder of a run: the one to resume, or a new one of this name once Hydra begins to run.
 
     Raises:
-        UserError: if there is no run to resume, or if torchrun or SLURM started several processes,
-            which must share a folder, and none was named.
+        UserError: if there is no run to resume, and as `new_folder`.
     """
     if resumed is not None:
         return str(run_of(resumed))
     if not HydraConfig.initialized():  # `--cfg`
         return new
-    check_named("hydra.run.dir=runs/NAME (or resume=RUN)")
-    return str(new_folder(Path(new)))
+    return str(new_folder(Path(new), "hydra.run.dir=runs/NAME (or resume=RUN)"))
 
 
 def run_of(resumed: str) -> Path:
@@ -53,8 +51,20 @@ def run_of(resumed: str) -> Path:
     return folder
 
 
-def new_folder(name: Path) -> Path:
-    """Make a folder of this name, or of the first one behind it that is free: `_2`, `_3`, ..."""
+def new_folder(name: Path, way: str) -> Path:
+    """Make a folder of this name, or of the first one behind it that is free: `_2`, `_3`, ...
+
+    Args:
+        way: to name a folder.
+
+    Raises:
+        UserError: if torchrun or SLURM started several processes, each of which would make its own.
+    """
+    if started()[1] > 1:
+        raise UserError(
+            f"several processes were started from outside and must share one run folder; "
+            f"give it as {way}"
+        )
     folder, number = name, 1
     while True:
         try:
@@ -74,8 +84,7 @@ def claim_sweep(config: DictConfig) -> None:
     """
     words, folder = config.hydra.overrides.hydra, Path(config.hydra.sweep.dir)
     if not any(word.startswith("hydra.sweep.dir=") for word in words):
-        check_named("hydra.sweep.dir=runs/NAME")
-        folder = new_folder(folder)
+        folder = new_folder(folder, "hydra.sweep.dir=runs/NAME")
         config.hydra.sweep.dir = str(folder)
         words.append(f"hydra.sweep.dir={quoted(folder)}")
     elif is_first_process() and (folder / SWEEP).exists() and any(folder.glob("*/")):
@@ -149,11 +158,9 @@ def save_words(cfg: DictConfig, folder: Path) -> None:
 
 
 def hand_over(run_dir: Path, words: Sequence[str] = ()) -> None:
-    """Let the other ranks, which Lightning starts with the words of this process, resume this run:
-    the words may be of a sweep, and the config of the run is in its folder.
-
-    Args:
-        words: that change what may change of a resumed run.
+    """Let the other ranks, which Lightning starts with the words of this process, resume this run,
+    with `words` for what may change of it: those of the process may be of a sweep, and the config
+    of the run is in its folder.
     """
     sys.argv[1:] = [f"resume={quoted(run_dir)}", *words]
     job: Any = HydraConfig.get()

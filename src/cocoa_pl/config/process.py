@@ -82,7 +82,7 @@ def guarded(
         status, said = MISTAKE, f"error: {where}{error.strerror}"
     except (Interrupted, KeyboardInterrupt) as stop:
         if not is_first_process():  # Lightning kills the first at any status but 0
-            return INTERRUPTED if _started()[0] else 0
+            return INTERRUPTED if started()[0] else 0
         status, said = INTERRUPTED, str(stop) or "interrupted"
     except RuntimeError as error:
         if is_lost_worker(error):
@@ -109,7 +109,7 @@ def launched_processes() -> Iterator[None]:
     Raises:
         UserError: if SLURM started several processes by itself.
     """
-    launcher, number = _started()
+    launcher, number = started()
     if launcher == "srun" and number > 1:
         raise UserError(
             "SLURM started several processes, and each of them would do the whole work; "
@@ -131,26 +131,13 @@ def is_first_process() -> bool:
     return not any(int(os.environ.get(name, "0")) for name in ranks)
 
 
-def _started() -> tuple[str | None, int]:
+def started() -> tuple[str | None, int]:
     """What started this process from outside, and how many of them."""
     if TorchElasticEnvironment.detect():
         return "torchrun", int(os.environ["WORLD_SIZE"])
     if SLURMEnvironment.detect():
         return "srun", int(os.environ["SLURM_NTASKS"])
     return None, 1  # Lightning hands the folder to the processes that it starts
-
-
-def check_named(way: str) -> None:
-    """All processes of a job must agree on the run folder, which by default is a new one of each.
-
-    Raises:
-        UserError: if torchrun or SLURM started several processes.
-    """
-    if _started()[1] > 1:
-        raise UserError(
-            f"several processes were started from outside and must share one run folder; "
-            f"give it as {way}"
-        )
 
 
 def check_processes(trainer: L.Trainer, run_dir: Path) -> None:
@@ -170,15 +157,15 @@ def check_processes(trainer: L.Trainer, run_dir: Path) -> None:
             f"{requeued[0]} is a checkpoint of Lightning's own requeueing, which it would load "
             "into every stage; remove it"
         )
-    launcher, started = _started()
+    launcher, number = started()
     devices, nodes = trainer.num_devices, trainer.num_nodes
     if launcher == "srun" and "SLURM_STEP_ID" not in os.environ:
-        started = 1  # by the script of a job, whose other tasks nobody starts
+        number = 1  # by the script of a job, whose other tasks nobody starts
     if launcher is None and (nodes == 1 or "NODE_RANK" in os.environ):
         return  # Lightning starts the others
-    if started != devices * nodes:
+    if number != devices * nodes:
         raise UserError(
-            f"trainer.devices x trainer.num_nodes is {devices} x {nodes}, and {started} processes "
+            f"trainer.devices x trainer.num_nodes is {devices} x {nodes}, and {number} processes "
             "were started, which would wait for ever or work alone: start as many as the trainer "
             "has, by torchrun or srun, with trainer=ddp or trainer=fsdp (docs/cluster.md)"
         )
@@ -190,7 +177,7 @@ def end_with_launcher() -> None:
     Otherwise it would wait for that one until an exchange times out. torchrun and SLURM see to it
     themselves.
     """
-    if not _started()[0] and int(os.environ.get("LOCAL_RANK", "0")):
+    if not started()[0] and int(os.environ.get("LOCAL_RANK", "0")):
         end_with_parent(
             message="error: the first process of this job was killed; "
             "resume=RUN goes on from the last checkpoint\n"

@@ -107,8 +107,8 @@ def settled(cfg: DictConfig) -> DictConfig:
     if "init_from" not in cfg or cfg.init_from is None or cfg.resume is not None:
         return cfg
     job = HydraConfig.get()
-    typed, name = list(job.overrides.task), job.runtime.choices["model"]
-    if name != DEFAULT_MODEL or any(word.lstrip("+").startswith("model=") for word in typed):
+    words, name = list(job.overrides.task), job.runtime.choices["model"]
+    if name != DEFAULT_MODEL or any(word.lstrip("+").startswith("model=") for word in words):
         architecture = _architecture(cfg)
         if not _fits(cfg.model.source, architecture):
             raise UserError(
@@ -131,7 +131,7 @@ def settled(cfg: DictConfig) -> DictConfig:
     options.store(group="schedule", name=OPTION, node=settings["stage"], package="stage")
     search = [word for word in job.overrides.hydra if word.startswith("hydra.searchpath=")]
     try:
-        settled = compose(job.job.config_name, [f"model={OPTION}", *typed, *search])
+        settled = compose(job.job.config_name, [f"model={OPTION}", *words, *search])
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(f"{first_line(error)}; settings are those of {where}") from error
     finally:
