@@ -230,7 +230,7 @@ def trainer(
     stage = replace(stage, token_budget=budget)
     module: Any = stage.make_module(build(cfg.adapter)(backbone), processor, steps=1, seed=0)
     module.to(DEVICE).manual_backward = lambda loss: loss.backward()
-    if masking := module.masking():
+    if masking := module.masking:
         samples = [masking(sample, np.random.default_rng(sample.key)) for sample in samples]
     batches = module.collator(validating=False)([[sample] for sample in samples])
     batches = [batch.pin_memory() if CUDA else batch for batch in batches]

@@ -53,7 +53,7 @@ class Rebuild(Task):
         self.decoder = None
         if self.module.image_decoder is not None:
             self.decoder = self.theirs.decoder(self.module.image_decoder)
-        self.masking, self.collate = self.module.masking(), self.module.collator(validating=False)
+        self.masking, self.collate = self.module.masking, self.module.collator(validating=False)
         # What is hidden is the same on both sides; the peer's rows know before.
         samples = self._samples()
         batch = pack(samples, self.module.backbone.planner(self.module.policy)).to(device)

@@ -27,20 +27,18 @@ class GradientCache:
 
     def __init__(self, embed: Callable[[Any], Tensor], batches: Sequence[Any]) -> None:
         self._embed = embed
-        self._replayed = batches[1:]
-        # The generators as they were before each first pass: the CPU's and the device's.
-        self._random: list[tuple[Tensor, Tensor | None]] = []
-        self._sizes: list[int] = []
-        first, rest = embed(batches[0]), []
-        for batch in self._replayed:
+        # For the second pass: each batch, the generators as they were before its first pass (the
+        # CPU's and the device's), and its embeddings, a leaf whose gradient is needed.
+        self._replayed: list[tuple[Any, Tensor, Tensor | None, Tensor]] = []
+        embedded = [embed(batches[0])]
+        for batch in batches[1:]:
             cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-            self._random.append((torch.get_rng_state(), cuda))
+            cpu = torch.get_rng_state()
             with torch.no_grad():
-                rest.append(embed(batch))
-            self._sizes.append(len(rest[-1]))
-        # A leaf, whose gradient the second pass needs.
-        self._leaf = torch.cat(rest).requires_grad_() if rest else first[:0].detach()
-        self.embeddings = torch.cat([first, self._leaf])
+                leaf = embed(batch)
+            embedded.append(leaf.requires_grad_())
+            self._replayed.append((batch, cpu, cuda, leaf))
+        self.embeddings = torch.cat(embedded)
 
     def backward(self, backward: Callable[[Tensor], None]) -> None:
         """The second pass; to be called when the loss of `embeddings` has been differentiated.
@@ -48,16 +46,12 @@ class GradientCache:
         Args:
             backward: what calls `.backward()` (Lightning's manual_backward).
         """
-        if not self._sizes:
-            return
-        assert self._leaf.grad is not None, "the loss has not been differentiated"
-        gradients = self._leaf.grad.split(self._sizes)
-        for batch, states, gradient in zip(self._replayed, self._random, gradients, strict=True):
-            cpu, cuda = states
+        for batch, cpu, cuda, leaf in self._replayed:
+            assert leaf.grad is not None, "the loss has not been differentiated"
             devices = [] if cuda is None else [torch.cuda.current_device()]
             with torch.random.fork_rng(devices=devices):
                 torch.set_rng_state(cpu)
                 if cuda is not None:
                     torch.cuda.set_rng_state(cuda)
                 again = self._embed(batch)
-            backward((again * gradient).sum())
+            backward((again * leaf.grad).sum())

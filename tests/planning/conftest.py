@@ -148,7 +148,7 @@ def filled(sample: Sample, module: StageModule, rng: np.random.Generator) -> Sam
         input_ids=np.where(sample.kinds == VISUAL, IDS["image_token_id"], ids),
         patches=rng.integers(0, 256, size, np.uint8),
     )
-    masking = module.masking()
+    masking = module.masking
     return sample if masking is None else masking(sample, rng)
 
 

@@ -105,7 +105,7 @@ def make_rows(
 
 def masked(module: StageModule, rows: Rows) -> Rows:
     """The rows as workers hand them to the collator; what is hidden follows from the row."""
-    masking = module.masking()
+    masking = module.masking
     if masking is None:
         return rows
     return [

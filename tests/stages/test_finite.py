@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cocoa_pl.stages.finite import FiniteSteps
+from cocoa_pl.stages.base import FiniteSteps
 
 FINE, BAD = 1.0, (math.nan, math.inf)
 

@@ -73,9 +73,8 @@ def cluster_plugins(given: Any) -> list[Any]:
         given: `plugins` of the trainer's config: one, several or none.
     """
     plugins = [] if given is None else given if isinstance(given, list) else [given]
-    if TorchElasticEnvironment.detect() or not SLURMEnvironment.detect():
-        return plugins
-    if any(isinstance(plugin, ClusterEnvironment) for plugin in plugins):
+    has_own = any(isinstance(plugin, ClusterEnvironment) for plugin in plugins)
+    if has_own or TorchElasticEnvironment.detect() or not SLURMEnvironment.detect():
         return plugins
     return [*plugins, SLURMEnvironment(auto_requeue=False)]
 

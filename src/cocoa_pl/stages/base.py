@@ -17,7 +17,6 @@ import lightning as L
 import torch
 from PIL import Image
 from torch import Tensor
-from torchmetrics import Metric, SumMetric
 from transformers import get_scheduler
 
 from cocoa_pl.attention import Policy
@@ -30,13 +29,13 @@ from cocoa_pl.data.sampler import mix
 from cocoa_pl.distributed.collectives import (
     all_objects,
     clip_gradients,
+    global_sum,
     rank,
     sum_gradients,
 )
 from cocoa_pl.distributed.strategies import FullySharded, reshard, shard
 from cocoa_pl.errors import UserError
 from cocoa_pl.models.backbone import Backbone
-from cocoa_pl.stages.finite import FiniteSteps
 
 log = logging.getLogger(__name__)
 
@@ -81,6 +80,54 @@ class Optimization:
             )
 
 
+class FiniteSteps:
+    """Skips steps of an optimizer on gradients that are not finite, without waiting for their
+    norms.
+
+    To look at a norm is to wait for the device. So the device itself skips such a step, and all
+    that follow, by the switch that torch's own gradient scaler uses (`found_inf` of fused
+    optimizers); and the host looks at each norm one step later, when it is long there.
+    """
+
+    def __init__(self) -> None:
+        self._failed: Tensor | None = None  # () bool on the device: some step until now was bad
+        self._last: tuple[Tensor, torch.cuda.Event | None, Any] | None = None
+
+    def guard(
+        self, optimizer: torch.optim.Optimizer, norm: Tensor, targets: Tensor, facts: Any
+    ) -> None:
+        """Make the optimizer skip its next step if that, or one before it, is not finite.
+
+        Args:
+            optimizer: a fused one; others do not know the switch.
+            norm: () of all gradients.
+            targets: () float, how much there was to learn from.
+            facts: what `look_back` returns of the step.
+        """
+        assert all(group["fused"] for group in optimizer.param_groups)
+        failed = ~norm.isfinite()
+        self._failed = failed if self._failed is None else self._failed | failed
+        optimizer.found_inf = self._failed.float()  # type: ignore[attr-defined]
+        numbers, copied = torch.stack([norm.detach(), targets]), None
+        if numbers.is_cuda:
+            numbers = numbers.to("cpu", non_blocking=True)  # into pinned memory
+            copied = torch.cuda.current_stream().record_event()
+        self._last = numbers, copied, facts
+
+    def look_back(self) -> tuple[float, float, Any] | None:
+        """Norm, targets and facts of the step that was guarded since the last look; waits for it.
+
+        The step was not taken if its norm is not finite.
+        """
+        if self._last is None:
+            return None
+        (numbers, copied, facts), self._last = self._last, None
+        if copied is not None:
+            copied.synchronize()
+        norm, targets = numbers.tolist()
+        return norm, targets, facts
+
+
 class StageModule(L.LightningModule, ABC):
     """A backbone with a stage's objective.
 
@@ -97,6 +144,8 @@ class StageModule(L.LightningModule, ABC):
     empty: str  # what a step without targets lacks, and what to do about it
     label: str  # "2/4 warmup": the recipe's, for callbacks
     measures: tuple[str, ...]  # what it logs under `validation/`, as far as rows allow
+    masking: Masking | None = None  # what hides parts of samples, in the data workers
+    exchanges = False  # TARGETs are validated behind other samples' CONTEXTs too
 
     def __init__(
         self,
@@ -119,7 +168,7 @@ class StageModule(L.LightningModule, ABC):
         self.token_budget = token_budget
         self.steps = steps
         self.seed = seed
-        self._totals: dict[str, SumMetric] = {}  # of validation, over batches and ranks
+        self._totals: dict[str, Tensor] = {}  # of validation, on this rank
         self._finite = FiniteSteps()
         self._has_learnt = self._said_empty = False
         self._dummies: tuple[Batch, Batch] | None = None  # see `aligned`
@@ -145,11 +194,11 @@ class StageModule(L.LightningModule, ABC):
         Args:
             device: where the module will be when it takes them; None if it is there already.
         """
-        return Collator(self.backbone.planner(self.policy, device), token_budget=self.token_budget)
-
-    def masking(self) -> Masking | None:
-        """What hides parts of samples, in the data workers; None where a stage hides nothing."""
-        return None
+        return Collator(
+            self.backbone.planner(self.policy, device),
+            token_budget=self.token_budget,
+            exchange=validating and self.exchanges,
+        )
 
     @abstractmethod
     def accumulate(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
@@ -187,7 +236,8 @@ class StageModule(L.LightningModule, ABC):
         optimizer: Any = self.optimizers()
         scheduler: Any = self.lr_schedulers()
         optimizer.zero_grad()
-        with self.full_precision():
+        # Losses are float32 whatever `trainer.precision` is, which only the backbone follows.
+        with torch.autocast(self.device.type, enabled=False):
             metrics = self.accumulate(batches)
         targets = metrics.pop("targets")
         sum_gradients(self.parameters())
@@ -201,16 +251,10 @@ class StageModule(L.LightningModule, ABC):
         self.log_dict({f"train/{name}": value for name, value in metrics.items()})
 
     def validation_step(self, batches: Sequence[Batch], batch_idx: int) -> None:
-        with self.full_precision():
+        with torch.autocast(self.device.type, enabled=False):
             sums = self.measure(batches)
         for name, value in sums.items():
-            if name not in self._totals:
-                self._totals[name] = SumMetric(nan_strategy="disable").to(self.device)
-            self._totals[name].update(value)
-
-    def full_precision(self) -> torch.autocast:
-        """Losses are float32 whatever `trainer.precision` is, which only the backbone follows."""
-        return torch.autocast(self.device.type, enabled=False)
+            self._totals[name] = self._totals.get(name, 0) + value
 
     def on_validation_start(self) -> None:
         self._judge_last_step()
@@ -230,13 +274,11 @@ class StageModule(L.LightningModule, ABC):
     def on_validation_epoch_end(self) -> None:
         reshard(self)  # a forward pass alone leaves parameters gathered
         if self._totals:
-            sums = {name: total.compute() for name, total in self._totals.items()}
+            sums = {name: global_sum(value) for name, value in self._totals.items()}
             found = {f"validation/{n}": v for n, v in self.means(sums).items()}
             # The trainer's own count for loggers is one behind after some resumes.
             self.log_dict(found | {"step": torch.tensor(float(self.global_step))})
-            for metric in (*self._totals.values(), *self.children()):
-                if isinstance(metric, Metric):
-                    metric.reset()
+            self._totals.clear()
 
     def configure_optimizers(self) -> Any:
         values = self.optimization

@@ -32,7 +32,7 @@ class StageProgress(L.Callback):
     bar = True  # in a terminal; False with `trainer.enable_progress_bar=false`, or another bar
 
     def __init__(self) -> None:
-        self.progress: Progress | None = None
+        self.progress = Progress(disable=True)
         self._samples = self._tokens = 0
         self._line = ""
 
@@ -41,19 +41,19 @@ class StageProgress(L.Callback):
         self._started = self._since = time.perf_counter()
         self.label, self.steps = str(pl_module.label), trainer.max_steps
         console = rich.get_console()
-        if self.bar and console.is_terminal and trainer.is_global_zero:
-            self.progress = Progress(
-                TextColumn("[bold]{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[line]}"),
-                TimeRemainingColumn(),
-                console=console,
-            )
-            self.task = self.progress.add_task(
-                self.label, total=self.steps, completed=trainer.global_step, line=""
-            )
-            self.progress.start()
+        self.progress = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[line]}"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not (self.bar and console.is_terminal and trainer.is_global_zero),
+        )
+        self.task = self.progress.add_task(
+            self.label, total=self.steps, completed=trainer.global_step, line=""
+        )
+        self.progress.start()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *_: Any
@@ -74,7 +74,7 @@ class StageProgress(L.Callback):
             self._line = f"loss {loss.item():.3f}  {self._samples / seconds:.0f} samples/s"
             self._samples = self._tokens = 0
             self._since = time.perf_counter()
-        if self.progress is not None:
+        if not self.progress.disable:
             self.progress.update(self.task, completed=step, line=self._line)
         elif step % max(1, self.steps // LINES) == 0 and trainer.is_global_zero:
             left = (time.perf_counter() - self._started) / (step - self._first_step)
@@ -83,12 +83,10 @@ class StageProgress(L.Callback):
             log.info("%s %s %d:%02d left", done, self._line, minutes, seconds)
 
     def on_train_end(self, *_: Any) -> None:
-        if self.progress is not None:
-            self.progress.stop()
-            self.progress = None
+        self.progress.stop()
 
     def on_exception(self, *_: Any) -> None:
-        self.on_train_end()
+        self.progress.stop()
 
 
 class Pictures(L.Callback):

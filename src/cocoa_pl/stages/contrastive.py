@@ -152,7 +152,7 @@ class ContrastiveModule(StageModule):
         counts = self._counts(batches)  # exchanged while batches are embedded
         with shared_norms(self.backbone):
             cache = GradientCache(self._embed, self.aligned(batches))
-            queries, others, keys = self._sides(cache.embeddings, batches)
+            queries, others, keys, _ = self._sides(cache.embeddings, batches)
             num_queries, num_candidates = counts()
             n, scale = len(queries), self.temperature()
             losses, hits, compared = self._losses(
@@ -179,9 +179,10 @@ class ContrastiveModule(StageModule):
         and, once all rows are seen, among the positives of each row's subset.
         """
         counts = self._counts(batches)
-        queries, others, keys = self._sides(self._embeddings(batches), batches)
+        queries, others, keys, pools = self._sides(self._embeddings(batches), batches)
         n = len(queries)
-        self.precision.update(queries, others[:n], keys[0], keys[1][:n], self._pools(batches))
+        pools = on_device(pools, self.device)
+        self.precision.update(queries, others[:n], keys[0], keys[1][:n], pools)
         _, num_candidates = counts()
         losses, hits, compared = self._losses(
             queries, others, keys, num_candidates, self.temperature(), self.dims[-1:]
@@ -205,25 +206,20 @@ class ContrastiveModule(StageModule):
         samples = sum(batch.num_samples for batch in batches)
         return exchange_counts([queries, samples - queries], self.device)
 
-    def _sides(self, embeddings: Tensor, batches: Sequence[Batch]) -> tuple[Tensor, Tensor, Keys]:
+    def _sides(
+        self, embeddings: Tensor, batches: Sequence[Batch]
+    ) -> tuple[Tensor, Tensor, Keys, Tensor]:
         """Embeddings of this rank's n queries, and of their positives and all hard negatives, in
-        the order of the rows; and the content keys of both.
+        the order of the rows; the content keys of both; and on the host the queries' pools.
         """
         order = torch.cat([batch.places for batch in batches]).argsort()
+        pools = torch.cat([batch.pools for batch in batches])[order]
         keys = on_device(torch.cat([batch.keys for batch in batches])[order], self.device)
         embeddings = embeddings.index_select(0, on_device(order, self.device))
         n = sum(batch.num_rows for batch in batches)
         partners = torch.full_like(keys[n:], -1)  # hard negatives belong to no query
         partners[:n] = keys[:n]
-        return embeddings[:n], embeddings[n:], (keys[:n], keys[n:], partners)
-
-    def _pools(self, batches: Sequence[Batch]) -> Tensor:
-        """Of this rank's queries, in the order of `_sides`."""
-        places, pools = (
-            torch.cat([getattr(batch, name)[batch.roles == 0] for batch in batches])
-            for name in ("places", "pools")
-        )
-        return on_device(pools[places.argsort()], self.device)
+        return embeddings[:n], embeddings[n:], (keys[:n], keys[n:], partners), pools[:n]
 
     def _losses(
         self,
@@ -270,7 +266,9 @@ class ContrastiveModule(StageModule):
             found["accuracy"] = sums["hits"] / sums["compared"]
         if sums["compared"] < sums["rows"]:
             found["with_negatives"] = sums["compared"] / sums["rows"]
-        return found | {"precision_at_1": self.precision.compute()}
+        found["precision_at_1"] = self.precision.compute()
+        self.precision.reset()
+        return found
 
     def summary_line(self, metrics: dict[str, float]) -> str:
         line = f"validation: loss {metrics['loss']:.3f}, "

@@ -208,11 +208,7 @@ def run_stages(
 def _check_rows(
     stages: Sequence[Stage], facts: list[Any], before: Mapping[str, Any], settings: RunSettings
 ) -> None:
-    """Refuse to resume on training rows that are not those which the run was trained on.
-
-    Raises:
-        UserError: naming the stage, what changed, and what to do.
-    """
+    """Refuse to resume on training rows that are not those which the run was trained on."""
     start = before["stage_index"]  # what stages before it have read is learnt
     for stage, was, now in list(zip(stages, before.get("rows", facts), facts, strict=True))[start:]:
         if was != now:
@@ -248,12 +244,10 @@ def _rows_of(stage: Stage, source: TrainingData) -> tuple[Pairs | PairStream, Pa
 def _check_callbacks(
     stages: Sequence[Stage], measures: Sequence[Sequence[str]], settings: RunSettings
 ) -> None:
-    """Say which callbacks monitor what no stage logs, and refuse to export what none will keep.
-
-    Args:
-        measures: what each stage logs under `validation/`.
+    """Say which callbacks monitor what no stage logs under `validation/`, and refuse to export what
+    none will keep.
     """
-    callbacks = settings.parts(stages[-1].name).callbacks
+    callbacks, kept = settings.parts(stages[-1].name).callbacks, {"last"}
     for callback in callbacks:
         if not any(takes_part(callback, names) for names in measures):
             log.info(
@@ -261,16 +255,13 @@ def _check_callbacks(
                 type(callback).__name__,
                 callback.monitor,  # type: ignore[attr-defined]
             )
-    kept = {
-        callback.filename
-        for callback in callbacks
-        if isinstance(callback, ModelCheckpoint) and takes_part(callback, measures[-1])
-    }
-    if settings.export not in {"last", *kept}:
+        if isinstance(callback, ModelCheckpoint) and takes_part(callback, measures[-1]):
+            kept.add(str(callback.filename))
+    if settings.export not in kept:
         raise UserError(
             f"export={settings.export}: stage {stages[-1].name} keeps no such checkpoint, only "
-            f"{', '.join(sorted(str(name) for name in {'last', *kept}))}; one that is chosen by a "
-            "metric needs validation data and a stage that logs it (conf/callbacks/default.yaml)"
+            f"{', '.join(sorted(kept))}; one that is chosen by a metric needs validation data and "
+            "a stage that logs it (conf/callbacks/default.yaml)"
         )
 
 
@@ -286,11 +277,8 @@ def _run_stage(
     position: dict[str, Any],
     start_step: int,
 ) -> dict[str, Any]:
-    """Train one stage, and return its lineage entry.
-
-    Args:
-        position: where in the run this is, for checkpoints.
-        start_step: of a checkpoint to go on from; 0 for none.
+    """Train one stage behind the `start_step` steps of the last checkpoint, and return its lineage
+    entry.
     """
     steps = stage.count_steps(train.num_rows)
     seed = mix(settings.seed, position["stage_index"])
@@ -310,7 +298,7 @@ def _run_stage(
         validation=validation,
         make_samples=stage.make_samples,
         processor=processor,
-        masking=module.masking(),
+        masking=module.masking,
         collator=module.collator(validating=False, device=device),
         validation_collator=module.collator(validating=True, device=device),
         mixing=stage.mixing,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cocoa_pl.attention.plan import on_device
 from cocoa_pl.config.bounds import NotNegative, Share, ShareAboveZero
-from cocoa_pl.data.batch import Batch, Collator
+from cocoa_pl.data.batch import Batch
 from cocoa_pl.data.masking import Masking, with_noise
 from cocoa_pl.distributed.collectives import global_sum
 from cocoa_pl.errors import UserError
@@ -30,10 +30,8 @@ class ReconstructionModule(StageModule):
     """Masked text, and optionally masked patches, predicted from what is left.
 
     Args:
-        text_ratio: share of text tokens hidden; None predicts every next token and hides nothing
-            (plain captioning).
-        text_segment: the segment whose text is hidden, `context` or `target`.
-        patch_ratio: share of visual tokens hidden; 0 leaves out the image decoder.
+        text_ratio, text_segment, patch_ratio: see `Masking`; a patch_ratio of 0 leaves out the
+            image decoder.
         patch_weight: of the pixel loss beside the token loss.
     """
 
@@ -59,28 +57,19 @@ class ReconstructionModule(StageModule):
             f"no {text_segment} had text to hide, and no image; look at the rows that the stage "
             "is given"
         )
-        self.text_ratio = text_ratio
-        self.text_segment = text_segment
-        self.patch_ratio = patch_ratio
+        self.masking = Masking(
+            text_ratio=text_ratio,
+            text_segment=text_segment,
+            patch_ratio=patch_ratio,
+            mask_token_id=self.processor.mask_id,
+        )
+        self.exchanges = text_segment == "target"
         self.patch_weight = patch_weight
         self.image_decoder = (
             ImageDecoder(backbone, patch_values=self.processor.patch_values)
             if patch_ratio
             else None
         )
-
-    def masking(self) -> Masking:
-        return Masking(
-            text_ratio=self.text_ratio,
-            text_segment=self.text_segment,
-            patch_ratio=self.patch_ratio,
-            mask_token_id=self.processor.mask_id,
-        )
-
-    def collator(self, *, validating: bool, device: torch.device | None = None) -> Collator:
-        collator = super().collator(validating=validating, device=device)
-        collator.exchange = validating and self.text_segment == "target"
-        return collator
 
     def rebuild(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """What the model predicts of a batch on its device.
@@ -89,18 +78,18 @@ class ReconstructionModule(StageModule):
             Logits (M, V) of hidden tokens, and (N, merge_size ** 2 * B) normalised pixels of hidden
             visual tokens: as predicted, and as they are; N is 0 without an image decoder.
         """
-        backbone = self.backbone
-        if self.image_decoder is None:
-            hidden = backbone(batch)  # (T, D)
-            # Only states that predict: logits of all T tokens would be a step's largest tensor.
-            logits = backbone.vocabulary(hidden.index_select(0, batch.token_rows))
-            return logits, logits.new_zeros(0, 1), logits.new_zeros(0, 1)
-        pixels = backbone.pixels(batch)  # (P, B)
-        hidden = backbone(batch, with_noise(pixels, batch, merge_size=backbone.merge_size))
+        backbone, decoder, shown = self.backbone, self.image_decoder, None
+        if decoder is not None:
+            pixels = backbone.pixels(batch)  # (P, B)
+            shown = with_noise(pixels, batch, merge_size=backbone.merge_size)
+        hidden = backbone(batch, shown)  # (T, D)
+        # Only states that predict: logits of all T tokens would be a step's largest tensor.
         logits = backbone.vocabulary(hidden.index_select(0, batch.token_rows))
+        if decoder is None:
+            return logits, logits.new_zeros(0, 1), logits.new_zeros(0, 1)
         tokens = pixels.view(-1, backbone.merge_size**2 * pixels.shape[1])  # (V, ...)
         expected = tokens.index_select(0, batch.patch_places)
-        return logits, self.image_decoder(backbone, hidden, batch), expected
+        return logits, decoder(backbone, hidden, batch), expected
 
     def losses(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Cross-entropies (M) and hits (M) of hidden tokens, squared errors (N) of hidden visual
@@ -129,7 +118,7 @@ class ReconstructionModule(StageModule):
 
     def measure(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
         sums = self._sums([batch for batch in batches if not batch.exchanged])
-        if self.text_segment == "target":
+        if self.exchanges:
             exchanged = [batch for batch in batches if batch.exchanged]
             is_compared = len(exchanged) > 0  # a row alone has no other context
             sums |= {
@@ -170,8 +159,8 @@ class ReconstructionModule(StageModule):
         elif self.image_decoder is not None:
             line += ", no image was hidden"
         if "bridge_gain" not in metrics:
-            alone = self.text_segment == "target"
-            return line + (", no other context to measure the bridge gain with" if alone else "")
+            alone = ", no other context to measure the bridge gain with"
+            return line + (alone if self.exchanges else "")
         line += f", bridge gain {metrics['bridge_gain']:.2f} nats/token"
         if metrics["bridge_gain"] < NO_BRIDGE_GAIN:
             line += (
