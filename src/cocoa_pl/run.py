@@ -25,6 +25,7 @@ from cocoa_pl.data.sources import HeldOutBenchmark
 from cocoa_pl.distributed.collectives import rank
 from cocoa_pl.embedder import Embedder, chosen_device
 from cocoa_pl.errors import UserError, first_line
+from cocoa_pl.evaluation import report
 from cocoa_pl.evaluation.benchmark import (
     IN_MEMORY,
     VectorSettings,
@@ -32,22 +33,9 @@ from cocoa_pl.evaluation.benchmark import (
     embedded,
     score_subsets,
 )
-from cocoa_pl.evaluation.report import (
-    Provenance,
-    published_rows,
-    published_table,
-    score_table,
-    write_report,
-)
 from cocoa_pl.export.folder import export, lineage_of, untouched
 from cocoa_pl.for_mteb.benchmark import MtebBenchmark
-from cocoa_pl.models.adapters import (
-    base_path,
-    check_trained,
-    is_adapter,
-    load_adapter,
-    trainable_line,
-)
+from cocoa_pl.models import adapters
 from cocoa_pl.models.loading import Inputs, Loaded, find_folder, load
 from cocoa_pl.models.tiny import Texts
 from cocoa_pl.stages import checkpoint
@@ -89,7 +77,7 @@ def train(cfg: DictConfig, run_dir: Path, console: Console) -> None:
         benchmark = HeldOutBenchmark(name=benchmark.name, data=data)  # rows are read once
     loaded = open_model(cfg, data.training_texts)
     began, backbone = lineage_of(str(loaded.folder)), loaded.backbone
-    log.info("%s", trainable_line(backbone))
+    log.info("%s", adapters.trainable_line(backbone))
     processor, eval_processor = make_processors(cfg, loaded)
     resume = cfg.resume is not None
     lineage = run_stages(stages, backbone, processor, data, settings, resume=resume)
@@ -170,9 +158,9 @@ def model_folders(cfg: DictConfig, texts: Texts) -> tuple[Path, Path | None]:
     else:
         folder = find_folder(cfg.init_from)
         log.info("starting from %s", folder)
-    if not is_adapter(folder):
+    if not adapters.is_adapter(folder):
         return folder, None
-    return find_folder(base_path(folder, copy=cfg.model.source.get("path"))), folder
+    return find_folder(adapters.base_path(folder, copy=cfg.model.source.get("path"))), folder
 
 
 def open_model(cfg: DictConfig, texts: Texts) -> Loaded:
@@ -180,12 +168,12 @@ def open_model(cfg: DictConfig, texts: Texts) -> Loaded:
     run's seed alone.
     """
     base, adapter = model_folders(cfg, texts)
-    options = {
-        "kernel": cfg.model.kernel,
-        "dtype": cfg.model.dtype,
-        "gradient_checkpointing": cfg.model.gradient_checkpointing,
-    }
-    loaded = load_adapter(adapter, base=base, **options) if adapter else load(base, **options)
+    read = partial(adapters.load_adapter, adapter, base=base) if adapter else partial(load, base)
+    loaded = read(
+        kernel=cfg.model.kernel,
+        dtype=cfg.model.dtype,
+        gradient_checkpointing=cfg.model.gradient_checkpointing,
+    )
     torch.manual_seed(mix(cfg.seed, _ADAPTER_STREAM))
     return replace(loaded, backbone=build(cfg.adapter)(loaded.backbone))
 
@@ -244,7 +232,7 @@ def open_embedder(path: str, *, device: str) -> Embedder:
     backbone = loaded.backbone
     checkpoint.check_base(content, checkpoint.base_of(backbone), where=path)
     weights = checkpoint.read_weights(Path(path), content)
-    check_trained(weights, where=path)
+    adapters.check_trained(weights, where=path)
     checkpoint.load_trained(backbone, weights, where=path)
     stage = build_stages(cfg)[content["cocoa"]["stage_index"]]
     _, processor = make_processors(cfg, loaded)
@@ -286,8 +274,8 @@ def score(
         is_partial=benchmark.is_partial,
     )
     results.write_json(run_dir / "results.json")
-    beside = published_rows(results, benchmark.published)
-    write_report(
+    beside = report.published_rows(results, benchmark.published)
+    report.write_report(
         run_dir / "report.html",
         results,
         title=f"cocoa_pl on {benchmark.name}",
@@ -295,19 +283,19 @@ def score(
         provenance=_provenance(Path(path), facts, embedder.policy),
         published=beside,
     )
-    console.print(score_table(results))
+    console.print(report.score_table(results))
     if beside:
-        console.print(published_table(results, beside))
+        console.print(report.published_table(results, beside))
     console.print(f"report: {run_dir / 'report.html'}", soft_wrap=True)
 
 
-def _provenance(run: Path, facts: dict[str, Any], policy: Policy) -> Provenance:
+def _provenance(run: Path, facts: dict[str, Any], policy: Policy) -> report.Provenance:
     """What is known of a model by the folder it lies in: of a run, stages, config and losses."""
     config, metrics, model = run / "config.yaml", run / "metrics.csv", run / "model"
     policies, stages = {"evaluation": policy}, load_config(run).get("stage")
     if stages is not None:
         policies = {name: build(stages[name].policy) for name in stages.order}
-    return Provenance(
+    return report.Provenance(
         facts=facts,
         lineage=lineage_of(str(model if model.is_dir() else run)),
         policies=policies,

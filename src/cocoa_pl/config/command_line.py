@@ -27,7 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from cocoa_pl.config.build import check_values, walk
 from cocoa_pl.config.folders import run_folder
-from cocoa_pl.config.process import guarded
+from cocoa_pl.config.process import RESUME, guarded
 from cocoa_pl.distributed.processes import INTERRUPTED
 from cocoa_pl.errors import UserError, first_line, nearest, quoted, typed
 
@@ -45,7 +45,7 @@ def run_app(
     task: Callable[[DictConfig], int | None],
     words: Sequence[str],
     *,
-    remedy: str = "resume=RUN goes on from the last checkpoint",
+    remedy: str = RESUME,
 ) -> int:
     """Run a task as a Hydra app, once or for each run of a sweep, and print mistakes.
 

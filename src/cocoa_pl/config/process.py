@@ -39,6 +39,7 @@ from cocoa_pl.errors import Interrupted, UserError, first_line
 # One process may be hours behind another; a lost one fails the exchange at once.
 PATIENCE = datetime.timedelta(days=30)
 MISTAKE = 2  # an exit status, beside `LOST_PROCESS` and `INTERRUPTED`
+RESUME = "resume=RUN goes on from the last checkpoint"
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # told without a file's name
 
 # Warnings of Lightning that ask for nothing.
@@ -52,9 +53,7 @@ HARMLESS = (
 )
 
 
-def guarded(
-    run: Callable[[], int | None], *, remedy: str = "resume=RUN goes on from the last checkpoint"
-) -> int:
+def guarded(run: Callable[[], int | None], *, remedy: str = RESUME) -> int:
     """Run an entry point; what a user did wrong becomes one sentence and an exit status.
 
     Args:
@@ -178,10 +177,7 @@ def end_with_launcher() -> None:
     themselves.
     """
     if not started()[0] and int(os.environ.get("LOCAL_RANK", "0")):
-        end_with_parent(
-            message="error: the first process of this job was killed; "
-            "resume=RUN goes on from the last checkpoint\n"
-        )
+        end_with_parent(message=f"error: the first process of this job was killed; {RESUME}\n")
 
 
 def set_up_logging(run_dir: Path) -> Console:

@@ -187,10 +187,10 @@ def _fits(source: DictConfig, architecture: PretrainedConfig) -> bool:
     """Whether the `model` section with this source is for an architecture: settings are for a
     family; those of small models, with rates for random weights, for none that is published.
     """
-    text = architecture.get_text_config()
     if "family" in source:
         widths = {known.config().get_text_config().hidden_size for known in KNOWN.values()}
-        return source.family == architecture.model_type and text.hidden_size not in widths
+        width = architecture.get_text_config().hidden_size
+        return source.family == architecture.model_type and width not in widths
     try:
         return find_config(source["path"]).model_type == architecture.model_type
     except (UserError, KeyError):
