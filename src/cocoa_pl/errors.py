@@ -46,9 +46,7 @@ def nearest(name: str, options: Iterable[str]) -> str:
 
 
 def typed(key: str, value: object) -> str:
-    """`key=value` as it is pasted into a shell behind one of the project's commands, whatever
-    letters are in the value.
-    """
+    """`key=value` to paste into a shell behind one of the project's commands, whatever it holds."""
     text = str(value)
     is_plain = re.fullmatch(r"[A-Za-z_./][\w./-]*", text, re.ASCII)
     if not is_plain or text.lower() in ("null", "true", "false", "nan", "inf"):

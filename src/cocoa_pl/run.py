@@ -79,8 +79,7 @@ def train(cfg: DictConfig, run_dir: Path, console: Console) -> None:
     began, backbone = lineage_of(str(loaded.folder)), loaded.backbone
     log.info("%s", adapters.trainable_line(backbone))
     processor, eval_processor = make_processors(cfg, loaded)
-    resume = cfg.resume is not None
-    lineage = run_stages(stages, backbone, processor, data, settings, resume=resume)
+    lineage = run_stages(stages, backbone, processor, data, settings, resume=cfg.resume is not None)
     if cfg.trainer.get("fast_dev_run"):
         log.info("trainer.fast_dev_run: nothing is exported or scored")
         return
@@ -121,8 +120,7 @@ def trainer_parts(cfg: DictConfig, run_dir: Path, stage: str) -> Parts:
             except InstantiationException as error:  # a package that is missing, a server
                 reason = first_line(error.__cause__ or error)
                 raise UserError(f"{group}.{name} cannot be made: {reason}") from error
-    dtype = cfg.model.dtype
-    return Parts(stage, run_dir, dtype, build(own.trainer), made["callbacks"], made["logger"])
+    return Parts(stage, run_dir, cfg.model.dtype, build(own.trainer), *made.values())
 
 
 def build_stages(cfg: DictConfig) -> list[Stage]:

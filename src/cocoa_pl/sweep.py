@@ -1,6 +1,4 @@
-"""A Hydra callback that gives a sweep (`-m`) a folder of its own, and its runs one summary: table,
-summary.csv, .md and .png.
-"""
+"""A Hydra callback that gives a sweep (`-m`) a folder of its own, and its runs one summary."""
 
 import sys
 from collections.abc import Sequence

@@ -112,9 +112,7 @@ def declared(plain: Any) -> dict[str, Any]:
 
 
 def _targets(plain: Any) -> Iterator[tuple[str, Mapping[str, Any], Any]]:
-    """Nodes that make something: the prefix of their keys, the node, and the callable that it
-    names, unless that is not there, which `build` reports.
-    """
+    """Prefix of keys, node and callable of all that is made; `build` reports what is not there."""
     for key, node in walk(plain):
         if isinstance(node, dict) and "_target_" in node:
             try:
@@ -125,9 +123,7 @@ def _targets(plain: Any) -> Iterator[tuple[str, Mapping[str, Any], Any]]:
 
 
 def _resolved(cfg: DictConfig, key: str) -> Any:
-    """A plain value; `???` where there is none, or it cannot be told, which is raised where it is
-    needed.
-    """
+    """A plain value; `???` if there is none, or none that resolves, which its reader reports."""
     try:
         value = OmegaConf.select(cfg, key, default=MISSING)
         return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value

@@ -1,6 +1,4 @@
-"""Start commands as Hydra apps, whose values may hold any letters and whose refusals are one
-sentence.
-"""
+"""Start commands as Hydra apps: values may hold any letters, and a refusal is one sentence."""
 
 from __future__ import annotations
 
@@ -52,7 +50,6 @@ def run_app(
     Args:
         config_name: a file of conf/.
         task: what it returns is the exit status of its run; None is 0.
-        words: of the command line.
         remedy: what to do when another process of the job was lost.
 
     Returns:
@@ -130,9 +127,7 @@ def _as_before() -> Iterator[None]:
 
 
 def _in_quotes(word: str) -> str:
-    """A word of the command line as Hydra's grammar has it: a value that it would not take as it
-    is stands in quotes, and `~` before it is the home folder.
-    """
+    """A word as Hydra's grammar takes it: in quotes if need be, and `~` as the home folder."""
     key, equals, value = word.partition("=")
     if not equals or key.startswith("-"):
         return word
@@ -162,9 +157,7 @@ def _parse(word: str) -> Override | None:
 
 
 def _check_sources() -> None:
-    """Refuse a file of an added folder that stands behind one of another, which Hydra reads in its
-    place without a word.
-    """
+    """Refuse a file of an added folder in whose place Hydra reads that of another."""
     sources = HydraConfig.get().runtime.config_sources
     folders = [Path(source.path) for source in sources if source.schema == "file"]
     for number, folder in enumerate(folders):

@@ -54,9 +54,6 @@ def run_of(resumed: str) -> Path:
 def new_folder(name: Path, way: str) -> Path:
     """Make a folder of this name, or of the first one behind it that is free: `_2`, `_3`, ...
 
-    Args:
-        way: to name a folder.
-
     Raises:
         UserError: if torchrun or SLURM started several processes, each of which would make its own.
     """

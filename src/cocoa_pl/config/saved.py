@@ -142,9 +142,7 @@ def settled(cfg: DictConfig) -> DictConfig:
 
 
 def _settings(init_from: str) -> tuple[dict[str, Any], str] | None:
-    """The settings of a model, and where they are from; None if it has none, or those of an earlier
-    version.
-    """
+    """The settings of a model and where they are from; None without those of this version."""
     described = _file_of(init_from, DESCRIPTION)
     known = json.loads(described.read_text()).get("settings") if described else None
     if not known or "stage" not in known:
