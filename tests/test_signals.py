@@ -12,13 +12,15 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
+import lightning as L
 import pytest
-from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment
+from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.pytorch.demos.boring_classes import BoringModel
 
 from cocoa_pl.cli import run as cocoa
 from cocoa_pl.config.command_line import CONFIGS
 from cocoa_pl.config.process import guarded
-from cocoa_pl.distributed.processes import STOPPING, cluster_plugins
+from cocoa_pl.distributed.processes import STOPPING
 from cocoa_pl.embedder import Embedder
 from cocoa_pl.export.folder import export
 from tests.processes import logging_restored, run_script
@@ -185,18 +187,39 @@ def test_other_long_commands_can_be_stopped(
     assert capsys.readouterr().err == "interrupted by SIGUSR1\n"
 
 
-def test_slurm_never_requeues_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slurm_never_requeues_by_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Lightning would write a checkpoint of its own, and load it into every later stage."""
-    monkeypatch.delenv("SLURM_NTASKS", raising=False)
-    own = LightningEnvironment()
-    assert cluster_plugins(None) == []
-    assert cluster_plugins(own) == [own]
-    for name, value in {"NTASKS": "1", "JOB_NAME": "cocoa"}.items():
+    slurm = {"NTASKS": "1", "JOB_NAME": "cocoa", "JOB_ID": "7", "PROCID": "0", "LOCALID": "0"}
+    for name, value in slurm.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
-    (slurm,) = cluster_plugins([])
-    assert isinstance(slurm, SLURMEnvironment)
-    assert not slurm.auto_requeue
-    assert cluster_plugins([own]) == [own]  # the user's choice
+
+    class Preempted(L.Callback):
+        def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            assert signal.getsignal(signal.SIGUSR1) is ours
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    def run() -> None:
+        nonlocal ours
+        ours = signal.getsignal(signal.SIGUSR1)
+        environment: Any = trainer._accelerator_connector.cluster_environment  # type: ignore
+        assert isinstance(environment, SLURMEnvironment)
+        assert environment.auto_requeue
+        trainer.fit(BoringModel())
+
+    ours: Any = None
+    trainer = L.Trainer(
+        accelerator="cpu",
+        callbacks=[Preempted()],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        default_root_dir=tmp_path,
+    )
+    assert guarded(run) == 130
+    assert capsys.readouterr().err.endswith("interrupted by SIGUSR1\n")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])

@@ -10,10 +10,6 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
-from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
-
 from cocoa_pl.errors import Interrupted
 
 LOST_PROCESS, INTERRUPTED = 3, 130  # exit statuses
@@ -27,6 +23,9 @@ STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Ctrl-C, and what c
 def interruptible() -> Iterator[None]:
     """Within this a signal that asks the process to stop raises `Interrupted`; a second one, which
     is no echo of it, ends it at once.
+
+    Lightning leaves a SIGUSR1 alone that has a handler. Within SLURM it would answer with a
+    checkpoint of its own, which it loads into every later stage, and requeue the job.
     """
     process, before, said, since = os.getpid(), stop_handlers(), "", 0.0
 
@@ -61,22 +60,6 @@ def stop_handlers() -> dict[int, Any]:
 def handle_stops(handlers: Mapping[int, Any]) -> None:
     for number, handler in handlers.items():
         signal.signal(number, handler)
-
-
-def cluster_plugins(given: Any) -> list[Any]:
-    """A trainer's plugins, with SLURM's where SLURM started the process.
-
-    By itself Lightning would answer SIGUSR1 there with a checkpoint of its own, which it loads into
-    every later stage, and requeue the job.
-
-    Args:
-        given: `plugins` of the trainer's config: one, several or none.
-    """
-    plugins = [] if given is None else given if isinstance(given, list) else [given]
-    has_own = any(isinstance(plugin, ClusterEnvironment) for plugin in plugins)
-    if has_own or TorchElasticEnvironment.detect() or not SLURMEnvironment.detect():
-        return plugins
-    return [*plugins, SLURMEnvironment(auto_requeue=False)]
 
 
 def end_with_parent(*, message: str = "") -> None:

@@ -13,7 +13,6 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, ProgressBar
 from lightning.pytorch.loggers import Logger
 
-from cocoa_pl.distributed.processes import cluster_plugins
 from cocoa_pl.distributed.strategies import TIMEOUT, FullySharded, Replicated
 from cocoa_pl.errors import UserError, first_line
 from cocoa_pl.stages.callbacks import StageProgress
@@ -98,7 +97,6 @@ def make_trainer(parts: Parts, *, steps: int, validate_every: int) -> L.Trainer:
         "val_check_interval": validate_every,
         "check_val_every_n_epoch": None,
         "use_distributed_sampler": False,
-        "plugins": cluster_plugins(asked.get("plugins")),
         "enable_progress_bar": has_bar,
         "default_root_dir": parts.run_dir,
         "logger": parts.loggers,
