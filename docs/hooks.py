@@ -27,7 +27,7 @@ from cocoa_pl.data.items import IMAGE_SLOT, Item
 from cocoa_pl.data.masking import Masking, with_noise
 from cocoa_pl.data.processor import Processor
 from cocoa_pl.run import make_processors, open_model
-from cocoa_pl.stages.pictures import unpatchify
+from cocoa_pl.stages.callbacks import unpatchify
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLE = (5, 1, 4)  # CONTEXT, BOTTLENECK, TARGET in the pictures of attention

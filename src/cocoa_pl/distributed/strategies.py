@@ -70,12 +70,6 @@ class FullySharded(ModelParallelStrategy):
         reshard(self.model)
         return dict(trained_state(self.model))
 
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
-    ) -> None:
-        names = {"names": sorted(checkpoint["state_dict"])}
-        super().save_checkpoint(checkpoint | names, filepath, storage_options)
-
     def load_checkpoint(
         self, checkpoint_path: Any, weights_only: bool | None = None
     ) -> dict[str, Any]:
@@ -89,11 +83,9 @@ class FullySharded(ModelParallelStrategy):
         path, mine = Path(checkpoint_path), self.lightning_module_state_dict()
         with readable(path):
             meta = torch.load(path / META, map_location="cpu", weights_only=True)
-            found = set(meta.pop("names"))
+            found = set(saved_below(path, f"{MODEL}."))
             load_shards({MODEL: {n: mine[n] for n in found & set(mine)}}, checkpoint_id=path)
-            saved = FileSystemReader(path).read_metadata().state_dict_metadata
-            prefix = f"{OPTIMIZER}.state."
-            had = {k.removeprefix(prefix).rpartition(".")[0] for k in saved if k.startswith(prefix)}
+            had = {key.rpartition(".")[0] for key in saved_below(path, f"{OPTIMIZER}.state.")}
             for optimizer in self.optimizers if found == set(mine) else ():
                 state: dict[str, Any] = get_optimizer_state_dict(self.model, optimizer)  # of all
                 state["state"] = {name: state["state"][name] for name in had}
@@ -105,6 +97,12 @@ class FullySharded(ModelParallelStrategy):
                     options=StateDictOptions(strict=False),  # others begin at their first gradient
                 )
         return meta | {"state_dict": dict.fromkeys(found)}
+
+
+def saved_below(folder: Path, prefix: str) -> dict[str, Any]:
+    """What shards hold of the names that begin so, by the rest of the name: types and sizes."""
+    entries = FileSystemReader(folder).read_metadata().state_dict_metadata.items()
+    return {key.removeprefix(prefix): entry for key, entry in entries if key.startswith(prefix)}
 
 
 def shard(

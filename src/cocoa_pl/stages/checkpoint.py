@@ -22,8 +22,6 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 
 from cocoa_pl.distributed.processes import ECHO_SECONDS, handle_stops, is_lost_worker, stop_handlers
@@ -33,6 +31,7 @@ from cocoa_pl.distributed.strategies import (
     FullySharded,
     first_reason,
     readable,
+    saved_below,
     trained_state,
 )
 from cocoa_pl.errors import UserError
@@ -78,10 +77,8 @@ def read_weights(path: Path, content: dict[str, Any]) -> dict[str, Tensor]:
         weights = content["state_dict"]
     else:
         with readable(path):
-            for name, entry in FileSystemReader(path).read_metadata().state_dict_metadata.items():
-                kind, _, name = name.partition(".")
-                if kind == MODEL and isinstance(entry, TensorStorageMetadata):
-                    weights[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
+            for name, entry in saved_below(path, f"{MODEL}.").items():
+                weights[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
             load_shards({MODEL: weights}, checkpoint_id=path, no_dist=True)
     own = "backbone."
     return {n.removeprefix(own): value for n, value in weights.items() if n.startswith(own)}
@@ -265,8 +262,7 @@ class LastCheckpoint(Checkpoint):
             reason = first_reason(error)
             # What rank 0 alone writes the others wait behind; what all write fails on all of them.
             trainer.strategy.barrier()
-        failed = trainer.strategy.reduce_boolean_decision(bool(reason), all=False)
-        if failed:
+        if trainer.strategy.reduce_boolean_decision(bool(reason), all=False):
             if path != self.path:
                 shutil.rmtree(path, ignore_errors=True)
             kept = f"{self.path} is as it was" if self.path.exists() else "there is none yet"

@@ -20,7 +20,7 @@ from cocoa_pl.losses import masked_next_token, rebuilt_patches
 from cocoa_pl.models.backbone import Backbone, ImageDecoder, NoVocabularyHead
 from cocoa_pl.models.dora import shared_norms
 from cocoa_pl.stages.base import StageModule
-from cocoa_pl.stages.pictures import hidden_text, image_triptychs
+from cocoa_pl.stages.callbacks import hidden_text, image_triptychs
 
 # Below this, target tokens learn hardly anything of their context through the bridge.
 NO_BRIDGE_GAIN = 0.05  # nats per token
