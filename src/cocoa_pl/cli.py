@@ -9,7 +9,6 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 from rich.console import Console
 
@@ -51,8 +50,5 @@ def run(arguments: Sequence[str]) -> int:
     # Not at the top of the file: `cocoa --help` should not wait for it.
     from cocoa_pl.config.process import guarded
 
-    def command() -> int:
-        module: Any = importlib.import_module(f"{__package__}.{COMMANDS[parsed.command][0]}")
-        return module.run(parsed.words, Console())
-
-    return guarded(command)
+    module = f"{__package__}.{COMMANDS[parsed.command][0]}"
+    return guarded(lambda: importlib.import_module(module).run(parsed.words, Console()))

@@ -11,8 +11,7 @@ from typing import Any
 class UserError(ValueError):
     """A mistake in the user's data, config or files, as one sentence that names the culprit.
 
-    Entry points print it without a traceback and exit with status 2; everything else is a bug of
-    ours.
+    Entry points print it without a traceback and exit with status 2; all else is a bug of ours.
     """
 
     def __init__(self, message: str) -> None:

@@ -179,6 +179,5 @@ def build(node: Any) -> Any:
             raise UserError(f"{message}; it must be importable (PYTHONPATH)") from error
         raise
     except MissingMandatoryValue as error:
-        raise UserError(
-            f"{error.full_key} has no value; give it as {error.full_key}=..."
-        ) from error
+        key = error.full_key
+        raise UserError(f"{key} has no value; give it as {key}=...") from error
