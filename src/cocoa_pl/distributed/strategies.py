@@ -70,9 +70,7 @@ class FullySharded(ModelParallelStrategy):
         reshard(self.model)
         return dict(trained_state(self.model))
 
-    def load_checkpoint(
-        self, checkpoint_path: Any, weights_only: bool | None = None
-    ) -> dict[str, Any]:
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: Any = None) -> dict[str, Any]:
         """Load what both have; the caller compares the names and refuses what does not match.
 
         Of the optimizer that is the state of the parameters that had one: AdamW makes it at the

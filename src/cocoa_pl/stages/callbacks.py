@@ -106,18 +106,12 @@ class Pictures(L.Callback):
 
     @torch.no_grad()
     def on_validation_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,  # list[Batch]
-        batch_idx: int,
-        *_: Any,
+        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, *_: Any
     ) -> None:
         if batch_idx:
             return
         # On all ranks, because sharded parameters are gathered by all together.
-        pictures: dict[str, Any] = pl_module.pictures(batch)  # type: ignore[operator]
+        pictures: dict[str, Any] = pl_module.pictures(batch)
         if not trainer.is_global_zero:
             return
         stage, step = str(pl_module.label).split()[-1], trainer.global_step

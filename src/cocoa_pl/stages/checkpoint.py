@@ -72,10 +72,8 @@ def read_weights(path: Path, content: dict[str, Any]) -> dict[str, Tensor]:
     """The backbone's trained weights of a checkpoint that `read` has opened, named as in the
     backbone itself; those of shards are put together by this process alone.
     """
-    weights: dict[str, Tensor] = {}
-    if path.is_file():
-        weights = content["state_dict"]
-    else:
+    weights: dict[str, Tensor] = content.get("state_dict", {})  # a folder's content has none
+    if path.is_dir():
         with readable(path):
             for name, entry in saved_below(path, f"{MODEL}.").items():
                 weights[name] = torch.empty(entry.size, dtype=entry.properties.dtype)

@@ -333,7 +333,7 @@ def _run_stage(
                 "trainer.limit_train_batches, trainer.fast_dev_run or a callback",
                 *(label, taken, steps),
             )
-        metrics = _final_validation(trainer, module, data, label=label)
+        metrics = _final_validation(trainer, module, data)
     finally:
         close(trainer.loggers)
     return {
@@ -347,9 +347,7 @@ def _run_stage(
     }
 
 
-def _final_validation(
-    trainer: L.Trainer, module: StageModule, data: StageData, *, label: str
-) -> dict[str, float]:
+def _final_validation(trainer: L.Trainer, module: StageModule, data: StageData) -> dict[str, float]:
     """What validation found at the stage's last step, in words too; of a checkpoint of that step,
     behind which nothing was trained, it is measured now.
     """
@@ -361,7 +359,7 @@ def _final_validation(
         if name.startswith("validation/")
     }
     if metrics:
-        log.info("%s done; %s", label, module.summary_line(metrics))
+        log.info("%s done; %s", module.label, module.summary_line(metrics))
     else:
-        log.info("%s done; there is no validation data to judge it by", label)
+        log.info("%s done; there is no validation data to judge it by", module.label)
     return {name: value for name, value in metrics.items() if not math.isnan(value)}
