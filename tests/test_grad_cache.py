@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from cocoa_pl.grad_cache import GradientCache
 from cocoa_pl.losses import info_nce
-from cocoa_pl.stages.contrastive import GradientCache
 
 ROWS, WIDTH = 7, 6
 SEED = 3

@@ -18,8 +18,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy, normalize
 
 from cocoa_pl.distributed.strategies import shard
+from cocoa_pl.grad_cache import GradientCache
 from cocoa_pl.models.dora import make_lean, shared_norms
-from cocoa_pl.stages.contrastive import GradientCache
 from tests.processes import start_ranks
 
 pytestmark = pytest.mark.slow  # two processes that import everything

@@ -18,7 +18,7 @@ PACKAGE = "cocoa_pl"
 # Lowest first. A module may import its own layer and the layers above it in this table.
 LAYERS = (
     {"errors", "config.bounds", "attention"},
-    {"losses", "distributed"},
+    {"losses", "grad_cache", "distributed"},
     {"models", "data"},
     {
         *("stages", "evaluation", "embedder", "export", "doctor", "search", "for_mteb", "mining"),

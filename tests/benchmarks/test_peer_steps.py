@@ -26,9 +26,9 @@ from cocoa_pl.attention import Policy
 from cocoa_pl.data.batch import Sample, pack
 from cocoa_pl.data.masking import Masking, with_noise
 from cocoa_pl.data.processor import Processor
+from cocoa_pl.grad_cache import GradientCache
 from cocoa_pl.losses import info_nce, masked_next_token, rebuilt_patches
 from cocoa_pl.models.backbone import Backbone, ImageDecoder
-from cocoa_pl.stages.contrastive import GradientCache
 
 CPU = torch.device("cpu")
 MAX_PIXELS = 24 * 28**2
