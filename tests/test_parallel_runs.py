@@ -187,8 +187,7 @@ def jobs_of_two(names: list[str], make_job: Callable[..., Job]) -> list[Job]:
 @pytest.fixture(scope="module")
 def runs(make_job: Callable[..., Job], folder: Path) -> Path:
     """Runs of one and of two processes; one of two is stopped and goes on."""
-    for tuning in TUNINGS:
-        run(make_job("cpu", tuning, 1))
+    run(make_job("cpu", "full", 1))
     jobs = jobs_of_two(OF_TWO, make_job)
     start_ranks(work, 2, str(folder / "meeting2"), jobs, world=2)
     return folder
@@ -197,7 +196,7 @@ def runs(make_job: Callable[..., Job], folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def more_runs(runs: Path, make_job: Callable[..., Job]) -> Path:
     """What is left out of `runs` for its time."""
-    for tuning in (*UNUSED, *MORE):
+    for tuning in ("dora", *UNUSED, *MORE):
         run(make_job("cpu", tuning, 1))
     jobs = jobs_of_two(MORE_OF_TWO, make_job)
     start_ranks(work, 2, str(runs / "meeting2more"), jobs, world=2)
@@ -205,8 +204,9 @@ def more_runs(runs: Path, make_job: Callable[..., Job]) -> Path:
 
 
 @pytest.fixture(scope="module")
-def runs_of_four(runs: Path, make_job: Callable[..., Job]) -> Path:
+def runs_of_four(more_runs: Path, make_job: Callable[..., Job]) -> Path:
     """The same by four; some are stopped, and go on with two."""
+    runs = more_runs
     jobs = [make_job(s, tuning, 4) for s in STRATEGIES for tuning in TUNINGS]
     names = {tuning: f"moved-{tuning}" for tuning in TUNINGS}
     jobs += [make_job("fsdp", t, 4, name=name, stopped=True) for t, name in names.items()]
@@ -216,9 +216,9 @@ def runs_of_four(runs: Path, make_job: Callable[..., Job]) -> Path:
     return runs
 
 
-OF_TWO = ["ddp-full-2", "fsdp-dora-2", "again-full"]
+OF_TWO = ["ddp-full-2", "again-full"]
 MORE_OF_TWO = [
-    *("ddp-dora-2", "fsdp-full-2", "again-dora"),
+    *("ddp-dora-2", "fsdp-dora-2", "fsdp-full-2", "again-dora"),
     *(f"fsdp-{tuning}-2" for tuning in MORE),
     *(f"again-{tuning}" for tuning in UNUSED),
 ]
@@ -260,9 +260,15 @@ def assert_as_one_process(run_dir: Path, runs: Path) -> None:
     assert_same(others, weights)
 
 
-@pytest.mark.parametrize("tuning", TUNINGS)
-def test_the_runs_have_moved_the_weights(tuning: str, runs: Path, tiny_folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("tuning", "made"),
+    [("full", "runs"), pytest.param("dora", "more_runs", marks=pytest.mark.slow)],
+)
+def test_the_runs_have_moved_the_weights(
+    tuning: str, made: str, tiny_folder: Path, request: pytest.FixtureRequest
+) -> None:
     """Otherwise equal weights would say nothing."""
+    runs = request.getfixturevalue(made)
     before = load_file(tiny_folder / "model.safetensors")
     after = load_file(runs / f"cpu-{tuning}-1" / "model" / "model.safetensors")
     moved = [name for name, value in after.items() if (value - before[name]).abs().max() > 2e-3]

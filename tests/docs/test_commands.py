@@ -118,8 +118,11 @@ def _config_of(experiment: str) -> str:
 
 
 def marked(command: str) -> Any:
-    """Sweeps are many runs; published models and mteb's tasks take long to open."""
-    is_long = " -m " in command or "benchmark=mteb" in command
+    """Sweeps are many runs, published models and mteb's tasks take long to open, and what choose
+    a checkpoint or end a stage are whole recipes.
+    """
+    long = (" -m ", "benchmark=mteb", "export=best", "+callbacks.")
+    is_long = any(words in command for words in long)
     is_long |= any(REAL.match(word) for word in shlex.split(command))
     return pytest.param(command, id=command, marks=[pytest.mark.slow] * is_long)
 

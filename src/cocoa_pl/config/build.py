@@ -136,9 +136,12 @@ def _check_sections(cfg: DictConfig, kinds: Mapping[str, Any]) -> None:
     choices = HydraConfig.get().runtime.choices if HydraConfig.initialized() else ()
     groups = {name.rpartition("@")[2]: name for name in choices if "@" in name}
     ours = [key for key, kind in kinds.items() if str(kind).startswith("<class 'cocoa_pl.")]
-    for place in (*groups, *ours, *(key.rpartition(".")[0] for key in kinds if "." in key)):
-        value = _resolved(cfg, place)
-        if isinstance(value, str | int | float) and value != MISSING:
+    sections = (key.rpartition(".")[0] for key in kinds if "." in key)
+    for place in dict.fromkeys((*groups, *ours, *sections)):
+        value = None
+        with suppress(OmegaConfBaseException):  # raised where it is needed
+            value = OmegaConf.select(cfg, place)
+        if isinstance(value, str | int | float):
             hint = f"{groups[place]}={value}" if place in groups else f"{place}.KEY=..."
             raise UserError(f"{place} holds several values; did you mean {hint}?")
 
