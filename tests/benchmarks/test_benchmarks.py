@@ -175,6 +175,7 @@ def test_needed_scores_are_those_of_the_dense_mask() -> None:
     assert int(mask.sum()) == task.plan().num_scores
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "benchmark", [b for b in BENCHMARKS if CUDA_IN_FLOAT32 in b.sizes], ids=lambda b: b.name
 )

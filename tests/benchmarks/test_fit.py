@@ -132,7 +132,7 @@ def has_model(benchmark: Benchmark) -> bool:
     "benchmark",
     [
         pytest.param(
-            one, id=one.name, marks=[pytest.mark.slow] * (has_model(one) or one.id == "B9")
+            one, id=one.name, marks=[pytest.mark.slow] * (has_model(one) or one.id in {"B5", "B9"})
         )
         for one in (*BENCHMARKS, contrast.SAME_DROPOUT)
         if one.sizes["cuda"] != one.sizes["cpu"]  # on the processor else

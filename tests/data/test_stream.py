@@ -380,7 +380,9 @@ def fit(data: StageData, steps: int, *, folder: Path, resume: Path | None = None
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("num_workers", "stop"), [(0, 3), (0, 6), (2, 3)])
+@pytest.mark.parametrize(
+    ("num_workers", "stop"), [(0, 3), pytest.param(0, 6, marks=pytest.mark.slow), (2, 3)]
+)
 def test_interrupted_run_trains_on_the_same_rows_as_a_whole_one(
     make_stream: MakeStream, processor: Processor, tmp_path: Path, num_workers: int, stop: int
 ) -> None:

@@ -132,6 +132,7 @@ def test_pointing_at_a_point_shows_its_picture(opened: Any) -> None:
     assert f"query · {NAMES[0]} row 3" in about.text
 
 
+@pytest.mark.slow
 def test_keys_lead_everywhere(opened: Any) -> None:
     """Tab reaches every kind of control; arrows go through choices and points of the map."""
     from selenium.webdriver.common.keys import Keys

@@ -88,6 +88,7 @@ def test_the_card_holds_recipe_scores_and_parity(run_folder: Path, console: Cons
     assert not (out / "modules.json").exists()
 
 
+@pytest.mark.slow
 def test_code_of_the_card_runs(run_folder: Path, console: Console) -> None:
     """The transformers example, word for word, gives the Embedder's vector."""
     assert command.run([str(run_folder), "--to", "hf"], console) == 0

@@ -19,7 +19,12 @@ from cocoa_pl.models.backbone import Backbone
 from cocoa_pl.models.loading import FAMILIES, Loaded
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES), indirect=True, scope="session")
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(f, marks=[pytest.mark.slow] * (f != "qwen3_vl")) for f in sorted(FAMILIES)],
+    indirect=True,
+    scope="session",
+)
 def test_exported_model_gives_the_same_vectors_here_and_in_plain_transformers(
     adapted: Callable[..., Backbone],
     policies: dict[str, Policy],

@@ -71,8 +71,8 @@ def check_peak(make_small: MakeSmall, dtype: torch.dtype, stage: str, **choices:
     ("stage", "dtype", "choices"),
     [
         ("warmup", BFLOAT16, {"token_budget": 330}),
-        ("contrast", FLOAT32, {"token_budget": 330}),
-        ("contrast", BFLOAT16, {"family": "qwen3_vl"}),
+        pytest.param("contrast", FLOAT32, {"token_budget": 330}, marks=pytest.mark.slow),
+        pytest.param("contrast", BFLOAT16, {"family": "qwen3_vl"}, marks=pytest.mark.slow),
     ],
     ids=["warmup", "contrast", "qwen3_vl"],
 )
@@ -103,7 +103,9 @@ def test_everything_takes_the_planned_bytes(
         )
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [pytest.param(f, marks=[pytest.mark.slow] * (f != "qwen2_vl")) for f in FAMILIES]
+)
 @pytest.mark.parametrize("adapter", ["none", "lora", "dora", "lean"])
 @pytest.mark.parametrize(
     "dtype",

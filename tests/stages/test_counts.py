@@ -95,7 +95,7 @@ def test_no_token_is_padding(make: Make, rows: MakeRows) -> None:
     assert sum(tokens) == 2 * num_tokens(batches) - batches[0].num_tokens
 
 
-@pytest.mark.parametrize("stage", ["warmup", "reconstruct"])
+@pytest.mark.parametrize("stage", ["warmup", pytest.param("reconstruct", marks=pytest.mark.slow)])
 def test_operations_grow_with_the_tokens_and_not_faster(
     stage: str, make: Make, rows: MakeRows
 ) -> None:
@@ -120,6 +120,7 @@ def peak(module: StageModule, rows: Rows) -> int:
     return live.peak
 
 
+@pytest.mark.slow
 def test_memory_of_contrast_grows_with_the_embeddings_and_a_block_of_similarities(
     make: Make, rows: MakeRows
 ) -> None:

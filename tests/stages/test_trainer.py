@@ -219,8 +219,8 @@ def test_loggers_are_lightnings_own_and_learn_the_config(
     ("words", "steps"),
     [
         (["+trainer.max_steps=2"], 2),
-        (["+trainer.limit_train_batches=1"], 1),
-        (["+trainer.max_time={milliseconds: 1}"], 1),
+        pytest.param(["+trainer.limit_train_batches=1"], 1, marks=pytest.mark.slow),
+        pytest.param(["+trainer.max_time={milliseconds: 1}"], 1, marks=pytest.mark.slow),
     ],
 )
 def test_a_capped_stage_says_how_far_it_came(
