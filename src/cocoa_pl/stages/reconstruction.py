@@ -78,11 +78,13 @@ class ReconstructionModule(StageModule):
             Logits (M, V) of hidden tokens, and (N, merge_size ** 2 * B) normalised pixels of hidden
             visual tokens: as predicted, and as they are; N is 0 without an image decoder.
         """
-        backbone, decoder, shown = self.backbone, self.image_decoder, None
-        if decoder is not None:
+        backbone, decoder = self.backbone, self.image_decoder
+        if decoder is None:
+            hidden = backbone(batch)  # (T, D)
+        else:
             pixels = backbone.pixels(batch)  # (P, B)
-            shown = with_noise(pixels, batch, merge_size=backbone.merge_size)
-        hidden = backbone(batch, shown)  # (T, D)
+            # Without a name: what is shown would stay until the loss, the size of all pixels.
+            hidden = backbone(batch, with_noise(pixels, batch, merge_size=backbone.merge_size))
         # Only states that predict: logits of all T tokens would be a step's largest tensor.
         logits = backbone.vocabulary(hidden.index_select(0, batch.token_rows))
         if decoder is None:
