@@ -48,8 +48,9 @@ def draw_ratios(records: Sequence[Record], path: Path) -> None:
     axes.set_xscale("log")
     largest = max(max(r["ci"][1], r["target"] or 1) for r in records)
     smallest = min(min(r["ci"][0], 1) for r in records)
-    axes.set_xlim(smallest / 1.3, largest * 1.5)
-    shown = [tick for tick in TICKS if smallest / 1.3 <= tick <= largest * 1.5]
+    left, right = smallest / 1.3, largest * 1.5
+    axes.set_xlim(left, right)
+    shown = [tick for tick in TICKS if left <= tick <= right]
     axes.xaxis.set_major_locator(FixedLocator(shown))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))

@@ -162,6 +162,19 @@ def test_parts_of_a_run_score_as_the_run(
     assert scores(tmp_path) == scores(finished[0])
 
 
+def test_a_damaged_config_is_told_before_anything_is_embedded(
+    finished: tuple[Path, Ended], cache: Path, tmp_path: Path, run: Run
+) -> None:
+    shutil.copytree(finished[0] / "model", tmp_path / "damaged" / "model")
+    (tmp_path / "damaged" / "config.yaml").write_text("seed: [")
+    words = ["ckpt=damaged", "hydra.run.dir=scored", f"cache_dir={cache}", "store=vectors"]
+    ended = run("evaluate.py", *words, *SMALL_BENCHMARK)
+    assert ended.status == 2
+    assert "damaged/config.yaml is damaged" in ended.err
+    assert not (tmp_path / "scored" / "results.json").exists()
+    assert not (tmp_path / "vectors").exists()
+
+
 def test_a_checkpoint_opens_with_a_kernel_that_runs_here(
     finished: tuple[Path, Ended], tmp_path: Path
 ) -> None:

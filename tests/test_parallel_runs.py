@@ -206,14 +206,13 @@ def more_runs(runs: Path, make_job: Callable[..., Job]) -> Path:
 @pytest.fixture(scope="module")
 def runs_of_four(more_runs: Path, make_job: Callable[..., Job]) -> Path:
     """The same by four; some are stopped, and go on with two."""
-    runs = more_runs
     jobs = [make_job(s, tuning, 4) for s in STRATEGIES for tuning in TUNINGS]
     names = {tuning: f"moved-{tuning}" for tuning in TUNINGS}
     jobs += [make_job("fsdp", t, 4, name=name, stopped=True) for t, name in names.items()]
-    start_ranks(work, 4, str(runs / "meeting4"), jobs, world=4)
+    start_ranks(work, 4, str(more_runs / "meeting4"), jobs, world=4)
     jobs = [make_job("fsdp", t, 2, name=name, resume=True) for t, name in names.items()]
-    start_ranks(work, 2, str(runs / "meeting2again"), jobs, world=2)
-    return runs
+    start_ranks(work, 2, str(more_runs / "meeting2again"), jobs, world=2)
+    return more_runs
 
 
 OF_TWO = ["ddp-full-2", "again-full"]

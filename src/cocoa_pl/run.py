@@ -261,6 +261,7 @@ def score(
         return
     subsets = benchmark.subsets()
     check_subsets(subsets)
+    provenance = _provenance(Path(path), facts, embedder.policy)  # damage shows before the work
     vectors_of = embedded(embedder, subsets, vectors)
     if rank():
         return
@@ -278,7 +279,7 @@ def score(
         results,
         title=f"cocoa_pl on {benchmark.name}",
         date=datetime.date.today().isoformat(),
-        provenance=_provenance(Path(path), facts, embedder.policy),
+        provenance=provenance,
         published=beside,
     )
     console.print(report.score_table(results))

@@ -262,9 +262,11 @@ class ContrastiveModule(StageModule):
             found["accuracy"] = sums["hits"] / sums["compared"]
         if sums["compared"] < sums["rows"]:
             found["with_negatives"] = sums["compared"] / sums["rows"]
-        found["precision_at_1"] = self.precision.compute()
+        return found | {"precision_at_1": self.precision.compute()}
+
+    def on_validation_epoch_end(self) -> None:
+        super().on_validation_epoch_end()
         self.precision.reset()
-        return found
 
     def summary_line(self, metrics: dict[str, float]) -> str:
         line = f"validation: loss {metrics['loss']:.3f}, "
