@@ -21,11 +21,11 @@ LAYERS = (
     {"losses", "grad_cache", "distributed"},
     {"models", "data"},
     {
-        *("stages", "evaluation", "embedder", "export", "doctor", "search", "for_mteb", "mining"),
+        *("stages", "evaluation", "embedder", "export", "doctor", "search", "for_mteb"),
     },
     {
-        *("cli", "sweep", "config", "run", "planning"),
-        *(f"{tool}.command" for tool in ("attention", "doctor", "export", "mining", "search")),
+        *("cli", "sweep", "config", "run", "planning", "mining"),
+        *(f"{tool}.command" for tool in ("attention", "doctor", "export", "search")),
     },
 )
 # Within a layer, or against its direction, these would be allowed by the table alone.

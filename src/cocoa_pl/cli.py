@@ -18,7 +18,7 @@ COMMANDS = {
     "attention": ("attention.command", "an attention policy as a 0/1 grid and as a PNG"),
     "doctor": ("doctor.command", "check a data set and its images before training"),
     "export": ("export.command", "a trained model for transformers or sentence-transformers"),
-    "mine": ("mining.command", "training data with hard negatives that a model finds"),
+    "mine": ("mining", "training data with hard negatives that a model finds"),
     "report": ("evaluation.comparison", "scored runs side by side on one page"),
     "search": ("search.command", "search a folder of images by a text, an image, or both"),
     "plan": ("planning.command", "what a training run needs: memory, time, disk"),

@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 from PIL import Image
 from rich.console import Console
 
+from cocoa_pl import mining
 from cocoa_pl.config.build import build
 from cocoa_pl.config.command_line import compose_overrides, run_app
 from cocoa_pl.data.digits import DigitsData
@@ -22,9 +23,7 @@ from cocoa_pl.data.items import IMAGE_SLOT, Item, Pair
 from cocoa_pl.embedder import Embedder
 from cocoa_pl.errors import UserError
 from cocoa_pl.export.folder import export
-from cocoa_pl.mining import command
-from cocoa_pl.mining.folder import image_root, write_subset
-from cocoa_pl.mining.mine import mine
+from cocoa_pl.mining import image_root, mine, write_subset
 
 
 def read_back(folder: Path, subsets: list[str], root: Path) -> list[Pair]:
@@ -147,7 +146,7 @@ def test_digits_are_mined_and_read_back(
     small = ["data.scenes=60", "data.task_rows=20", "data.validation_rows=25", "cache_dir=cache"]
     out = Path("it's mined, 2 (é)")
     arguments = [str(model), f'out="{out}"', "negatives=2", *small]
-    assert command.run(arguments, console) == 0
+    assert mining.run(arguments, console) == 0
     data = DigitsData(
         cache_dir="cache",
         seed=0,
@@ -178,12 +177,12 @@ def test_digits_are_mined_and_read_back(
     for subset in subsets:
         assert subset in output
     capsys.readouterr()
-    assert command.run(arguments, console) == 2
+    assert mining.run(arguments, console) == 2
     assert f"out={out} exists and is not empty" in capsys.readouterr().err
     Path("notes.txt").touch()
-    assert command.run([*arguments, "out=notes.txt"], console) == 2
+    assert mining.run([*arguments, "out=notes.txt"], console) == 2
     assert "out=notes.txt exists" in capsys.readouterr().err
-    assert command.run(["out=new"], console) == 2
+    assert mining.run(["out=new"], console) == 2
     assert "say which model mines" in capsys.readouterr().err
-    assert command.run(["none", "benchmark=mmeb_v2"], Console(quiet=True)) == 2
+    assert mining.run(["none", "benchmark=mmeb_v2"], Console(quiet=True)) == 2
     assert "leave out benchmark=" in capsys.readouterr().err

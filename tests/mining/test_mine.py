@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from cocoa_pl import mining
 from cocoa_pl.data.items import Item, numbered
-from cocoa_pl.mining import mine
-from cocoa_pl.mining.mine import choose
+from cocoa_pl.mining import choose
 
 
 def unit(*degrees: float) -> NDArray[np.float32]:
@@ -88,7 +88,7 @@ def by_rows(
 
 @pytest.mark.parametrize("block", [1, 100, 1 << 25])
 def test_blocks_give_what_single_rows_give(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mine, "BLOCK_VALUES", block)
+    monkeypatch.setattr(mining, "BLOCK_VALUES", block)
     random = np.random.default_rng(0)
     # Few values, exact in float32, so that there are ties.
     queries, candidates = (random.integers(-2, 3, (n, 4)).astype(np.float32) for n in (20, 30))

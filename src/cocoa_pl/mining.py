@@ -1,0 +1,358 @@
+"""`cocoa mine`: training data with the hard negatives that a model finds within each subset.
+
+Positive-aware, after NV-Retriever (https://arxiv.org/abs/2407.15831, "TopK-PercPos"): a candidate
+that is nearly as near as the positive is more likely another right answer than a hard wrong one.
+
+What is written is in MMEB's layout, which `data=mmeb` and `data=mmeb_hardneg` read:
+
+<folder>/<subset>/train-00000-of-00001.parquet    qry, qry_image_path, pos_text, pos_image_path,
+                                                  neg_text, neg_image_path: lists as strings
+<folder>/images/<digest>.<type>                   images that were embedded in the rows
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import shlex
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import starmap
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from omegaconf import DictConfig, OmegaConf
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from cocoa_pl.config.bounds import Count, ShareAboveZero
+from cocoa_pl.config.build import build
+from cocoa_pl.config.command_line import run_app
+from cocoa_pl.data.images import ImageSource, real_path
+from cocoa_pl.data.items import IMAGE_SLOT, PLACEHOLDER, Item, Pair, numbered
+from cocoa_pl.data.stream import PairStream
+from cocoa_pl.errors import UserError, quoted, renamed, typed
+from cocoa_pl.run import open_embedder
+
+FILE = "train-00000-of-00001.parquet"
+BLOCK_VALUES = 1 << 25  # similarities in memory together
+
+Encode = Callable[[Sequence[Item]], NDArray[np.float32]]
+
+
+def run(words: Sequence[str], console: Console) -> int:
+    """Run the command line's words, of which the first may be the model; the exit status is 0."""
+    words = list(words)
+    if words and not words[0].startswith("-") and ("=" not in words[0] or Path(words[0]).exists()):
+        words[0] = f"ckpt={quoted(words[0])}"
+    return run_app("mine", lambda cfg: write(cfg, console), words)
+
+
+def write(cfg: DictConfig, console: Console) -> None:
+    """Write the folder of a config.
+
+    Raises:
+        UserError: for a folder that is in the way, or data that cannot be mined.
+    """
+    if OmegaConf.is_missing(cfg, "ckpt"):
+        raise UserError("say which model mines: cocoa mine RUN_OR_EXPORT")
+    if "benchmark" in cfg:
+        raise UserError("training data alone are mined; leave out benchmark=")
+    out = Path(cfg.out)
+    taken = UserError(f"out={out} exists and is not empty; name another folder")
+    if out.is_file() or (out.exists() and any(out.iterdir())):
+        raise taken
+    pairs = build(cfg.data).train_pairs()
+    if isinstance(pairs, PairStream):
+        raise UserError("a stream cannot be mined: all rows are candidates of each other")
+    embedder = open_embedder(cfg.ckpt, device=cfg.device)
+
+    def encode(items: Sequence[Item]) -> NDArray[np.float32]:
+        return embedder.encode(
+            items,
+            batch_tokens=cfg.batch_tokens,
+            threads=cfg.threads,
+            progress=console.is_terminal,
+        )
+
+    root = image_root(pairs, folder=out)
+    subsets = mine(
+        pairs,
+        encode,
+        number=cfg.negatives,
+        max_of_positive=cfg.max_of_positive,
+        keep=cfg.keep,
+    )
+    try:
+        (out / "images").mkdir(parents=True)  # two runs that start at once cannot share it
+    except FileExistsError:
+        raise taken from None
+    done = []
+    for mined in subsets:
+        write_subset(out, mined.subset, mined.pairs, root=root)
+        done.append(mined)
+    console.print(_table(done))
+    if not any(mined.negatives for mined in done):
+        raise UserError(
+            f"no row has a negative: max_of_positive={cfg.max_of_positive} takes every candidate "
+            f"for a right answer; raise it (the rows in {out} are as they were)"
+        )
+    names = ",".join(quoted(mined.subset) for mined in done)
+    words = (
+        *("data=mmeb", typed("data.root", out), typed("data.image_root", root), "data.split=train"),
+        *(shlex.quote(f"data.subsets=[{names}]"), "'data.caption_subsets=[]'"),
+    )
+    console.print(f"train on it: {' '.join(words)}", soft_wrap=True, markup=False, highlight=False)
+
+
+def _table(done: Sequence[Mined]) -> Table:
+    table = Table(box=None, header_style="bold")
+    table.add_column("subset")
+    for title in ("rows", "negatives a row", "positive", "hardest negative", "spared a row"):
+        table.add_column(title, justify="right")
+    for mined in done:
+        table.add_row(
+            mined.subset,
+            f"{len(mined.pairs):,}",
+            f"{mined.negatives:.2f}",
+            f"{mined.positive:.3f}",
+            "-" if np.isnan(mined.hardest) else f"{mined.hardest:.3f}",
+            f"{mined.spared:.1f}",
+        )
+    return table
+
+
+@dataclass(frozen=True)
+class Mined:
+    """A subset with its negatives, and what a reader should know of them.
+
+    Attributes:
+        pairs: as they were, with the mined negatives in place of their own.
+        positive: mean similarity of query and positive.
+        hardest: mean similarity of query and hardest negative; NaN without any.
+        spared: candidates that were left out as possibly right, a row.
+    """
+
+    subset: str
+    pairs: list[Pair]
+    positive: float
+    hardest: float
+    spared: float
+
+    @property
+    def negatives(self) -> float:
+        """Of a row, in the mean."""
+        return float(np.mean([len(pair.negatives) for pair in self.pairs]))
+
+
+def mine(
+    pairs: Sequence[Pair],
+    encode: Encode,
+    *,
+    number: Count,
+    max_of_positive: ShareAboveZero,
+    keep: bool,
+) -> Iterator[Mined]:
+    """Subset by subset, in the order of first appearance.
+
+    Args:
+        encode: gives unit vectors.
+        number: negatives of a row, at most.
+        max_of_positive: as in `choose`.
+        keep: a row's own negatives stay, before the mined ones.
+
+    Raises:
+        UserError: at once, if no subset has two answers.
+    """
+    rows: dict[str, list[Pair]] = {}
+    for pair in pairs:
+        rows.setdefault(pair.subset, []).append(pair)
+    if not any(p.positive.key != some[0].positive.key for some in rows.values() for p in some):
+        raise UserError(
+            "there is nothing to mine: in each subset all rows have the same positive, and only "
+            "positives of other rows become negatives"
+        )
+
+    def mined(subset: str, pairs: list[Pair]) -> Mined:
+        queries, query = numbered([pair.query for pair in pairs])
+        positives, positive = numbered([pair.positive for pair in pairs])
+
+        def encoded(items: list[Item], numbers: list[int]) -> NDArray[np.float32]:
+            try:
+                return encode(items)
+            except UserError as error:
+                raise renamed(error, lambda item: pairs[numbers.index(item)].row_id) from error
+
+        chosen = choose(
+            encoded(queries, query),
+            encoded(positives, positive),
+            query=np.array(query, np.intp),
+            positive=np.array(positive, np.intp),
+            number=number,
+            max_of_positive=max_of_positive,
+        )
+        found = []
+        for pair, places in zip(pairs, chosen.candidates, strict=True):
+            own = pair.negatives if keep else ()
+            known = {item.key for item in own}
+            new = [positives[place] for place in places if positives[place].key not in known]
+            found.append(replace(pair, negatives=(*own, *new)))
+        some = chosen.hardest[np.isfinite(chosen.hardest)]
+        return Mined(
+            subset,
+            found,
+            positive=float(chosen.positive.mean()),
+            hardest=float(some.mean()) if len(some) else float("nan"),
+            spared=float(chosen.spared.mean()),
+        )
+
+    return starmap(mined, rows.items())
+
+
+class Chosen(NamedTuple):
+    """What was chosen for each row.
+
+    Attributes:
+        candidates: for each row, positions of its negatives, the hardest first; fewer where no more
+            candidates are left.
+        positive: (rows) similarity of query and positive.
+        hardest: (rows) similarity of the hardest negative, NaN without one.
+        spared: (rows) candidates left out because they may be right.
+    """
+
+    candidates: list[NDArray[np.intp]]
+    positive: NDArray[np.float32]
+    hardest: NDArray[np.float32]
+    spared: NDArray[np.int64]
+
+
+def choose(
+    queries: NDArray[np.float32],
+    candidates: NDArray[np.float32],
+    *,
+    query: NDArray[np.intp],
+    positive: NDArray[np.intp],
+    number: int,
+    max_of_positive: float,
+) -> Chosen:
+    """The `number` nearest candidates of each row that are wrong answers.
+
+    Left out are the answers of every row with the same query, and candidates whose similarity is
+    above `max_of_positive` times that of the positive (or above it, where that is negative).
+
+    Args:
+        queries, candidates: (Q, D) and (C, D), distinct and of unit length.
+        query, positive: (rows) places of a row's query and positive in them.
+    """
+    ends = np.cumsum(np.bincount(query, minlength=len(queries)))
+    answers = np.split(positive[np.argsort(query, kind="stable")], ends[:-1])  # of each query
+    rows_at_once = max(1, BLOCK_VALUES // max(1, len(candidates)))
+    chosen: list[NDArray[np.intp]] = []
+    of_positive = np.empty(len(query), np.float32)
+    hardest = np.full(len(query), np.nan, np.float32)
+    spared = np.zeros(len(query), np.int64)
+    for start in range(0, len(query), rows_at_once):
+        rows = np.arange(start, min(start + rows_at_once, len(query)))
+        similarities = queries[query[rows]] @ candidates.T
+        own = similarities[np.arange(len(rows)), positive[rows]]
+        for place, row in enumerate(rows):
+            similarities[place, answers[query[row]]] = -np.inf
+        limit = np.minimum(own * max_of_positive, own)
+        may_be_right = similarities > limit[:, None]
+        similarities[may_be_right] = -np.inf
+        of_positive[rows], spared[rows] = own, may_be_right.sum(axis=1)
+        for place, row in enumerate(rows):
+            nearest = _nearest(similarities[place], number)
+            chosen.append(nearest)
+            if len(nearest):
+                hardest[row] = similarities[place, nearest[0]]
+    return Chosen(chosen, of_positive, hardest, spared)
+
+
+def _nearest(similarities: NDArray[np.float32], number: int) -> NDArray[np.intp]:
+    """Places of the largest values that are left, the largest first; ties by place."""
+    number = min(number, int(np.isfinite(similarities).sum()))
+    if number == 0:
+        return np.empty(0, np.intp)
+    candidates = np.flatnonzero(similarities >= np.partition(similarities, -number)[-number])
+    order = np.argsort(-similarities[candidates], kind="stable")
+    return candidates[order[:number]]
+
+
+def image_root(pairs: Sequence[Pair], *, folder: Path) -> Path:
+    """The deepest folder that holds all image files of the pairs; the mined folder, without any."""
+    here = real_path(str(folder))
+    folders = {
+        os.path.dirname(real_path(str(source))) if isinstance(source, Path) else here
+        for pair in pairs
+        for item in (pair.query, pair.positive, *pair.negatives)
+        for source in item.media
+    }
+    return Path(os.path.commonpath(folders or {here}))
+
+
+def write_subset(folder: Path, subset: str, pairs: Sequence[Pair], *, root: Path) -> None:
+    """Write the rows of a subset.
+
+    Args:
+        root: what image paths are relative to.
+
+    Raises:
+        UserError: for a row with several images on one side, which the layout cannot hold.
+    """
+    columns: dict[str, list[str]] = defaultdict(list)
+    for pair in pairs:
+        for item, text, image in (
+            (pair.query, "qry", "qry_image_path"),
+            (pair.positive, "pos_text", "pos_image_path"),
+        ):
+            columns[text].append(_text(item, pair))
+            columns[image].append(_path(item, folder, root))
+        columns["neg_text"].append(str([_text(item, pair) for item in pair.negatives]))
+        columns["neg_image_path"].append(
+            str([_path(item, folder, root) for item in pair.negatives])
+        )
+    path = folder / subset / FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    pq.write_table(pa.table(columns), part)
+    part.replace(path)
+
+
+def _text(item: Item, pair: Pair) -> str:
+    if len(item.media) > 1:
+        raise UserError(f"{pair.row_id}: MMEB's layout holds one image on a side, not several")
+    return item.text.replace(IMAGE_SLOT, PLACEHOLDER)
+
+
+def _path(item: Item, folder: Path, root: Path) -> str:
+    """Relative to the root; an embedded image becomes a file first."""
+    if not item.media:
+        return ""
+    source = item.media[0]
+    file = source if isinstance(source, Path) else _as_file(source, folder / "images")
+    return str(Path(real_path(str(file))).relative_to(root))
+
+
+def _as_file(source: ImageSource, images: Path) -> Path:
+    if isinstance(source, Image.Image):
+        buffer = io.BytesIO()
+        source.save(buffer, "png")
+        source = buffer.getvalue()
+    assert isinstance(source, bytes)
+    with Image.open(io.BytesIO(source)) as opened:
+        kind = (opened.format or "image").lower()
+    file = images / f"{hashlib.blake2b(source, digest_size=12).hexdigest()}.{kind}"
+    if not file.exists():
+        images.mkdir(parents=True, exist_ok=True)
+        part = file.with_suffix(".part")
+        part.write_bytes(source)
+        part.replace(file)
+    return file
