@@ -23,7 +23,7 @@ from cocoa_pl.data.inputs import Input, as_item, as_list
 from cocoa_pl.data.item_batches import item_batches
 from cocoa_pl.data.items import Item
 from cocoa_pl.data.processor import Processor
-from cocoa_pl.errors import UserError, first_line, name_of
+from cocoa_pl.errors import UserError, first_line
 from cocoa_pl.losses import matryoshka
 from cocoa_pl.models.backbone import Backbone
 from cocoa_pl.models.exported import (
@@ -191,7 +191,7 @@ class Embedder:
             try:
                 return as_item(items[number], instruction)
             except ValueError as error:
-                raise UserError(f"{name_of(number)}: {error}") from error
+                raise UserError(str(error)) from error
 
         batches = item_batches(
             len(items),

@@ -1,10 +1,14 @@
 """What ends a command without a traceback: a mistake of the user, and a signal."""
 
+from __future__ import annotations
+
 import difflib
 import importlib
 import re
 import shlex
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from copy import copy
+from os import PathLike
 from typing import Any
 
 
@@ -12,11 +16,44 @@ class UserError(ValueError):
     """A mistake in the user's data, config or files, as one sentence that names the culprit.
 
     Entry points print it without a traceback and exit with status 2; all else is a bug of ours.
+    The fields are for programs, and survive copies and pickles; of an error that a data worker
+    raised torch hands over the sentence alone.
+
+    Args:
+        message: what is wrong and what to do; the row, or the item, and the role come before it.
+        kind: which mistake it is, for those that `cocoa doctor` counts.
+        row_id: the row's name, such as `Set row 812`.
+        role: the side of the row, such as `query`.
+        file: the file that is meant.
+        item: the place in the caller's list, where there are items without names.
     """
 
-    def __init__(self, message: str) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        kind: str = "",
+        row_id: str = "",
+        role: str = "",
+        file: str | PathLike[str] = "",
+        item: int | None = None,
+    ) -> None:
         # A DataLoader worker hands its whole traceback over as the message of a new UserError.
-        super().__init__(message.rsplit(f"{__name__}.UserError: ", 1)[-1].rstrip("\n"))
+        self.message = message.rsplit(f"{__name__}.UserError: ", 1)[-1].rstrip("\n")
+        super().__init__(self.message)
+        self.kind, self.row_id, self.role, self.file = kind, row_id, role, str(file)
+        self.item = item
+
+    def __str__(self) -> str:
+        name = self.row_id if self.item is None else f"item {self.item}"
+        place = ", ".join(part for part in (name, self.role) if part)
+        return f"{place}: {self.message}" if place else self.message
+
+    def of(self, *, row_id: str = "", role: str = "", item: int | None = None) -> UserError:
+        """The same error of this row, or of this item."""
+        found = copy(self)
+        found.row_id, found.role, found.item = row_id, role, item
+        return found
 
 
 class Interrupted(BaseException):
@@ -25,17 +62,6 @@ class Interrupted(BaseException):
     No Exception, which others catch and go on, and no KeyboardInterrupt, at which Lightning ends
     the process by itself.
     """
-
-
-def name_of(number: int) -> str:
-    """What messages call an item of a list."""
-    return f"item {number}"
-
-
-def renamed(error: UserError, name: Callable[[int], str]) -> UserError:
-    """The same error with the caller's name for the item of this number."""
-    match = re.fullmatch(r"item (\d+): (.*)", str(error), re.DOTALL)
-    return UserError(f"{name(int(match[1]))}: {match[2]}") if match else error
 
 
 def nearest(name: str, options: Iterable[str]) -> str:

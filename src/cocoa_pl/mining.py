@@ -38,7 +38,7 @@ from cocoa_pl.config.command_line import run_app
 from cocoa_pl.data.images import ImageSource, real_path
 from cocoa_pl.data.items import IMAGE_SLOT, PLACEHOLDER, Item, Pair, numbered
 from cocoa_pl.data.stream import PairStream
-from cocoa_pl.errors import UserError, quoted, renamed, typed
+from cocoa_pl.errors import UserError, quoted, typed
 from cocoa_pl.run import open_embedder
 
 FILE = "train-00000-of-00001.parquet"
@@ -188,7 +188,9 @@ def mine(
             try:
                 return encode(items)
             except UserError as error:
-                raise renamed(error, lambda item: pairs[numbers.index(item)].row_id) from error
+                if error.item is None:
+                    raise
+                raise error.of(row_id=pairs[numbers.index(error.item)].row_id) from error
 
         chosen = choose(
             encoded(queries, query),

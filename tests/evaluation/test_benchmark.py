@@ -167,7 +167,7 @@ def test_an_item_that_cannot_be_embedded_is_named_by_its_row(corpus: list[EvalSu
 
     def named(place: int) -> str:
         def encode(_: Sequence[Item]) -> np.ndarray:
-            raise UserError(f"item {place}: the encoded image is broken")
+            raise UserError("the encoded image is broken", item=place)
 
         with pytest.raises(UserError, match="the encoded image is broken") as caught:
             evaluate(encode, corpus[:1], benchmark="b", checkpoint="c")

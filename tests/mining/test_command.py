@@ -67,7 +67,7 @@ def test_negatives_are_of_the_same_subset_and_replace_the_rows_own() -> None:
 
 def test_an_item_that_cannot_be_embedded_is_named_by_its_row() -> None:
     def encode(items: Sequence[Item]) -> NDArray[np.float32]:
-        raise UserError(f"item {len(items) - 1}: the encoded image is broken")
+        raise UserError("the encoded image is broken", item=len(items) - 1)
 
     pairs = [pair("q", "x"), pair("q", "xx"), replace(pair("qq", "x"), row_id="s row 7")]
     with pytest.raises(UserError, match=r"^s row 7: the encoded image is broken$"):

@@ -94,18 +94,20 @@ def open_image(source: Picture, *, where: str = "open_image") -> Image.Image:
     try:
         source = as_source(source)
     except ValueError as error:
-        raise UserError(f"{where}: {error}") from error
-    name = _describe(source, where)
+        raise UserError(str(error), row_id=where) from error
     if isinstance(source, Path) and not source.is_file():
-        raise UserError(f"{name} does not exist; check the path and the image root")
-    with _opened(source, name) as opened:
+        raise _refused(
+            source, where, "missing_image", "does not exist; check the path and the image root"
+        )
+    with _opened(source, where) as opened:
         image = _in_rgb(ImageOps.exif_transpose(opened), _black_and_white(opened))
     if image is None:
-        raise UserError(
-            f"{name} has signed or 32-bit pixels, whose brightness range is undefined; save it "
-            "with 8 or 16 bits"
+        raise _refused(
+            *(source, where, "corrupt_image"),
+            "has signed or 32-bit pixels, whose brightness range is undefined; save it with 8 or "
+            "16 bits",
         )
-    check_aspect_ratio(image.size, name)
+    _check_aspect_ratio(image.size, source, where)
     return image
 
 
@@ -115,15 +117,14 @@ def image_size(source: ImageSource, *, where: str) -> tuple[int, int]:
     Raises:
         UserError: if `open_image` would refuse the file for what its header says.
     """
-    name = _describe(source, where)
-    with _opened(source, name) as image:
+    with _opened(source, where) as image:
         size = image.size
-    check_aspect_ratio(size, name)
+    _check_aspect_ratio(size, source, where)
     return size
 
 
 @contextmanager
-def _opened(source: ImageSource, name: str) -> Iterator[Image.Image]:
+def _opened(source: ImageSource, where: str) -> Iterator[Image.Image]:
     """The image with its header read; what Pillow raises meanwhile, about its pixels too, is said
     in one sentence.
     """
@@ -138,44 +139,66 @@ def _opened(source: ImageSource, name: str) -> Iterator[Image.Image]:
         # Pillow's own words name the buffer that it read from by its address.
         is_unknown = isinstance(error, UnidentifiedImageError)
         why = "its content is in no known format" if is_unknown else str(error)
-        raise UserError(
-            f"{name} cannot be read as an image ({why}); replace it or drop the row"
+        raise _refused(
+            *(source, where, "corrupt_image"),
+            f"cannot be read as an image ({why}); replace it or drop the row",
         ) from error
 
 
-def check_aspect_ratio(size: tuple[int, int], name: str) -> None:
+def _check_aspect_ratio(size: tuple[int, int], source: ImageSource, where: str) -> None:
     """Refuse a picture whose long side is more than `MAX_ASPECT_RATIO` times its short side."""
     width, height = size
     if max(size) > MAX_ASPECT_RATIO * min(size):
-        raise UserError(
-            f"{name} is {width} x {height} pixels; the longer side may be at most "
-            f"{MAX_ASPECT_RATIO} times the shorter; crop it or drop the row"
+        raise _refused(
+            *(source, where, "elongated_image"),
+            f"is {width} x {height} pixels; the longer side may be at most {MAX_ASPECT_RATIO} "
+            "times the shorter; crop it or drop the row",
         )
 
 
-def resolve_image(relative: str, *, root: Path, where: str) -> Path:
+def _refused(source: ImageSource, where: str, kind: str, why: str) -> UserError:
+    """The error about an image, which is named by its path, or else by what is known of it."""
+    if isinstance(source, Path):
+        return UserError(f"image {source} {why}", kind=kind, row_id=where, file=source)
+    if isinstance(source, bytes):
+        name = f"the encoded image ({len(source)} bytes)"
+    else:
+        name = f"the image ({source.width} x {source.height}, mode {source.mode})"
+    return UserError(f"{name} {why}", kind=kind, row_id=where)
+
+
+def resolve_image(relative: str, *, root: Path, where: str, role: str = "") -> Path:
     """The file that `relative` names below `root`.
 
     Raises:
         UserError: the path is absolute, leaves the root (by `..` or by a link), or is not a file.
     """
-    if os.path.isabs(relative):
-        raise UserError(
-            f"{where}: image path {relative!r} is absolute; "
-            f"write it relative to the image root {root}"
-        )
     path = os.path.join(root, relative)
+
+    def refused(kind: str, message: str) -> UserError:
+        return UserError(message, kind=kind, row_id=where, role=role, file=path)
+
+    if os.path.isabs(relative):
+        raise refused(
+            "path_outside_root",
+            f"image path {relative!r} is absolute; write it relative to the image root {root}",
+        )
     try:
         real = real_path(path)
     except ValueError as error:  # a null byte or an unpaired surrogate
-        raise UserError(f"{where}: image path {relative!r} is not a path ({error})") from error
+        raise refused(
+            "missing_image", f"image path {relative!r} is not a path ({error})"
+        ) from error
     if not real.startswith(_real_folder(str(root)).rstrip(os.sep) + os.sep):
-        raise UserError(
-            f"{where}: image path {relative!r} leaves the image root {root} (it leads to {real}); "
-            "move the file below the root, or set the image root to a folder above both"
+        raise refused(
+            "path_outside_root",
+            f"image path {relative!r} leaves the image root {root} (it leads to {real}); "
+            "move the file below the root, or set the image root to a folder above both",
         )
     if not os.path.isfile(real):
-        raise UserError(f"{where}: image {path} does not exist; check the path and the image root")
+        raise refused(
+            "missing_image", f"image {path} does not exist; check the path and the image root"
+        )
     return Path(path)
 
 
@@ -223,11 +246,3 @@ def _black_and_white(image: Image.Image) -> tuple[int, int] | None:
     # Pillow scales PGM's deeper pixels to 16 bits.
     is_known = image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PPM")
     return (0, 65535) if is_known else None
-
-
-def _describe(source: ImageSource, where: str) -> str:
-    if isinstance(source, Path):
-        return f"{where}: image {source}"
-    if isinstance(source, bytes):
-        return f"{where}: the encoded image ({len(source)} bytes)"
-    return f"{where}: the image ({source.width} x {source.height}, mode {source.mode})"

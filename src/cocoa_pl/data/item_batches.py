@@ -22,7 +22,7 @@ from cocoa_pl.data.batch import VISUAL_TOKEN_COST, Sample, cut_by_cost
 from cocoa_pl.data.images import image_size
 from cocoa_pl.data.items import IMAGE_SLOT, Item
 from cocoa_pl.data.processor import Processor
-from cocoa_pl.errors import UserError, name_of
+from cocoa_pl.errors import UserError
 
 WINDOW = 4096  # items that are sorted together
 
@@ -57,7 +57,7 @@ def item_batches(
 
     Raises:
         UserError: what `item_at` or the processor says of the first bad item in the order of the
-            batches, which depends on the items alone.
+            batches, which depends on the items alone; with its number.
     """
     check_value("batch_tokens", batch_tokens, Count)
     check_value("threads", threads, Whole)
@@ -66,10 +66,13 @@ def item_batches(
         return [_measure(item_at, number, processor) for number in numbers]
 
     def read(numbers: NDArray[np.intp]) -> tuple[NDArray[np.intp], _Laid]:
-        samples = [
-            processor(item_at(number), None, key=0, row_id=name_of(number))
-            for number in numbers.tolist()
-        ]
+        samples = []
+        for number in numbers.tolist():
+            try:
+                item = item_at(number)
+                samples.append(processor(item, None, key=0, row_id=f"item {number}"))
+            except UserError as error:
+                raise error.of(item=number) from error
         return numbers, lay_out(samples)
 
     with some_threads(threads) as pool:
@@ -102,7 +105,7 @@ def _measure(
     """
     try:
         item = item_at(number)
-        sizes = [image_size(image, where=name_of(number)) for image in item.media]
+        sizes = [image_size(image, where="") for image in item.media]
     except UserError:
         return 0, math.inf
     text = sum(processor.count_text_tokens(part) for part in item.text.split(IMAGE_SLOT) if part)

@@ -132,8 +132,10 @@ class Processor:
         budget = self.max_length - 1 - sum(image.num_tokens + 2 for image in images)
         if budget < 0:
             raise UserError(
-                f"{row_id}: images and the end token take {self.max_length - budget} tokens, more "
-                f"than max_length={self.max_length}; lower max_pixels or raise max_length"
+                f"images and the end token take {self.max_length - budget} tokens, more than "
+                f"max_length={self.max_length}; lower max_pixels or raise max_length",
+                kind="images_exceed_length",
+                row_id=row_id,
             )
         parts, target_ids = self._truncated(parts, target_ids, budget, row_id)
 

@@ -207,7 +207,7 @@ def _medium(value: Any, root: Path, *, where: str, role: str, is_known: bool) ->
         value = os.path.relpath(value, folder) if inside else value
     if is_known:
         return Path(f"{root}/{value}")
-    return resolve_image(value, root=root, where=f"{where}, {role}")
+    return resolve_image(value, root=root, where=where, role=role)
 
 
 def log_left_out(messages: list[str], *, source: str, kind: Literal["bad", "repeated"]) -> None:

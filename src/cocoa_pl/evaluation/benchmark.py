@@ -18,7 +18,7 @@ import numpy as np
 from cocoa_pl.data.items import EvalSubset, Item
 from cocoa_pl.distributed.collectives import all_objects, rank, world_size
 from cocoa_pl.embedder import Embedder
-from cocoa_pl.errors import UserError, renamed
+from cocoa_pl.errors import UserError
 from cocoa_pl.evaluation.figures import MAPPED_ROWS, Mapped, binned, flattened, sample
 from cocoa_pl.evaluation.results import GalleryRow, RankedCandidate, Results, SubsetScore
 from cocoa_pl.evaluation.scoring import (
@@ -180,8 +180,10 @@ def encode_once(encode: Encode, subsets: Sequence[EvalSubset]) -> VectorsOf:
                     {k: v.copy() for k, v in zip(new, encode([*new.values()]), strict=True)}
                 )
         except UserError as error:
-            places = [keys.index(key) for key in new]
-            raise renamed(error, lambda item: _name(subset, places[item])) from error
+            if error.item is None:
+                raise
+            row_id, role = _name(subset, keys.index([*new][error.item]))
+            raise error.of(row_id=row_id, role=role) from error
         queries = np.stack([known[key] for key in query_keys[number]])
         candidates = np.stack([known[key] for key in candidate_keys[number]])
         for key in items:
@@ -192,13 +194,13 @@ def encode_once(encode: Encode, subsets: Sequence[EvalSubset]) -> VectorsOf:
     return encode_subset
 
 
-def _name(subset: EvalSubset, place: int) -> str:
-    """A query, or behind all of them a candidate, by the first row that it belongs to."""
+def _name(subset: EvalSubset, place: int) -> tuple[str, str]:
+    """The first row that a query, or behind all of them a candidate, belongs to, and its role."""
     candidate = place - len(subset.queries)
     if candidate < 0:
-        return f"{subset.row_ids[int((subset.query_index == place).argmax())]}, query"
+        return subset.row_ids[int((subset.query_index == place).argmax())], "query"
     rows = (row for row, index in enumerate(subset.candidate_index) if candidate in index)
-    return f"{subset.row_ids[next(rows)]}, candidate"
+    return subset.row_ids[next(rows)], "candidate"
 
 
 def _gallery(
