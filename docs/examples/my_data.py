@@ -7,8 +7,9 @@ from cocoa_pl.data.sources import as_subsets, distinct_texts
 
 
 class Colours:
-    """Every data source has these five members; training needs no more."""
+    """Every data source has these six members; training needs no more."""
 
+    left_out = ()  # errors of rows that were read and are not used; `cocoa doctor` lists them
     caption_subsets = ("colours",)  # a picture and its whole caption, for the generative stages
 
     def __init__(self, *, side: int) -> None:

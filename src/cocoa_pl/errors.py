@@ -7,7 +7,6 @@ import importlib
 import re
 import shlex
 from collections.abc import Iterable
-from copy import copy
 from os import PathLike
 from typing import Any
 
@@ -16,16 +15,16 @@ class UserError(ValueError):
     """A mistake in the user's data, config or files, as one sentence that names the culprit.
 
     Entry points print it without a traceback and exit with status 2; all else is a bug of ours.
-    The fields are for programs, and survive copies and pickles; of an error that a data worker
-    raised torch hands over the sentence alone.
+    The fields may be filled in by who knows them, on the error's way up. Copies and pickles keep
+    them; of an error that a data worker raised torch hands over the sentence alone.
 
     Args:
-        message: what is wrong and what to do; the row, or the item, and the role come before it.
+        message: what is wrong and what to do; the row, or else the item, and the role come first.
         kind: which mistake it is, for those that `cocoa doctor` counts.
         row_id: the row's name, such as `Set row 812`.
         role: the side of the row, such as `query`.
         file: the file that is meant.
-        item: the place in the caller's list, where there are items without names.
+        item: the place in the list of a caller who has no names.
     """
 
     def __init__(
@@ -45,15 +44,9 @@ class UserError(ValueError):
         self.item = item
 
     def __str__(self) -> str:
-        name = self.row_id if self.item is None else f"item {self.item}"
+        name = self.row_id or ("" if self.item is None else f"item {self.item}")
         place = ", ".join(part for part in (name, self.role) if part)
         return f"{place}: {self.message}" if place else self.message
-
-    def of(self, *, row_id: str = "", role: str = "", item: int | None = None) -> UserError:
-        """The same error of this row, or of this item."""
-        found = copy(self)
-        found.row_id, found.role, found.item = row_id, role, item
-        return found
 
 
 class Interrupted(BaseException):

@@ -188,9 +188,9 @@ def mine(
             try:
                 return encode(items)
             except UserError as error:
-                if error.item is None:
-                    raise
-                raise error.of(row_id=pairs[numbers.index(error.item)].row_id) from error
+                if error.item is not None:
+                    error.row_id = pairs[numbers.index(error.item)].row_id
+                raise
 
         chosen = choose(
             encoded(queries, query),

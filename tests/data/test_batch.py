@@ -147,11 +147,12 @@ def test_bad_rows_are_left_out_and_nothing_but_bad_rows_is_refused(
     rows: list[list[Sample]], plan: PlanBatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     collate = Collator(plan, token_budget=1000)
-    (batch,) = collate(["row 3: gone", rows[0], "row 5: gone"])
+    gone = [UserError("gone", row_id=row_id) for row_id in ("row 3", "row 5")]
+    (batch,) = collate([gone[0], rows[0], gone[1]])
     assert batch.num_samples == 3
     assert "skipped 2 bad rows, first: row 3: gone" in caplog.text
     with pytest.raises(UserError, match="no row of this batch can be read, first: row 3: gone"):
-        collate(["row 3: gone"])
+        collate(gone)
 
 
 def test_exchanged_samples_keep_their_text_behind_another_context(samples: list[Sample]) -> None:

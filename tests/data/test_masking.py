@@ -110,7 +110,7 @@ def test_the_mask_of_a_row_follows_from_seed_epoch_and_row(
 
     def drawn(seed: int, epoch: int, row: int) -> list[list[int]]:
         samples = RowSamples(pairs, make_row, seed=seed)[epoch, row]
-        assert not isinstance(samples, str)
+        assert isinstance(samples, list)
         return [[*s.hidden, *s.hidden_visual, s.noise_seed] for s in samples]
 
     first = drawn(3, 5, 1)

@@ -172,8 +172,8 @@ BAD_V1_ROWS: dict[str, tuple[dict[str, Any], str]] = {
         {"tgt_text": ["<|image_1|>"] * 5, "tgt_img_path": ["d.png"] * 5},
         "candidate: image .* does not exist",
     ),
-    "empty candidate": ({"tgt_text": ["a", "", "b", "c", "d"]}, "candidate is empty"),
-    "image without a placeholder": ({"qry_text": "What?"}, "query has image"),
+    "empty candidate": ({"tgt_text": ["a", "", "b", "c", "d"]}, "candidate: it is empty"),
+    "image without a placeholder": ({"qry_text": "What?"}, "query: it has image"),
 }
 
 
@@ -394,7 +394,7 @@ def test_rows_without_captions_collapse_across_the_subset_too(root: Path) -> Non
     [
         ({"tgt_text": [], "tgt_img_path": []}, "no candidates"),
         ({"tgt_inst": None}, "tgt_inst holds a null"),
-        ({"qry_img_path": ""}, "query text holds .* names no image"),
+        ({"qry_img_path": ""}, "query: the text holds .* names no image"),
         ({"tgt_img_path": ["b.png", "d.png"]}, r"image .*d\.png does not exist"),
     ],
 )

@@ -84,11 +84,11 @@ def test_a_file_that_changes_is_read_again(tmp_path: Path, read: Read) -> None:
 
 
 BAD_LINES = {
-    "empty": (b'{"query": "a"}', "the positive is empty"),
+    "empty": (b'{"query": "a"}', "positive: it is empty"),
     "cut off": (b'{"query": "a"', "not valid JSON"),
     "not UTF-8": (b'{"query": "\xff"}', "not valid JSON"),
     "too deep": (b"[" * 100_000, "not valid JSON"),
-    "another type": (b'{"query": ["a"], "positive": "b"}', "the query must be a text"),
+    "another type": (b'{"query": ["a"], "positive": "b"}', "query: it must be a text"),
     "no object": (b'["a", "b"]', "a row must be an object, found list"),
     "again": (json.dumps(GOOD).encode(), "same query and positive as .*line 1; remove one"),
 }
@@ -101,7 +101,7 @@ def test_a_bad_row_stops_or_is_left_out_and_counted(
     path = tmp_path / "a.jsonl"
     rows = [json.dumps(GOOD).encode(), line, json.dumps(GOOD | {"positive": "b"}).encode()]
     path.write_bytes(b"\n".join(rows))
-    with pytest.raises(UserError, match=rf"a\.jsonl line 2: .*{message}"):
+    with pytest.raises(UserError, match=rf"a\.jsonl line 2(: |, ){message}"):
         read(path)
     with caplog.at_level(logging.WARNING):
         pairs = read(path, on_bad_row="skip")
@@ -117,7 +117,7 @@ def test_many_skips_are_one_line_with_the_first_three_rows(
         read(path, on_bad_row="skip")
     (record,) = caplog.records
     assert "skipped 9 bad row(s)" in record.getMessage()
-    shown = [f"row {number}:" in record.getMessage() for number in range(1, 6)]
+    shown = [f"row {number}, positive:" in record.getMessage() for number in range(1, 6)]
     assert shown == [True] * 3 + [False] * 2
 
 

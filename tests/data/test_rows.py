@@ -177,42 +177,42 @@ def test_placeholder_without_an_image_is_taken_out_on_request(pair: Callable[...
     found = pair("mmeb", orphan, drop_orphan_slots=True)
     assert found.positive.text == "\nRepresent the page"
     assert [item.text for item in found.negatives] == ["\nof nothing"]
-    with pytest.raises(UserError, match="Set row 1: the positive is empty"):
+    with pytest.raises(UserError, match="Set row 1, positive: it is empty"):
         pair("mmeb", MSCOCO | {"pos_text": "<|image_1|>\n"}, drop_orphan_slots=True)
 
 
 BAD_ROWS: list[tuple[str, Any, str]] = [
-    ("mmeb", {"qry_image_path": ""}, "query text holds .* names no image"),
-    ("mmeb", {"qry": "Find it"}, "query has image .* but no <|image_1|>"),
-    ("mmeb", {"qry": "a", "qry_image_path": b"png"}, "query has image 'in the row' but no"),
-    ("mmeb", {"pos_image_path": "images/b.png"}, "positive has image"),
-    ("mmeb", {"pos_text": ""}, "positive is empty"),
-    ("mmeb", {"pos_text": " \n\t"}, "positive is empty"),
-    ("mmeb", {"qry": "", "qry_image_path": ""}, "query is empty"),
-    ("mmeb", {"pos_text": None}, "positive is empty"),
-    ("mmeb", {"pos_text": f"a {SLOT} b"}, "positive text holds U\\+FDD0"),
+    ("mmeb", {"qry_image_path": ""}, "query: the text holds .* names no image"),
+    ("mmeb", {"qry": "Find it"}, "query: it has image .* but no <|image_1|>"),
+    ("mmeb", {"qry": "a", "qry_image_path": b"png"}, "query: it has image 'in the row' but no"),
+    ("mmeb", {"pos_image_path": "images/b.png"}, "positive: it has image"),
+    ("mmeb", {"pos_text": ""}, "positive: it is empty"),
+    ("mmeb", {"pos_text": " \n\t"}, "positive: it is empty"),
+    ("mmeb", {"qry": "", "qry_image_path": ""}, "query: it is empty"),
+    ("mmeb", {"pos_text": None}, "positive: it is empty"),
+    ("mmeb", {"pos_text": f"a {SLOT} b"}, "positive: the text holds U\\+FDD0"),
     ("mmeb", {"qry": "<|image_1|><|image_1|>"}, "once"),
-    ("mmeb", {"qry": "<|image_1|><|image_2|>"}, r"query text holds .* for 1 image\(s\)"),
-    ("mmeb", {"qry": "<|image_1|> <image>"}, "query text holds both"),
+    ("mmeb", {"qry": "<|image_1|><|image_2|>"}, r"query: the text holds .* for 1 image\(s\)"),
+    ("mmeb", {"qry": "<|image_1|> <image>"}, "query: the text holds both"),
     ("mmeb", {"qry_image_path": "images/c.png"}, r"Set row 1, query: image .*c\.png does not"),
     ("mmeb", {"qry_image_path": "../a.png"}, "leaves the image root"),
     ("mmeb", {"qry_image_path": "/etc/hostname"}, "is absolute"),
-    ("mmeb", {"qry": b"text"}, r"the query must be a text .* found bytes"),
+    ("mmeb", {"qry": b"text"}, r"query: it must be a text .* found bytes"),
     ("mmeb", {"qry_image_path": 7}, "found int"),
     ("mmeb", {"neg_text": "['a', 'b']", "neg_image_path": "['x']"}, "has 2 entries .* 1"),
-    ("mmeb", {"neg_text": "[1, 2]"}, "the negative must be a text .* found int"),
+    ("mmeb", {"neg_text": "[1, 2]"}, "negative: it must be a text .* found int"),
     ("mmeb", {"neg_text": "['a', ']"}, "looks like a list"),
-    ("mmeb", {"neg_text": "<|image_1|> b"}, "negative text holds"),
+    ("mmeb", {"neg_text": "<|image_1|> b"}, "negative: the text holds"),
     ("pairs", {"query": "<image> or <image>"}, "holds 2 <image> for 1"),
-    ("pairs", {"positive": 7}, r"the positive must be a text .* found int"),
-    ("pairs", {"query_image": {"url": "a.png"}}, r"the query must .* found dict"),
+    ("pairs", {"positive": 7}, r"positive: it must be a text .* found int"),
+    ("pairs", {"query_image": {"url": "a.png"}}, r"query: it must .* found dict"),
     ("pairs", {"query": "a \ud800"}, "not valid Unicode"),
     ("pairs", {"postive": "a"}, "unknown column postive; known are query, query_image"),
     ("pairs", {"negatives": "a cat"}, r"negatives must be a list of {text, image} .* found str"),
     ("pairs", {"negatives": ["a cat"]}, "a negative must be an object, found str"),
     ("pairs", {"negatives": [{"txt": "a"}]}, "unknown key txt of a negative; known are text, im"),
-    ("pairs", {"negatives": [{"text": ""}]}, "the negative is empty"),
-    ("cocoa_json", {"caption": None}, "the positive is empty"),
+    ("pairs", {"negatives": [{"text": ""}]}, "negative: it is empty"),
+    ("cocoa_json", {"caption": None}, "positive: it is empty"),
     ("cocoa_json", {"image_path": "images/c.png"}, r"query: image .*c\.png does not exist"),
 ]
 GOOD = {"mmeb": MSCOCO, "pairs": OWN, "cocoa_json": CAPTION}
@@ -224,7 +224,11 @@ def test_a_bad_row_is_named(
 ) -> None:
     with pytest.raises(UserError, match=message) as caught:
         pair(config, GOOD[config] | changes)
-    assert str(caught.value).startswith("Set row 1")
+    error = caught.value
+    assert error.row_id == "Set row 1"
+    assert error.kind
+    named = f"Set row 1, {error.role}: " if error.role else "Set row 1: "
+    assert str(error).startswith(named)
 
 
 @pytest.mark.parametrize(

@@ -120,7 +120,7 @@ def test_lines_of_json_are_streamed(tmp_path: Path, make_stream: MakeStream) -> 
     rows = reader(make_stream(path=str(tmp_path), **options).train_pairs())
     found = [next(rows) for _ in range(6)]
     assert Counter(row.positive.text for row in found if isinstance(row, Pair)) == {"b": 2, "d": 2}
-    assert ["row 1: not valid JSON" in row for row in found if isinstance(row, str)] == [True] * 2
+    assert [row.kind for row in found if isinstance(row, UserError)] == ["bad_row"] * 2
 
 
 def test_stage_takes_the_first_rows_of_the_subsets_it_can_use(make_stream: MakeStream) -> None:

@@ -97,7 +97,7 @@ def test_nothing_else_is_found(checkup: Checkup) -> None:
         ("tiny_image", "query", "images/tiny.png", "4 x 40"),
         ("image_tag", "positive", "", "holds <image>, which is read as words"),
         ("negative_is_positive", "negative", "", "negative 1 is the positive itself"),
-        ("repeated_row", "", "", "same query and positive as Set row 0; left out"),
+        ("repeated_row", "", "", "same query and positive as Set row 0"),
         ("several_positives", "query", "", "2 different positives"),
     ],
 )

@@ -21,9 +21,6 @@ from cocoa_pl.doctor.findings import (
     Finding,
     Findings,
     Severity,
-    as_finding,
-    collect_row_errors,
-    kind_of,
 )
 from cocoa_pl.doctor.images import DistinctImages, in_workers
 from cocoa_pl.doctor.lengths import measure
@@ -125,49 +122,6 @@ def test_embedded_images_are_identified_by_their_bytes(tmp_path: Path) -> None:
     assert [kind for kind, _ in images.faults.values()] == ["corrupt_image"]
     assert images.content_key(items[0]) == images.content_key(items[1])
     assert images.content_key(items[0]) != images.content_key(items[2])
-
-
-@pytest.mark.parametrize(
-    ("message", "kind", "row_id", "role", "file"),
-    [
-        (
-            "Set row 3, query: image a b/c.png does not exist; check",
-            *("missing_image", "Set row 3", "query", "a b/c.png"),
-        ),
-        (
-            "my.jsonl line 4: the positive is empty: it has neither text nor an image",
-            *("empty_text", "my.jsonl line 4", "positive", ""),
-        ),
-        (
-            "Exam row 9: as Exam row 2, candidate: image x.png does not exist",
-            *("missing_image", "Exam row 9", "", "x.png"),
-        ),
-        ("Set row 1: something new", "bad_row", "Set row 1", "", ""),
-        ("no row at all", "bad_row", "", "", ""),
-    ],
-)
-def test_a_row_error_is_taken_apart(
-    message: str, kind: str, row_id: str, role: str, file: str
-) -> None:
-    assert as_finding(message, part="train") == Finding(kind, "train", row_id, role, file, message)
-    assert kind_of(message) == (kind, file)
-
-
-def test_row_errors_are_collected_once_and_do_not_reach_the_log(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    from cocoa_pl.data.rows import log_left_out
-
-    messages = [f"Set row {number}: wrong" for number in range(5)]
-    with collect_row_errors("train") as found:
-        log_left_out(messages, source="Set", kind="bad")
-    assert caplog.records == []
-    assert [(finding.kind, finding.message) for finding in found] == [
-        ("bad_row", message) for message in messages
-    ]
-    log_left_out(messages, source="Set", kind="bad")
-    assert len(caplog.records) == 1
-    assert len(found) == 5
 
 
 def test_findings_beyond_the_limit_are_counted() -> None:

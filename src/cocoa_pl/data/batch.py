@@ -229,14 +229,14 @@ class Collator:
     token_budget: int
     exchange: bool = False
 
-    def __call__(self, rows: Sequence[list[Sample] | str]) -> list[Batch]:
+    def __call__(self, rows: Sequence[list[Sample] | UserError]) -> list[Batch]:
         """Batches of the samples of rows; a row that cannot be read is the reason why.
 
         Raises:
             UserError: if every row is bad.
         """
-        good = [row for row in rows if not isinstance(row, str)]
-        if bad := [row for row in rows if isinstance(row, str)]:
+        good = [row for row in rows if not isinstance(row, UserError)]
+        if bad := [row for row in rows if isinstance(row, UserError)]:
             if not good:
                 raise UserError(f"no row of this batch can be read, first: {bad[0]}")
             log.warning("skipped %d bad rows, first: %s", len(bad), bad[0])

@@ -33,7 +33,7 @@ _VALIDATION_EPOCH = -1  # its masks are drawn once and for all
 LARGE = 1 << 20  # bytes; below, one copy through a pipe costs less than a file
 
 Places = dict[str, dict[str, Any]]  # subset -> where a reader of a stream goes on
-MakeRow = Callable[[Pair, int], list[Sample] | str]
+MakeRow = Callable[[Pair, int], list[Sample] | UserError]
 
 
 def samples_of(
@@ -44,7 +44,7 @@ def samples_of(
     processor: Processor,
     masking: Masking | None,
     on_bad_row: str,
-) -> list[Sample] | str:
+) -> list[Sample] | UserError:
     """What a stage makes of a pair: tokens and patches, masked; a pure function of pair and seed.
 
     With `on_bad_row="skip"` a pair that cannot be read yields the reason instead, never an invented
@@ -60,12 +60,12 @@ def samples_of(
     except UserError as error:
         if on_bad_row == "fail":
             raise
-        return str(error)
+        return error
     return samples if masking is None else [masking(sample, rng) for sample in samples]
 
 
 @dataclass
-class RowSamples(Dataset[list[Sample] | str]):
+class RowSamples(Dataset[list[Sample] | UserError]):
     """Rows of a stage, read in the workers: a pure function of (seed, epoch, index)."""
 
     pairs: Sequence[Pair]
@@ -75,7 +75,7 @@ class RowSamples(Dataset[list[Sample] | str]):
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def __getitem__(self, index: Index) -> list[Sample] | str:
+    def __getitem__(self, index: Index) -> list[Sample] | UserError:
         epoch, row = index
         return self.make_row(self.pairs[row], mix(self.seed, epoch, row))
 
@@ -129,7 +129,7 @@ class StreamBatches(IterableDataset[Streamed]):
             for position in range(self.rank, self.drawn.shape[1], self.world_size):
                 row = next(readers[self.drawn[step, position]])
                 seed = mix(self.seed, step, position)
-                rows.append(row if isinstance(row, str) else self.make_row(row, seed))
+                rows.append(self.make_row(row, seed) if isinstance(row, Pair) else row)
             behind = {name: dict(place) for name, place in places.items()}
             yield Streamed(self.collate(rows), lane, behind)
 

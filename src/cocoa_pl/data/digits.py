@@ -13,7 +13,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -112,6 +112,9 @@ class DigitsData:
     caption_subsets: Sequence[str] | None
     on_bad_row: OnBadRow
 
+    def __post_init__(self) -> None:
+        self.left_out: list[UserError] = []
+
     def prepare(self) -> Path:
         """The data folder, written first if it is not there."""
         return _cached(
@@ -135,7 +138,9 @@ class DigitsData:
     def validation_subsets(self) -> list[EvalSubset]:
         """Validation rows with candidates, for choices that precision@1 should make."""
         root = self.prepare()
-        return _read_eval(root, folder="validation", groups=IN_DISTRIBUTION, bad=self.on_bad_row)
+        return _benchmark(
+            root, folder="validation", groups=IN_DISTRIBUTION, bad=self.on_bad_row
+        ).subsets()
 
     def training_texts(self) -> list[str]:
         """All distinct training texts without image slots, sorted: a tokenizer learns from them."""
@@ -156,7 +161,9 @@ class DigitsData:
 
         def read(name: str, split: str) -> Pairs:
             files = find_files(root / "train", f"{name}/{split}-*.parquet", source=name)
-            return read_files({name: files}, form, subset=name, max_rows=None)
+            return read_files(
+                {name: files}, form, subset=name, max_rows=None, left_out=self.left_out
+            )
 
         return {
             split: Pairs.joined([read(name, split) for name in IN_DISTRIBUTION])
@@ -180,6 +187,7 @@ class DigitsBenchmark:
     scenes: Count
     task_rows: Count
     on_bad_row: OnBadRow
+    left_out: Sequence[UserError] = field(default=(), init=False)
     is_partial: ClassVar = False
     published: ClassVar[tuple[()]] = ()
 
@@ -196,12 +204,14 @@ class DigitsBenchmark:
 
     def subsets(self) -> list[EvalSubset]:
         """All subsets, in distribution first."""
-        return _read_eval(self.prepare(), folder="test", groups=GROUP_OF, bad=self.on_bad_row)
+        written = _benchmark(self.prepare(), folder="test", groups=GROUP_OF, bad=self.on_bad_row)
+        subsets, self.left_out = written.subsets(), written.left_out
+        return subsets
 
 
-def _read_eval(
+def _benchmark(
     root: Path, *, folder: str, groups: Mapping[str, str], bad: OnBadRow
-) -> list[EvalSubset]:
+) -> MmebBenchmark:
     return MmebBenchmark(
         name=folder,
         root=str(root / folder),
@@ -215,7 +225,7 @@ def _read_eval(
         subsets=None,
         published=(),
         on_bad_row=bad,
-    ).subsets()
+    )
 
 
 def _cached(cache_dir: str, name: str, write: Callable[..., None], **parameters: int) -> Path:

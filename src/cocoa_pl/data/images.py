@@ -167,7 +167,7 @@ def _refused(source: ImageSource, where: str, kind: str, why: str) -> UserError:
     return UserError(f"{name} {why}", kind=kind, row_id=where)
 
 
-def resolve_image(relative: str, *, root: Path, where: str, role: str = "") -> Path:
+def resolve_image(relative: str, *, root: Path) -> Path:
     """The file that `relative` names below `root`.
 
     Raises:
@@ -176,7 +176,7 @@ def resolve_image(relative: str, *, root: Path, where: str, role: str = "") -> P
     path = os.path.join(root, relative)
 
     def refused(kind: str, message: str) -> UserError:
-        return UserError(message, kind=kind, row_id=where, role=role, file=path)
+        return UserError(message, kind=kind, file=path)
 
     if os.path.isabs(relative):
         raise refused(

@@ -72,7 +72,8 @@ def item_batches(
                 item = item_at(number)
                 samples.append(processor(item, None, key=0, row_id=f"item {number}"))
             except UserError as error:
-                raise error.of(item=number) from error
+                error.item = number
+                raise
         return numbers, lay_out(samples)
 
     with some_threads(threads) as pool:

@@ -153,7 +153,7 @@ def placed(text: str, images: int) -> str:
     a line of their own. Without images `<image>` is words.
 
     Raises:
-        ValueError: for placeholders that do not fit the images.
+        UserError: for placeholders that do not fit the images.
     """
     # Millions of rows have one image or none, and no placeholder or one: no template is needed.
     others = text.replace(PLACEHOLDER, "", images)
@@ -179,7 +179,7 @@ def template_source(*, image: str, special_tokens: Sequence[str]) -> str:
 
 
 def _refuse(message: str) -> NoReturn:
-    raise ValueError(message)
+    raise UserError(message, kind="placeholder_mismatch")
 
 
 def _compiled() -> Any:

@@ -5,6 +5,7 @@ The first candidate of a row is its positive.
 """
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -178,6 +179,7 @@ class MmebBenchmark:
         self.is_partial = len(self.table) < len(table)
         self.published = published
         self.on_bad_row = on_bad_row
+        self.left_out: list[UserError] = []  # of each row that is not used, when it was read
 
     def subsets(self) -> list[EvalSubset]:
         """The subsets in the table's order; one that is missing is an error.
@@ -187,6 +189,7 @@ class MmebBenchmark:
         Raises:
             UserError: no such folder, file or column, no usable row, or a bad row (`on_bad_row`).
         """
+        self.left_out.clear()
         return [self._read(subset, info) for subset, info in self.table.items()]
 
     def _read(self, subset: str, info: SubsetInfo) -> EvalSubset:
@@ -197,28 +200,30 @@ class MmebBenchmark:
         row_ids: list[str] = []
         query_index: list[np.ndarray] = []
         candidate_index: list[np.ndarray] = []
-        skipped: list[str] = []
+        start_of_these = len(self.left_out)
         columns = ["qry_text", "qry_img_path", "tgt_text", "tgt_img_path"]
         files = find_files(self.root, f"{subset}/{self.split}-*.parquet", source=subset)
         for row_id, row in _rows(files, subset, reader.columns if reader else columns):
             try:
-                row = _checked(row, row_id=row_id)
+                row = _checked(row)
                 if reader is None:
                     query = Sides.plain([row["qry_text"]], [row["qry_img_path"]])
                     targets = Sides.plain(row["tgt_text"], row["tgt_img_path"])
                 else:
                     query, targets = reader.sides(row)
-                queries.check(query, row_id=row_id)
-                candidates.check(targets, row_id=row_id)
+                queries.check(query)
+                candidates.check(targets)
             except UserError as error:
+                error.row_id, error.kind = row_id, error.kind or "bad_row"
                 if self.on_bad_row == "fail":
                     raise
-                skipped.append(str(error))
+                self.left_out.append(copy(error))  # without its frames, which hold the row
                 continue
             row_ids.append(row_id)
             query_index.append(queries.numbers(query))
             candidate_index.append(candidates.numbers(targets))
-        log_left_out(skipped, source=subset, kind="bad")
+        skipped = self.left_out[start_of_these:]
+        log_left_out(skipped, source=subset)
         if not row_ids:
             where = self.root / subset
             raise UserError(f"{subset}: no usable row in {where} ({len(skipped)} skipped)")
@@ -245,7 +250,7 @@ class _Items:
         self._items: dict[Hashable, Item] = {}
         self._numbers: dict[Hashable, int] = {}
 
-    def check(self, sides: Sides, *, row_id: str) -> None:
+    def check(self, sides: Sides) -> None:
         """Raises UserError for the first side that is no item."""
         for name, text, image in zip(*sides, strict=True):
             if name not in self._items:
@@ -253,7 +258,6 @@ class _Items:
                     text,
                     image,
                     role=self._role,
-                    where=row_id,
                     image_root=self._image_root,
                     add_missing_slot=False,
                 )
@@ -290,7 +294,7 @@ def _rows(
                     number += 1
 
 
-def _checked(row: Mapping[str, Any], *, row_id: str) -> dict[str, Any]:
+def _checked(row: Mapping[str, Any]) -> dict[str, Any]:
     """The row with every image as a path or bytes; refuses values of other types, nulls where an
     empty string belongs, no candidates, and lists of unequal length.
     """
@@ -299,21 +303,21 @@ def _checked(row: Mapping[str, Any], *, row_id: str) -> dict[str, Any]:
         is_list, is_image = name in ("tgt_text", "tgt_img_path"), name.endswith("img_path")
         values = value if is_list else [value]
         if not isinstance(values, list):
-            raise UserError(f"{row_id}: {name} must be a list, an entry for each candidate")
+            raise UserError(f"{name} must be a list, an entry for each candidate")
         if is_image:
             values = [one if isinstance(one, str) else embedded(one) or "" for one in values]
         if wrong := set(map(type, values)) - ({str, bytes} if is_image else {str}):
             kind = "a null" if None in values else wrong.pop().__name__
-            raise UserError(f"{row_id}: {name} holds {kind}; write a string, empty for none")
+            raise UserError(f"{name} holds {kind}; write a string, empty for none")
         checked[name] = values if is_list else values[0]
     texts, images = checked["tgt_text"], checked.get("tgt_img_path", checked["tgt_text"])
     if len(texts) != len(images):
         raise UserError(
-            f"{row_id}: tgt_text has {len(texts)} entries and tgt_img_path {len(images)}; "
-            "each candidate needs both (an empty string for none)"
+            f"tgt_text has {len(texts)} entries and tgt_img_path {len(images)}; each candidate "
+            "needs both (an empty string for none)"
         )
     if not texts:
-        raise UserError(f"{row_id}: no candidates; fill tgt_text or drop the row")
+        raise UserError("no candidates; fill tgt_text or drop the row")
     return checked
 
 

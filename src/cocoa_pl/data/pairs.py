@@ -196,13 +196,19 @@ class Pairs(Sequence[Pair]):
 
 
 def read_files(
-    files: Mapping[str, Sequence[Path]], form: RowFormat, *, subset: str, max_rows: int | None
+    files: Mapping[str, Sequence[Path]],
+    form: RowFormat,
+    *,
+    subset: str,
+    max_rows: int | None,
+    left_out: list[UserError],
 ) -> Pairs:
     """The good rows of a subset.
 
     Args:
         files: what rows are called in messages, where they are numbered through -> their files.
         max_rows: of each of these, the first so many; None for all.
+        left_out: see `read`.
     """
     parts = []
     for name, several in files.items():
@@ -215,16 +221,19 @@ def read_files(
             label = f"{name} line" if is_lines else f"{name} row"
             parts.append(FileRows(rows, form, subset, label, first=count + is_lines))
             count += len(rows)
-    return read(parts, source=", ".join(files))
+    return read(parts, source=", ".join(files), left_out=left_out)
 
 
-def read(parts: Sequence[FileRows], *, source: str) -> Pairs:
+def read(parts: Sequence[FileRows], *, source: str, left_out: list[UserError]) -> Pairs:
     """Look at every row of a subset once, and keep which of them are pairs.
+
+    Args:
+        left_out: grows by an error for each row that is not used.
 
     Raises:
         UserError: for a bad row, if its format says so, or no usable row at all.
     """
-    form, skipped, identities = parts[0].form, [], array("q")
+    form, start_of_these, identities = parts[0].form, len(left_out), array("q")
 
     def known() -> Iterator[tuple[Any, ...]]:
         start = 0
@@ -233,8 +242,8 @@ def read(parts: Sequence[FileRows], *, source: str) -> Pairs:
                 if isinstance(row, bytes) and not row.strip():  # a blank line of JSONL
                     continue
                 pair = form.checked(row, row_id=part.row_id(number), subset=part.subset)
-                if isinstance(pair, str):
-                    skipped.append(pair)
+                if isinstance(pair, UserError):
+                    left_out.append(pair)
                     continue
                 identities.append(hash(_keys(pair)[:2]))
                 yield start + number, 0, *_known(pair)
@@ -243,22 +252,19 @@ def read(parts: Sequence[FileRows], *, source: str) -> Pairs:
     pairs = Pairs(parts, [parts[0].subset], np.fromiter(known(), _Known))
     _, first, same = np.unique(identities, return_index=True, return_inverse=True)
     is_new = first[same] == np.arange(len(pairs))
-    again = [
-        (pairs[row].row_id, pairs[int(first[same[row]])].row_id)
-        for row in np.flatnonzero(~is_new).tolist()
-    ]
-    if form.repeated == "drop":
-        left_out = [f"{row} as {earlier}" for row, earlier in again]
-        log_left_out(left_out, source=source, kind="repeated")
-    for row, earlier in again if form.repeated == "bad" else ():
-        skipped.append(
-            f"{row}: same query and positive as {earlier}; remove one, or set on_bad_row=skip"
-        )
-        if form.on_bad_row == "fail":
-            raise UserError(skipped[-1])
-    log_left_out(skipped, source=source, kind="bad")
+    for row in np.flatnonzero(~is_new).tolist():
+        message = f"same query and positive as {pairs[int(first[same[row]])].row_id}"
+        kind = "repeated_row"
+        if form.repeated == "bad":
+            message += "; remove one, or set on_bad_row=skip"
+            kind = "duplicate_pair"
+        left_out.append(UserError(message, kind=kind, row_id=pairs[row].row_id))
+        if (form.repeated, form.on_bad_row) == ("bad", "fail"):
+            raise left_out[-1]
+    log_left_out(left_out[start_of_these:], source=source)
     if not pairs:
-        raise UserError(f"{source}: no usable row ({len(skipped)} skipped); training needs data")
+        count = len(left_out) - start_of_these
+        raise UserError(f"{source}: no usable row ({count} skipped); training needs data")
     return pairs.select(is_new)
 
 

@@ -96,7 +96,7 @@ def open_stream(
     names = rows.column_names or []
     if _JSON_COLUMN in names:
         return rows
-    form.columns_of(dict.fromkeys(names), f"{source}: {', '.join(patterns)} of {root}")
+    form.columns_of(dict.fromkeys(names), file=f"{source}: {', '.join(patterns)} of {root}")
     # Images in columns stay bytes.
     return rows.select_columns([n for n in names if n in form.names]).decode(False)
 
@@ -119,7 +119,7 @@ def shuffled(rows: datasets.IterableDataset, *, window: int, seed: int) -> datas
 def _open_parquet(path: Path, form: RowFormat) -> datasets.Dataset:
     about = pq.read_metadata(path)
     names = about.schema.to_arrow_schema().names
-    form.columns_of(dict.fromkeys(names), str(path))
+    form.columns_of(dict.fromkeys(names), file=str(path))
     if not about.num_rows:  # which the builder refuses
         return datasets.Dataset.from_dict({})
     return datasets.load_dataset(

@@ -6,7 +6,8 @@ import ast
 import logging
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -62,32 +63,34 @@ class RowFormat:
         sides = [one[role] for one in self.columns for role in one if role != "required"]
         return list(dict.fromkeys(name.partition(".")[0] for s in sides for name in s.values()))
 
-    def columns_of(self, names: Mapping[str, object], where: str) -> Columns:
-        """The mapping for a row, or a file, that has these columns.
+    def columns_of(self, names: Mapping[str, object], *, file: str = "") -> Columns:
+        """The mapping for a row, or all rows of a file, with these columns.
 
         Raises:
             UserError: for a column that is missing, or unknown where that matters.
         """
+        where = f"{file}: " if file else ""
         if not self.other_columns and (unknown := [n for n in names if n not in self.names]):
             raise UserError(
-                f"{where}: unknown column {', '.join(map(str, unknown))}; "
-                f"known are {', '.join(self.names)}"
+                f"{where}unknown column {', '.join(map(str, unknown))}; "
+                f"known are {', '.join(self.names)}",
+                file=file,
             )
         for columns in self.columns:
             if all(name in names for name in columns["required"]):
                 return columns
         needed = ", or ".join(" and ".join(columns["required"]) for columns in self.columns)
         has = ", ".join(map(str, names)) or "none"
-        raise UserError(f"{where}: the columns {needed} are needed; it has {has}")
+        raise UserError(f"{where}the columns {needed} are needed; it has {has}", file=file)
 
-    def checked(self, row: object, *, row_id: str, subset: str) -> Pair | str:
+    def checked(self, row: object, *, row_id: str, subset: str) -> Pair | UserError:
         """The row as a pair, or what is wrong with it where such rows are skipped."""
         try:
             return self.pair(row, row_id=row_id, subset=subset)
         except UserError as error:
             if self.on_bad_row == "fail":
                 raise
-            return str(error)
+            return copy(error)  # without the frames that it came through, which hold the row
 
     def pair(self, row: object, *, row_id: str, subset: str, is_known: bool = False) -> Pair:
         """The row as a pair.
@@ -99,20 +102,26 @@ class RowFormat:
         Raises:
             UserError: with `row_id`, for a row that cannot be used.
         """
+        try:
+            query, positive, *negatives = self._items(row, is_known)
+        except UserError as error:
+            error.row_id, error.kind = row_id, error.kind or "bad_row"
+            raise
+        return Pair(query, positive, tuple(negatives), subset, row_id)
+
+    def _items(self, row: object, is_known: bool) -> Iterator[Item]:
+        """Query, positive and negatives."""
         if isinstance(row, bytes):
-            raise UserError(
-                f"{row_id}: not valid JSON: {row[:60]!r}; write one object a line, in UTF-8"
-            )
+            raise UserError(f"not valid JSON: {row[:60]!r}; write one object a line, in UTF-8")
         if not isinstance(row, dict):
-            raise UserError(f"{row_id}: a row must be an object, found {type(row).__name__}")
-        columns = self.columns_of(row, row_id)
+            raise UserError(f"a row must be an object, found {type(row).__name__}")
+        columns = self.columns_of(row)
 
         def item(role: str, text: object, image: object) -> Item:
             return make_item(
                 text,
                 image,
                 role=role,
-                where=row_id,
                 image_root=self.image_root,
                 # MMEB's own negatives name images without a placeholder.
                 add_missing_slot=role == "negative" or not self.images_placed,
@@ -120,14 +129,11 @@ class RowFormat:
                 is_known=is_known,
             )
 
-        query, positive = columns["query"], columns["positive"]
-        return Pair(
-            item("query", row.get(query.get("text")), row.get(query.get("image"))),
-            item("positive", row.get(positive.get("text")), row.get(positive.get("image"))),
-            tuple(item("negative", *side) for side in _negatives(row, columns, row_id)),
-            subset,
-            row_id,
-        )
+        for role in ("query", "positive"):
+            names = columns[role]
+            yield item(role, row.get(names.get("text")), row.get(names.get("image")))
+        for text, image in _negatives(row, columns):
+            yield item("negative", text, image)
 
 
 def make_item(
@@ -135,7 +141,6 @@ def make_item(
     image: object,
     *,
     role: str,
-    where: str,
     image_root: Path,
     add_missing_slot: bool,
     drop_orphan_slot: bool = False,
@@ -155,49 +160,47 @@ def make_item(
     An image file must exist; it is opened only when its pixels are needed.
 
     Raises:
-        UserError: `where` and `role` with what is wrong and what to do.
+        UserError: with `role`, what is wrong and what to do.
     """
     values = image if isinstance(image, list) else (image,)
     images = [one for one in map(embedded, values) if one]
     if drop_orphan_slot and not images and isinstance(text, str):
         text = text.replace(PLACEHOLDER, "")
-    if not is_known:
-        _check_side(text, images, role=role, where=where, is_placed=not add_missing_slot)
     try:
+        if not is_known:
+            _check_side(text, images, is_placed=not add_missing_slot)
         text = placed(cast(str, text or ""), len(images))
-    except ValueError as error:
-        said = str(error).removeprefix("the ")
-        raise UserError(f"{where}: the {role} {said}") from error
-    media = [_medium(one, image_root, where=where, role=role, is_known=is_known) for one in images]
-    return Item(text, tuple(media))
+        return Item(text, tuple(_medium(one, image_root, is_known) for one in images))
+    except UserError as error:
+        error.role = role
+        raise
 
 
-def _check_side(
-    text: object, images: Sequence[object], *, role: str, where: str, is_placed: bool
-) -> None:
+def _check_side(text: object, images: Sequence[object], *, is_placed: bool) -> None:
     wrong = [one for one in images if not isinstance(one, str | bytes)]
     if not isinstance(text, str | None) or wrong:
         kind = type(wrong[0] if wrong else text).__name__
         raise UserError(
-            f"{where}: the {role} must be a text (a string) and an image (a path, bytes, "
-            f"{{bytes, path}} or a list of these), empty for none; found {kind}"
+            "it must be a text (a string) and an image (a path, bytes, {bytes, path} or a list of "
+            f"these), empty for none; found {kind}"
         )
     text = text or ""
     try:
         text.encode()
     except UnicodeEncodeError as error:  # half of a surrogate pair, from JSON
-        raise UserError(f"{where}: the {role} is not valid Unicode ({error}); fix it") from error
+        raise UserError(f"the text is not valid Unicode ({error}); fix it") from error
     if not images and not text.strip():
-        raise UserError(f"{where}: the {role} is empty: it has neither text nor an image")
+        raise UserError("it is empty: it has neither text nor an image", kind="empty_text")
     if images and is_placed and not _ANY_PLACEHOLDER.search(text):
         named = images[0] if isinstance(images[0], str) else "in the row"
         raise UserError(
-            f"{where}: the {role} has image {named!r:.200} but no {PLACEHOLDER} in its text; "
-            "write the placeholder where the image belongs"
+            f"it has image {named!r:.200} but no {PLACEHOLDER} in its text; write the placeholder "
+            "where the image belongs",
+            kind="placeholder_mismatch",
         )
 
 
-def _medium(value: Any, root: Path, *, where: str, role: str, is_known: bool) -> Medium:
+def _medium(value: Any, root: Path, is_known: bool) -> Medium:
     """What a row holds as a medium: encoded bytes, or a file below the root."""
     if isinstance(value, bytes):
         return value
@@ -207,25 +210,21 @@ def _medium(value: Any, root: Path, *, where: str, role: str, is_known: bool) ->
         value = os.path.relpath(value, folder) if inside else value
     if is_known:
         return Path(f"{root}/{value}")
-    return resolve_image(value, root=root, where=where, role=role)
+    return resolve_image(value, root=root)
 
 
-def log_left_out(messages: list[str], *, source: str, kind: Literal["bad", "repeated"]) -> None:
-    """One line for all rows of `source` that cannot be used, or that repeat another, with the first
-    few spelt out.
+def log_left_out(errors: Sequence[UserError], *, source: str) -> None:
+    """One line for all rows of `source` that cannot be used, and one for those that repeat another,
+    with the first few spelt out.
     """
-    if messages:
-        shown = "; ".join(messages[:_SHOWN_ROWS]) + ("; ..." if messages[_SHOWN_ROWS:] else "")
-        log.log(
-            logging.WARNING if kind == "bad" else logging.INFO,
-            *("%s: skipped %d %s row(s): %s", source, len(messages), kind, shown),
-            extra={kind: messages},  # all of them, for a listener such as `cocoa doctor`
-        )
+    for what, level in (("bad", logging.WARNING), ("repeated", logging.INFO)):
+        some = [str(e) for e in errors if (e.kind == "repeated_row") == (what == "repeated")]
+        if some:
+            shown = "; ".join(some[:_SHOWN_ROWS]) + ("; ..." if some[_SHOWN_ROWS:] else "")
+            log.log(level, "%s: skipped %d %s row(s): %s", source, len(some), what, shown)
 
 
-def _negatives(
-    row: Mapping[str, object], columns: Columns, row_id: str
-) -> list[tuple[object, object]]:
+def _negatives(row: Mapping[str, object], columns: Columns) -> list[tuple[object, object]]:
     """Text and image of each hard negative."""
     names: Mapping[str, str] = columns.get("negative", {})
     text, image = names.get("text", ""), names.get("image", "")
@@ -233,24 +232,22 @@ def _negatives(
         return []
     are_objects = "." in text + image
     entries = _entries_of_objects if are_objects else _entries
-    texts, images = (entries(row, column, names, row_id) for column in (text, image))
+    texts, images = (entries(row, column, names) for column in (text, image))
     length = max(len(texts), len(images))
     # A missing column, null, "" and [] mean "none of these"; anything else must match one by one.
     texts = texts if any(texts) else [""] * length
     images = images if any(images) else [""] * length
     if len(texts) != len(images):
         raise UserError(
-            f"{row_id}: {text} has {len(texts)} entries and {image} {len(images)}; "
-            "give one path (or an empty string) for each text"
+            f"{text} has {len(texts)} entries and {image} {len(images)}; give one path (or an "
+            "empty string) for each text"
         )
     pairs = zip(texts, images, strict=True)
     # In columns of their own, an entry with neither is absent, not empty.
     return [(text, image) for text, image in pairs if text or image or are_objects]
 
 
-def _entries(
-    row: Mapping[str, object], column: str, columns: Mapping[str, str], row_id: str
-) -> list[object]:
+def _entries(row: Mapping[str, object], column: str, columns: Mapping[str, str]) -> list[object]:
     """A list, a Python list written as a string, or a single value."""
     value: Any = row.get(column)
     if isinstance(value, str) and value.strip().startswith("[") and value.strip().endswith("]"):
@@ -258,8 +255,8 @@ def _entries(
             value = ast.literal_eval(value.strip())  # parses, and executes nothing
         except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
             raise UserError(
-                f"{row_id}: {column} looks like a list but is not one of quoted strings: "
-                f"{value[:80]!r}; write strings only"
+                f"{column} looks like a list but is not one of quoted strings: {value[:80]!r}; "
+                "write strings only"
             ) from error
     if not isinstance(value, list):
         value = [value] if value else []
@@ -267,7 +264,7 @@ def _entries(
 
 
 def _entries_of_objects(
-    row: Mapping[str, object], column: str, columns: Mapping[str, str], row_id: str
+    row: Mapping[str, object], column: str, columns: Mapping[str, str]
 ) -> list[object]:
     """The key `text` of each object in the list `negatives`, for the column `negatives.text`."""
     name, _, key = column.partition(".")
@@ -275,15 +272,14 @@ def _entries_of_objects(
     known = [one.partition(".")[2] for one in columns.values()]
     if not isinstance(value, list | None):
         raise UserError(
-            f"{row_id}: {name} must be a list of {{{', '.join(known)}}} objects, "
-            f"found {type(value).__name__}"
+            f"{name} must be a list of {{{', '.join(known)}}} objects, found {type(value).__name__}"
         )
     for entry in value or []:
         if not isinstance(entry, dict):
-            raise UserError(f"{row_id}: a negative must be an object, found {type(entry).__name__}")
+            raise UserError(f"a negative must be an object, found {type(entry).__name__}")
         if unknown := [one for one in entry if one not in known]:
             raise UserError(
-                f"{row_id}: unknown key {', '.join(map(str, unknown))} of a negative; "
+                f"unknown key {', '.join(map(str, unknown))} of a negative; "
                 f"known are {', '.join(known)}"
             )
     return [entry.get(key) for entry in value or []]

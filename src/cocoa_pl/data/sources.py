@@ -1,7 +1,7 @@
 """What a data config names: files of pairs, of which a part is held out, or a source a stage.
 
-Every data source has `train_pairs`, `validation_pairs`, `validation_subsets`, `training_texts` and
-`caption_subsets`; `digits` is another one.
+Every data source has `train_pairs`, `validation_pairs`, `validation_subsets`, `training_texts`,
+`caption_subsets` and `left_out`; `digits` is another one.
 """
 
 from __future__ import annotations
@@ -98,6 +98,7 @@ class PairSource:
                 "data.validation_path and data.validation_fraction are both set; "
                 "set the fraction to 0 to validate on the file"
             )
+        self.left_out: list[UserError] = []  # of each row that is not used, when it was read
         self.place = str(self.root if self.path is None else self.path)
         self.form = RowFormat(
             columns=self.columns,
@@ -151,7 +152,7 @@ class PairSource:
             first = datasets.Dataset.from_list(list(subsets[name].take(self.validation_rows)))
             if len(first):
                 rows = FileRows(first, self.form, name, f"{name} row")
-                validation.append(read([rows], source=name))
+                validation.append(read([rows], source=name, left_out=self.left_out))
         held_out = Pairs.joined(validation)
         stream = PairStream(
             subsets,
@@ -197,6 +198,7 @@ class PairSource:
             self.form,
             subset=subset,
             max_rows=(self.caps or {}).get(subset, self.max_rows),
+            left_out=self.left_out,
         )
 
 

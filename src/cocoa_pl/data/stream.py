@@ -57,7 +57,7 @@ class PairStream:
 
     def pairs(
         self, name: str, place: dict[str, Any], reader: int, readers: int, seed: int
-    ) -> Iterator[Pair | str]:
+    ) -> Iterator[Pair | UserError]:
         """A reader's share of a subset, without end: each row a pair, or what is wrong with it.
 
         Args:

@@ -1,20 +1,15 @@
 """What can be wrong with data: kinds with a severity, single findings, and all findings of a check.
 
-The rules for rows live in the readers alone. With `on_bad_row=skip` they log each error in a
-record's `bad` (and left-out repetitions in `repeated`), from where they become findings.
+The rules for rows live in the readers alone; their errors become findings.
 """
 
 from __future__ import annotations
 
-import logging
-import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 
-from cocoa_pl.data import rows
+from cocoa_pl.errors import UserError
 
 KEPT = 1000  # findings of a kind that are kept in full; the rest is counted
 
@@ -110,6 +105,10 @@ class Finding:
     file: str
     message: str
 
+    @classmethod
+    def of(cls, error: UserError, *, part: str) -> Finding:
+        return cls(error.kind, part, error.row_id, error.role, error.file, str(error))
+
 
 class Findings:
     """All findings of a check, counted by kind; the first `KEPT` of each are kept, in the order of
@@ -137,63 +136,3 @@ class Findings:
     def stops_training(self) -> bool:
         """Whether a run with `on_bad_row=fail` would stop."""
         return self.total(Severity.STOPS) > 0
-
-
-# The first pattern that is found in a message decides; `file` is the image it is about. A message
-# that none knows is still counted, as a `bad_row`, which has the same severity.
-_PATTERNS = (
-    ("duplicate_pair", re.compile(r"same query and positive as ")),
-    ("elongated_image", re.compile(r"image (?P<file>.+) is \d+ x \d+ pixels; the longer side")),
-    ("corrupt_image", re.compile(r"image (?P<file>.+?) cannot be read as an image")),
-    ("corrupt_image", re.compile(r"image (?P<file>.+?) has signed or 32-bit pixels")),
-    ("path_outside_root", re.compile(r"image path '(?P<file>.+?)' (?:is absolute|leaves the)")),
-    ("missing_image", re.compile(r"image path '(?P<file>.+?)' is not a path")),
-    ("missing_image", re.compile(r"image (?P<file>.+) does not exist")),
-    ("placeholder_mismatch", re.compile(r"<\|image_\d+\|>|<image>|holds U\+FDD0")),
-    ("empty_text", re.compile(r"is empty: it has neither text nor")),
-)
-_ROW = re.compile(r"^(?P<row>.*? (?:row|line) \d+)(?:, (?P<role>\w+))?: (?:as (?P<first>.+?): )?")
-_ROLE = re.compile(r"\bthe (query|positive|negative|candidate)\b")
-
-
-@contextmanager
-def collect_row_errors(part: str) -> Iterator[list[Finding]]:
-    """Within this, row errors of the readers become findings instead of lines in the log."""
-    found: list[Finding] = []
-
-    def take(record: logging.LogRecord) -> bool:
-        said = vars(record)
-        found.extend(as_finding(message, part=part) for message in said.get("bad", ()))
-        for message in said.get("repeated", ()):
-            row_id, _, first = message.partition(" as ")
-            text = f"{row_id}: same query and positive as {first}; left out"
-            found.append(Finding("repeated_row", part, row_id, "", "", text))
-        return False
-
-    logger = logging.getLogger(rows.__name__)
-    level = logger.level
-    logger.setLevel(logging.INFO)
-    logger.addFilter(take)
-    try:
-        yield found
-    finally:
-        logger.removeFilter(take)
-        logger.setLevel(level)
-
-
-def as_finding(message: str, *, part: str) -> Finding:
-    """A reader's message, taken apart into kind, row, role and file."""
-    kind, file = kind_of(message)
-    place = _ROW.match(message)
-    row_id = place["row"] if place else ""
-    role = _ROLE.search(message[place.end() :] if place else message)
-    named = place["role"] if place else None
-    return Finding(kind, part, row_id, named or (role[1] if role else ""), file, message)
-
-
-def kind_of(message: str) -> tuple[str, str]:
-    """The kind of a reader's message, and the image file that it is about, if any."""
-    for kind, pattern in _PATTERNS:
-        if found := pattern.search(message):
-            return kind, found.groupdict().get("file") or ""
-    return "bad_row", ""

@@ -18,13 +18,10 @@ from cocoa_pl.data.images import ImageSource, open_image
 from cocoa_pl.data.items import Item, as_key
 from cocoa_pl.data.processor import Processor
 from cocoa_pl.distributed.processes import is_lost_worker
-from cocoa_pl.doctor.findings import kind_of
 from cocoa_pl.errors import UserError
 
 CHUNK = 64  # images: a second or less of work
 TINY_SIDE = 8  # pixels; below it there is nothing to see
-
-_WHERE = "image"
 
 Fault = tuple[str, str]  # a kind of finding, and the reader's words without the row
 Watch = Callable[[Iterable[Any], str, int], Iterable[Any]]  # values, label, how many -> values
@@ -113,14 +110,14 @@ def _open(sources: Sequence[ImageSource]) -> list[tuple[tuple[int, int], int, Fa
     opened: list[tuple[tuple[int, int], int, Fault | None]] = []
     for source in sources:
         try:
-            size = open_image(source, where=_WHERE).size
+            size = open_image(source, where="").size
             # Its bytes come from the page cache: it was just decoded.
             opened.append((size, _digest(_content(source)), None))
         except (UserError, OSError) as error:
-            message = str(error).removeprefix(f"{_WHERE}: ")
+            kind = error.kind if isinstance(error, UserError) else "corrupt_image"
             # A digest of its own: two unreadable files are not the same image.
             digest = _digest(b"unreadable\0" + str(source).encode(errors="replace"))
-            opened.append(((0, 0), digest, (kind_of(message)[0], message)))
+            opened.append(((0, 0), digest, (kind, str(error))))
     return opened
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from cocoa_pl.data.items import EvalSubset, Pair
 from cocoa_pl.data.sources import DataOfStages, source_of
 from cocoa_pl.data.stream import PairStream
-from cocoa_pl.doctor.findings import Finding, Findings, collect_row_errors
+from cocoa_pl.doctor.findings import Finding, Findings
 from cocoa_pl.errors import UserError
 from cocoa_pl.stages.recipe import Stage, TrainingData
 
@@ -101,11 +101,12 @@ def _read(
     """All rows that a method gives, or those of the pieces that can be read."""
     rows: Any = []
     failure = ""
-    with collect_row_errors(part) as found:
-        try:
-            rows = getattr(whole, method)()
-        except UserError as error:
-            failure = str(error)
+    known = len(whole.left_out)
+    try:
+        rows = getattr(whole, method)()
+    except UserError as error:
+        failure = str(error)
+    found = [Finding.of(error, part=part) for error in whole.left_out[known:]]
     if failure:
         if pieces := make_pieces():
             return [row for piece in pieces for row in _read(piece, list, method, part, findings)]

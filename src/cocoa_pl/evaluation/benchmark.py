@@ -180,10 +180,10 @@ def encode_once(encode: Encode, subsets: Sequence[EvalSubset]) -> VectorsOf:
                     {k: v.copy() for k, v in zip(new, encode([*new.values()]), strict=True)}
                 )
         except UserError as error:
-            if error.item is None:
-                raise
-            row_id, role = _name(subset, keys.index([*new][error.item]))
-            raise error.of(row_id=row_id, role=role) from error
+            if error.item is not None:
+                place = keys.index([*new][error.item])
+                error.row_id, error.role = _name(subset, place)
+            raise
         queries = np.stack([known[key] for key in query_keys[number]])
         candidates = np.stack([known[key] for key in candidate_keys[number]])
         for key in items:

@@ -115,6 +115,7 @@ class TrainingData(Protocol):
     """What a data config must offer."""
 
     caption_subsets: Sequence[str] | None
+    left_out: Sequence[UserError]
 
     def train_pairs(self) -> Sequence[Pair] | PairStream: ...
 
