@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from cocoa_pl.data.batch import Batch, Sample
-from cocoa_pl.data.datamodule import LARGE, RowSamples, StageData, validation_batches
-from cocoa_pl.data.examples import BridgeExamples, PairExamples
+from cocoa_pl.data.batch import Batch
+from cocoa_pl.data.datamodule import LARGE, StageData, validation_batches
+from cocoa_pl.data.examples import BridgeExamples
 from cocoa_pl.data.items import IMAGE_SLOT, Item, Pair
 from cocoa_pl.data.masking import Masking
 from cocoa_pl.data.pairs import Pairs
@@ -40,10 +40,9 @@ def pairs(make_item: MakeItem) -> list[Pair]:
     ]
 
 
-@pytest.fixture(scope="module", params=[Path("/no/such/picture.png"), b"broken"], ids=type)
-def pairs_with_a_bad_row(pairs: list[Pair], request: pytest.FixtureRequest) -> list[Pair]:
-    gone = Item(IMAGE_SLOT, (request.param,))
-    bad = Pair(gone, pairs[BAD].positive, (), "toy", f"toy row {BAD}")
+@pytest.fixture(scope="module")
+def pairs_with_a_bad_row(pairs: list[Pair]) -> list[Pair]:
+    bad = Pair(Item(IMAGE_SLOT, (b"broken",)), pairs[BAD].positive, (), "toy", f"toy row {BAD}")
     return [*pairs[:BAD], bad, *pairs[BAD + 1 :]]
 
 
@@ -85,44 +84,6 @@ def assert_same(first: list[Batch], second: list[Batch]) -> None:
 # --- Rows ------------------------------------------------------------------------------------
 
 
-def contrast(pairs: list[Pair], processor: Processor, **changes: Any) -> StageData:
-    examples = PairExamples(max_negatives=2)
-    return bridge_data(pairs, processor, make_samples=examples, masking=None, **changes)
-
-
-def test_collated_rows_lie_role_by_role(pairs: list[Pair], processor: Processor) -> None:
-    data = contrast(pairs, processor)
-    rows = [data.make_row(pairs[row], 0) for row in (2, 0, 1, 5)]
-    (batch,) = data.collator(rows)
-    assert batch.num_rows == 4
-    order = batch.places.argsort()
-    assert names(batch) == [*(2, 0, 1, 5), *(2, 0, 1, 5), *(2, 1, 5), *(2, 5)]
-    assert batch.roles[order].tolist() == [0] * 4 + [1] * 4 + [2] * 3 + [3] * 2
-    expected = [
-        *[pairs[row].query.key for row in (2, 0, 1, 5)],
-        *[pairs[row].positive.key for row in (2, 0, 1, 5)],
-        *[pairs[row].negatives[0].key for row in (2, 1, 5)],
-        *[pairs[row].negatives[1].key for row in (2, 5)],
-    ]
-    assert batch.keys[order].tolist() == expected
-
-
-def test_masks_follow_from_seed_epoch_and_row(pairs: list[Pair], processor: Processor) -> None:
-    def hidden(epoch: int, row: int, seed: int = 0) -> tuple[int, ...]:
-        data = bridge_data([pairs[0]] * 2, processor, seed=seed)
-        sample = samples(RowSamples([pairs[0]] * 2, data.make_row, seed)[epoch, row])[0]
-        return (*sample.hidden.tolist(), *sample.hidden_visual.tolist(), sample.noise_seed)
-
-    seen = [hidden(0, 0), hidden(1, 0), hidden(0, 1), hidden(-1, 0), hidden(0, 0, seed=1)]
-    assert len(set(seen)) == len(seen)
-    assert hidden(1, 0) == seen[1]
-
-
-def samples(row: list[Sample] | str) -> list[Sample]:
-    assert isinstance(row, list)
-    return row
-
-
 # --- Loading ---------------------------------------------------------------------------------
 
 
@@ -135,22 +96,13 @@ def test_batches_do_not_depend_on_the_number_of_workers(
     assert_same(validation(alone), validation(shared))
 
 
-@pytest.mark.parametrize("start", [1, 2, 5])
+@pytest.mark.parametrize("start", [2, 5])
 def test_resumed_run_loads_the_batches_that_were_left(
     start: int, pairs: list[Pair], processor: Processor
 ) -> None:
     whole = loaded(bridge_data(pairs, processor).train_dataloader())
     resumed = loaded(bridge_data(pairs, processor, start_step=start).train_dataloader())
     assert_same(resumed, whole[start:])
-
-
-def test_training_batches_have_the_batch_size_and_no_row_twice(
-    pairs: list[Pair], processor: Processor
-) -> None:
-    batches = loaded(bridge_data(pairs, processor).train_dataloader())
-    assert len(batches) == 6
-    for batch in batches:
-        assert batch.num_rows == batch.num_samples == len(set(batch.row_ids)) == 4
 
 
 def test_validation_shows_every_row_once_in_order_and_always_alike(
@@ -161,77 +113,54 @@ def test_validation_shows_every_row_once_in_order_and_always_alike(
     assert [batch.num_rows for batch in first] == [3, 2, 2]  # at most 3 each, about equal
     assert [row for batch in first for row in names(batch)] == list(range(7))
     assert_same(validation(data), first)
-
-
-def test_no_validation_rows_means_no_loader(pairs: list[Pair], processor: Processor) -> None:
-    data = bridge_data(pairs, processor)
     data.validation = []
     assert data.val_dataloader() == []
-
-
-def test_dataset_smaller_than_a_batch_is_refused(pairs: list[Pair], processor: Processor) -> None:
-    with pytest.raises(UserError, match="has 11 rows, fewer than one batch of 12"):
-        bridge_data(pairs, processor, batch_size=12).train_dataloader()
 
 
 # --- Bad rows --------------------------------------------------------------------------------
 
 
-def load_epoch(pairs: list[Pair], processor: Processor, **changes: Any) -> list[Batch]:
-    data = contrast(pairs, processor, batch_size=11, steps=1, **changes)
-    return loaded(data.train_dataloader())
-
-
-def test_bad_row_stops_the_run_and_is_named(
-    pairs_with_a_bad_row: list[Pair], processor: Processor
-) -> None:
-    with pytest.raises(UserError) as caught:
-        load_epoch(pairs_with_a_bad_row, processor)
-    assert str(caught.value) in (
-        "toy row 5: image /no/such/picture.png does not exist; check the path and the image root",
-        "toy row 5: the encoded image (6 bytes) cannot be read as an image (its content is in no "
-        "known format); replace it or drop the row",
-    )
-
-
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_skipped_row_is_logged_and_leaves_no_trace_in_the_batch(
+def test_bad_row_stops_the_run_or_leaves_no_trace_in_the_batch(
     num_workers: int,
     pairs_with_a_bad_row: list[Pair],
     processor: Processor,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    (batch,) = load_epoch(
-        pairs_with_a_bad_row, processor, on_bad_row="skip", num_workers=num_workers
-    )
+    def load(on_bad_row: str) -> list[Batch]:
+        data = bridge_data(
+            pairs_with_a_bad_row,
+            processor,
+            make_samples=BridgeExamples(sources={"query": 1.0, "self": 0.0}),
+            on_bad_row=on_bad_row,
+            num_workers=num_workers,
+            batch_size=11,
+            steps=1,
+        )
+        return loaded(data.train_dataloader())
+
+    message = r"toy row 5: the encoded image \(6 bytes\) cannot be read as an image"
+    with pytest.raises(UserError, match=message):
+        load("fail")
+    (batch,) = load("skip")
     assert batch.num_rows == 10
     assert f"toy row {BAD}" not in batch.row_ids
-    wrong = "(image /no/such/picture.png does not exist|the encoded image .* cannot be read)"
     if not num_workers:  # a worker's log is its own
-        assert re.search(f"skipped 1 bad rows, first: toy row {BAD}: {wrong}", caplog.text)
-
-
-def test_batch_without_a_readable_row_is_refused(
-    pairs_with_a_bad_row: list[Pair], processor: Processor
-) -> None:
-    data = contrast(pairs_with_a_bad_row, processor, on_bad_row="skip")
-    rows = [data.make_row(pairs_with_a_bad_row[BAD], seed) for seed in (0, 1)]
-    with pytest.raises(UserError, match="no row of this batch can be read, first: toy row 5: "):
-        data.collator(rows)
+        assert re.search(f"skipped 1 bad rows, first: {message}", caplog.text)
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts open files")
 def test_waiting_batches_hold_few_files_open(pairs: list[Pair], processor: Processor) -> None:
     """torch would hold one open for each of hundreds of tensors."""
-    data = contrast(pairs, processor, num_workers=2, steps=40)
+    data = bridge_data(pairs, processor, num_workers=2, steps=40)
     before = len(list(Path("/proc/self/fd").iterdir()))
     kept = loaded(data.train_dataloader())
     assert max(batch.patches.nbytes for batch in kept) < LARGE
     assert len(list(Path("/proc/self/fd").iterdir())) - before < len(kept)
 
 
-@pytest.mark.parametrize("num_rows", [4, 5, 8, 13, 100])
-@pytest.mark.parametrize("size", [1, 4, 6, 1000])
+@pytest.mark.parametrize("num_rows", [5, 8, 100])
+@pytest.mark.parametrize("size", [1, 6, 1000])
 def test_validation_batches_share_every_row_once_and_leave_no_rank_out(
     num_rows: int, size: int
 ) -> None:

@@ -35,21 +35,15 @@ def test_missing_file_names_row_and_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "gif", "webp", "tiff"])
-@pytest.mark.parametrize("kept", [0.0, 0.05, 0.5])
-def test_truncated_file_is_an_error(tmp_path: Path, suffix: str, kept: float) -> None:
+def test_truncated_file_is_an_error(tmp_path: Path, suffix: str) -> None:
     noise = np.random.default_rng(0).integers(256, size=(64, 64, 3), dtype=np.uint8)
     path = _saved(Image.fromarray(noise), tmp_path / f"a.{suffix}")
     whole = path.read_bytes()
-    path.write_bytes(whole[: int(len(whole) * kept)])
-    with pytest.raises(UserError, match=rf"set row 3: image .*a\.{suffix} cannot be read"):
-        open_image(path, where="set row 3")
-
-
-def test_file_that_is_no_image_is_an_error(tmp_path: Path) -> None:
-    path = tmp_path / "._VisDial_image_1.jpg"  # macOS leaves such files in archives
-    path.write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X")
-    with pytest.raises(UserError, match="cannot be read as an image"):
-        open_image(path, where="set row 3")
+    appledouble = b"\0\5\x16\7\0\2\0\0Mac OS X"  # macOS leaves such files in archives
+    for content in (b"", whole[: len(whole) // 20], whole[: len(whole) // 2], appledouble):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=rf"set row 3: image .*a\.{suffix} cannot be read"):
+            open_image(path, where="set row 3")
 
 
 def test_broken_png_checksum_is_an_error(tmp_path: Path) -> None:
@@ -60,14 +54,11 @@ def test_broken_png_checksum_is_an_error(tmp_path: Path) -> None:
         open_image(bytes(data), where="set row 3")
 
 
-@pytest.mark.parametrize("size", [(1, 10000), (10000, 1), (2, 401)])
-def test_too_elongated_image_is_an_error(tmp_path: Path, size: tuple[int, int]) -> None:
-    path = _saved(Image.new("RGB", size), tmp_path / "line.png")
-    with pytest.raises(UserError, match=rf"set row 3: .*line\.png is {size[0]} x {size[1]} pixels"):
-        open_image(path, where="set row 3")
-
-
-def test_ratio_of_exactly_200_is_read(tmp_path: Path) -> None:
+def test_too_elongated_image_is_an_error_from_a_ratio_of_200(tmp_path: Path) -> None:
+    for width, height in ((1, 10000), (10000, 1), (2, 401)):
+        path = _saved(Image.new("RGB", (width, height)), tmp_path / "line.png")
+        with pytest.raises(UserError, match=rf"row: .*line\.png is {width} x {height} pixels"):
+            open_image(path, where="row")
     path = _saved(Image.new("RGB", (400, 2)), tmp_path / "line.png")
     assert open_image(path, where="row").size == (400, 2)
 
@@ -91,31 +82,19 @@ def test_exif_rotation_is_applied(tmp_path: Path) -> None:
     assert upright.getpixel((0, 0)) == WHITE
 
 
-def test_alpha_is_laid_over_white(tmp_path: Path) -> None:
-    image = Image.new("RGBA", (2, 1), (255, 0, 0, 255))
-    image.putpixel((1, 0), (0, 0, 0, 0))
-    path = _saved(image, tmp_path / "a.png")
-    assert _pixel(path) == RED
-    assert _pixel(path, (1, 0)) == WHITE
-
-
-def test_half_transparent_grey_is_mixed_with_white(tmp_path: Path) -> None:
-    path = _saved(Image.new("LA", (1, 1), (0, 128)), tmp_path / "a.png")
+def test_what_is_transparent_is_laid_over_white(tmp_path: Path) -> None:
+    rgba = Image.new("RGBA", (2, 1), (255, 0, 0, 255))
+    rgba.putpixel((1, 0), (0, 0, 0, 0))
+    path = _saved(rgba, tmp_path / "rgba.png")
+    assert (_pixel(path), _pixel(path, (1, 0)), _pixel(rgba, (1, 0))) == (RED, WHITE, WHITE)
+    assert rgba.getpixel((1, 0)) == (0, 0, 0, 0)  # an opened image is not changed
+    path = _saved(Image.new("LA", (1, 1), (0, 128)), tmp_path / "grey.png")
     assert _pixel(path) == (127, 127, 127)
-
-
-def test_transparent_palette_colour_becomes_white(tmp_path: Path) -> None:
-    image = Image.new("P", (2, 1), 0)
-    image.putpalette([0, 0, 0, 255, 0, 0])
-    image.putpixel((1, 0), 1)
-    path = _saved(image, tmp_path / "a.png", transparency=0)
+    palette = Image.new("P", (2, 1), 0)
+    palette.putpalette([0, 0, 0, 255, 0, 0])
+    palette.putpixel((1, 0), 1)
+    path = _saved(palette, tmp_path / "palette.png", transparency=0)
     assert (_pixel(path), _pixel(path, (1, 0))) == (WHITE, RED)
-
-
-def test_sixteen_bits_are_scaled_not_clipped(tmp_path: Path) -> None:
-    values = np.array([[0, 128 * 257, 65535]], dtype=np.uint16)
-    path = _saved(Image.fromarray(values), tmp_path / "a.png")
-    assert [_pixel(path, (x, 0))[0] for x in range(3)] == [0, 128, 255]
 
 
 def _pgm(white: int) -> bytes:
@@ -140,7 +119,6 @@ def _tiff(bits: int, *, black_is_zero: bool) -> bytes:
     ("encoded", "expected"),
     [
         (_pgm(1000), [0, 128, 255]),
-        (_pgm(4095), [0, 127, 255]),
         (_pgm(65535), [0, 127, 255]),
         (_tiff(12, black_is_zero=True), [0, 127, 255]),
         (_tiff(16, black_is_zero=True), [0, 127, 255]),
@@ -152,18 +130,15 @@ def test_full_brightness_is_what_the_file_calls_so(encoded: bytes, expected: lis
         assert [_pixel(source, (x, 0))[0] for x in range(3)] == expected
 
 
-@pytest.mark.parametrize("value", [200, 65535, 70000])
 @pytest.mark.parametrize("dtype", [np.float32, np.int32])
-def test_a_brightness_range_that_no_format_defines_is_refused(
-    tmp_path: Path, dtype: type, value: int
-) -> None:
-    image = Image.fromarray(np.full((2, 2), value, dtype=dtype))
+def test_a_brightness_range_that_no_format_defines_is_refused(tmp_path: Path, dtype: type) -> None:
+    image = Image.fromarray(np.full((2, 2), 200, dtype=dtype))
     for source in (image, _saved(image, tmp_path / "a.tiff")):
         with pytest.raises(UserError, match=r"row: .* has signed or 32-bit pixels"):
             open_image(source, where="row")
 
 
-@pytest.mark.parametrize("mode", ["La", "RGBa", "PA", "LAB", "HSV", "YCbCr"])
+@pytest.mark.parametrize("mode", ["La", "RGBa", "PA", "LAB", "HSV", "YCbCr", "CMYK", "1"])
 def test_rare_modes_are_converted(mode: str) -> None:
     assert open_image(Image.new(mode, (2, 2))).mode == "RGB"
 
@@ -188,7 +163,7 @@ def test_an_image_is_given_in_many_ways(tmp_path: Path) -> None:
             open_image(wrong)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF"])
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
 def test_threads_may_share_an_opened_image(kind: str) -> None:
     noise = np.random.default_rng(0).integers(256, size=(600, 800, 3), dtype=np.uint8)
     buffer = io.BytesIO()
@@ -203,37 +178,14 @@ def test_threads_may_share_an_opened_image(kind: str) -> None:
                 np.testing.assert_array_equal(np.asarray(found), expected)
 
 
-def test_cmyk_is_converted(tmp_path: Path) -> None:
-    path = _saved(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), tmp_path / "a.jpg", quality=100)
-    red, green, blue = _pixel(path)
-    assert red > 240
-    assert max(green, blue) < 15
-
-
-def test_one_bit_image_is_converted(tmp_path: Path) -> None:
-    assert _pixel(_saved(Image.new("1", (2, 2), 1), tmp_path / "a.png")) == WHITE
-
-
 @pytest.mark.parametrize("suffix", ["gif", "png", "webp"])
 def test_animation_gives_its_first_frame(tmp_path: Path, suffix: str) -> None:
     frames = [Image.new("RGB", (4, 4), colour) for colour in (RED, WHITE, (0, 0, 255))]
     path = tmp_path / f"a.{suffix}"
     options = {"lossless": True} if suffix == "webp" else {}
     frames[0].save(path, save_all=True, append_images=frames[1:], **options)
-    assert _pixel(path) == RED
-
-
-def test_opened_image_is_not_changed() -> None:
-    image = Image.new("RGBA", (2, 2), (0, 0, 0, 0))
-    open_image(image, where="row")
-    assert image.getpixel((0, 0)) == (0, 0, 0, 0)
-
-
-def test_animation_opened_by_the_caller_keeps_working(tmp_path: Path) -> None:
-    buffer = io.BytesIO()
-    Image.new("RGB", (4, 4), RED).save(buffer, "gif")
-    with Image.open(io.BytesIO(buffer.getvalue())) as opened:
-        assert _pixel(opened) == _pixel(opened) == RED
+    with Image.open(path) as opened:
+        assert _pixel(path) == _pixel(opened) == _pixel(opened) == RED
 
 
 @pytest.fixture
@@ -250,23 +202,18 @@ def test_path_below_the_root_is_found(root: Path, relative: str) -> None:
     assert resolve_image(relative, root=root).samefile(root / "sub" / "a.png")
 
 
-@pytest.mark.parametrize("relative", ["../secret.png", "sub/../../secret.png", "..", "sub/.."])
-def test_path_with_dots_that_leaves_the_root_is_an_error(root: Path, relative: str) -> None:
-    with pytest.raises(UserError, match=r"^image path .* leaves the image root"):
-        resolve_image(relative, root=root)
-
-
-def test_absolute_path_is_an_error_even_below_the_root(root: Path) -> None:
-    with pytest.raises(UserError, match="is absolute"):
-        resolve_image(str(root / "sub" / "a.png"), root=root)
-
-
-def test_links_that_leave_the_root_are_errors(root: Path) -> None:
+def test_path_that_leaves_the_root_is_an_error(root: Path) -> None:
     (root / "file.png").symlink_to(root.parent / "secret.png")
     (root / "folder").symlink_to(root.parent)
-    for relative in ("file.png", "folder/secret.png"):
-        with pytest.raises(UserError, match="leaves the image root"):
+    twin = root.parent / "root_twin"  # which begins as the root does
+    twin.mkdir()
+    Image.new("RGB", (2, 2)).save(twin / "a.png")
+    dots = ("../secret.png", "sub/../../secret.png", "..", "sub/..", "../root_twin/a.png")
+    for relative in (*dots, "file.png", "folder/secret.png"):
+        with pytest.raises(UserError, match=r"^image path .* leaves the image root"):
             resolve_image(relative, root=root)
+    with pytest.raises(UserError, match="is absolute"):  # even below the root
+        resolve_image(str(root / "sub" / "a.png"), root=root)
 
 
 def test_links_within_the_root_and_a_linked_root_work(root: Path) -> None:
@@ -276,21 +223,7 @@ def test_links_within_the_root_and_a_linked_root_work(root: Path) -> None:
     assert resolve_image("link.png", root=linked).is_file()
 
 
-def test_sibling_folder_with_the_same_beginning_is_outside(root: Path) -> None:
-    twin = root.parent / "root_twin"
-    twin.mkdir()
-    Image.new("RGB", (2, 2)).save(twin / "a.png")
-    with pytest.raises(UserError, match="leaves the image root"):
-        resolve_image("../root_twin/a.png", root=root)
-
-
-@pytest.mark.parametrize("relative", ["sub/b.png", "sub", "x" * 5000])
+@pytest.mark.parametrize("relative", ["sub/b.png", "sub", "x" * 5000, "a\0.png", "sub\0/a.png"])
 def test_missing_file_below_the_root_is_an_error(root: Path, relative: str) -> None:
-    with pytest.raises(UserError, match="does not exist"):
-        resolve_image(relative, root=root)
-
-
-@pytest.mark.parametrize("relative", ["a\0.png", "sub\0/a.png"])
-def test_text_that_cannot_be_a_path_is_an_error(root: Path, relative: str) -> None:
     with pytest.raises(UserError, match=r"is not a path|does not exist"):
         resolve_image(relative, root=root)

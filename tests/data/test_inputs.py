@@ -194,12 +194,6 @@ def test_items_are_taken_in_their_own_order(items: Any, expected: list[str] | No
     assert [as_item(found[place]) for place in range(len(found))] == [Item(w) for w in expected]
 
 
-def test_four_dimensions_are_several_pictures() -> None:
-    array = np.stack([np.asarray(picture) for picture in PICTURES])
-    found = as_list(array)
-    assert [np.asarray(as_item(one).media[0])[0, 0, 0] for one in found] == [0, 1, 2]
-
-
 def test_a_data_set_is_read_item_by_item() -> None:
     rows = datasets.Dataset.from_dict({"text": WORDS, "image": [None, PNG.getvalue()] * 2})
     assert as_list(rows) is rows
@@ -273,21 +267,11 @@ def test_images_that_can_be_read_once_only_are_refused() -> None:
 
 def test_arrays_of_an_item_are_one_picture_or_several() -> None:
     array = np.stack([np.asarray(picture) for picture in PICTURES])
+    found = as_list(array)
+    assert [np.asarray(as_item(one).media[0])[0, 0, 0] for one in found] == [0, 1, 2]
     assert len(as_item({"image": array}).media) == 3
     assert len(as_item({"image": array[0]}).media) == 1
     assert len(as_item(array[0, ..., 0]).media) == 1
-
-
-def test_an_item_s_images_are_a_tuple_however_they_are_written() -> None:
-    path = Path("a.png")
-    for images in ([path], (path,), path, iter([path])):
-        item = Item(S, images)  # type: ignore[arg-type]
-        assert item == Item(S, (path,))
-        assert hash(item) == hash(Item(S, (path,)))
-    wrong: Sequence[Any] = (["a.png"], "a", [np.zeros((2, 2), np.uint8)])
-    for images in wrong:
-        with pytest.raises(ValueError, match=r"paths \(Path\), bytes or PIL images, not"):
-            Item(S, images)
 
 
 def test_pictures_of_other_meaning_are_other_items() -> None:

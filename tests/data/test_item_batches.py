@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ from cocoa_pl.data import item_batches as module
 from cocoa_pl.data import processor as processing
 from cocoa_pl.data.batch import Sample
 from cocoa_pl.data.images import image_size, open_image
-from cocoa_pl.data.item_batches import item_batches
+from cocoa_pl.data.item_batches import item_batches, map_ahead, some_threads
 from cocoa_pl.data.items import IMAGE_SLOT, Item
 from cocoa_pl.data.processor import Processor
 from cocoa_pl.errors import UserError
@@ -43,7 +45,7 @@ def batches_of(
     )
 
 
-@pytest.mark.parametrize("threads", [0, 1, 4])
+@pytest.mark.parametrize("threads", [0, 4])
 @pytest.mark.parametrize("window", [256, 4096])
 def test_each_item_is_in_one_batch_with_its_own_sample(
     window: int,
@@ -65,7 +67,7 @@ def test_each_item_is_in_one_batch_with_its_own_sample(
             assert np.array_equal(sample.patches, alone.patches)
 
 
-@pytest.mark.parametrize("batch_tokens", [1, 40, 60, 10_000])
+@pytest.mark.parametrize("batch_tokens", [1, 60, 10_000])
 def test_batches_are_full_sorted_by_cost_and_the_same_for_any_number_of_threads(
     batch_tokens: int, items: list[Item], processor: Processor
 ) -> None:
@@ -106,9 +108,8 @@ def test_no_picture_is_decoded_to_measure_it(
         "open_image",
         lambda s, where: (opened.append(where), open_image(s, where=where))[1],
     )
-    batches = item_batches(
-        len(items), items.__getitem__, processor, list, batch_tokens=60, threads=0
-    )
+    get = items.__getitem__
+    batches = item_batches(len(items), get, processor, list, batch_tokens=60, threads=0)
     numbers, _ = next(batches)
     assert set(opened) == {f"item {number}" for number in numbers if items[number].media}
     batches.close()
@@ -151,3 +152,48 @@ def test_a_size_is_read_from_the_header(
     ):
         with pytest.raises(UserError, match=f"^toy: {message}"):
             image_size(bad, where="toy")
+
+
+# --- Threads that work ahead ------------------------------------------------------------------
+
+
+def names() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if "item_batches" in thread.name]
+
+
+@pytest.fixture(autouse=True)
+def no_thread_is_left() -> Iterator[None]:
+    yield
+    assert names() == []
+
+
+def test_work_goes_on_ahead_of_use_but_only_so_far() -> None:
+    begun: list[int] = []
+    with some_threads(2) as pool:
+        results = map_ahead(pool, lambda v: begun.append(v), range(100), ahead=5)
+        for expected in (5, 6):
+            next(results)
+            deadline = time.monotonic() + 5
+            while len(begun) < expected and time.monotonic() < deadline:
+                time.sleep(0.001)
+            time.sleep(0.05)
+            assert sorted(begun) == list(range(expected))
+
+
+def test_two_maps_one_feeding_the_other_share_the_threads() -> None:
+    with some_threads(1) as pool:
+        doubled = map_ahead(pool, lambda v: 2 * v, range(30), ahead=4)
+        assert list(map_ahead(pool, lambda v: v + 1, doubled, ahead=3)) == list(range(1, 61, 2))
+
+
+def test_what_has_not_begun_when_the_block_is_left_never_does() -> None:
+    begun: list[int] = []
+
+    def work(value: int) -> None:
+        begun.append(value)
+        time.sleep(0.02)
+
+    with pytest.raises(KeyboardInterrupt), some_threads(1) as pool:  # noqa: PT012
+        next(map_ahead(pool, work, range(50), ahead=20))
+        raise KeyboardInterrupt
+    assert len(begun) < 5

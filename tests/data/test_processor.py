@@ -169,11 +169,6 @@ def test_a_tokenizer_without_an_end_token_is_refused(processor: Processor) -> No
         )
 
 
-def test_image_that_cannot_be_read_is_refused_by_row(processor: Processor, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"^toy row 7: image .*gone\.png does not exist"):
-        process(processor, SLOT, tmp_path / "gone.png")
-
-
 # --- Tokens ----------------------------------------------------------------------------------
 
 

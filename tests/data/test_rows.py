@@ -94,19 +94,6 @@ def test_captions_and_queries_of_cocoa_become_pairs(root: Path, pair: Callable[.
     assert below.query == picture(root, "b")
 
 
-def test_a_side_may_have_several_images(root: Path, pair: Callable[..., Pair]) -> None:
-    both = ["images/a.png", "images/b.png"]
-    found = pair("pairs", OWN | {"query_image": both})
-    assert found.query == picture(root, "a", "b", text="\nFind the caption")
-    placed = MSCOCO | {"qry": "<|image_1|> or <|image_2|>", "qry_image_path": both}
-    assert pair("mmeb", placed).query.text == f"{SLOT} or {SLOT}"
-    negatives = [{"text": "no", "image": both}, {"text": "", "image": both[:1]}]
-    assert pair("pairs", OWN | {"negatives": negatives}).negatives == (
-        picture(root, "a", "b", text="\nno"),
-        picture(root, "a"),
-    )
-
-
 @pytest.mark.parametrize(
     ("value", "expected"),
     [
@@ -158,14 +145,11 @@ def test_negatives_may_be_strings_lists_or_written_lists(
     assert list(zip([item.text for item in found], names, strict=True)) == wanted
 
 
-@pytest.mark.parametrize(
-    "expression", ["open({path!r}, 'w')", "__import__('pathlib').Path({path!r}).touch()"]
-)
 def test_negative_lists_are_parsed_never_executed(
-    tmp_path: Path, pair: Callable[..., Pair], expression: str
+    tmp_path: Path, pair: Callable[..., Pair]
 ) -> None:
     trap = tmp_path / "executed"
-    text = "[" + expression.format(path=str(trap)) + "]"
+    text = f"[__import__('pathlib').Path({str(trap)!r}).touch()]"
     with pytest.raises(UserError, match="Set row 1: neg_text looks like a list"):
         pair("mmeb", MSCOCO | {"neg_text": text})
     assert not trap.exists()
@@ -186,12 +170,10 @@ BAD_ROWS: list[tuple[str, Any, str]] = [
     ("mmeb", {"qry": "Find it"}, "query: it has image .* but no <|image_1|>"),
     ("mmeb", {"qry": "a", "qry_image_path": b"png"}, "query: it has image 'in the row' but no"),
     ("mmeb", {"pos_image_path": "images/b.png"}, "positive: it has image"),
-    ("mmeb", {"pos_text": ""}, "positive: it is empty"),
     ("mmeb", {"pos_text": " \n\t"}, "positive: it is empty"),
     ("mmeb", {"qry": "", "qry_image_path": ""}, "query: it is empty"),
     ("mmeb", {"pos_text": None}, "positive: it is empty"),
     ("mmeb", {"pos_text": f"a {SLOT} b"}, "positive: the text holds U\\+FDD0"),
-    ("mmeb", {"qry": "<|image_1|><|image_1|>"}, "once"),
     ("mmeb", {"qry": "<|image_1|><|image_2|>"}, r"query: the text holds .* for 1 image\(s\)"),
     ("mmeb", {"qry": "<|image_1|> <image>"}, "query: the text holds both"),
     ("mmeb", {"qry_image_path": "images/c.png"}, r"Set row 1, query: image .*c\.png does not"),
@@ -212,7 +194,6 @@ BAD_ROWS: list[tuple[str, Any, str]] = [
     ("pairs", {"negatives": ["a cat"]}, "a negative must be an object, found str"),
     ("pairs", {"negatives": [{"txt": "a"}]}, "unknown key txt of a negative; known are text, im"),
     ("pairs", {"negatives": [{"text": ""}]}, "negative: it is empty"),
-    ("cocoa_json", {"caption": None}, "positive: it is empty"),
     ("cocoa_json", {"image_path": "images/c.png"}, r"query: image .*c\.png does not exist"),
 ]
 GOOD = {"mmeb": MSCOCO, "pairs": OWN, "cocoa_json": CAPTION}

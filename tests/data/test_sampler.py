@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -66,15 +65,11 @@ def steps_of(
     )
 
 
-def test_every_step_has_whole_batches_without_duplicates() -> None:
-    for step in steps_of():
-        assert len(step) == len(set(step)) == 6
-        assert len({epoch for epoch, _ in step}) == 1
-        assert all(0 <= row < 23 for _, row in step)
-
-
 def test_epoch_shows_a_row_at_most_once_and_leaves_out_less_than_a_batch() -> None:
     steps = steps_of(steps=9)
+    for step in steps:
+        assert len(step) == len(set(step)) == 6
+        assert all(0 <= row < 23 for _, row in step)
     for epoch in range(3):
         rows = [row for step in steps for e, row in step if e == epoch]
         assert len(rows) == len(set(rows)) == 18
@@ -88,12 +83,12 @@ def test_epochs_and_seeds_have_orders_of_their_own() -> None:
     assert orders[0] != list(range(24))
 
 
-@pytest.mark.parametrize("start", [1, 2, 3, 4, 7, 9, 10])
+@pytest.mark.parametrize("start", [1, 4, 10])
 def test_resumed_run_draws_what_the_whole_run_would_have_drawn(start: int) -> None:
     assert steps_of(start_step=start) == steps_of()[start:]
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 6])
+@pytest.mark.parametrize("world_size", [2, 3, 6])
 def test_ranks_partition_the_global_batch(world_size: int) -> None:
     shares = [steps_of(rank=rank, world_size=world_size) for rank in range(world_size)]
     for step, whole in enumerate(steps_of()):
@@ -141,13 +136,6 @@ def test_a_tiny_share_is_drawn_now_and_then_and_a_share_of_zero_never() -> None:
     assert drawn.max() == 1
 
 
-def test_a_longer_draw_begins_with_the_shorter_one_and_seeds_differ() -> None:
-    shares = np.array([0.5, 0.5])
-    long = draw_subsets(shares, count=3000, seed=0)
-    assert draw_subsets(shares, count=1500, seed=0).tolist() == long[:1500].tolist()
-    assert draw_subsets(shares, count=3000, seed=1).tolist() != long.tolist()
-
-
 # --- Batches ---------------------------------------------------------------------------------
 
 
@@ -187,7 +175,7 @@ def test_batch_shows_no_row_twice_even_between_epochs(chosen: Mixing) -> None:
 
 
 @pytest.mark.parametrize("chosen", COMPOSITIONS.values(), ids=COMPOSITIONS)
-@pytest.mark.parametrize("start", [1, 63, 64, 65, 199])
+@pytest.mark.parametrize("start", [63, 65])
 def test_resumed_run_draws_what_was_left(chosen: Mixing, start: int) -> None:
     assert batches(chosen, start, 200) == batches(chosen, 0, 200)[start:]
 
@@ -202,23 +190,14 @@ def test_ranks_share_every_sub_batch(name: str) -> None:
         assert len({tuple(sorted(subsets_of(rows))) for rows in mine}) == 1
 
 
-def test_frequencies_of_rows_follow_the_weights() -> None:
-    chosen = mixing(weights={"small": 5, "big": 1, "middle": 0})
-    found = Counter(s for batch in batches(chosen, 0, 640) for s in subsets_of(batch))
-    assert found[1] == 0
-    assert abs(found[2] / found[0] - 5 * 48 / 500) < 0.005
-
-
-@pytest.mark.parametrize("composition", ["shuffled", "one_subset", "interleaved"])
-def test_every_composition_is_a_config_that_any_stage_can_choose(composition: str) -> None:
+def test_every_composition_is_a_config_that_any_stage_can_choose() -> None:
     assert {path.stem for path in (CONFIGS / "mixing").glob("*.yaml")} == set(COMPOSITIONS)
-    cfg = composed(f"mixing@stage.warmup.mixing={composition}")
-    chosen = {stage.name: stage.mixing for stage in build_stages(cfg)}
-    assert chosen["warmup"].composition == composition
-    assert chosen["contrast"].by_rows  # the released scripts' way stays the default
-    assert chosen["warmup"].sub_batch_rows(64) == {"shuffled": 1, "one_subset": 64}.get(
-        composition, 32
-    )
+    for composition, rows in (("shuffled", 1), ("one_subset", 64), ("interleaved", 32)):
+        cfg = composed(f"mixing@stage.warmup.mixing={composition}")
+        chosen = {stage.name: stage.mixing for stage in build_stages(cfg)}
+        assert chosen["warmup"].composition == composition
+        assert chosen["warmup"].sub_batch_rows(64) == rows
+        assert chosen["contrast"].by_rows  # the released scripts' way stays the default
 
 
 # --- Refusals --------------------------------------------------------------------------------
@@ -247,40 +226,18 @@ def test_mixing_that_does_not_fit_the_data_is_refused(
         order(mixing(**changes), batch_size=batch_size)
 
 
-def test_subset_of_weight_zero_may_be_too_small() -> None:
-    chosen = mixing(composition="one_subset", weights={"small": 0})
-    assert len(batches(chosen, 0, 5, batch_size=64)) == 5
-
-
-def pair(number: int, subset: str) -> Pair:
-    return Pair(Item(f"q{number}"), Item(f"p{number}"), (), subset, f"{subset} row {number}")
-
-
-def test_plain_shuffling_permutes_all_rows_and_anything_else_mixes_subsets() -> None:
-    pairs = [pair(number, "ab"[number % 2]) for number in range(20)]
-    assert isinstance(make_order(Pairs.of(pairs), mixing(), batch_size=4, seed=0), AllRows)
-    mixed = make_order(Pairs.of(pairs), mixing(weights={"a": 3}), batch_size=4, seed=0)
-    rows = [pairs[row].subset for batch in mixed.batches(0, 256) for _, row in batch]
-    assert Counter(rows)["a"] == 768
-
-
 def test_data_smaller_than_a_batch_are_refused() -> None:
-    pairs = Pairs.of([pair(number, "a") for number in range(5)])
-    make_order(pairs, mixing(), batch_size=5, seed=0)
+    pairs = Pairs.of([Pair(Item(f"q{n}"), Item("p"), (), "a", f"a row {n}") for n in range(5)])
+    assert isinstance(make_order(pairs, mixing(), batch_size=5, seed=0), AllRows)
+    mixed = mixing(composition="one_subset")
+    assert isinstance(make_order(pairs, mixed, batch_size=5, seed=0), MixedSubsets)
     with pytest.raises(UserError, match=r"has 5 rows, fewer than one batch of 6; lower"):
         make_order(pairs, mixing(), batch_size=6, seed=0)
 
 
 def test_mix_folds_any_integers_into_63_bits() -> None:
+    # The first output of SplitMix64 seeded with 0 is 0xE220A8397B1DCDAF (its reference code).
+    assert mix(0) == 0xE220A8397B1DCDAF >> 1
     values = [mix(), mix(0), mix(0, 0), mix(1), mix(-1), mix(2**63), mix(1, 2), mix(2, 1)]
     assert len(set(values)) == len(values)
     assert all(0 <= value < 2**63 for value in values)
-
-
-def test_mix_of_one_value_is_splitmix64() -> None:
-    # The first output of SplitMix64 seeded with 0 is 0xE220A8397B1DCDAF (its reference code).
-    assert mix(0) == 0xE220A8397B1DCDAF >> 1
-
-
-def test_mix_of_neighbouring_rows_and_epochs_never_collides() -> None:
-    assert len({mix(3, epoch, row) for epoch in range(50) for row in range(1000)}) == 50_000

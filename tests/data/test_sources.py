@@ -104,13 +104,6 @@ def test_rows_are_numbered_through_the_files_of_a_subset(tmp_path: Path, mmeb: M
     assert {pair.subset for pair in both.train_pairs()} == {"A"}
 
 
-def test_caps_limit_single_subsets(tmp_path: Path, mmeb: MakeSource) -> None:
-    for subset in "ABC":
-        write(tmp_path, subset, [row(number) for number in range(5)])
-    data = mmeb(subsets=list("ABC"), max_rows=3, caps={"B": 1, "C": None})
-    assert Counter(pair.subset for pair in data.train_pairs()) == {"A": 3, "B": 1, "C": 5}
-
-
 def test_repeated_rows_are_left_out_and_counted(
     tmp_path: Path, mmeb: MakeSource, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -197,6 +190,8 @@ def test_an_image_is_held_out_of_every_row_and_split(tmp_path: Path, mmeb: MakeS
 def test_the_same_share_of_every_subset_is_held_out(tmp_path: Path, mmeb: MakeSource) -> None:
     for subset, size in (("A", 10), ("B", 20)):
         write(tmp_path, subset, [row(number) for number in range(size)])
+    capped = mmeb(subsets=["A", "B"], max_rows=3, caps={"B": None})
+    assert Counter(pair.subset for pair in capped.train_pairs()) == {"A": 3, "B": 20}
     data = mmeb(subsets=["A", "B"], validation_fraction=0.2, validation_rows=3)
     assert Counter(pair.subset for pair in data.train_pairs()) == {"A": 8, "B": 16}
     assert Counter(pair.subset for pair in data.validation_pairs()) == {"A": 2, "B": 4}
@@ -225,11 +220,6 @@ def test_a_second_file_validates_without_other_right_answers(
     assert found == [["a", "c"], ["b", "c"], ["b", "a", "c"], ["c", "a", "b"]]
     assert [item.text for item in subset.queries] == ["q1", "q2", "q3"]
     assert subset.query_index.tolist() == [0, 0, 1, 2]
-
-
-def test_training_texts_are_distinct_and_without_slots(own: MakeSource) -> None:
-    rows = [{"query": "b", "positive": "c", "negatives": [{"text": "a"}]}]
-    assert own([*rows, {"query": "b", "positive": "d"}]).training_texts() == ["a", "b", "c", "d"]
 
 
 # --- The hub and stages ----------------------------------------------------------------------
@@ -267,12 +257,6 @@ def test_hub_out_of_reach_is_one_sentence_with_the_command(
     monkeypatch.setattr(sources, "snapshot_download", fetch)
     with pytest.raises(UserError, match=r"some/corpus .* cannot be .*hf download some/corp"):
         local_folder("some/corpus", ["A/*.parquet"])
-
-
-def test_offline_without_a_copy_is_that_sentence(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(UserError, match="nobody/nothing is no folder and cannot be fetched"):
-        local_folder("nobody/nothing", ["A/*.parquet"])
 
 
 def test_each_stage_has_its_own_source(own: MakeSource) -> None:
