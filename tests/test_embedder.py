@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import logging
+import pickle
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -98,9 +102,7 @@ def test_leading_components_are_of_unit_length(
     lengths = np.linalg.norm(vectors[:, :8], axis=1, keepdims=True)
     np.testing.assert_allclose(short, vectors[:, :8] / lengths, atol=1e-6)
     np.testing.assert_array_equal(embedder.encode(items, truncate_dim=embedder.dim), vectors)
-    for dim in (0, embedder.dim + 1):
-        with pytest.raises(UserError, match=rf"truncate_dim is 1 to {embedder.dim}, not {dim}"):
-            embedder.encode(items, truncate_dim=dim)
+    np.testing.assert_array_equal(embedder.encode(items, truncate_dim=np.int64(8)), short)
 
 
 def test_a_bar_is_shown_if_progress_is_true(
@@ -119,23 +121,98 @@ def test_a_bar_is_shown_if_progress_is_true(
     [
         ("", "needs a text or an image"),
         ({"text": None, "image": []}, "needs a text or an image"),
-        ({"text": "a", "picture": 1}, "keys text and image, not.*picture"),
-        ({"image": 3}, "a path, bytes, a PIL image or an array, not int"),
-        (np.zeros((4, 4, 3)), "uint8 of height x width x 3.*not float64 of 4 x 4 x 3"),
-        (np.zeros((4, 4, 4), np.uint8), "not uint8 of 4 x 4 x 4"),
+        ({"text": "a", "picture": 1}, "keys text and image, not.*picture.*; rename"),
+        ({"image": 3}, "a path, bytes, a PIL image or an array, not int; open it"),
+        ({"image": ""}, "path is empty; leave the image out"),
+        ({"image": (one for one in ())}, r"not in a generator; write list\(images\)"),
+        ({"image": {"a.png", "b.png"}}, r"a set has no order; write sorted\(items\)"),
+        (np.zeros((4, 4, 3)), r"uint8 of height x width x 3.*not float64 of 4 x 4 x 3; .*astype"),
+        (np.zeros((4, 4, 4), np.uint8), "not uint8 of 4 x 4 x 4; .* drop alpha"),
+        (np.zeros((0, 0, 3), np.uint8), r"has no pixels \(0 x 0\); replace it"),
+        (Image.new("RGB", (0, 5)), r"has no pixels \(0 x 5\); replace it"),
+        (Path("x" * 5000), f"image {'x' * 40}[.]{{3}} cannot be opened .File name too long"),
+        ({"image": "https://host/a.png"}, "image https:/host/a.png is an address; download it"),
+        ({"image": f"data:image/png;base64,{'A' * 5000}"}, "AAA[.]{3} is a data URL; .*b64decode"),
+        (Path("/dev/zero"), "image /dev/zero is no file; check the path"),
         ({"text": "a <|image_1|>"}, "but names no image"),
         ({"text": 7}, "text is a string"),
-        ("a \ud800", "item 0: the text is not valid Unicode"),
-        (7, "an item is a string"),
-        ([{"text": "a"}], "an item is a string"),
+        ({"text": b"words"}, r"text is a string, not bytes; write text.decode\(\)"),
+        ("a \ud800", "the text is not valid Unicode.*; fix it"),
+        (7, r"an item is a string.*not int; write str\(item\)"),
+        (None, "an item is a string.*not NoneType; leave it out"),
+        (torch.zeros(3), r"an item is a string.*not Tensor; write tensor.numpy\(\)"),
+        ([{"text": "a"}], r"an item is a string.*not list; one item with several parts is \{"),
     ],
 )
-def test_what_cannot_be_embedded_is_refused(value: Any, message: str, embedder: Embedder) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_what_cannot_be_embedded_is_refused_with_a_remedy(
+    value: Any, message: str, embedder: Embedder
+) -> None:
+    with pytest.raises(UserError, match=f"^item 0: .*{message}") as caught:
         embedder.encode([value])
+    assert len(str(caught.value)) < 300
 
 
-@pytest.mark.parametrize("device", ["gpu", "tpu", "cuda:99", "cpu:x"])
+@pytest.mark.parametrize("name", ["truncate_dim", "batch_tokens", "threads"])
+@pytest.mark.parametrize("value", [-1, "64", 8.0, True, np.True_, [8], float("nan")])
+def test_what_is_no_whole_number_is_refused(name: str, value: Any, embedder: Embedder) -> None:
+    with pytest.raises(UserError) as caught:
+        embedder.encode(["a dog"], **{name: value})
+    assert str(caught.value).startswith(f"{name} is a whole number ")
+    assert str(caught.value).endswith(f", not {value!r}")
+
+
+def test_leading_components_are_at_most_all(embedder: Embedder) -> None:
+    with pytest.raises(UserError, match=f"a whole number from 1 to {embedder.dim}, not 0"):
+        embedder.encode([], truncate_dim=0)
+    with pytest.raises(UserError, match=f"from 1 to {embedder.dim}, not {embedder.dim + 1}"):
+        embedder.encode([], truncate_dim=embedder.dim + 1)
+
+
+@pytest.mark.parametrize("instruction", [["Find it:"], 3, b"Find it:", Path("Find it:")])
+def test_an_instruction_is_one_string(instruction: Any, embedder: Embedder) -> None:
+    kind = type(instruction).__name__
+    with pytest.raises(UserError, match=f"^an instruction is one string for all items, not {kind}"):
+        embedder.encode(["a dog"], instruction=instruction)
+
+
+def test_a_long_text_is_cut_without_talk_of_indexing_errors(
+    embedder: Embedder, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embedder.processor.tokenizer, "model_max_length", 128)  # as exported
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    text = "the dog sleeps " * 5000
+    assert np.isfinite(embedder.encode([text])).all()
+    assert "indexing errors" not in caplog.text
+    embedder.processor.tokenizer(text)
+    assert "indexing errors" in caplog.text  # it would have been seen
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
+def test_a_copy_gives_the_same_vectors_and_works_alone(
+    copied: Callable[[Embedder], Embedder],
+    embedder: Embedder,
+    items: list[Item],
+    vectors: Vectors,
+) -> None:
+    other = copied(embedder)
+    with embedder._one_at_a_time:  # in use meanwhile
+        np.testing.assert_array_equal(other.encode(items), vectors)
+    assert other.identity() == embedder.identity()
+
+
+@pytest.mark.parametrize("path", ["", None, 3, "x" * 5000])
+def test_what_is_no_path_of_a_model_is_refused(path: Any) -> None:
+    with pytest.raises(UserError, match=r"opens a folder or a hub id, not|File name too long"):
+        Embedder.load(path)
+
+
+@pytest.mark.parametrize("device", [None, True, 0])
+def test_what_names_no_device_is_refused(device: Any) -> None:
+    with pytest.raises(UserError, match=f"^device is auto, cpu, cuda or cuda:1, not {device}"):
+        Embedder.load("no such folder", device=device)
+
+
+@pytest.mark.parametrize("device", ["gpu", "tpu", "cuda:99", "cpu:x", "meta"])
 def test_a_device_that_is_not_here_is_refused_before_a_model_is_opened(device: str) -> None:
     with pytest.raises(UserError, match=f"^device={device} is not here: "):
         Embedder.load("no such folder", device=device)

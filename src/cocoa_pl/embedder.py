@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections import deque
@@ -20,7 +21,7 @@ from torch import Tensor
 from cocoa_pl.attention import Policy
 from cocoa_pl.data.batch import Batch, Sample, pack
 from cocoa_pl.data.inputs import Input, as_item, as_list
-from cocoa_pl.data.item_batches import item_batches
+from cocoa_pl.data.item_batches import item_batches, whole_number
 from cocoa_pl.data.items import Item
 from cocoa_pl.data.processor import Processor
 from cocoa_pl.errors import UserError, first_line
@@ -40,6 +41,7 @@ from cocoa_pl.models.loading import load
 log = logging.getLogger(__name__)
 
 EVERY_SECONDS = 30.0  # between two lines in the log; short work logs nothing
+SHOWN = 100  # characters of a path in messages
 THREADS = 4  # that read images and tokenize ahead of the model
 
 Part = tuple[NDArray[np.intp], NDArray[np.float32]]  # places of items, and their vectors
@@ -58,8 +60,15 @@ class Embedder:
         self.policy = policy
         self._one_at_a_time = threading.Lock()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For `pickle` and `copy`: all but the lock, which each copy has for itself."""
+        return {name: part for name, part in vars(self).items() if name != "_one_at_a_time"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _one_at_a_time=threading.Lock())
+
     @classmethod
-    def load(cls, path: str, *, device: str = "auto") -> Embedder:
+    def load(cls, path: str | os.PathLike[str], *, device: str = "auto") -> Embedder:
         """Open an exported folder, a run folder or a hub id; its files and vectors must be those
         that were exported.
 
@@ -68,7 +77,13 @@ class Embedder:
                 vectors it was exported with.
         """
         device = chosen_device(device)
-        folder = export_folder(path)
+        given: Any = path
+        if not isinstance(given, str | os.PathLike) or not os.fspath(given):
+            raise UserError(f"Embedder.load opens a folder or a hub id, not {path!r}")
+        try:
+            folder = export_folder(os.fspath(path))
+        except OSError as error:  # a path that is too long, a folder that may not be read
+            raise UserError(f"{str(path)[:SHOWN]} cannot be opened: {error.strerror}") from error
         described = read_description(folder)
         dtype = described["dtype"]
         loaded = load(folder, kernel="auto", dtype=dtype, gradient_checkpointing=False)
@@ -145,9 +160,9 @@ class Embedder:
             UserError: naming the item that cannot be embedded, or a `truncate_dim` that is none.
         """
         items = as_list(items)
-        dim = self.dim if truncate_dim is None else truncate_dim
-        if not 1 <= dim <= self.dim:
-            raise UserError(f"truncate_dim is 1 to {self.dim}, not {truncate_dim}")
+        dim = self.dim
+        if truncate_dim is not None:
+            dim = whole_number("truncate_dim", truncate_dim, least=1, most=self.dim)
         stream = self.stream(
             items, instruction=instruction, batch_tokens=batch_tokens, threads=threads
         )
@@ -186,6 +201,10 @@ class Embedder:
             once; the order is by cost within a few thousand items.
         """
         items = as_list(items)
+        try:
+            as_item("words", instruction)  # a wrong instruction is no item's mistake
+        except ValueError as error:
+            raise UserError(str(error)) from error
 
         def item_at(number: int) -> Item:
             try:
@@ -263,8 +282,10 @@ def chosen_device(device: str) -> str:
     """
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
+    if not isinstance(device, str | torch.device):
+        raise UserError(f"device is auto, cpu, cuda or cuda:1, not {device!r}")
     try:
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()  # `meta` has no numbers
     except (RuntimeError, AssertionError) as error:  # the latter where torch has no CUDA
         raise UserError(f"device={device} is not here: {first_line(error)}") from error
     return device

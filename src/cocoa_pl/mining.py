@@ -35,7 +35,7 @@ from rich.table import Table
 from cocoa_pl.config.bounds import Count, ShareAboveZero
 from cocoa_pl.config.build import build
 from cocoa_pl.config.command_line import run_app
-from cocoa_pl.data.images import ImageSource, real_path
+from cocoa_pl.data.images import FORMATS, ImageSource, real_path
 from cocoa_pl.data.items import IMAGE_SLOT, PLACEHOLDER, Item, Pair, numbered
 from cocoa_pl.data.stream import PairStream
 from cocoa_pl.errors import UserError, quoted, typed
@@ -349,7 +349,7 @@ def _as_file(source: ImageSource, images: Path) -> Path:
         source.save(buffer, "png")
         source = buffer.getvalue()
     assert isinstance(source, bytes)
-    with Image.open(io.BytesIO(source)) as opened:
+    with Image.open(io.BytesIO(source), formats=FORMATS) as opened:
         kind = (opened.format or "image").lower()
     file = images / f"{hashlib.blake2b(source, digest_size=12).hexdigest()}.{kind}"
     if not file.exists():

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 import cocoa_pl
-from cocoa_pl.data.images import open_image, resolve_image
+from cocoa_pl.data.images import FORMATS, open_image, resolve_image
 from cocoa_pl.errors import UserError
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)
@@ -176,6 +176,34 @@ def test_threads_may_share_an_opened_image(kind: str) -> None:
             shared = Image.open(io.BytesIO(buffer.getvalue()))
             for found in pool.map(open_image, [shared] * 8):
                 np.testing.assert_array_equal(np.asarray(found), expected)
+
+
+@pytest.mark.parametrize("kind", ["EPS", "ICO", "TGA", "PDF"])
+def test_only_formats_of_pictures_are_decoded(kind: str) -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (4, 4), RED).save(buffer, kind)
+    with pytest.raises(UserError, match=r"its content is none of AVIF, BMP, .*WEBP"):
+        open_image(buffer.getvalue())
+
+
+@pytest.mark.parametrize("kind", [kind for kind in FORMATS if kind != "PPM"])
+def test_each_format_is_decoded(kind: str) -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (32, 16), RED).save(buffer, kind)
+    assert open_image(buffer.getvalue()).size == (32, 16)
+
+
+def test_pixels_are_bounded_by_the_header_and_a_jpeg_is_decoded_smaller() -> None:
+    def encoded(kind: str) -> bytes:
+        Image.new("RGB", (1600, 800), RED).save(buffer := io.BytesIO(), kind)
+        return buffer.getvalue()
+
+    assert open_image(encoded("JPEG"), at_least=200, most_pixels=80_000).size == (400, 200)
+    assert open_image(encoded("PNG"), at_least=200).size == (1600, 800)
+    for kind in ("PNG", "JPEG"):
+        cut = encoded(kind)[:-300]  # it would be an error to decode it
+        with pytest.raises(UserError, match="is 1600 x 800 pixels, more than 80,000; scale it"):
+            open_image(cut, most_pixels=80_000)
 
 
 @pytest.mark.parametrize("suffix", ["gif", "png", "webp"])

@@ -2,6 +2,8 @@
 
 import io
 import os
+import re
+import stat
 import struct
 import threading
 import zlib
@@ -20,6 +22,12 @@ from cocoa_pl.errors import UserError
 
 # Qwen2-VL's resizing refuses anything longer, without naming the row.
 MAX_ASPECT_RATIO = 200
+
+# What is decoded, of all that Pillow knows: each further decoder is one more that hostile files can
+# choose, and EPS starts another program.
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+
+MOST_SHOWN = 1000  # characters of a path in messages; a data URL is no path
 
 # What Pillow's decoders raise on broken files; OSError includes UnidentifiedImageError.
 _DECODING_ERRORS = (
@@ -53,17 +61,21 @@ def as_source(value: object) -> ImageSource:
     value = embedded(value)
     if isinstance(value, Path | bytes | Image.Image):
         return value
+    if isinstance(value, str) and not value:
+        raise ValueError("an image's path is empty; leave the image out")
     if isinstance(value, str | os.PathLike):
         return Path(value)
     if isinstance(value, np.ndarray):
         if value.dtype != np.uint8 or value.ndim not in (2, 3) or value.shape[2:] not in ((), (3,)):
             raise ValueError(
                 "an image's array is uint8 of height x width x 3, or height x width, not "
-                f"{value.dtype} of {' x '.join(map(str, value.shape))}"
+                f"{value.dtype} of {' x '.join(map(str, value.shape))}; scale it to 0 "
+                "to 255 and astype('uint8'), put colours last, drop alpha"
             )
         return Image.fromarray(value)
     raise ValueError(
-        f"an image is a path, bytes, a PIL image or an array, not {type(value).__name__}"
+        f"an image is a path, bytes, a PIL image or an array, not {type(value).__name__}; open it "
+        "as one of these"
     )
 
 
@@ -77,7 +89,13 @@ def embedded(image: object) -> object:
     return image
 
 
-def open_image(source: Picture, *, where: str = "open_image") -> Image.Image:
+def open_image(
+    source: Picture,
+    *,
+    where: str = "open_image",
+    at_least: int | None = None,
+    most_pixels: int | None = None,
+) -> Image.Image:
     """Decode one image: RGB, EXIF rotation applied, transparency over white, first frame (of an
     opened one the frame at hand).
 
@@ -86,6 +104,9 @@ def open_image(source: Picture, *, where: str = "open_image") -> Image.Image:
     Args:
         source: a path, an encoded image's bytes, an opened image, or a uint8 array.
         where: what messages begin with.
+        at_least: pixels that both sides need; a JPEG may be decoded at a half, quarter or eighth of
+            its size. None for full size.
+        most_pixels: of what is decoded; more are refused by the header. None for Pillow's bound.
 
     Raises:
         UserError: missing, empty, corrupt or truncated file; a side more than 200 times the other;
@@ -95,11 +116,12 @@ def open_image(source: Picture, *, where: str = "open_image") -> Image.Image:
         source = as_source(source)
     except ValueError as error:
         raise UserError(str(error), row_id=where) from error
-    if isinstance(source, Path) and not source.is_file():
-        raise _refused(
-            source, where, "missing_image", "does not exist; check the path and the image root"
-        )
     with _opened(source, where) as opened:
+        if at_least is not None:
+            opened.draft(None, (at_least, at_least))
+        if most_pixels is not None and opened.width * opened.height > most_pixels:
+            why = f"is {opened.width} x {opened.height} pixels, more than {most_pixels:,}; scale it"
+            raise _refused(source, where, "large_image", why)
         image = _in_rgb(ImageOps.exif_transpose(opened), _black_and_white(opened))
     if image is None:
         raise _refused(
@@ -128,26 +150,53 @@ def _opened(source: ImageSource, where: str) -> Iterator[Image.Image]:
     """The image with its header read; what Pillow raises meanwhile, about its pixels too, is said
     in one sentence.
     """
+    if isinstance(source, Path):
+        _check_file(source, where)
     try:
         if isinstance(source, Image.Image):
             with _LOADING[id(source) // 64 % len(_LOADING)]:
                 yield source
         else:
-            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            file = io.BytesIO(source) if isinstance(source, bytes) else source
+            with Image.open(file, formats=FORMATS) as image:
                 yield image
+    except UserError:
+        raise
     except _DECODING_ERRORS as error:
         # Pillow's own words name the buffer that it read from by its address.
         is_unknown = isinstance(error, UnidentifiedImageError)
-        why = "its content is in no known format" if is_unknown else str(error)
+        why = f"its content is none of {', '.join(FORMATS)}" if is_unknown else str(error)
         raise _refused(
             *(source, where, "corrupt_image"),
             f"cannot be read as an image ({why}); replace it or drop the row",
         ) from error
 
 
+def _check_file(path: Path, where: str) -> None:
+    """Refuse what is no file: a pipe would be waited for."""
+    name = str(path)
+    if name.startswith("data:"):
+        why = "is a data URL; pass its bytes: base64.b64decode(url.partition(',')[2])"
+    elif re.match(r"[a-z][a-z0-9+.-]+:/", name):
+        why = "is an address; download it and pass the file"
+    else:
+        try:
+            if stat.S_ISREG(path.stat().st_mode):
+                return
+            why = "is no file; check the path"
+        except (FileNotFoundError, NotADirectoryError, ValueError):  # the last for a null byte
+            why = "does not exist; check the path and the image root"
+        except OSError as error:  # a name too long, a folder that may not be entered
+            why = f"cannot be opened ({error.strerror}); check the path and its permissions"
+    raise _refused(path, where, "missing_image", why)
+
+
 def _check_aspect_ratio(size: tuple[int, int], source: ImageSource, where: str) -> None:
     """Refuse a picture whose long side is more than `MAX_ASPECT_RATIO` times its short side."""
     width, height = size
+    if not min(size):
+        why = f"has no pixels ({width} x {height}); replace it or drop the row"
+        raise _refused(source, where, "corrupt_image", why)
     if max(size) > MAX_ASPECT_RATIO * min(size):
         raise _refused(
             *(source, where, "elongated_image"),
@@ -159,7 +208,10 @@ def _check_aspect_ratio(size: tuple[int, int], source: ImageSource, where: str) 
 def _refused(source: ImageSource, where: str, kind: str, why: str) -> UserError:
     """The error about an image, which is named by its path, or else by what is known of it."""
     if isinstance(source, Path):
-        return UserError(f"image {source} {why}", kind=kind, row_id=where, file=source)
+        name = str(source)
+        if len(name) > MOST_SHOWN or name.startswith("data:"):
+            name = f"{name[:40]}..."
+        return UserError(f"image {name} {why}", kind=kind, row_id=where, file=source)
     if isinstance(source, bytes):
         name = f"the encoded image ({len(source)} bytes)"
     else:

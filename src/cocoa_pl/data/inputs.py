@@ -48,7 +48,7 @@ def as_list(items: Iterable[Input]) -> Sequence[Input]:
     if isinstance(items, Sequence) or (datasets and isinstance(items, datasets.Dataset)):
         return items
     if not isinstance(items, Iterable):
-        raise UserError(f"items come in a list, not in {type(items).__name__}")
+        raise UserError(f"items come in a list, not in {type(items).__name__}; write [item]")
     return list(items)
 
 
@@ -66,7 +66,10 @@ def as_item(value: Input, instruction: str | None = None) -> Item:
         ValueError: for an empty or unknown input, or placeholders that do not fit the images.
     """
     if not isinstance(instruction, str | None):
-        raise ValueError(f"an instruction is one string for all, not {type(instruction).__name__}")
+        raise ValueError(
+            f"an instruction is one string for all items, not {type(instruction).__name__}; "
+            "encode those of each instruction in a call of their own"
+        )
     item = _item(value)
     return Item(instructed(item.text, instruction), item.media) if instruction else item
 
@@ -104,22 +107,40 @@ def _item(value: Input) -> Item:
     if not isinstance(value, Mapping):
         raise ValueError(
             "an item is a string, an image (a path, bytes, a PIL image or an array), a dict or an "
-            f"Item, not {type(value).__name__}"
+            f"Item, not {type(value).__name__}; {_instead(value)}"
         )
     if unknown := set(value) - {"text", "image"}:
-        raise ValueError(f"an item has the keys text and image, not {sorted(map(str, unknown))}")
+        raise ValueError(
+            f"an item has the keys text and image, not {sorted(map(str, unknown))}; rename or drop "
+            "the others"
+        )
     text = value.get("text")
     text = "" if _is_missing(text) else text
     if not isinstance(text, str):
-        raise ValueError(f"an item's text is a string, not {type(text).__name__}")
+        raise ValueError(f"an item's text is a string, not {type(text).__name__}; {_instead(text)}")
     try:
         text.encode()
     except UnicodeEncodeError as error:  # half of a surrogate pair
         raise ValueError(f"the text is not valid Unicode ({error}); fix it") from error
     images = tuple(map(as_source, _pictures(value.get("image"))))
     if not text and not images:
-        raise ValueError("an item needs a text or an image")
+        raise ValueError("an item needs a text or an image; this one is empty")
     return Item(placed(str(text), len(images)), images)
+
+
+def _instead(value: object) -> str:
+    """What to write instead of something that is no item."""
+    if _is_missing(value):
+        return "leave it out"
+    if isinstance(value, bytes | bytearray):
+        return "write text.decode()"
+    if isinstance(value, Tensor):
+        return "write tensor.numpy(), uint8 of height x width x 3"
+    if isinstance(value, io.IOBase):
+        return "write file.read()"
+    if isinstance(value, Iterable):
+        return 'one item with several parts is {"text": ..., "image": [...]}'
+    return "write str(item) for a text"
 
 
 def _pictures(image: Any) -> list[Any]:
@@ -128,7 +149,9 @@ def _pictures(image: Any) -> list[Any]:
     if _is_missing(image):
         return []
     if isinstance(image, Iterator):  # an item is looked at twice: for its cost, and to be read
-        raise ValueError(f"an item's images come in a list, not in a {type(image).__name__}")
+        raise ValueError(
+            f"an item's images come in a list, not in a {type(image).__name__}; write list(images)"
+        )
     is_array = isinstance(image, np.ndarray) and image.dtype.kind not in "OU" and image.ndim != 4
     if is_array or isinstance(image, _SINGLE) or not isinstance(image, Iterable):
         return [image]

@@ -12,12 +12,12 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import chain, islice
-from typing import TypeVar
+from numbers import Integral
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cocoa_pl.config.bounds import Count, Whole, check_value
 from cocoa_pl.data.batch import VISUAL_TOKEN_COST, Sample, cut_by_cost
 from cocoa_pl.data.images import image_size
 from cocoa_pl.data.items import IMAGE_SLOT, Item
@@ -59,8 +59,8 @@ def item_batches(
         UserError: what `item_at` or the processor says of the first bad item in the order of the
             batches, which depends on the items alone; with its number.
     """
-    check_value("batch_tokens", batch_tokens, Count)
-    check_value("threads", threads, Whole)
+    batch_tokens = whole_number("batch_tokens", batch_tokens, least=1)
+    threads = whole_number("threads", threads, least=0)
 
     def measure(numbers: range) -> list[tuple[int, float]]:
         return [_measure(item_at, number, processor) for number in numbers]
@@ -85,6 +85,19 @@ def item_batches(
         measured = map_ahead(pool, measure, pieces, ahead=WINDOW // _MEASURED_AT_ONCE)
         windows = _cut_windows(measured, batch_tokens)
         yield from map_ahead(pool, read, windows, ahead=threads + _READY)
+
+
+def whole_number(name: str, value: Any, *, least: int, most: int | None = None) -> int:
+    """A whole number within bounds, also of numpy.
+
+    Raises:
+        UserError: for what is none, as a bool, a text or 8.0.
+    """
+    is_one = isinstance(value, Integral) and not isinstance(value, bool)
+    if is_one and least <= (number := int(value)) and (most is None or number <= most):
+        return number
+    bounds = f"of at least {least}" if most is None else f"from {least} to {most}"
+    raise UserError(f"{name} is a whole number {bounds}, not {value!r}")
 
 
 def _cut_windows(

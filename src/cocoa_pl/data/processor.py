@@ -186,7 +186,10 @@ class Processor:
         known = self._known_texts.get(text)
         if known is None:
             with _one_at_a_time:
-                tokens = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)
+                # Not verbose: it would warn of "indexing errors" in long texts, which are cut here.
+                tokens = self.tokenizer(
+                    text, add_special_tokens=False, split_special_tokens=True, verbose=False
+                )
                 known = tuple(tokens.input_ids)
                 self._known_tokens += len(known)
                 is_full = len(self._known_texts) >= MAX_KNOWN_TEXTS
