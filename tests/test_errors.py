@@ -1,12 +1,16 @@
 """A UserError keeps its message, also when a data worker raised it, and knows what it is about."""
 
 import copy
+import errno
+import os
 import pickle
+import unicodedata
+from pathlib import Path
 
 import pytest
 from torch._utils import ExceptionWrapper
 
-from cocoa_pl.errors import UserError
+from cocoa_pl.errors import UserError, absent, first_line
 
 SENTENCE = "image a.png does not exist; check the path: all of it"
 
@@ -50,3 +54,48 @@ def test_error_of_a_data_worker_comes_without_its_traceback() -> None:
     with pytest.raises(UserError) as caught:
         wrapped.reraise()
     assert str(caught.value) == str(about_an_image())
+
+
+def test_why_a_file_is_not_there(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "self").symlink_to("self")
+    (tmp_path / "gone").symlink_to("nothing")
+    composed, decomposed = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
+    (tmp_path / decomposed).mkdir()
+    reasons = {
+        "none": "does not exist; advice",
+        "naïve": "does not exist; advice",
+        ".": "is no file, but a folder; advice",
+        "gone": "is a link to nothing, which does not exist; advice",
+        "file/x": "cannot be reached: Not a directory; a part of the path is a file",
+        "self": "cannot be reached: Too many levels of symbolic links; it is a link to itself",
+        "x" * 300: "cannot be reached: File name too long; name a shorter one",
+        composed: "does not exist, but the same name in another Unicode form does, ",
+        f"{composed}/a.jsonl": "does not exist, but the same name in another Unicode form does, ",
+    }
+    for name, reason in reasons.items():
+        path = os.path.join(tmp_path, name)
+        shown = path if len(path) <= 255 else f"{path[:80]}..."
+        assert str(absent(path, "advice")).startswith(f"{shown} {reason}")
+    assert str(absent("tests", "go", what="image", wanted="image")).startswith("image tests is no")
+
+
+def test_what_may_not_be_read_is_not_called_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stat(path: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", path)
+
+    monkeypatch.setattr(os, "stat", stat)
+    error = absent("closed/a.png", "advice", what="image", kind="missing_image")
+    said = "image closed/a.png cannot be reached: Permission denied; its owner and mode do not"
+    assert (error.kind, error.file, str(error)[: len(said)]) == (
+        *("unreadable_file", "closed/a.png"),
+        said,
+    )
+
+
+def test_what_the_system_says_is_the_file_and_the_reason() -> None:
+    assert first_line(FileNotFoundError(2, "No such file or directory", b"a")) == (
+        "a: No such file or directory"
+    )
+    arrows = "Failed to open local file 'a'"
+    assert first_line(OSError(13, f"{arrows}. Detail: [errno 13] Permission denied")) == arrows

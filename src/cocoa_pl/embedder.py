@@ -24,7 +24,7 @@ from cocoa_pl.data.inputs import Input, as_item, as_list
 from cocoa_pl.data.item_batches import item_batches, whole_number
 from cocoa_pl.data.items import Item
 from cocoa_pl.data.processor import Processor
-from cocoa_pl.errors import UserError, first_line
+from cocoa_pl.errors import UserError
 from cocoa_pl.losses import matryoshka
 from cocoa_pl.models.backbone import Backbone
 from cocoa_pl.models.exported import (
@@ -284,11 +284,14 @@ def chosen_device(device: str) -> str:
         return "cuda" if torch.cuda.is_available() else "cpu"
     if not isinstance(device, str | torch.device):
         raise UserError(f"device is auto, cpu, cuda or cuda:1, not {device!r}")
-    try:
-        torch.zeros(1, device=device).item()  # `meta` has no numbers
-    except (RuntimeError, AssertionError) as error:  # the latter where torch has no CUDA
-        raise UserError(f"device={device} is not here: {first_line(error)}") from error
-    return device
+    found = torch.accelerator.current_accelerator(check_available=True)
+    known = ["cpu"]
+    if found is not None:
+        numbers = range(torch.accelerator.device_count())
+        known += [found.type, *(f"{found.type}:{number}" for number in numbers)]
+    if str(device) not in known:
+        raise UserError(f"device={device} is not here; there are auto, {', '.join(known)}")
+    return str(device)
 
 
 class Progress:

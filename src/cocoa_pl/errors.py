@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import importlib
+import os
 import re
 import shlex
+import stat
+import unicodedata
 from collections.abc import Iterable
+from functools import lru_cache
 from os import PathLike
 from typing import Any
 
@@ -79,8 +84,91 @@ def quoted(text: object) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of another library's message, or the error's kind where it has none."""
+    """The first line of another library's message, or the error's kind where it has none; of the
+    system, the file and what it says of it.
+    """
+    if isinstance(error, OSError) and error.strerror:
+        place = "" if error.filename is None else f"{_shown(error.filename)}: "
+        return place + str(error.strerror).partition(". Detail: ")[0]  # pyarrow says it twice
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _shown(path: str | bytes | PathLike[Any]) -> str:
+    """A path for messages; the beginning of one that no disk takes."""
+    text = os.fsdecode(path)
+    return text if len(text) <= 255 else f"{text[:80]}..."
+
+
+_NO_ROOM = "make room, or name a folder elsewhere"
+_NOT_ALLOWED = "its owner and mode do not allow it"
+# By the system's number: what is meant, or what to do.
+REMEDIES = {
+    errno.ENOENT: "check the path",
+    errno.EACCES: _NOT_ALLOWED,
+    errno.EPERM: _NOT_ALLOWED,
+    errno.ENOTDIR: "a part of the path is a file",
+    errno.EISDIR: "name a file",
+    errno.EEXIST: "it is in the way of a folder; name another",
+    errno.ENAMETOOLONG: "name a shorter one",
+    errno.ELOOP: "it is a link to itself",
+    errno.EROFS: "name a folder elsewhere",
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), _NO_ROOM),
+    errno.EMFILE: "raise the limit, ulimit -n",
+    errno.EIO: "the disk or the network behind it fails",
+}
+
+
+def system_error(error: OSError) -> str:
+    """What the system says of a file or a device, and what to do, as one sentence."""
+    remedy = REMEDIES.get(error.errno or 0)
+    return first_line(error) + (f"; {remedy}" if remedy else "")
+
+
+def absent(
+    path: str | PathLike[str], advice: str, *, what: str = "", kind: str = "", wanted: str = "file"
+) -> UserError:
+    """The error about a file, or a folder, that is not there: why, and what to do.
+
+    Args:
+        what: said before its name, such as `image`.
+        kind: of the error; of one that may be there and cannot be reached, `unreadable_file`.
+    """
+    said = "does not exist"
+    try:
+        mode = os.stat(path).st_mode
+        said = f"is no {wanted}, but a folder" if stat.S_ISDIR(mode) else f"is no {wanted}"
+    except FileNotFoundError:
+        if os.path.islink(path):
+            said = f"is a link to {os.readlink(path)}, which does not exist"
+        elif _has_twin(os.fspath(path)):
+            said += (
+                ", but the same name in another Unicode form does, as macOS writes accents; rename "
+                "it (convmv --nfc)"
+            )
+    except OSError as error:
+        kind, advice = "unreadable_file", REMEDIES.get(error.errno or 0, advice)
+        said = f"cannot be reached: {error.strerror}"
+    except ValueError as error:  # a null byte or an unpaired surrogate
+        said = f"is no path ({error})"
+    name = f"{what} {_shown(path)}".strip()
+    return UserError(f"{name} {said}; {advice}", kind=kind, file=path)
+
+
+def _has_twin(path: str) -> bool:
+    """Whether the path differs from one that is there in nothing but how its accents are coded."""
+    folder, name = os.path.split(path)
+    while folder not in ("", os.sep) and not os.path.isdir(folder):
+        folder, name = os.path.split(folder)
+    return not name.isascii() and unicodedata.normalize("NFC", name) in _composed(folder)
+
+
+@lru_cache(maxsize=16)
+def _composed(folder: str) -> frozenset[str]:
+    """Names in a folder, each accent in its letter; a corpus may lack a million of its files."""
+    try:
+        return frozenset(unicodedata.normalize("NFC", n) for n in os.listdir(folder or os.curdir))
+    except OSError:
+        return frozenset()
 
 
 def extra(package: str, *, of: str, wanted_by: str) -> Any:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +13,7 @@ import lightning as L
 import pytest
 from safetensors import SafetensorError
 
-from cocoa_pl.config.process import check_processes, guarded
+from cocoa_pl.config.process import MISTAKE, check_processes, guarded
 from cocoa_pl.distributed import collectives
 from cocoa_pl.errors import Interrupted, UserError
 
@@ -23,8 +25,15 @@ from cocoa_pl.errors import Interrupted, UserError
         (UserError("no such row"), 2, "error: no such row\n"),
         (Interrupted("stopped at step 3"), 130, "stopped at step 3\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
-        (IsADirectoryError(21, "Is a directory", "runs"), 2, "error: runs: Is a directory\n"),
-        (OSError(28, "No space left on device"), 2, "error: No space left on device\n"),
+        (
+            OSError(errno.EISDIR, "Is a directory", "runs"),
+            *(2, "error: runs: Is a directory; name a file\n"),
+        ),
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            *(2, "error: No space left on device; make room, or name a folder elsewhere\n"),
+        ),
+        (RuntimeError("Symlink loop from 'a'"), 2, "error: Symlink loop from 'a'\n"),
         (SafetensorError("I/O error: File too large"), 2, "error: I/O error: File too large\n"),
     ],
 )
@@ -93,12 +102,33 @@ def test_a_checkpoint_that_lightning_would_load_by_itself_is_refused(tmp_path: P
         check_processes(L.Trainer(logger=False), tmp_path)
 
 
-def test_a_bug_keeps_its_traceback() -> None:
+@pytest.mark.parametrize("bug", [RuntimeError("a bug of ours"), OSError(9, "Bad descriptor")])
+def test_a_bug_keeps_its_traceback(bug: Exception) -> None:
     def run() -> None:
-        raise RuntimeError("a bug of ours")
+        raise bug
 
-    with pytest.raises(RuntimeError, match="a bug of ours"):
+    with pytest.raises(type(bug), match=str(bug.args[-1])):
         guarded(run)
+
+
+def test_output_that_a_disk_does_not_take_is_one_sentence(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `cocoa plan > FILE` ends on a full disk."""
+    with Path("/dev/full").open("w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert guarded(lambda: full.write("a table") and 0) == MISTAKE
+    said = "error: No space left on device; make room, or name a folder elsewhere\n"
+    assert capfd.readouterr().err == said
+
+
+def test_a_word_that_is_no_text_is_refused(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it names could be read, and then stand in no config, table or log."""
+    monkeypatch.setattr(sys, "argv", ["train.py", os.fsdecode(b"data.path=na\xefve.jsonl")])
+    assert guarded(lambda: 0) == MISTAKE
+    assert capsys.readouterr().err.startswith(r"error: 'data.path=na\udcefve.jsonl' is not UTF-8")
 
 
 def test_a_lost_process_is_one_sentence(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import pickle
+import re
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -130,10 +131,36 @@ def test_an_unusable_file_is_an_error_whatever_on_bad_row_says(
     for on_bad_row in ("fail", "skip"):
         with pytest.raises(UserError, match=rf"{name}:? .*{message}|{name}: {message}"):
             read(path, on_bad_row=on_bad_row)
-    path.unlink()
-    if path.suffix == ".jsonl":
-        with pytest.raises(UserError, match=r"a\.jsonl does not exist; set data\.path"):
-            read(path)
+
+
+def test_a_file_that_is_not_there_is_an_error(tmp_path: Path, read: Read) -> None:
+    (tmp_path / "folder.jsonl").mkdir()
+    (tmp_path / "self.jsonl").symlink_to("self.jsonl")
+    for name, said in (
+        ("a.jsonl", "does not exist; set data.path to a .jsonl, .json or .parquet file"),
+        ("folder.jsonl", "is a folder; set data.path to a file, or read all of it: data.path="),
+        ("self.jsonl", "cannot be reached: Too many levels of symbolic links; it is a link to"),
+    ):
+        with pytest.raises(UserError, match=re.escape(f"{tmp_path / name} {said}")):
+            read(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "kind", [pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())]
+)
+def test_texts_of_any_type_are_texts(tmp_path: Path, read: Read, kind: pa.DataType) -> None:
+    plain = pa.table({name: [value, value.upper()] for name, value in GOOD.items()})
+    columns = {name: plain[name].combine_chunks().cast(kind) for name in plain.column_names}
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    pairs = read(tmp_path / "a.parquet")
+    assert texts(pairs) == [GOOD["positive"], GOOD["positive"].upper()]
+    assert pairs.fingerprint
+
+
+def test_a_json_array_may_begin_with_a_byte_order_mark(tmp_path: Path, read: Read) -> None:
+    path = tmp_path / "a.json"
+    path.write_text("\ufeff" + json.dumps([GOOD]), encoding="utf-8")
+    assert texts(read(path)) == [GOOD["positive"]]
 
 
 # --- A sequence ------------------------------------------------------------------------------

@@ -131,9 +131,9 @@ def test_arrays_of_a_folder_are_subsets(tmp_path: Path, pair_source: MakeSource)
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"subsets": ["C"]}, r"C: there is no .*C/original-\*\.parquet; .* has B; check root"),
+        ({"subsets": ["C"]}, r"C: .*C/original-\*\.parquet does not exist; .* has B; check root"),
         ({"subsets": ["B"], "split": "test"}, "B has original-0.parquet; check root and split"),
-        ({"root": "/nowhere"}, "A: there is no /nowhere/A/.*; /nowhere is no folder with files"),
+        ({"root": "/nowhere"}, "A: /nowhere/A/.* does not exist; /nowhere is no folder with files"),
         ({"subsets": []}, r"data\.subsets is empty"),
         ({"split": []}, r"data\.split is empty"),
         ({"caps": {"D": 1}}, r"data\.caps names D, not among data\.subsets"),

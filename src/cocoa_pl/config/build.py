@@ -16,7 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException
 
 from cocoa_pl.config.bounds import (
     Count,
@@ -50,6 +50,7 @@ VALUES: dict[str, Any] = {
     **dict.fromkeys(("model.min_pixels", "model.max_pixels", "model.eval_max_pixels"), Count),
     **{"model.num_workers": Whole, "model.eos_token": str | None},
     # Of evaluate and mine.
+    "device": str,
     **{"batch_tokens": Count, "threads": Whole, "store_dtype": Literal["float16", "float32"]},
     **{"negatives": Count, "max_of_positive": ShareAboveZero, "keep": bool},  # of mine
     "workers": Whole | None,  # of doctor
@@ -181,6 +182,12 @@ def build(node: Any) -> Any:
             message = first_line(error).partition(",")[0]
             raise UserError(f"{message}; it must be importable (PYTHONPATH)") from error
         raise
-    except MissingMandatoryValue as error:
-        key = error.full_key
-        raise UserError(f"{key} has no value; give it as {key}=...") from error
+    except OmegaConfBaseException as error:
+        raise UserError(unresolved(error)) from error
+
+
+def unresolved(error: OmegaConfBaseException) -> str:
+    """What is wrong with a value of a config, and of a missing one how to give it."""
+    if missing := re.search(r"Missing mandatory value: (\S+)", str(error)):
+        return f"{missing[1]} has no value; give it as {missing[1]}=..."
+    return first_line(error).rpartition("resolving interpolation: ")[2]

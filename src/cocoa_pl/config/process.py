@@ -26,6 +26,7 @@ from rich.logging import RichHandler
 from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
+from cocoa_pl.config.build import unresolved
 from cocoa_pl.distributed.collectives import is_lost_peer
 from cocoa_pl.distributed.processes import (
     INTERRUPTED,
@@ -34,13 +35,16 @@ from cocoa_pl.distributed.processes import (
     interruptible,
     is_lost_worker,
 )
-from cocoa_pl.errors import Interrupted, UserError, first_line
+from cocoa_pl.errors import Interrupted, UserError, first_line, system_error
 
 # One process may be hours behind another; a lost one fails the exchange at once.
 PATIENCE = datetime.timedelta(days=30)
 MISTAKE = 2  # an exit status, beside `LOST_PROCESS` and `INTERRUPTED`
 RESUME = "resume=RUN goes on from the last checkpoint"
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # told without a file's name
+# Of a disk or a device, told without a file's name.
+OF_DISKS = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EMFILE),
+)
 
 # Warnings of Lightning that ask for nothing.
 HARMLESS = (
@@ -63,37 +67,51 @@ def guarded(run: Callable[[], int | None], *, remedy: str = RESUME) -> int:
     transformers_logging.disable_progress_bar()  # one line for each file it opens
     datasets.disable_progress_bars()  # and so does this
     try:
+        for word in sys.argv[1:]:
+            if any("\ud800" <= letter <= "\udfff" for letter in word):  # bytes of no letter
+                raise UserError(f"{word!r} is not UTF-8; rename the file, or type it otherwise")
         with interruptible():
-            return run() or 0
+            status = run() or 0
+            sys.stdout.flush()
+            return status
     except UserError as error:
         status, said = MISTAKE, f"error: {error}"
-    # A value of the config, which is the user's; weights that do not fit the disk.
-    except (OmegaConfBaseException, SafetensorError) as error:
+    except OmegaConfBaseException as error:  # a value of the config, which is the user's
+        status, said = MISTAKE, f"error: {unresolved(error)}"
+    except SafetensorError as error:  # weights that do not fit the disk
         status, said = MISTAKE, f"error: {first_line(error)}"
     except BrokenPipeError:  # of `| head`, which has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except OSError as error:
         # A folder where a file shall be written, a file where a folder, a full or read-only disk.
-        if error.filename is None and error.errno not in NO_ROOM:
+        if error.filename is None and error.errno not in OF_DISKS:
             raise
-        where = "" if error.filename is None else f"{error.filename}: "
-        status, said = MISTAKE, f"error: {where}{error.strerror}"
+        status, said = MISTAKE, f"error: {system_error(error)}"
+        try:
+            sys.stdout.flush()
+        except OSError:  # it is the one that is full, and Python would try again as it ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (Interrupted, KeyboardInterrupt) as stop:
         if not is_first_process():  # Lightning kills the first at any status but 0
             return INTERRUPTED if started()[0] else 0
         status, said = INTERRUPTED, str(stop) or "interrupted"
     except RuntimeError as error:
+        status = LOST_PROCESS
         if is_lost_worker(error):
-            lost = (
-                "a data worker was killed, probably because memory ran out; fewer of them need "
-                "less (num_workers=1)"
+            said = (
+                "error: a data worker was killed, probably because memory ran out; fewer of them "
+                f"need less (num_workers=1); {remedy}"
             )
         elif is_lost_peer(error):
-            lost = "another process of this job was killed, or ended with a message of its own"
+            said = (
+                "error: another process of this job was killed, or ended with a message of its "
+                f"own; {remedy}"
+            )
+        elif str(error).startswith("Symlink loop"):  # pathlib's, until Python 3.13
+            status, said = MISTAKE, f"error: {error}"
         else:
             raise
-        status, said = LOST_PROCESS, f"error: {lost}; {remedy}"
     sys.stderr.write(f"{said}\n")
     return status
 
@@ -195,6 +213,7 @@ def set_up_logging(run_dir: Path) -> Console:
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     level = logging.INFO if is_first_process() else logging.WARNING  # it logs for all
     logging.basicConfig(level=level, handlers=[screen, file], force=True)
+    logging.raiseExceptions = False  # a full disk takes no line: its next file says so, in one
     for harmless in HARMLESS:
         warnings.filterwarnings("ignore", message=harmless)
     for chatty in ("lightning.pytorch", "lightning.fabric", "httpx", "huggingface_hub", "mteb"):

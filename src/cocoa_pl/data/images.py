@@ -3,7 +3,6 @@
 import io
 import os
 import re
-import stat
 import struct
 import threading
 import zlib
@@ -18,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, TiffImageFile
 
-from cocoa_pl.errors import UserError
+from cocoa_pl.errors import REMEDIES, UserError, absent
 
 # Qwen2-VL's resizing refuses anything longer, without naming the row.
 MAX_ASPECT_RATIO = 200
@@ -166,6 +165,9 @@ def _opened(source: ImageSource, where: str) -> Iterator[Image.Image]:
         # Pillow's own words name the buffer that it read from by its address.
         is_unknown = isinstance(error, UnidentifiedImageError)
         why = f"its content is none of {', '.join(FORMATS)}" if is_unknown else str(error)
+        if isinstance(error, OSError) and error.strerror:  # nothing of its content
+            why = f"cannot be read: {error.strerror}; {REMEDIES.get(error.errno or 0, 'try again')}"
+            raise _refused(source, where, "unreadable_file", why) from error
         raise _refused(
             *(source, where, "corrupt_image"),
             f"cannot be read as an image ({why}); replace it or drop the row",
@@ -179,15 +181,12 @@ def _check_file(path: Path, where: str) -> None:
         why = "is a data URL; pass its bytes: base64.b64decode(url.partition(',')[2])"
     elif re.match(r"[a-z][a-z0-9+.-]+:/", name):
         why = "is an address; download it and pass the file"
+    elif os.path.isfile(path):
+        return
     else:
-        try:
-            if stat.S_ISREG(path.stat().st_mode):
-                return
-            why = "is no file; check the path"
-        except (FileNotFoundError, NotADirectoryError, ValueError):  # the last for a null byte
-            why = "does not exist; check the path and the image root"
-        except OSError as error:  # a name too long, a folder that may not be entered
-            why = f"cannot be opened ({error.strerror}); check the path and its permissions"
+        error = _missing(path)
+        error.row_id = where
+        raise error
     raise _refused(path, where, "missing_image", why)
 
 
@@ -219,6 +218,11 @@ def _refused(source: ImageSource, where: str, kind: str, why: str) -> UserError:
     return UserError(f"{name} {why}", kind=kind, row_id=where)
 
 
+def _missing(path: str | Path) -> UserError:
+    advice = "check the path and the image root"
+    return absent(path, advice, what="image", kind="missing_image")
+
+
 def resolve_image(relative: str, *, root: Path) -> Path:
     """The file that `relative` names below `root`.
 
@@ -248,9 +252,7 @@ def resolve_image(relative: str, *, root: Path) -> Path:
             "move the file below the root, or set the image root to a folder above both",
         )
     if not os.path.isfile(real):
-        raise refused(
-            "missing_image", f"image {path} does not exist; check the path and the image root"
-        )
+        raise _missing(path)
     return Path(path)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import json
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cocoa_pl.data.rows import RowFormat
-from cocoa_pl.errors import UserError, first_line
+from cocoa_pl.errors import UserError, absent, first_line, system_error
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")  # with a branch, tag or commit
 
@@ -24,6 +25,8 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")  # with a branch, tag or com
 _JSON = datasets.Features({"a row as JSON": datasets.Value("large_string")})
 _JSON_COLUMN = next(iter(_JSON))
 NUMBER = "number of a row"  # a column beside those of streamed rows
+_SHOWN_FILES = 12
+_VIEWS = {pa.string_view(): pa.large_string(), pa.binary_view(): pa.large_binary()}  # of Polars
 _LINES = {
     "path": "text",
     "features": _JSON,
@@ -39,13 +42,17 @@ def find_files(root: Path, pattern: str, *, source: str) -> list[Path]:
     if found := sorted(glob.glob(pattern, root_dir=root)):
         return [root / name for name in found]
     folder = (root / pattern).parent
-    while root in folder.parents and not folder.is_dir():
+    while root in folder.parents and not os.path.isdir(folder):
         folder = folder.parent
-    has = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    raise UserError(
-        f"{source}: there is no {root / pattern}; {folder} "
-        f"{'has ' + ', '.join(has) if has else 'is no folder with files'}; check root and split"
-    )
+    try:
+        has = sorted(os.listdir(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        has = []
+    except OSError as error:
+        raise UserError(f"{source}: {system_error(error)}", file=folder) from error
+    shown = ", ".join(has[:_SHOWN_FILES]) + (", ..." if has[_SHOWN_FILES:] else "")
+    advice = f"{folder} {'has ' + shown if has else 'is no folder with files'}"
+    raise absent(root / pattern, f"{advice}; check root and split", what=f"{source}:")
 
 
 def open_file(path: Path, form: RowFormat) -> datasets.Dataset:
@@ -59,6 +66,10 @@ def open_file(path: Path, form: RowFormat) -> datasets.Dataset:
         raise UserError(
             f"{path}: files ending in {path.suffix!r} are not read; use .jsonl, .json or .parquet"
         )
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise UserError(system_error(error), kind="unreadable_file", file=path) from error
     try:
         rows: datasets.Dataset = kinds[path.suffix](path, form)
     except (datasets.exceptions.DatasetGenerationError, pa.ArrowException, OSError) as error:
@@ -118,15 +129,19 @@ def shuffled(rows: datasets.IterableDataset, *, window: int, seed: int) -> datas
 
 def _open_parquet(path: Path, form: RowFormat) -> datasets.Dataset:
     about = pq.read_metadata(path)
-    names = about.schema.to_arrow_schema().names
-    form.columns_of(dict.fromkeys(names), file=str(path))
+    schema = about.schema.to_arrow_schema()
+    names = [name for name in schema.names if name in form.names]
+    form.columns_of(dict.fromkeys(schema.names), file=str(path))
     if not about.num_rows:  # which the builder refuses
         return datasets.Dataset.from_dict({})
+    kept = pa.schema([schema.field(name) for name in names])
+    plain = pa.schema([field.with_type(_VIEWS.get(field.type, field.type)) for field in kept])
     return datasets.load_dataset(
         "parquet",
         data_files=glob.escape(str(path)),
         split="train",
-        columns=[name for name in names if name in form.names],
+        columns=names,
+        features=None if plain == kept else datasets.Features.from_arrow_schema(plain),
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from cocoa_pl.data.pairs import FileRows, Pairs, read, read_files
 from cocoa_pl.data.readers import HUB_ID, find_files, open_stream
 from cocoa_pl.data.rows import Columns, OnBadRow, Repeated, RowFormat
 from cocoa_pl.data.stream import PairStream
-from cocoa_pl.errors import UserError, first_line
+from cocoa_pl.errors import UserError, absent, first_line, typed
 
 log = logging.getLogger(__name__)
 
@@ -203,8 +204,11 @@ class PairSource:
 
 
 def _one_file(path: str) -> Mapping[str, Sequence[Path]]:
-    if not Path(path).is_file():
-        raise UserError(f"{path} does not exist; set data.path to a .jsonl, .json or .parquet file")
+    if os.path.isdir(path):
+        words = f"data.path=null {typed('data.root', path)} 'data.files=\"*.jsonl\"'"
+        raise UserError(f"{path} is a folder; set data.path to a file, or read all of it: {words}")
+    if not os.path.isfile(path):
+        raise absent(path, "set data.path to a .jsonl, .json or .parquet file")
     return {path: [Path(path)]}
 
 

@@ -42,6 +42,9 @@ KINDS = {
         _STOPS, "stage without enough rows", "give it more rows, or another batch_size"
     ),
     "missing_image": Kind(_STOPS, "image missing", "unpack all image archives; check image_root"),
+    "unreadable_file": Kind(
+        _STOPS, "file that cannot be reached", "its owner and mode, or a link: see the message"
+    ),
     "path_outside_root": Kind(
         _STOPS, "image path leaves the root", "write paths relative to image_root"
     ),
