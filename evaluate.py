@@ -20,7 +20,7 @@ from cocoa_pl.config.folders import claim_for_scores
 from cocoa_pl.config.process import launched_processes, set_up_logging
 from cocoa_pl.distributed.collectives import world_size
 from cocoa_pl.errors import UserError
-from cocoa_pl.evaluation.benchmark import VectorSettings
+from cocoa_pl.evaluation.vectors import VectorSettings
 from cocoa_pl.for_mteb.benchmark import MtebBenchmark
 from cocoa_pl.run import open_embedder, score
 

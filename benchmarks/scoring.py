@@ -13,7 +13,7 @@ from benchmarks.benchmark import SECONDS, Benchmark, Task, curve
 from benchmarks.counting import Count, Counts
 from benchmarks.peers.scoring import Key, hits_row_by_row
 from benchmarks.timing import Run
-from cocoa_pl.evaluation.scoring import score_rows
+from cocoa_pl.evaluation.scoring import rank_positives
 
 
 @dataclass(frozen=True)
@@ -69,13 +69,13 @@ class Scoring(Task):
         )
 
     def ours(self) -> Sequence[bool]:
-        hits = score_rows(
+        ranks = rank_positives(
             self.queries,
             self.candidates,
             query_index=self.query_index,
             candidate_index=self.index,
         )
-        return hits.official.tolist()
+        return (ranks.official == 1).tolist()
 
     def check(self) -> None:
         found = self.ours()

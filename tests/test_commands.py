@@ -162,6 +162,29 @@ def test_parts_of_a_run_score_as_the_run(
     assert scores(tmp_path) == scores(finished[0])
 
 
+def test_a_model_is_scored_at_the_widths_it_was_trained_for(
+    finished: tuple[Path, Ended], small: list[str], run: Run, tmp_path: Path
+) -> None:
+    """Its run's config tells them, and `cocoa.json` where it has left its run."""
+    given = [o for o in small if "stage." not in o or "contrast" in o]
+    trained = ("stage=contrast", "stage.contrast.module.matryoshka_dims=[8]")
+    from_run = f"init_from={finished[0]}"
+    ended = run("train.py", *given, *trained, from_run, "hydra.run.dir=run")
+    assert ended.status == 0, ended.err
+    shutil.copytree(tmp_path / "run/model", tmp_path / "model")
+    given = [o for o in small if o.startswith(("cache_dir", "benchmark"))]
+    found = [json.loads((tmp_path / "run/results.json").read_text())["widths"]]
+    for place in ("model", "run/checkpoints/last.ckpt"):
+        ended = run("evaluate.py", f"ckpt={place}", *given, f"hydra.run.dir=scored/{place}")
+        assert ended.status == 0, ended.err
+        content = json.loads((tmp_path / "scored" / place / "results.json").read_text())
+        found.append(content["widths"])
+        assert all(subset["widths"].keys() == {"8"} for subset in content["subsets"].values())
+    assert found[0].keys() == {"8"}
+    assert found[0] == found[1] == found[2]
+    assert "Shorter vectors" in (tmp_path / "scored/model/report.html").read_text()
+
+
 def test_a_damaged_config_is_told_before_anything_is_embedded(
     finished: tuple[Path, Ended], cache: Path, tmp_path: Path, run: Run
 ) -> None:

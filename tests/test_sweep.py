@@ -8,7 +8,8 @@ import pytest
 from tests.processes import logging_restored, run_script
 
 SCRIPT = """
-import json, pathlib, hydra
+import pathlib, hydra
+from cocoa_pl.evaluation.results import Results, SubsetScore
 from hydra.core.hydra_config import HydraConfig
 
 @hydra.main(config_path=".", config_name="config", version_base="1.3")
@@ -16,11 +17,9 @@ def main(config):
     if config.seed == config.fail:
         raise RuntimeError("this run fails")
     x = {"low": 0.2, "high": 0.8}[config.variant] + config.seed / 10
-    subset = {"group": "retrieval", "in_distribution": True, "precision_at_1": x, "num_queries": 9}
-    results = {"benchmark": "digits", "overall": x, "in_distribution": x,
-               "out_of_distribution": None, "groups": {}, "subsets": {"scene_i2t": subset}}
+    subset = SubsetScore("scene_i2t", "vqa", True, x, x, 9, 9, 0.1)
     folder = pathlib.Path(HydraConfig.get().runtime.output_dir)
-    (folder / "results.json").write_text(json.dumps(results))
+    Results("digits", "x", (subset,)).write_json(folder / "results.json")
 
 main()
 """
@@ -51,8 +50,11 @@ def test_a_sweep_ends_with_one_summary(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert sweep(tmp_path, monkeypatch, "-m", "seed=0,1") == 0
-    assert "25.0±7.1" in capsys.readouterr().out
-    assert "| high | 2 | 85.0 ± 7.1 | 85.0 ± 7.1 |" in (tmp_path / "out/summary.md").read_text()
+    assert "25.0 ± 7.1" in capsys.readouterr().out
+    assert (
+        "| high | 2 | 85.0 ± 7.1 | 85.0 ± 7.1 | 85.0 ± 7.1 |"
+        in (tmp_path / "out/summary.md").read_text()
+    )
     assert (tmp_path / "out/summary.png").is_file()
 
 
@@ -61,6 +63,6 @@ def test_failed_runs_of_a_sweep_are_listed_as_missing(
 ) -> None:
     assert sweep(tmp_path, monkeypatch, "-m", "seed=0,1", "fail=1") != 0
     text = (tmp_path / "out/summary.md").read_text()
-    assert "| high | 1 of 2 | 80.0 | 80.0 |" in text
+    assert "| high | 1 of 2 | 80.0 | 80.0 | 80.0 |" in text
     assert "variant=low seed=1 fail=1: no results.json in 1" in text
     assert "not started" not in text

@@ -19,7 +19,7 @@ COMMANDS = {
     "doctor": ("doctor.command", "check a data set and its images before training"),
     "export": ("export.command", "a trained model for transformers or sentence-transformers"),
     "mine": ("mining", "training data with hard negatives that a model finds"),
-    "report": ("evaluation.comparison", "scored runs side by side on one page"),
+    "report": ("evaluation.compare", "scored runs side by side on one page"),
     "search": ("search.command", "search a folder of images by a text, an image, or both"),
     "plan": ("planning.command", "what a training run needs: memory, time, disk"),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,13 +27,9 @@ from cocoa_pl.distributed.collectives import rank
 from cocoa_pl.embedder import Embedder, chosen_device
 from cocoa_pl.errors import UserError, first_line
 from cocoa_pl.evaluation import report
-from cocoa_pl.evaluation.benchmark import (
-    IN_MEMORY,
-    VectorSettings,
-    check_subsets,
-    embedded,
-    score_subsets,
-)
+from cocoa_pl.evaluation.benchmark import check_subsets, score_subsets
+from cocoa_pl.evaluation.results import read_config
+from cocoa_pl.evaluation.vectors import IN_MEMORY, VectorSettings, embedded
 from cocoa_pl.export.folder import export, lineage_of, untouched
 from cocoa_pl.for_mteb.benchmark import MtebBenchmark
 from cocoa_pl.models import adapters
@@ -262,15 +259,17 @@ def score(
     subsets = benchmark.subsets()
     check_subsets(subsets)
     provenance = _provenance(Path(path), facts, embedder.policy)  # damage shows before the work
-    vectors_of = embedded(embedder, subsets, vectors)
+    widths = [w for w in _trained_widths(path, provenance.lineage) if w < embedder.dim]
+    found = embedded(embedder, subsets, vectors)
     if rank():
         return
     results = score_subsets(
-        vectors_of,
+        found,
         subsets,
         benchmark=benchmark.name,
         checkpoint=path,
         is_partial=benchmark.is_partial,
+        widths=widths,
     )
     results.write_json(run_dir / "results.json")
     beside = report.published_rows(results, benchmark.published)
@@ -285,18 +284,30 @@ def score(
     console.print(report.score_table(results))
     if beside:
         console.print(report.published_table(results, beside))
-    console.print(f"report: {run_dir / 'report.html'}", soft_wrap=True)
+    said = f"report: {run_dir / 'report.html'}"
+    console.print(said, soft_wrap=True, markup=False, highlight=False)
+
+
+def _trained_widths(path: str, lineage: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Leading components that the last stage behind a model trained too, as its run's config or,
+    of a model that has left its run, `cocoa.json` says.
+    """
+    run = Path(path).resolve().parents[1] if path.endswith(".ckpt") else Path(path)
+    last = lineage[-1] if lineage else {}
+    if stages := read_config(run).get("stage"):
+        last = stages[stages["order"][-1]]["module"]
+    return sorted(last.get("matryoshka_dims", []))
 
 
 def _provenance(run: Path, facts: dict[str, Any], policy: Policy) -> report.Provenance:
     """What is known of a model by the folder it lies in: of a run, stages, config and losses."""
-    config, metrics, model = run / "config.yaml", run / "metrics.csv", run / "model"
+    config, metrics = run / "config.yaml", run / "metrics.csv"
     policies, stages = {"evaluation": policy}, load_config(run).get("stage")
     if stages is not None:
         policies = {name: build(stages[name].policy) for name in stages.order}
     return report.Provenance(
         facts=facts,
-        lineage=lineage_of(str(model if model.is_dir() else run)),
+        lineage=lineage_of(str(run if run.suffix == ".ckpt" else find_folder(str(run)))),
         policies=policies,
         config=config.read_text(encoding="utf-8") if config.is_file() else None,
         metrics_csv=metrics if metrics.is_file() else None,

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from cocoa_pl.config.folders import claim_sweep
 from cocoa_pl.config.process import guarded
-from cocoa_pl.evaluation.summary import Run, read_runs, write_summary
+from cocoa_pl.evaluation.compare import Run, read_sweep, write_summary
 
 
 class SweepSummary(Callback):
@@ -54,13 +54,14 @@ class SweepSummary(Callback):
             console = Console() if sys.stdout.isatty() else Console(width=160)
             folder, table = self._write(config, self.subsets)
             console.print(table)
-            console.print(f"summary: {folder}/summary.md and summary.csv, summary.png beside it")
+            said = f"summary: {folder}/summary.md and summary.csv, summary.png beside it"
+            console.print(said, soft_wrap=True, markup=False, highlight=False)
 
     def _write(self, config: DictConfig, subsets: Sequence[str]) -> tuple[Path, Table]:
         """Of the runs in the sweep's folder, and those expected that left none."""
         folder = Path(config.hydra.runtime.cwd) / config.hydra.sweep.dir
-        runs = read_runs(folder, subsets=subsets)
+        runs = read_sweep(folder)
         started = [run.overrides for run in runs]
         absent = [overrides for overrides in self.expected if overrides not in started]
-        runs += [Run(folder, overrides, {}, "not started") for overrides in absent]
+        runs += [Run(folder, overrides, None, "not started") for overrides in absent]
         return folder, write_summary(folder, runs, subsets=subsets)

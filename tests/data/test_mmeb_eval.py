@@ -20,7 +20,8 @@ from cocoa_pl.config.command_line import compose_overrides
 from cocoa_pl.data.items import IMAGE_SLOT, EvalSubset, Item
 from cocoa_pl.data.mmeb_eval import READERS, MmebBenchmark
 from cocoa_pl.errors import UserError
-from cocoa_pl.evaluation.benchmark import encode_once, score_subsets
+from cocoa_pl.evaluation.benchmark import score_subsets
+from cocoa_pl.evaluation.vectors import encode_once
 
 SLOT = IMAGE_SLOT
 CONFIGS = Path(__file__).parents[2] / "conf" / "benchmark"

@@ -2,16 +2,18 @@
 
 import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import pytest
 
 from cocoa_pl.data.items import EvalSubset, Item
 from cocoa_pl.errors import UserError
-from cocoa_pl.evaluation.benchmark import check_subsets, encode_once, score_subsets
+from cocoa_pl.evaluation.benchmark import check_subsets, score_subsets
 from cocoa_pl.evaluation.report import score_table
 from cocoa_pl.evaluation.results import Results, mean_score
+from cocoa_pl.evaluation.scoring import metrics
+from cocoa_pl.evaluation.vectors import encode_once
 
 HISTOGRAMS = ("positive", "hardest_negative")
 Make = Callable[..., EvalSubset]
@@ -26,8 +28,9 @@ ROWS = [
 ]
 
 
-def evaluate(encode: Encode, subsets: Sequence[EvalSubset], **names: str) -> Results:
-    return score_subsets(encode_once(encode, subsets), subsets, **names)
+def evaluate(encode: Encode, subsets: Sequence[EvalSubset], *widths: int) -> Results:
+    names = {"benchmark": "digits", "checkpoint": "runs/1"}
+    return score_subsets(encode_once(encode, subsets), subsets, widths=widths, **names)
 
 
 @pytest.fixture
@@ -41,7 +44,7 @@ def corpus(make_subset: Make) -> list[EvalSubset]:
 
 @pytest.fixture
 def results(corpus: list[EvalSubset], compass: Encode) -> Results:
-    return evaluate(compass, corpus, benchmark="digits", checkpoint="runs/1")
+    return evaluate(compass, corpus)
 
 
 def test_hand_made_corpus_scores_as_counted_by_hand(results: Results) -> None:
@@ -53,9 +56,8 @@ def test_hand_made_corpus_scores_as_counted_by_hand(results: Results) -> None:
     assert mean_score(results.means["out_of_distribution"]) == 0.5
 
 
-def test_results_json_has_the_public_schema(results: Results, tmp_path: Path) -> None:
-    results.write_json(tmp_path / "results.json")
-    written = json.loads((tmp_path / "results.json").read_text())
+def test_results_json_has_the_public_schema(results: Results) -> None:
+    written = json.loads(json.dumps(results.to_json()))
     subsets = written.pop("subsets")
     intervals = written.pop("intervals")
     assert intervals.keys() == {"confidence", *written.keys(), "subsets"} - {
@@ -77,39 +79,57 @@ def test_results_json_has_the_public_schema(results: Results, tmp_path: Path) ->
     assert subsets["scene_i2t"] == {
         "group": "retrieval",
         "in_distribution": True,
-        "precision_at_1": 0.75,
-        "precision_at_1_strict": 0.5,
         "num_queries": 4,
         "num_candidates": 5,
         "chance": pytest.approx(0.375),
         "num_queries_without_choice": 0,
+        # Row 1 ranks its positive second, row 2 first, level with another.
+        **metrics(np.array([1, 2, 1, 1]), np.array([1, 2, 2, 1])),
     }
 
 
-def test_queries_that_have_nothing_to_choose_from_are_counted(
-    make_subset: Make, compass: Encode
-) -> None:
-    """Their hits are by construction, also where the answer is named twice."""
-    rows = [ROWS[1], ("q 9", ["a 5"]), ("q 8", ["a 5", "a 5"])]
-    results = evaluate(compass, [make_subset("one", rows)], benchmark="x", checkpoint="x")
-    assert results.to_json()["subsets"]["one"]["num_queries_without_choice"] == 2
+def test_candidates_that_a_row_names_twice_are_one(make_subset: Make, compass: Encode) -> None:
+    """A guess is right more often than the length of the list says, and a hit by construction is
+    one however often its answer is named.
+    """
+    rows = [("q 45", ["a 5", "b 50", "b 50", "a 5"]), ("q 9", ["a 5"]), ("q 8", ["a 5", "a 5"])]
+    results = evaluate(compass, [make_subset("one", rows)])
+    found = results.to_json()["subsets"]["one"]
+    assert found["chance"] == pytest.approx((1 / 2 + 1 + 1) / 3)
+    assert found["ndcg_at_5"] == pytest.approx((1 / np.log2(3) + 1 + 1) / 3)
+    assert found["num_queries_without_choice"] == 2
+    assert [len(row.ranked) for row in results.gallery] == [2, 1, 1]
     caveat = "2 of 3 queries have a single candidate, which is right whatever the model says"
     assert results.subsets[0].caveat == caveat
-    assert score_table(results).caption == f"one: {caveat}"
+    assert str(score_table(results).caption) == f"one: {caveat}"
+
+
+def test_leading_components_are_scored_as_unit_vectors_of_their_own(make_subset: Make) -> None:
+    names = [f"t {n}" for n in range(30)]
+    random = np.random.default_rng(0)
+    vectors = dict(zip(names, random.normal(size=(30, 8)) + 0.5, strict=True))
+    rows = [(names[n], [names[(n + 1) % 30], *random.permutation(names)[:3]]) for n in range(30)]
+    subsets = [make_subset("x", rows), make_subset("y", rows[:9], in_distribution=False)]
+
+    def encode(items: Sequence[Item], width: int = 8) -> np.ndarray:
+        array = np.array([vectors[item.text][:width] for item in items])
+        return (array / np.linalg.norm(array, axis=1, keepdims=True)).astype(np.float32)
+
+    results = evaluate(encode, subsets, 2, 4)
+    for width in (2, 4):
+        alone = evaluate(partial(encode, width=width), subsets)
+        cut = [one.widths[str(width)] for one in results.subsets]
+        assert cut == [one.precision_at_1 for one in alone.subsets]
+        assert cut != [one.precision_at_1 for one in results.subsets]
+        assert results.to_json()["widths"][str(width)] == alone.to_json()["overall"]
+    vectors |= {name: np.append(1, vector[1:]) for name, vector in vectors.items()}
+    with pytest.raises(UserError, match=r"x, 1 components: queries: all 30 .*collapsed"):
+        evaluate(encode, subsets, 1)
 
 
 def test_a_split_without_subsets_is_null_not_nan(make_subset: Make, compass: Encode) -> None:
-    only_in = [make_subset("scene_i2t", ROWS)]
-    written = evaluate(compass, only_in, benchmark="digits", checkpoint="x").to_json()
+    written = evaluate(compass, [make_subset("scene_i2t", ROWS)]).to_json()
     assert written["out_of_distribution"] is None
-
-
-def test_every_unique_item_is_encoded_once_across_subsets(
-    corpus: list[EvalSubset], compass: Encode
-) -> None:
-    evaluate(compass, corpus, benchmark="digits", checkpoint="x")
-    encoded = compass.encoded  # type: ignore[attr-defined]
-    assert sorted(encoded) == sorted({text for query, texts in ROWS for text in (query, *texts)})
 
 
 def test_gallery_shows_hits_and_misses_with_the_positive_marked(results: Results) -> None:
@@ -128,7 +148,7 @@ def test_gallery_shows_hits_and_misses_with_the_positive_marked(results: Results
 
 def test_gallery_appends_a_positive_that_is_far_down(make_subset: Make, compass: Encode) -> None:
     rows = [("q 0", ["p 90", *(f"n{angle} {angle}" for angle in range(0, 80, 10))])]
-    gallery = evaluate(compass, [make_subset("x_i2t", rows)], benchmark="b", checkpoint="c").gallery
+    gallery = evaluate(compass, [make_subset("x_i2t", rows)]).gallery
     assert [c.rank for c in gallery[0].ranked] == [1, 2, 3, 4, 5, 9]
     assert gallery[0].ranked[-1].is_positive
 
@@ -138,7 +158,7 @@ def test_a_collapsed_model_is_an_error_and_never_100_percent(corpus: list[EvalSu
         return np.tile(np.array([1, 0], dtype=np.float32), (len(items), 1))
 
     with pytest.raises(UserError, match="scene_i2t queries: all 4 embeddings are the same vector"):
-        evaluate(encode, corpus, benchmark="digits", checkpoint="x")
+        evaluate(encode, corpus)
 
 
 def test_collapsed_candidates_are_an_error_even_with_good_queries(
@@ -146,7 +166,7 @@ def test_collapsed_candidates_are_an_error_even_with_good_queries(
 ) -> None:
     rows = [("q 0", ["a 5", "b 5"]), ("q 90", ["b 5", "a 5"])]
     with pytest.raises(UserError, match=r"x_i2t candidates: all 2 .*collapsed"):
-        evaluate(compass, [make_subset("x_i2t", rows)], benchmark="b", checkpoint="c")
+        evaluate(compass, [make_subset("x_i2t", rows)])
 
 
 def test_a_failing_subset_stops_the_benchmark(corpus: list[EvalSubset]) -> None:
@@ -157,27 +177,8 @@ def test_a_failing_subset_stops_the_benchmark(corpus: list[EvalSubset]) -> None:
         raise UserError("scene_i2t row 3: image not found")
 
     with pytest.raises(UserError, match="row 3"):
-        evaluate(encode, corpus, benchmark="digits", checkpoint="x")
+        evaluate(encode, corpus)
     assert len(calls) == 1
-
-
-def test_an_item_that_cannot_be_embedded_is_named_by_its_row(corpus: list[EvalSubset]) -> None:
-    subset = corpus[0]
-    items = [*subset.queries, *subset.candidates]
-
-    def named(place: int) -> str:
-        def encode(_: Sequence[Item]) -> np.ndarray:
-            raise UserError("the encoded image is broken", item=place)
-
-        with pytest.raises(UserError, match="the encoded image is broken") as caught:
-            evaluate(encode, corpus[:1], benchmark="b", checkpoint="c")
-        return str(caught.value)
-
-    assert len({item.key for item in items}) == len(items)
-    assert named(1).startswith(f"{subset.row_ids[list(subset.query_index).index(1)]}, query: ")
-    last = len(items) - 1 - len(subset.queries)
-    row = next(r for r, some in enumerate(subset.candidate_index) if last in some)
-    assert named(len(items) - 1).startswith(f"{subset.row_ids[row]}, candidate: ")
 
 
 def test_double_and_empty_subsets_are_errors(corpus: list[EvalSubset], make_subset: Make) -> None:

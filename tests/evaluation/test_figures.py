@@ -9,7 +9,7 @@ import pytest
 
 from cocoa_pl.attention import Policy
 from cocoa_pl.data.items import EvalSubset, Item
-from cocoa_pl.evaluation.benchmark import encode_once, score_subsets
+from cocoa_pl.evaluation.benchmark import score_subsets
 from cocoa_pl.evaluation.figures import (
     EDGES,
     MAPPED_ROWS,
@@ -20,6 +20,7 @@ from cocoa_pl.evaluation.figures import (
     sample,
 )
 from cocoa_pl.evaluation.report import Provenance
+from cocoa_pl.evaluation.vectors import encode_once
 
 ALL = ("context", "bottleneck", "target")
 

@@ -20,7 +20,8 @@ from PIL import Image
 
 from cocoa_pl.data.items import IMAGE_SLOT, Item
 from cocoa_pl.data.mmeb_eval import MmebBenchmark
-from cocoa_pl.evaluation.benchmark import encode_once, score_subsets
+from cocoa_pl.evaluation.benchmark import score_subsets
+from cocoa_pl.evaluation.vectors import encode_once
 
 PLACEHOLDER = "<|image_1|>"
 DISTINCT = 9  # vectors: far fewer than items, so that many tie

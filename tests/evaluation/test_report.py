@@ -3,6 +3,7 @@
 import io
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -14,10 +15,11 @@ from rich.console import Console
 from cocoa_pl.attention import Policy
 from cocoa_pl.data.items import IMAGE_SLOT, EvalSubset, Item
 from cocoa_pl.errors import UserError
-from cocoa_pl.evaluation.benchmark import encode_once, score_subsets
+from cocoa_pl.evaluation.benchmark import score_subsets
 from cocoa_pl.evaluation.figures import read_panels
 from cocoa_pl.evaluation.report import Provenance, picture, score_table, write_report
 from cocoa_pl.evaluation.results import Results
+from cocoa_pl.evaluation.vectors import encode_once
 
 EVIL = '<script>alert("x")</script><img src=x onerror=alert(1)> 5'
 ALL = ("context", "bottleneck", "target")
@@ -98,6 +100,7 @@ def test_report_holds_the_numbers_of_results_json(page: str, results: Results) -
         low, high = written["intervals"]["subsets"][name]
         assert f"{100 * low:.1f} to {100 * high:.1f}" in page
         shown += [subset["precision_at_1"], subset["precision_at_1_strict"], subset["chance"]]
+        shown += [subset[f"{name}_at_{k}"] for name in ("recall", "ndcg") for k in (5, 10)]
     for score in shown:
         assert f">{100 * score:.1f}<" in page
     assert "3 queries · 2 candidates" in page
@@ -150,6 +153,27 @@ def test_report_without_metrics_or_gallery_leaves_them_out(
         "<img",
     ):
         assert absent not in path.read_text()
+
+
+def test_a_choice_of_subsets_has_no_means(results: Results, tmp_path: Path) -> None:
+    path = tmp_path / "r.html"
+    texts = []
+    for partial in (False, True):
+        some = replace(results, is_partial=partial)
+        console = Console(width=120, record=True, file=io.StringIO())
+        console.print(score_table(some))
+        write_report(path, some, title="t", date="d", provenance=Provenance())
+        texts += [console.export_text().lower(), path.read_text().lower()]
+    assert ["overall" in text for text in texts] == [True, True, False, False]
+    assert ["mean over" in text for text in texts] == [False, True, False, False]
+    assert all("scene_i2t" in text for text in texts)
+
+
+def test_no_character_that_a_page_may_not_hold_is_in_it(results: Results, tmp_path: Path) -> None:
+    config = "a\0b\x1b[2J\x85\udcff\ufffe\t\n"
+    path = tmp_path / "r.html"
+    write_report(path, results, title="t", date="d", provenance=Provenance(config=config))
+    assert "a\ufffdb\ufffd[2J\ufffd\ufffd\ufffd\t\n" in path.read_text(encoding="utf-8")
 
 
 def test_small_pictures_keep_their_pixels_and_large_ones_shrink() -> None:

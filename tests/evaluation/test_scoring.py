@@ -1,4 +1,6 @@
-"""Scores in blocks against the definition."""
+"""Ranks in blocks against the definition, metrics against second implementations, and embeddings
+that are refused.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +9,24 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
+import torch
+from torchmetrics.functional.retrieval import (
+    retrieval_hit_rate,
+    retrieval_normalized_dcg,
+    retrieval_recall,
+)
 
+from cocoa_pl.errors import UserError
 from cocoa_pl.evaluation import scoring
-from cocoa_pl.evaluation.scoring import TIE, Hits, read, score_rows
+from cocoa_pl.evaluation.scoring import (
+    CUTS,
+    TIE,
+    Ranks,
+    check_embeddings,
+    metrics,
+    not_below,
+    rank_positives,
+)
 
 
 def unit(array: np.ndarray) -> np.ndarray:
@@ -18,25 +35,22 @@ def unit(array: np.ndarray) -> np.ndarray:
 
 def by_definition(
     queries: np.ndarray, candidates: np.ndarray, query_index: np.ndarray, rows: Sequence[np.ndarray]
-) -> Hits:
-    """Both rules as their definitions read, one row and one candidate at a time."""
-    official, strict, positive, hardest = [], [], [], []
+) -> tuple[Ranks, np.ndarray]:
+    """The slow twin, one row and one candidate at a time; and MMEB's own `argmax == 0`."""
+    found: list[tuple[int, int, float, float]] = []
+    argmax = []
     for query, row in zip(query_index, rows, strict=True):
-        scores = [float((queries[query].astype(float) * candidates[c]).sum()) for c in row]
-        official.append(int(np.argmax(scores)) == 0)
-        others = [score for score, c in zip(scores, row, strict=True) if c != row[0]]
-        leads = all(scores[0] > score + TIE for score in others)
-        strict.append(leads and bool(np.isfinite(scores[0])))
-        positive.append(scores[0])
-        hardest.append(np.max([-np.inf, *others]))
-    return Hits(np.array(official), np.array(strict), np.array(positive), np.array(hardest))
-
-
-def assert_same(found: Hits, expected: Hits) -> None:
-    np.testing.assert_array_equal(found.official, expected.official)
-    np.testing.assert_array_equal(found.strict, expected.strict)
-    np.testing.assert_allclose(found.positive, expected.positive, atol=1e-5)
-    np.testing.assert_allclose(found.hardest, expected.hardest, atol=1e-5)
+        scores = {c: float((queries[query].astype(float) * candidates[c]).sum()) for c in row}
+        argmax.append(int(np.argmax([scores[c] for c in row])) == 0)
+        first = scores.pop(row[0])
+        others = list(scores.values())
+        ahead = sum(not (np.isnan(first) or other <= first) for other in others)
+        level = sum(not (first > other + TIE and np.isfinite(first)) for other in others)
+        found.append(
+            (1 + ahead, 1 + level + (not np.isfinite(first)), first, np.max([-np.inf, *others]))
+        )
+    columns = zip(*found, strict=True)
+    return Ranks(*(np.array(column) for column in columns)), np.array(argmax)
 
 
 class Corpus:
@@ -67,25 +81,25 @@ class Corpus:
 @pytest.mark.filterwarnings("ignore:invalid value")
 @pytest.mark.parametrize("nan", [False, True], ids=["finite", "nan"])
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-@pytest.mark.parametrize("block", [1, 100, 1 << 20])
-@pytest.mark.parametrize("rows_at_once", [1, 7, 128])
-def test_scores_in_blocks_are_those_of_the_definition(
+@pytest.mark.parametrize(("rows_at_once", "block"), [(1, 1), (7, 100), (128, 1 << 20)])
+def test_ranks_in_blocks_are_those_of_the_definition(
     rows_at_once: int, block: int, dtype: str, nan: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(scoring, "ROWS", rows_at_once)
     monkeypatch.setattr(scoring, "BLOCK", block)
     for seed in range(4):
         corpus = Corpus(seed, dtype=dtype, nan=nan)
-        rows = corpus.rows()
-        found = score_rows(
-            corpus.queries,
-            corpus.candidates,
-            query_index=corpus.query_index,
-            candidate_index=rows,
+        rows, index = corpus.rows(), corpus.query_index
+        found = rank_positives(
+            corpus.queries, corpus.candidates, query_index=index, candidate_index=rows
         )
-        expected = by_definition(corpus.queries, corpus.candidates, corpus.query_index, rows)
-        assert_same(found, expected)
-        assert 0 < found.strict.sum() < found.official.sum() < len(rows)
+        expected, argmax = by_definition(corpus.queries, corpus.candidates, index, rows)
+        np.testing.assert_array_equal(found.official, expected.official)
+        np.testing.assert_array_equal(found.strict, expected.strict)
+        np.testing.assert_allclose(found.positive, expected.positive, atol=1e-5)
+        np.testing.assert_allclose(found.hardest, expected.hardest, atol=1e-5)
+        np.testing.assert_array_equal(found.official == 1, argmax)
+        assert 0 < (found.strict == 1).sum() < argmax.sum() < len(rows)
 
 
 @pytest.mark.parametrize("dimensions", [7, 64, 1536])
@@ -94,34 +108,143 @@ def test_equal_candidates_tie_whatever_the_matrix_product_rounds(dimensions: int
     queries = unit(rng.normal(size=(50, dimensions)))
     candidates = np.repeat(queries, 3, axis=0)  # three copies of every query's answer
     rows = [np.array([3 * row + copy for copy in (row % 3, (row + 1) % 3)]) for row in range(50)]
-    hits = score_rows(queries, candidates, query_index=np.arange(50), candidate_index=rows)
-    assert hits.official.all()
-    assert not hits.strict.any()
-
-
-def test_neighbours_are_read_without_a_copy_and_others_in_their_order() -> None:
-    vectors = unit(np.random.default_rng(0).normal(size=(20, 4))).astype(np.float32)
-    neighbours = read(vectors, np.arange(3, 11))
-    assert np.shares_memory(neighbours, vectors)
-    for rows in (np.arange(3, 11), np.array([7]), np.array([4, 3]), np.array([1, 2, 4])):
-        np.testing.assert_array_equal(read(vectors, rows), vectors[rows])
-    assert read(vectors, np.empty(0, np.int64)).shape == (0, 4)
+    ranks = rank_positives(queries, candidates, query_index=np.arange(50), candidate_index=rows)
+    assert (ranks.official == 1).all()
+    assert (ranks.strict == 2).all()
 
 
 def test_memory_is_bounded_by_the_block_and_not_by_the_corpus(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     count, width, num_rows, each = 40_000, 64, 400, 200
+    block = 1 << 15  # 128 KiB of float32
+    monkeypatch.setattr(scoring, "BLOCK", block)
+    monkeypatch.setattr(scoring, "ROWS", 4)
     rng = np.random.default_rng(0)
     vectors = unit(rng.normal(size=(count, width))).astype(np.float16)
-    rows = [rng.choice(count, size=each, replace=False) for _ in range(num_rows)]
-    block = 1 << 15  # 128 KiB of float32
-    monkeypatch.setattr(scoring, "ROWS", 4)
-    monkeypatch.setattr(scoring, "BLOCK", block)
+    rows = [rng.integers(count, size=each) for _ in range(num_rows)]
     tracemalloc.start()
-    score_rows(vectors, vectors, query_index=np.arange(num_rows), candidate_index=rows)
+    rank_positives(vectors, vectors, query_index=np.arange(num_rows), candidate_index=rows)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     whole = count * width * 4
-    fixed = 24 * count  # places of candidates, and for each row its hits
+    fixed = 24 * count  # places of candidates, and for each row its ranks
     assert peak < fixed + 16 * block * 4 < whole / 2
+
+
+@pytest.mark.parametrize(
+    ("scores", "official", "strict"),
+    [
+        ([0.9, 0.5, 0.1], True, True),
+        ([0.5, 0.9, 0.1], False, False),
+        ([0.9, 0.9, 0.1], True, False),
+        ([0.3, 0.3, 0.3], True, False),
+        ([np.nan, np.nan, np.nan], True, False),
+        ([0.9, np.nan, 0.1], False, False),
+        ([np.inf, 0.5, 0.1], True, False),
+    ],
+    ids=["hit", "miss", "tie", "collapsed", "all nan", "one nan", "inf"],
+)
+def test_official_rule_is_argmax_zero_and_strict_rule_wants_a_lead(
+    scores: list[float], official: bool, strict: bool
+) -> None:
+    ahead, level = not_below(np.array(scores[1:]), np.array(scores[:1]))
+    assert (not ahead.any(), not level.any()) == (official, strict)
+
+
+def test_metrics_of_ranks_are_those_of_torchmetrics_on_scores() -> None:
+    """Without ties both rules agree, and a second implementation sees the same scores."""
+    rng = np.random.default_rng(3)
+    queries, candidates = unit(rng.normal(size=(40, 8))), unit(rng.normal(size=(90, 8)))
+    rows = [rng.permutation(90)[: rng.integers(2, 60)] for _ in range(40)]
+    ranks = rank_positives(queries, candidates, query_index=np.arange(40), candidate_index=rows)
+    found = metrics(ranks.official, ranks.strict)
+    expected: dict[str, list[float]] = {}
+    for query, row in zip(queries, rows, strict=True):
+        scores = torch.from_numpy(candidates[row] @ query) + 1  # recall drops what is below zero
+        right = torch.arange(len(row)) == 0
+        for k in CUTS:
+            for name, metric in (
+                ("recall", retrieval_recall),
+                ("ndcg", retrieval_normalized_dcg),
+                ("precision", retrieval_hit_rate),
+            ):
+                value = float(metric(scores, right, top_k=k))
+                expected.setdefault(f"{name}_at_{k}", []).append(value)
+    wanted = ["precision_at_1", *(f"{name}_at_{k}" for name in ("recall", "ndcg") for k in CUTS)]
+    assert sorted(found) == sorted([*wanted, *(f"{name}_strict" for name in wanted)])
+    for name in wanted:
+        assert found[name] == pytest.approx(np.mean(expected[name]), abs=1e-6), name
+        assert found[f"{name}_strict"] == found[name]
+    assert found["recall_at_1"] == found["ndcg_at_1"] == found["precision_at_1"]
+    assert 0 < found["ndcg_at_5"] < found["recall_at_5"] < found["recall_at_10"] < 1
+
+
+def test_a_tie_goes_to_the_positive_and_by_the_strict_rule_against_it() -> None:
+    """Three candidates level with the positive, and two above: it is third, or sixth."""
+    found = metrics(np.array([3]), np.array([6]))
+    assert (found["recall_at_5"], found["recall_at_5_strict"]) == (1, 0)
+    assert found["ndcg_at_10"] == pytest.approx(1 / np.log2(4))
+    assert found["ndcg_at_10_strict"] == pytest.approx(1 / np.log2(7))
+
+
+# --- Embeddings that are refused ---
+
+GOOD = np.eye(4, dtype=np.float32)
+
+
+def broken(row: int, value: object) -> np.ndarray:
+    embeddings = GOOD.copy()
+    embeddings[row] = value
+    return embeddings
+
+
+@pytest.mark.parametrize(
+    ("embeddings", "message"),
+    [
+        (broken(2, np.nan), r"i2t queries: 1 of 4 embeddings \(first: number 2\) have NaN or inf"),
+        (broken(1, np.inf), r"first: number 1\) have NaN or inf"),
+        (broken(3, 0.0), r"first: number 3\) have a length other than 1 \(worst 0\)"),
+        (GOOD * 1.5, r"4 of 4 embeddings .* length other than 1 \(worst 1.5\)"),
+        (np.repeat(GOOD[:1], 4, axis=0), "all 4 embeddings are the same vector"),
+    ],
+    ids=["nan", "inf", "zero", "not unit", "collapsed"],
+)
+def test_broken_embeddings_are_an_error_that_names_them(
+    embeddings: np.ndarray, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        check_embeddings(embeddings, name="i2t queries")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_collapse_that_is_not_quite_exact_is_still_one(dtype: str) -> None:
+    noise = np.random.default_rng(0).normal(size=(100, 64)) * 1e-6
+    with pytest.raises(UserError, match="collapsed"):
+        check_embeddings(unit(np.ones((100, 64)) + noise).astype(dtype), name="x")
+
+
+@pytest.mark.parametrize("row", [0, 4999, 9999])
+def test_embeddings_are_checked_in_every_block(row: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scoring, "BLOCK", 100)
+    embeddings = unit(np.random.default_rng(0).normal(size=(10_000, 4)))
+    check_embeddings(embeddings, name="x")
+    for value, message in ((np.nan, "NaN or inf"), (3.0, "length other than 1")):
+        wrong = embeddings.copy()
+        wrong[row] = value
+        with pytest.raises(
+            UserError, match=rf"1 of 10000 .*first: number {row}\) have .*{message}"
+        ):
+            check_embeddings(wrong, name="x")
+    same = np.repeat(embeddings[:1], 10_000, axis=0)
+    with pytest.raises(UserError, match="collapsed"):
+        check_embeddings(same, name="x")
+    same[row] = embeddings[1]
+    check_embeddings(same, name="x")
+
+
+def test_rounding_to_half_precision_and_a_single_embedding_pass() -> None:
+    embeddings = unit(np.random.default_rng(0).normal(size=(100, 64)))
+    check_embeddings(embeddings.astype(np.float16), name="x")
+    check_embeddings(GOOD * np.float32(1.004), name="x")  # as of bfloat16
+    check_embeddings(GOOD[:1], name="x")

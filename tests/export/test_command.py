@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +13,7 @@ from rich.console import Console
 
 from cocoa_pl.embedder import Embedder
 from cocoa_pl.errors import UserError
-from cocoa_pl.evaluation.results import Results, SubsetScore
+from cocoa_pl.evaluation.results import Results, SubsetScore, TaskScore
 from cocoa_pl.export import command
 from cocoa_pl.export.folder import export
 from cocoa_pl.export.parity import Compared, images_only
@@ -144,12 +143,12 @@ def test_what_is_no_export_is_not_replaced(run_folder: Path, console: Console) -
 
 
 def test_a_run_that_mteb_scored_is_exported(run_folder: Path, console: Console) -> None:
-    tasks = {"CIRR": {"metric": "ndcg_at_10", "main_score": 0.51}}
-    results = json.dumps({"benchmark": "mteb", "checkpoint": "run", "tasks": tasks})
-    (run_folder / "results.json").write_text(results)
+    task = TaskScore("CI*RR", "Any2AnyRetrieval", "ndcg_at_10", 0.51)
+    results = Results("mteb", "run", (), is_partial=True, tasks=(task,))
+    results.write_json(run_folder / "results.json")
     assert command.run([str(run_folder), "--to", "hf"], console) == 0
     card = (run_folder / "hf/README.md").read_text()
-    assert "| | score | metric |\n|---|---|---|\n| CIRR | 51.0 | ndcg_at_10 |" in card
+    assert "| | score | metric |\n|---|---|---|\n| CI\\*RR | 51.0 | ndcg_at_10 |" in card
 
 
 @pytest.mark.parametrize("name", ["results.json", "config.yaml"])

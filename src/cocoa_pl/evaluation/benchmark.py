@@ -1,78 +1,53 @@
-"""Score the vectors of evaluation subsets, which are in memory or in a store.
+"""Score the vectors of evaluation subsets.
 
-The scorer never sees a model. Every unique item is encoded once, also across subsets. What cannot
-be scored raises: a benchmark never averages over fewer subsets than it has.
+The scorer never sees a model. What cannot be scored raises: a benchmark never averages over fewer
+subsets than it has.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import numpy as np
+import torch
 
-from cocoa_pl.data.items import EvalSubset, Item
-from cocoa_pl.distributed.collectives import all_objects, rank, world_size
-from cocoa_pl.embedder import Embedder
+from cocoa_pl.data.items import EvalSubset
 from cocoa_pl.errors import UserError
 from cocoa_pl.evaluation.figures import MAPPED_ROWS, Mapped, binned, flattened, sample
 from cocoa_pl.evaluation.results import GalleryRow, RankedCandidate, Results, SubsetScore
 from cocoa_pl.evaluation.scoring import (
     Floats,
-    Hits,
+    Ranks,
     check_embeddings,
     evenly_spaced,
-    row_scores,
-    score_rows,
+    metrics,
+    rank_positives,
+    to_float32,
 )
-from cocoa_pl.evaluation.store import VectorStore, cache_keys, embed_missing
+from cocoa_pl.losses import matryoshka
 
 logger = logging.getLogger(__name__)
-
-Encode = Callable[[Sequence[Item]], Floats]  # items -> float32 [N, D], unit length
-# A subset's number -> vectors of its queries and of its candidates; called in the subsets' order.
-VectorsOf = Callable[[int], tuple[Floats, Floats]]
 
 GALLERY_ROWS = 3  # hits, and misses, of each subset
 GALLERY_RANKS = 5  # candidates of a row, beside a positive that is farther down
 
 
-@dataclass(frozen=True)
-class VectorSettings:
-    """How the items of a benchmark are embedded, and where their vectors are.
-
-    Attributes:
-        batch_tokens: that go through the model together.
-        threads: that read and tokenize ahead of it.
-        store: folder that keeps the vectors; None has them in memory, in float32.
-        store_dtype: of the vectors in it.
-    """
-
-    batch_tokens: int = 8192
-    threads: int = 4
-    store: Path | None = None
-    store_dtype: str = "float16"
-
-
-IN_MEMORY = VectorSettings()
-
-
 def score_subsets(
-    vectors_of: VectorsOf,
+    vectors: Iterable[tuple[Floats, Floats]],
     subsets: Sequence[EvalSubset],
     *,
     benchmark: str,
     checkpoint: str,
     is_partial: bool = False,
+    widths: Sequence[int] = (),
 ) -> Results:
-    """Score checked subsets by both rules; vectors are read in blocks from where they lie.
+    """Score checked subsets by both rules.
 
     Args:
+        vectors: of each subset its queries [U, D] and its candidates [N, D], of unit length.
         is_partial: `subsets` are a choice; no means are reported.
+        widths: leading components that are scored alone too, as the model was trained for them.
 
     Raises:
         UserError: if embeddings of a subset are NaN, collapsed or not of unit length.
@@ -80,36 +55,48 @@ def score_subsets(
     scores: list[SubsetScore] = []
     gallery: list[GalleryRow] = []
     mapped: list[Mapped] = []
-    for number, subset in enumerate(subsets):
-        logger.debug("%s %d/%d: %s", benchmark, number + 1, len(subsets), subset.name)
-        queries, candidates = vectors_of(number)
-        check_embeddings(queries, name=f"{subset.name} queries")
-        check_embeddings(candidates, name=f"{subset.name} candidates")
-        hits = score_rows(
-            queries,
-            candidates,
-            query_index=subset.query_index,
-            candidate_index=subset.candidate_index,
-        )
+    for subset, both in zip(subsets, vectors, strict=True):
+        logger.debug("%s %d/%d: %s", benchmark, len(scores) + 1, len(subsets), subset.name)
+        ranks = _ranks(subset, *both, where=subset.name)
+        found = metrics(ranks.official, ranks.strict)
+        choices = np.array([len(np.unique(index)) for index in subset.candidate_index])
+        of_width = {}
+        for width in widths:
+            cut = [matryoshka(torch.from_numpy(to_float32(v)), [width])[0].numpy() for v in both]
+            at_width = _ranks(subset, *cut, where=f"{subset.name}, {width} components:")
+            of_width[str(width)] = metrics(at_width.official, at_width.strict)["precision_at_1"]
         scores.append(
             SubsetScore(
                 name=subset.name,
                 group=subset.group,
                 in_distribution=subset.in_distribution,
-                precision_at_1=float(hits.official.mean()),
-                precision_at_1_strict=float(hits.strict.mean()),
+                precision_at_1=found.pop("precision_at_1"),
+                precision_at_1_strict=found.pop("precision_at_1_strict"),
                 num_queries=len(subset.query_index),
                 num_candidates=len(subset.candidates),
-                chance=float(np.mean([1.0 / len(row) for row in subset.candidate_index])),
-                num_queries_without_choice=int(np.isneginf(hits.hardest).sum()),
-                positive_similarities=binned(hits.positive),
-                hardest_negative_similarities=binned(hits.hardest),
+                chance=float((1 / choices).mean()),
+                num_queries_without_choice=int((choices == 1).sum()),
+                more=found,
+                widths=of_width,
+                positive_similarities=binned(ranks.positive),
+                hardest_negative_similarities=binned(ranks.hardest),
             )
         )
-        mapped += sample(subset, queries, candidates, rows=MAPPED_ROWS // len(subsets))
-        gallery += _gallery(subset, hits, queries, candidates)
+        mapped += sample(subset, *both, rows=MAPPED_ROWS // len(subsets))
+        gallery += _gallery(subset, ranks, *both)
     return Results(
         benchmark, checkpoint, tuple(scores), tuple(gallery), is_partial, space=flattened(mapped)
+    )
+
+
+def _ranks(subset: EvalSubset, queries: Floats, candidates: Floats, *, where: str) -> Ranks:
+    check_embeddings(queries, name=f"{where} queries")
+    check_embeddings(candidates, name=f"{where} candidates")
+    return rank_positives(
+        queries,
+        candidates,
+        query_index=subset.query_index,
+        candidate_index=subset.candidate_index,
     )
 
 
@@ -129,92 +116,23 @@ def check_subsets(subsets: Sequence[EvalSubset]) -> None:
             raise UserError(f"{subset.name}: no rows to score; check the subset's files")
         for row_id, candidates in zip(subset.row_ids, subset.candidate_index, strict=True):
             if not len(candidates):
-                raise UserError(f"{row_id}: no candidates; give at least the positive")
-
-
-def embedded(model: Embedder, subsets: Sequence[EvalSubset], settings: VectorSettings) -> VectorsOf:
-    """Where the subsets' vectors come from; a store has been filled by all processes by then."""
-    given: Any = {"batch_tokens": settings.batch_tokens, "threads": settings.threads}
-    if settings.store is None:
-        return encode_once(partial(model.encode, **given), subsets)
-    store = VectorStore(
-        settings.store, identity=model.identity(), dim=model.dim, dtype=settings.store_dtype
-    )
-    keys = [(cache_keys(subset.queries), cache_keys(subset.candidates)) for subset in subsets]
-    for subset, both in zip(subsets, keys, strict=True):
-        embed_missing(
-            store,
-            [*subset.queries, *subset.candidates],
-            np.concatenate(both),
-            partial(model.stream, **given),
-            rank=rank(),
-            world_size=world_size(),
-        )
-    all_objects("done")  # scoring waits until every process has embedded its share
-    store.reload()
-    return lambda number: (store.vectors(keys[number][0]), store.vectors(keys[number][1]))
-
-
-def encode_once(encode: Encode, subsets: Sequence[EvalSubset]) -> VectorsOf:
-    """Embeddings in memory, encoded when a subset is the first to need them.
-
-    To be called in the subsets' order: an embedding is dropped after the last subset that uses it.
-    """
-    query_keys = [[item.key for item in subset.queries] for subset in subsets]
-    candidate_keys = [[item.key for item in subset.candidates] for subset in subsets]
-    last_use = {
-        key: number
-        for number, keys in enumerate(zip(query_keys, candidate_keys, strict=True))
-        for key in (*keys[0], *keys[1])
-    }
-    known: dict[int, Floats] = {}
-
-    def encode_subset(number: int) -> tuple[Floats, Floats]:
-        subset, keys = subsets[number], query_keys[number] + candidate_keys[number]
-        items = dict(zip(keys, [*subset.queries, *subset.candidates], strict=True))
-        new = {key: item for key, item in items.items() if key not in known}
-        try:
-            if new:
-                # Copies: a view would keep the whole array alive until its last row is dropped.
-                known.update(
-                    {k: v.copy() for k, v in zip(new, encode([*new.values()]), strict=True)}
-                )
-        except UserError as error:
-            if error.item is not None:
-                place = keys.index([*new][error.item])
-                error.row_id, error.role = _name(subset, place)
-            raise
-        queries = np.stack([known[key] for key in query_keys[number]])
-        candidates = np.stack([known[key] for key in candidate_keys[number]])
-        for key in items:
-            if last_use[key] == number:
-                del known[key]
-        return queries, candidates
-
-    return encode_subset
-
-
-def _name(subset: EvalSubset, place: int) -> tuple[str, str]:
-    """The first row that a query, or behind all of them a candidate, belongs to, and its role."""
-    candidate = place - len(subset.queries)
-    if candidate < 0:
-        return subset.row_ids[int((subset.query_index == place).argmax())], "query"
-    rows = (row for row, index in enumerate(subset.candidate_index) if candidate in index)
-    return subset.row_ids[next(rows)], "candidate"
+                raise UserError("no candidates; give at least the positive", row_id=row_id)
 
 
 def _gallery(
-    subset: EvalSubset, hits: Hits, queries: Floats, candidates: Floats
+    subset: EvalSubset, ranks: Ranks, queries: Floats, candidates: Floats
 ) -> list[GalleryRow]:
     """Up to `GALLERY_ROWS` misses and as many hits, spread evenly over the subset, in row order."""
     rows: list[int] = []
     for hit in (False, True):
-        found = np.flatnonzero(hits.strict == hit)
+        found = np.flatnonzero((ranks.strict == 1) == hit)
         rows += found[evenly_spaced(len(found), count=GALLERY_ROWS)].tolist()
     gallery = []
     for row in sorted(rows):
-        query, index = subset.query_index[row], subset.candidate_index[row]
-        scores = row_scores(queries[query], candidates, index)
+        query = subset.query_index[row]
+        index = np.array([*dict.fromkeys(subset.candidate_index[row].tolist())])  # each one once
+        # In float64, where equal candidates have equal scores.
+        scores = (candidates[index].astype(np.float64) * queries[query]).sum(axis=1)
         order = np.argsort(-scores, kind="stable")  # ties keep row order: the positive comes first
         place_of_positive = int(np.flatnonzero(order == 0)[0])
         places = [*range(min(GALLERY_RANKS, len(order)))]
@@ -236,7 +154,7 @@ def _gallery(
                 query=subset.queries[query],
                 ranked=ranked,
                 num_candidates=len(index),
-                hit=bool(hits.strict[row]),
+                hit=bool(ranks.strict[row] == 1),
             )
         )
     return gallery

@@ -5,24 +5,23 @@ Curves and histograms are drawn as inline SVG of `WIDTH` x `HEIGHT` units, which
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 
 from cocoa_pl.data.items import EvalSubset, Item
 from cocoa_pl.errors import UserError
-from cocoa_pl.evaluation.scoring import Floats, evenly_spaced, read
+from cocoa_pl.evaluation.scoring import Floats, evenly_spaced, to_float32
 
 WIDTH, HEIGHT = 300.0, 100.0
 EDGES = tuple(round(-1 + 0.05 * number, 2) for number in range(41))  # of cosines
 MAPPED_ROWS = 160  # of all subsets together
-
-Point = tuple[float, float]  # step, value
+MOST_POINTS = 200  # of a curve
+COLUMNS = {"stage": str, "step": float, "name": str, "value": float}  # of metrics.csv
 
 
 # --- Loss curves -------------------------------------------------------------------------------
@@ -36,13 +35,12 @@ class Curve(NamedTuple):
     last: float
 
 
-@dataclass(frozen=True)
-class Panel:
+class Panel(NamedTuple):
     """All curves of one loss in one stage, e.g. train and validation, over the same axes."""
 
     stage: str
     name: str
-    curves: tuple[Curve, ...]
+    curves: list[Curve]
     first_step: int
     last_step: int
     low: float
@@ -62,56 +60,40 @@ def read_panels(files: Mapping[str, Path]) -> list[Panel]:
     Raises:
         UserError: if a file lacks a column, or a step or value is not a number.
     """
-    panels: dict[tuple[str, str], dict[str, list[Point]]] = {}
+    tables = []
     for run, path in files.items():
-        with path.open(newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(file):
-                try:
-                    split, _, metric = row["name"].rpartition("/")
-                    panel, point = (row["stage"], metric), (float(row["step"]), float(row["value"]))
-                except (KeyError, TypeError, ValueError, AttributeError) as error:
-                    raise UserError(
-                        f"{path} line with {row}: expected the columns stage,step,name,value with "
-                        "numbers for step and value"
-                    ) from error
-                if "loss" in metric:
-                    curves = panels.setdefault(panel, {})
-                    curves.setdefault(f"{run} {split}".strip(), []).append(point)
-    return [_panel(stage, metric, curves) for (stage, metric), curves in panels.items()]
+        try:
+            table = pd.read_csv(path, dtype=str, keep_default_na=False)[[*COLUMNS]].astype(COLUMNS)
+        except (ValueError, KeyError) as error:
+            raise UserError(
+                f"{path}: expected the columns stage,step,name,value with numbers for step and "
+                f"value ({error})"
+            ) from error
+        parts = table.pop("name").str.rpartition("/")
+        tables.append(table.assign(curve=f"{run} " + parts[0], metric=parts[2]))
+    rows = pd.concat(tables)
+    losses = rows[rows["metric"].str.contains("loss")].groupby(["stage", "metric"], sort=False)
+    return [_panel(str(stage), str(metric), some) for (stage, metric), some in losses]
 
 
-def _panel(stage: str, name: str, curves: Mapping[str, list[Point]]) -> Panel:
-    finite = {label: [p for p in points if math.isfinite(p[1])] for label, points in curves.items()}
-    drawn = {label: _thin(points) for label, points in finite.items() if points}
-    steps = [step for points in finite.values() for step, _ in points] or [0.0]
-    values = [value for points in drawn.values() for _, value in points]
-    left, low = min(steps), min([0.0, *values])
-    right, high = max(steps), max([low, *values])
-    wide, tall = (right - left) or 1.0, (high - low) or 1.0
-
-    def polyline(points: Sequence[Point]) -> str:
-        return " ".join(
-            f"{(step - left) / wide * WIDTH:.1f},{HEIGHT - (value - low) / tall * HEIGHT:.1f}"
-            for step, value in points
-        )
-
-    return Panel(
-        stage=stage,
-        name=name,
-        curves=tuple(Curve(label, polyline(some), some[-1][1]) for label, some in drawn.items()),
-        first_step=int(left),
-        last_step=int(right),
-        low=low,
-        high=high,
-        left_out=sum(map(len, curves.values())) - sum(map(len, finite.values())),
-    )
-
-
-def _thin(points: Sequence[Point], most: int = 200) -> list[Point]:
-    """At most `most` points, each the mean of its stretch of steps, placed at its last step."""
-    size = math.ceil(len(points) / most) or 1
-    stretches = [points[start : start + size] for start in range(0, len(points), size)]
-    return [(s[-1][0], sum(value for _, value in s) / len(s)) for s in stretches]
+def _panel(stage: str, name: str, rows: pd.DataFrame) -> Panel:
+    finite = rows[np.isfinite(rows["value"])]
+    drawn = {}
+    for label, points in finite.groupby("curve", sort=False):
+        # At most MOST_POINTS, each the mean of its stretch of steps, placed at its last step.
+        stretch = np.arange(len(points)) // math.ceil(len(points) / MOST_POINTS)
+        drawn[str(label).strip()] = points.groupby(stretch).agg({"step": "last", "value": "mean"})
+    left, right = (finite["step"].min(), finite["step"].max()) if drawn else (0.0, 0.0)
+    low = min([0.0, *(points["value"].min() for points in drawn.values())])
+    high = max([low, *(points["value"].max() for points in drawn.values())])
+    curves = []
+    for label, points in drawn.items():
+        across = (points["step"] - left) / ((right - left) or 1) * WIDTH
+        down = HEIGHT - (points["value"] - low) / ((high - low) or 1) * HEIGHT
+        line = " ".join(f"{x:.1f},{y:.1f}" for x, y in zip(across, down, strict=True))
+        curves.append(Curve(label, line, float(points["value"].iloc[-1])))
+    left_out = len(rows) - len(finite)
+    return Panel(stage, name, curves, int(left), int(right), float(low), float(high), left_out)
 
 
 # --- Similarities ------------------------------------------------------------------------------
@@ -172,10 +154,11 @@ def sample(subset: EvalSubset, queries: Floats, candidates: Floats, *, rows: int
     rows_shown = evenly_spaced(len(subset.query_index), count=max(rows, 1))
     query = subset.query_index[rows_shown]
     positive = np.array([subset.candidate_index[row][0] for row in rows_shown])
-    vectors = np.stack([read(queries, query), read(candidates, positive)], axis=1)  # (rows, 2, D)
+    both = to_float32(queries[query]), to_float32(candidates[positive])
+    vectors = np.stack(both, axis=1)  # (rows, 2, D)
     return [
-        Mapped(subset.name, subset.row_ids[row], subset.queries[q], subset.candidates[p], both)
-        for row, q, p, both in zip(rows_shown, query, positive, vectors, strict=True)
+        Mapped(subset.name, subset.row_ids[row], subset.queries[q], subset.candidates[p], at)
+        for row, q, p, at in zip(rows_shown, query, positive, vectors, strict=True)
     ]
 
 

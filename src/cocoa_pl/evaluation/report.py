@@ -8,22 +8,25 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
-from rich.markup import escape
+from rich.box import SIMPLE
 from rich.table import Table
+from rich.text import Text
 
 from cocoa_pl.attention import Policy, dense_mask, segment_letters
 from cocoa_pl.data.images import ImageSource, open_image
 from cocoa_pl.errors import UserError
 from cocoa_pl.evaluation.figures import histogram, read_panels
 from cocoa_pl.evaluation.results import (
+    MEANS,
     GalleryRow,
     Interval,
     Results,
@@ -35,13 +38,30 @@ from cocoa_pl.evaluation.results import (
 QUERY_BOX, CANDIDATE_BOX, MAP_BOX = 168, 112, 96  # CSS pixels
 TEXT_LIMIT = 320  # characters of an item shown in the gallery
 GRID_LENGTHS = (4, 1, 3)  # CONTEXT, BOTTLENECK, TARGET of the sample that grids show
-COLUMN_MEANS = ("in_distribution", "out_of_distribution", "overall")  # as papers have them
 OWN = "this run"
+# Scores by their names in results.json, and what tables call them; those at 1 are precision@1.
+COLUMNS = {
+    "precision_at_1": "P@1",
+    "precision_at_1_strict": "strict",
+    "recall_at_5": "R@5",
+    "recall_at_10": "R@10",
+    "ndcg_at_5": "nDCG@5",
+    "ndcg_at_10": "nDCG@10",
+    "chance": "chance",
+}
+# Controls, halves of surrogate pairs and noncharacters: no page may hold them, and some drive a
+# terminal. Tab and line ends stay.
+UNSEEN = dict.fromkeys(
+    (
+        *(code for code in range(32) if code not in (9, 10, 13)),
+        *(*range(0x7F, 0xA0), *range(0xD800, 0xE000), *range(0xFDD0, 0xFDF0), 0xFFFE, 0xFFFF),
+    ),
+    "\N{REPLACEMENT CHARACTER}",
+)
 ModelScores = tuple[str, tuple[float, ...]]  # a model's means in [0, 1], in the order of `columns`
 
 
-@dataclass(frozen=True)
-class Picture:
+class Picture(NamedTuple):
     """An image as the page shows it, `width` x `height` CSS pixels."""
 
     uri: str
@@ -99,40 +119,39 @@ def write_report(
     Args:
         published: results of others to stand beside, and the run's own; none leaves it out.
     """
-    page = (
-        templates()
-        .get_template("report.html.j2")
-        .render(
-            title=title,
-            date=date,
-            provenance=provenance,
-            results=results,
-            numbers={subset.name: number for number, subset in enumerate(results.subsets)},
-            histograms={
-                one.name: histogram(one.positive_similarities, one.hardest_negative_similarities)
-                for one in results.subsets
-                if one.positive_similarities
-            },
-            means={name.replace("_", " "): some for name, some in results.means.items()},
-            published=published,
-            published_columns=columns(results),
-            gallery={
-                subset.name: [row for row in results.gallery if row.subset == subset.name]
-                for subset in results.subsets
-            },
-            outcome=outcome,
-            picture=picture,
-            query_box=QUERY_BOX,
-            candidate_box=CANDIDATE_BOX,
-            map_box=MAP_BOX,
-            panels=read_panels({"": provenance.metrics_csv}) if provenance.metrics_csv else [],
-        )
+    write_page(
+        path,
+        "report.html.j2",
+        title=title,
+        date=date,
+        provenance=provenance,
+        results=results,
+        columns=COLUMNS,
+        numbers={subset.name: number for number, subset in enumerate(results.subsets)},
+        histograms={
+            one.name: histogram(one.positive_similarities, one.hardest_negative_similarities)
+            for one in results.subsets
+            if one.positive_similarities
+        },
+        published=published,
+        published_columns=columns(results),
+        gallery={
+            subset.name: [row for row in results.gallery if row.subset == subset.name]
+            for subset in results.subsets
+        },
+        outcome=outcome,
+        picture=picture,
+        query_box=QUERY_BOX,
+        candidate_box=CANDIDATE_BOX,
+        map_box=MAP_BOX,
+        panels=read_panels({"": provenance.metrics_csv}) if provenance.metrics_csv else [],
     )
-    path.write_text(page, encoding="utf-8")
 
 
-def templates() -> Environment:
-    """What pages are made with; all text is escaped."""
+def write_page(path: Path, template: str, **values: Any) -> None:
+    """Write a page of a template of this package; all text is escaped, and what no page may hold
+    is shown as a replacement character.
+    """
     environment = Environment(
         loader=PackageLoader("cocoa_pl", "evaluation"),
         autoescape=True,
@@ -149,45 +168,55 @@ def templates() -> Environment:
         "shorten": _shorten,
         "heading": _heading,
     }
-    return environment
+    page = environment.get_template(template).render(values)
+    path.write_text(page.translate(UNSEEN), encoding="utf-8")
+
+
+def shown(name: object) -> Text:
+    """A name for a terminal as it stands: its brackets are no markup, and nothing in it acts."""
+    return Text(str(name).translate(UNSEEN))
+
+
+def markdown(text: str) -> str:
+    """A name for a cell or a line of Markdown as it stands: nothing in it is markup."""
+    line = " ".join(text.translate(UNSEEN).split())
+    return re.sub(r"[\\`*<\[|~]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", line)
 
 
 def score_table(results: Results) -> Table:
     """The scores for a terminal, in percent: groups with their subsets, splits, and the whole."""
-    table = Table(title=f"{escape(results.benchmark)}: precision@1 in %", title_justify="left")
+    title = shown(f"{results.benchmark}: scores in %")
+    table = Table(title=title, title_justify="left", box=SIMPLE, pad_edge=False)
     table.add_column("subset")
     table.add_column("split")
-    for column in ("P@1", "strict", "chance", "queries", "candidates"):
+    names = [name for name in COLUMNS if not name.endswith("_at_5")]
+    for column in (*(COLUMNS[name] for name in names), "queries", "of"):
         table.add_column(column, justify="right")
+
+    def cells(subsets: Sequence[SubsetScore]) -> list[str]:
+        return [percent(mean_score(subsets, of=name)) for name in names]
+
     for group, subsets in results.groups.items():
-        for subset in subsets:
-            table.add_row(
-                escape(subset.name),
-                "in" if subset.in_distribution else "out",
-                *_percentages([subset]),
-                f"{subset.num_queries:,}",
-                f"{subset.num_candidates:,}",
-            )
+        for one in subsets:
+            split = "in" if one.in_distribution else "out"
+            counts = f"{one.num_queries:,}", f"{one.num_candidates:,}"
+            table.add_row(shown(one.name), split, *cells([one]), *counts)
         if not results.is_partial:
-            table.add_row(escape(group), "", *_percentages(subsets), style="bold", end_section=True)
-    for name in COLUMN_MEANS:
+            table.add_row(shown(group), "", *cells(subsets), style="bold", end_section=True)
+    for name in (*MEANS[1:], MEANS[0]):
         if name in results.means:
-            cells = _percentages(results.means[name])
-            label = name.replace("_", " ")
-            table.add_row(label, "", *cells, style="bold" if name == "overall" else None)
-    caveats = [f"{escape(one.name)}: {one.caveat}" for one in results.subsets if one.caveat]
-    table.caption, table.caption_justify = "\n".join(caveats) or None, "left"
+            style = "bold" if name == MEANS[0] else None
+            table.add_row(name.replace("_", " "), "", *cells(results.means[name]), style=style)
+    lines = [f"{one.name}: {one.caveat}" for one in results.subsets if one.caveat]
+    if widths := ", ".join(f"{name}: {percent(x)}" for name, x in results.widths.items()):
+        lines.append(f"overall P@1 of leading components alone: {widths}")
+    table.caption, table.caption_justify = shown("\n".join(lines)) if lines else None, "left"
     return table
 
 
-def _percentages(subsets: Sequence[SubsetScore]) -> list[str]:
-    scores = ("precision_at_1", "precision_at_1_strict", "chance")
-    return [percent(mean_score(subsets, of=score)) for score in scores]
-
-
 def columns(results: Results) -> tuple[str, ...]:
-    """Groups in the benchmark's order, then the means over splits and over all."""
-    return (*results.groups, *COLUMN_MEANS)
+    """Groups in the benchmark's order, then the means over splits and over all, as papers do."""
+    return (*results.groups, *MEANS[1:], MEANS[0])
 
 
 def published_rows(results: Results, published: Sequence[Mapping[str, Any]]) -> list[ModelScores]:
@@ -216,9 +245,8 @@ def published_rows(results: Results, published: Sequence[Mapping[str, Any]]) -> 
                     "percentage"
                 )
         found.append((str(row["model"]), tuple(row[name] / 100 for name in names)))
-    content = results.to_json()
-    means = {**content["groups"], **{name: content[name] for name in COLUMN_MEANS}}
-    return [*found, (OWN, tuple(means[name] for name in names))]
+    own = tuple(mean_score(results.averages[name]) for name in names)
+    return [*found, (OWN, own)]
 
 
 def published_table(results: Results, rows: Sequence[ModelScores]) -> Table:
@@ -228,7 +256,7 @@ def published_table(results: Results, rows: Sequence[ModelScores]) -> Table:
     for name in columns(results):
         table.add_column(name.replace("_", " "), justify="right")
     for model, scores in rows:
-        table.add_row(escape(model), *map(percent, scores), style="bold" if model == OWN else "")
+        table.add_row(shown(model), *map(percent, scores), style="bold" if model == OWN else "")
     return table
 
 

@@ -1,9 +1,11 @@
 """Scores and example rows of one evaluated benchmark, written to and read from results.json."""
 
+from __future__ import annotations
+
 import json
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,7 @@ CONFIDENCE = 0.95
 RESAMPLES = 10_000
 Interval = tuple[float, float]
 MEANS = ("overall", "in_distribution", "out_of_distribution")  # as results.json names them
-# Of what mteb scores: by rules of each task's own, so nothing is precision@1 and nothing is a mean.
-OF_MTEB: dict[str, Any] = {**dict.fromkeys(MEANS), "groups": {}, "subsets": {}}
-_READ = ("precision_at_1", "group", "in_distribution", "num_queries")
+NEVER_LACKING = 7  # keys of a subset, from `group` to `chance`, that every version wrote
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,11 @@ class SubsetScore:
 
     Attributes:
         num_candidates: unique ones over all rows.
+        chance: precision@1 of a guess among each row's distinct candidates.
         num_queries_without_choice: rows with a single candidate, which are hits whatever the model
             says.
+        more: other metrics of `scoring.metrics`, by name.
+        widths: precision@1 of the leading components, by their number.
         positive_similarities, hardest_negative_similarities: rows of each bin of `figures.EDGES`,
             by the cosine of their query with its positive, and with the nearest of its other
             candidates; empty where they were not counted.
@@ -45,8 +48,10 @@ class SubsetScore:
     num_candidates: int
     chance: float
     num_queries_without_choice: int = 0
-    positive_similarities: tuple[int, ...] = ()
-    hardest_negative_similarities: tuple[int, ...] = ()
+    more: Mapping[str, float] = field(default_factory=dict)
+    widths: Mapping[str, float] = field(default_factory=dict)
+    positive_similarities: Sequence[int] = ()
+    hardest_negative_similarities: Sequence[int] = ()
 
     @property
     def caveat(self) -> str:
@@ -57,6 +62,55 @@ class SubsetScore:
             f"{self.num_queries_without_choice:,} of {self.num_queries:,} queries have a single "
             "candidate, which is right whatever the model says"
         )
+
+    def score(self, name: str) -> float:
+        """One of its scores by its name in results.json, or by a number of components."""
+        others = {**self.more, **self.widths}
+        return others[name] if name in others else float(getattr(self, name))
+
+    def to_json(self) -> dict[str, Any]:
+        """All but the name, `more` among the other keys, and nothing that is empty."""
+        content = {key: value for key, value in asdict(self).items() if value not in ({}, ())}
+        del content["name"]
+        more = content.pop("more", {})
+        return {**content, **more}
+
+    @classmethod
+    def from_json(cls, name: str, content: Mapping[str, Any]) -> SubsetScore:
+        """Raises KeyError for one that lacks what every version wrote, ValueError for no scores."""
+        own = [one.name for one in fields(cls) if one.name not in ("name", "more")]
+        given = {key: content[key] for key in own[:NEVER_LACKING]}
+        given |= {key: content[key] for key in own[NEVER_LACKING:] if key in content}
+        more = {key: value for key, value in content.items() if "_at_" in key and key not in own}
+        found = cls(name, more=more, **given)
+        scores = (found.precision_at_1, found.precision_at_1_strict, *more.values())
+        if not all(0 <= score <= 1 for score in (*scores, *found.widths.values())):
+            raise ValueError(f"{name} has a score that is none")
+        return found
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """What mteb gave a task, by a rule of its own: it is no precision@1, and part of no mean.
+
+    Attributes:
+        group: the task's type.
+        metric: the task's main one.
+    """
+
+    name: str
+    group: str
+    metric: str
+    score: float
+
+    def to_json(self) -> dict[str, Any]:
+        return {"group": self.group, "metric": self.metric, "score": self.score}
+
+    @classmethod
+    def from_json(cls, name: str, content: Mapping[str, Any]) -> TaskScore:
+        if not math.isfinite(content["score"]):
+            raise ValueError(f"{name} has a score that is none")
+        return cls(name, *(content[key] for key in ("group", "metric", "score")))
 
 
 @dataclass(frozen=True)
@@ -85,16 +139,22 @@ class GalleryRow:
 class Results:
     """Scores of a benchmark; every mean is over subsets, unweighted, as MMEB reports it.
 
-    `is_partial` says that only a choice of its subsets was scored: then there are no means, which
-    would compare with nothing. `space` is a map of some queries and positives.
+    Attributes:
+        is_partial: only a choice of its subsets was scored: there are no means, which would compare
+            with nothing.
+        tasks: those of mteb, which then are all there is.
+        about: more that results.json tells, by its keys there.
+        gallery, space: example rows, and a map of some queries and positives; for the report alone.
     """
 
     benchmark: str
     checkpoint: str
     subsets: tuple[SubsetScore, ...]
-    gallery: tuple[GalleryRow, ...]
+    gallery: tuple[GalleryRow, ...] = ()
     is_partial: bool = False
     space: Space | None = None
+    tasks: tuple[TaskScore, ...] = ()
+    about: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def groups(self) -> dict[str, tuple[SubsetScore, ...]]:
@@ -113,6 +173,18 @@ class Results:
         named = zip(MEANS, parts, strict=True)
         return {name: some for name, some in named if some and not self.is_partial}
 
+    @property
+    def averages(self) -> dict[str, tuple[SubsetScore, ...]]:
+        """Means and groups -> their subsets; none of partial results."""
+        return {} if self.is_partial else {**self.means, **self.groups}
+
+    @property
+    def widths(self) -> dict[str, float]:
+        """Overall precision@1 of leading components, by their number; none of partial results."""
+        some = self.means.get("overall", ())
+        names = some[0].widths if some else ()
+        return {width: mean_score(some, of=width) for width in names}
+
     def to_json(self) -> dict[str, Any]:
         """The content of results.json; a split without subsets is null, and so are all means over
         subsets of a partial result.
@@ -126,49 +198,59 @@ class Results:
                 "groups": {n: None if self.is_partial else score(some) for n, some in groups},
             }
 
-        subsets = {subset.name: asdict(subset) for subset in self.subsets}
         return {
             "benchmark": self.benchmark,
             "checkpoint": self.checkpoint,
             **of_all(mean_score),
+            **({"widths": self.widths} if self.widths else {}),
+            **self.about,
             "intervals": {
                 "confidence": CONFIDENCE,
                 **of_all(score_interval),
                 "subsets": {subset.name: score_interval([subset]) for subset in self.subsets},
             },
             "subsets": {
-                name: {key: value for key, value in one.items() if key != "name" and value != ()}
-                for name, one in subsets.items()
+                **{one.name: one.to_json() for one in self.subsets},
+                **{one.name: one.to_json() for one in self.tasks},
             },
         }
 
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Results:
+        """Scores alone: what is a mean follows from the subsets.
+
+        Raises:
+            KeyError, ValueError, TypeError, AttributeError: for what `to_json` does not give.
+        """
+        found: dict[type, list[Any]] = {SubsetScore: [], TaskScore: []}
+        for name, one in content["subsets"].items():
+            kind = TaskScore if "metric" in one else SubsetScore
+            found[kind].append(kind.from_json(name, one))
+        subsets, tasks = (tuple(some) for some in found.values())
+        if not subsets and not tasks:
+            raise ValueError("it holds no scores")
+        is_partial = content["overall"] is None
+        return cls(
+            content["benchmark"], content["checkpoint"], subsets, (), is_partial, None, tasks
+        )
+
     def write_json(self, path: Path) -> None:
         text = json.dumps(self.to_json(), indent=2, allow_nan=False, ensure_ascii=False)
-        path.write_text(text + "\n", encoding="utf-8")
+        # Half of a surrogate pair, as in a path that is not UTF-8, is an escape of JSON then.
+        path.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
 
 
-def read_results(path: Path) -> dict[str, Any]:
-    """The content of a results.json; one that mteb scored holds `tasks`.
+def read_results(path: Path) -> Results:
+    """The content of a results.json, of this version or an earlier one.
 
     Raises:
         UserError: if it is damaged.
     """
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if "tasks" in content:  # older ones of mteb hold nothing else
-            content = {**OF_MTEB, **content}
-        benchmark, groups = content["benchmark"], content["groups"]
-        scores = [*(content[name] for name in MEANS), *groups.values()]
-        rows = [[one[key] for key in _READ] for one in content["subsets"].values()]
-        scores += [score for score, *_ in rows]
-        tasks = [(one["metric"], one["main_score"]) for one in content.get("tasks", {}).values()]
-        possible = all(score is None or 0 <= score <= 1 for score in scores)
-        if not possible or not all(math.isfinite(score) for _, score in tasks):
-            raise ValueError(f"{benchmark} has a score that is none")
+        return Results.from_json(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         what = f"it lacks {error}" if isinstance(error, KeyError) else error
         raise UserError(f"{path} is damaged ({what}); score the model again") from error
-    return content
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -188,7 +270,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def mean_score(subsets: Sequence[SubsetScore], of: str = "precision_at_1") -> float:
     """Unweighted mean of a score over at least one subset."""
-    return sum(getattr(subset, of) for subset in subsets) / len(subsets)
+    return sum(subset.score(of) for subset in subsets) / len(subsets)
 
 
 def score_interval(subsets: Sequence[SubsetScore]) -> Interval:

@@ -1,10 +1,10 @@
-"""Precision@1 of rows by MMEB's rule and a strict one, in blocks of bounded memory.
+"""The rank of every row's positive among the row's own candidates, and metrics of ranks.
 
 A peer's loop (CoCoA's and VLM2Vec's eval.py) looks up, stacks and normalises the K candidate
 vectors of every row. Here it is one matrix product of a block of rows with its distinct candidates.
 
-Shapes: U unique queries, N unique candidates, Q rows, B rows of a block, K candidates of a row
-(ragged), D dimensions. In every row the first candidate is the positive.
+Shapes: U unique queries, N unique candidates, Q rows, B rows of a block with C distinct candidates,
+K candidates of a row (ragged), D dimensions. In every row the first candidate is the positive.
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,40 +26,37 @@ UNIT_TOLERANCE = 1e-2
 COLLAPSE_DISTANCE = 1e-3
 # Cosines of float32 unit vectors carry no information below this.
 TIE = 1e-6
-# Components of embeddings that are checked at once: 16 MiB of float32.
-_CHECKED = 1 << 22
+# A float32 product may differ by this much between two equal candidates.
+ROUNDING = 1e-5
 # Rows that are scored together. More of them read shared candidates less often; fewer compute less
 # where candidates are not shared.
 ROWS = 128
-# Components of candidates that are float32 at once: 64 MiB.
+# Components of vectors that are float32 at once: 64 MiB.
 BLOCK = 1 << 24
-# A float32 product may differ by this much between two equal candidates.
-_ROUNDING = 1e-5
+CUTS = (1, 5, 10)  # the k of recall@k and nDCG@k
 
 
 @dataclass(frozen=True)
-class Hits:
-    """Which rows found their positive, bool [Q], and by how much.
+class Ranks:
+    """Where each row ranks its positive among its distinct candidates, 1 is the best; all are [Q].
 
     Attributes:
-        positive: [Q] cosine of query and positive.
-        hardest: [Q] the best cosine among the other candidates; -inf if there are none.
+        official: 1 and the candidates that score higher: ties go to the positive, as in MMEB.
+        strict: 1 and the candidates that the positive does not lead by more than `TIE`.
+        positive: cosine of query and positive.
+        hardest: the best cosine among the other candidates; -inf if there are none.
     """
 
-    official: Bools
-    strict: Bools
+    official: Ints
+    strict: Ints
     positive: Floats
     hardest: Floats
 
 
-def score_rows(
-    queries: Floats,
-    candidates: Floats,
-    *,
-    query_index: Ints,
-    candidate_index: Sequence[Ints],
-) -> Hits:
-    """Score every row's query against that row's own candidates by cosine.
+def rank_positives(
+    queries: Floats, candidates: Floats, *, query_index: Ints, candidate_index: Sequence[Ints]
+) -> Ranks:
+    """Rank every row's positive by cosine; a candidate that a row lists twice counts once.
 
     Args:
         queries: [U, D] and candidates: [N, D], unit length, float32 or float16, each unique item
@@ -67,38 +64,70 @@ def score_rows(
         query_index: [Q] row -> query.
         candidate_index: per row the indices [K] of its candidates, K may differ from row to row.
     """
-    official = np.zeros(len(query_index), dtype=bool)
-    strict = np.zeros(len(query_index), dtype=bool)
+    official, strict = np.ones((2, len(query_index)), np.int64)
     positive, hardest = np.empty((2, len(query_index)), np.float32)
-    place = np.empty(len(candidates), np.int32)  # of a candidate among the block's distinct ones
-    for part in blocks(len(query_index), ROWS):
-        rows = np.arange(part.start, part.stop)
-        flat = np.concatenate([candidate_index[row] for row in rows])
-        lengths = np.array([len(candidate_index[row]) for row in rows])
-        starts = lengths.cumsum() - lengths
-        needed = np.zeros(len(candidates), dtype=bool)
-        needed[flat] = True
-        distinct = np.flatnonzero(needed)
-        place[distinct] = np.arange(len(distinct))
-        scores = np.empty((len(rows), len(distinct)), np.float32)
-        own_queries = to_float32(queries[query_index[rows]])
+    at_once = max(1, BLOCK // queries.shape[1])  # vectors
+    for block in blocks(len(query_index), ROWS):
+        of_row = [candidate_index[row] for row in range(block.start, block.stop)]
+        lengths = np.array([len(index) for index in of_row])
+        rows = np.arange(len(of_row))
+        listed = np.concatenate(of_row)
+        is_listed = np.zeros(len(candidates), dtype=bool)
+        is_listed[listed] = True
+        distinct, column = np.flatnonzero(is_listed), is_listed.cumsum()[listed] - 1
+        own = column[lengths.cumsum() - lengths]  # (B,) columns of the positives
+        is_other = np.zeros((len(rows), len(distinct)), dtype=bool)  # (B, C)
+        is_other[np.repeat(rows, lengths), column] = True
+        is_other[rows, own] = False
+        asked = to_float32(queries[query_index[block]])  # (B, D)
         with np.errstate(invalid="ignore", over="ignore"):  # NaN is judged by the rules
-            for some in blocks(len(distinct), BLOCK // queries.shape[1]):
-                scores[:, some] = own_queries @ read(candidates, distinct[some]).T
-            of_row = scores[np.repeat(np.arange(len(rows)), lengths), place[flat]]
-            # The positive's second mention in a row is no other candidate.
-            is_other = flat != np.repeat(flat[starts], lengths)
-            first = of_row[starts]
-            other = np.maximum.reduceat(np.where(is_other, of_row, -np.inf), starts)
-            official[rows], strict[rows] = rule_hits(first, other)
-            positive[rows], hardest[rows] = first, other
-            # A product rounds equal candidates differently: settle close rows one by one.
-            for row in rows[np.abs(first - other) < _ROUNDING]:
-                index = candidate_index[row]
-                exact = row_scores(queries[query_index[row]], candidates, index)
-                best_other = np.max(exact[index != index[0]], initial=-np.inf)
-                (official[row],), (strict[row],) = rule_hits(exact[:1], best_other[None])
-    return Hits(official, strict, positive, hardest)
+            parts = (candidates[distinct[some]] for some in blocks(len(distinct), at_once))
+            scores = np.concatenate([asked @ to_float32(part).T for part in parts], axis=1)
+            first = scores[rows, own]  # (B,)
+            ahead, level = not_below(scores, first[:, None])  # (B, C)
+            # A product rounds equal candidates differently: close ones are settled in float64,
+            # where equal vectors have bit-equal sums.
+            close = np.argwhere(is_other & (np.abs(scores - first[:, None]) < ROUNDING))
+            for some in blocks(len(close), at_once):
+                row, other = close[some].T
+                query = asked[row].astype(np.float64)
+                exact = [
+                    (candidates[distinct[places]].astype(np.float64) * query).sum(axis=1)
+                    for places in (other, own[row])
+                ]
+                ahead[row, other], level[row, other] = not_below(*exact)
+            hardest[block] = np.where(is_other, scores, -np.inf).max(axis=1)
+        positive[block] = first
+        official[block] += (ahead & is_other).sum(axis=1)
+        strict[block] += (level & is_other).sum(axis=1) + ~np.isfinite(first)
+    return Ranks(official, strict, positive, hardest)
+
+
+def not_below(scores: Floats, positive: Floats) -> tuple[Bools, Bools]:
+    """Whether candidates stand before the positive, by MMEB's rule and by the strict one.
+
+    MMEB's is `argmax == 0`: only a higher score, or one that is NaN, stands before the positive,
+    and nothing before a positive that is NaN. The strict rule wants a finite positive that leads
+    by more than `TIE`.
+    """
+    official = ~(np.isnan(positive) | (scores <= positive))
+    return official, ~((positive > scores + TIE) & np.isfinite(positive))
+
+
+def metrics(official: Ints, strict: Ints) -> dict[str, float]:
+    """Precision@1, recall@k and nDCG@k of ranks [Q] by both rules, by their names in results.json.
+
+    A row has one right answer: recall is 1 where its rank is at most k, nDCG (Jarvelin and
+    Kekalainen 2002) 1 / log2(1 + rank) there; both are 0 elsewhere.
+    """
+    found = {}
+    for suffix, ranks in (("", official), ("_strict", strict)):
+        found[f"precision_at_1{suffix}"] = float((ranks == 1).mean())
+        gains = 1 / np.log2(1 + ranks)
+        for k in CUTS:
+            found[f"recall_at_{k}{suffix}"] = float((ranks <= k).mean())
+            found[f"ndcg_at_{k}{suffix}"] = float(np.where(ranks <= k, gains, 0).mean())
+    return found
 
 
 def check_embeddings(embeddings: Floats, *, name: str) -> None:
@@ -112,11 +141,11 @@ def check_embeddings(embeddings: Floats, *, name: str) -> None:
     """
     length = np.empty(len(embeddings))
     farthest = 0.0  # squared distance from the first one
-    first = read(embeddings, slice(0, 1))
+    first = to_float32(embeddings[:1])
     with np.errstate(invalid="ignore", over="ignore"):
-        for part in blocks(len(embeddings), _CHECKED // embeddings.shape[1]):
-            some = read(embeddings, part)
-            length[part] = np.sqrt(np.einsum("nd,nd->n", some, some, dtype=np.float64))
+        for block in blocks(len(embeddings), BLOCK // embeddings.shape[1]):
+            some = to_float32(embeddings[block])
+            length[block] = np.sqrt(np.einsum("nd,nd->n", some, some, dtype=np.float64))
             apart = some - first
             farthest = max(farthest, float(np.einsum("nd,nd->n", apart, apart).max()))
     finite = np.isfinite(length)  # a sum of squares of float32 numbers is finite in float64
@@ -139,39 +168,9 @@ def check_embeddings(embeddings: Floats, *, name: str) -> None:
         )
 
 
-def rule_hits(first: Floats, other: Floats) -> tuple[Bools, Bools]:
-    """MMEB's rule and the strict one, over each row's positive [B] and its best other candidate.
-
-    The official rule is `argmax == 0`, so a tie, or a positive that is NaN, goes to the positive.
-    The strict rule wants a finite positive that leads every other candidate by more than `TIE`; the
-    positive listed twice in a row does not tie with itself. `other` is NaN if one of them is, and
-    -inf if there is none.
-    """
-    with np.errstate(invalid="ignore"):
-        official = np.isnan(first) | (first >= other)
-        return official, (first > other + TIE) & np.isfinite(first)
-
-
-def row_scores(query: Floats, candidates: Floats, index: Ints) -> Floats:
-    """Cosines [K] of one query [D] in float64; equal candidates get bit-equal scores."""
-    wide = query.astype(np.float64)
-    parts = [
-        (candidates[index[part]].astype(np.float64) * wide).sum(axis=1)
-        for part in blocks(len(index), BLOCK // len(query))
-    ]
-    return np.concatenate(parts)
-
-
 def _some(bad: Bools) -> str:
     first = int(bad.argmax())
     return f"{int(bad.sum())} of {len(bad)} embeddings (first: number {first}) have"
-
-
-def read(vectors: Floats, rows: slice | Ints) -> NDArray[np.float32]:
-    """Some vectors as float32: [n, D]. Neighbours in their order are not copied one by one."""
-    if not isinstance(rows, slice) and len(rows) and (np.diff(rows) == 1).all():
-        rows = slice(int(rows[0]), int(rows[-1]) + 1)
-    return to_float32(vectors[rows])
 
 
 def to_float32(vectors: Floats) -> NDArray[np.float32]:
@@ -192,3 +191,8 @@ def blocks(count: int, size: int) -> Iterator[slice]:
 def evenly_spaced(length: int, *, count: int) -> Ints:
     """Up to `count` of `length` places, evenly spaced from the first to the last."""
     return np.linspace(0, length - 1, num=min(count, length)).round().astype(int)
+
+
+def read(vectors: Floats, rows: slice | Ints) -> NDArray[np.float32]:
+    """Some vectors as float32: [n, D]."""
+    return to_float32(vectors[rows])

@@ -10,8 +10,8 @@ from typing import Any
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from cocoa_pl.evaluation.report import between, percent
-from cocoa_pl.evaluation.results import MEANS
+from cocoa_pl.evaluation.report import between, markdown, percent
+from cocoa_pl.evaluation.results import Results, mean_score, score_interval
 from cocoa_pl.export.parity import Compared
 from cocoa_pl.models.exported import read_description
 
@@ -24,7 +24,7 @@ def write_card(
     compared: Sequence[Compared],
     num_cases: int,
     data: Mapping[str, Any] | None,
-    results: Mapping[str, Any] | None,
+    results: Results | None,
 ) -> None:
     """Write README.md as the Hugging Face hub shows it.
 
@@ -33,7 +33,7 @@ def write_card(
         library: `transformers` or `sentence-transformers`.
         num_cases: inputs that `compared` was measured on.
         data: the run's config of its data; None where it is not known.
-        results: content of a results.json; None for a model without scores.
+        results: of its run; None for a model without scores.
     """
     described = read_description(folder)
     config = json.loads((folder / "config.json").read_text())
@@ -75,28 +75,21 @@ def _public(data: Mapping[str, Any]) -> str:
 _FOLDERS = ("cache_dir", "root", "image_root", "path", "validation_path")
 
 
-def _scores(results: Mapping[str, Any]) -> dict[str, Any]:
-    """What the card's table shows: means where there are any, every subset otherwise; of mteb every
-    task, with the metric that is its score.
+def _scores(results: Results) -> dict[str, Any]:
+    """What the card's table shows: means and groups where there are any, every subset otherwise; of
+    mteb every task, with the metric that is its score.
     """
-    intervals = results.get("intervals", {})
-    means = {name: results[name] for name in MEANS}
-    values = {**means, **results["groups"]}
-    interval_of = {**intervals, **intervals.get("groups", {})}
-    if results["overall"] is None:
-        values = {name: one["precision_at_1"] for name, one in results["subsets"].items()}
-        interval_of = intervals.get("subsets", {})
+    said, third = "Precision@1 in percent with 95 % bootstrap intervals over queries", "interval"
+    parts = results.averages or {subset.name: (subset,) for subset in results.subsets}
     rows = [
-        (
-            name.replace("_", " "),
-            percent(value),
-            between(interval_of[name]) if name in interval_of else "",
-        )
-        for name, value in values.items()
-        if value is not None
+        (name.replace("_", " "), percent(mean_score(some)), between(score_interval(some)))
+        for name, some in parts.items()
     ]
-    title, third = "Precision@1 in percent with 95 % bootstrap intervals over queries", "interval"
-    if tasks := results.get("tasks"):
-        title, third = "Main scores of mteb's tasks in percent", "metric"
-        rows = [(name, percent(one["main_score"]), one["metric"]) for name, one in tasks.items()]
-    return {"said": f"{title}, on {results['benchmark']}", "third": third, "rows": rows}
+    if results.tasks:
+        said, third = "Main scores of mteb's tasks in percent", "metric"
+        rows = [(task.name, percent(task.score), task.metric) for task in results.tasks]
+    return {
+        "said": f"{said}, on {markdown(results.benchmark)}",
+        "third": third,
+        "rows": [tuple(map(markdown, row)) for row in rows],
+    }

@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from cocoa_pl.config.saved import settings_of
 from cocoa_pl.errors import UserError
-from cocoa_pl.evaluation.results import read_config, read_results
+from cocoa_pl.evaluation.results import Results, read_config, read_results
 from cocoa_pl.export.card import write_card
 from cocoa_pl.export.folder import export, replacing
 from cocoa_pl.export.parity import TOLERANCE, Compared, check, compare, samples
@@ -111,7 +111,7 @@ def _output_folder(run: str, out: str | None, to: str) -> Path:
     return folder
 
 
-def _results(run: str) -> dict[str, Any] | None:
+def _results(run: str) -> Results | None:
     path = Path(run) / "results.json"
     return read_results(path) if path.is_file() else None
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -16,8 +15,9 @@ from rich.table import Table
 from cocoa_pl.config.bounds import Count
 from cocoa_pl.embedder import Embedder
 from cocoa_pl.errors import UserError, extra
-from cocoa_pl.evaluation.benchmark import VectorSettings
-from cocoa_pl.evaluation.results import OF_MTEB
+from cocoa_pl.evaluation.report import shown
+from cocoa_pl.evaluation.results import Results, TaskScore
+from cocoa_pl.evaluation.vectors import VectorSettings
 
 
 class MtebBenchmark:
@@ -83,44 +83,49 @@ class MtebBenchmark:
         *,
         path: str,
         vectors: VectorSettings,
-    ) -> dict[str, Any]:
+    ) -> Results:
         """Run the tasks, write results.json and mteb's own files, show a table.
-
-        Returns:
-            The content of results.json.
 
         Raises:
             UserError: for a score that is not a number.
         """
         model = self.encoder(embedder, batch_tokens=vectors.batch_tokens, threads=vectors.threads)
-        metrics = {task.metadata.name: task.metadata.main_score for task in self.tasks}
+        described = {task.metadata.name: task.metadata for task in self.tasks}
+        kept = self.results or run_dir / "mteb"
         found = self.mteb.evaluate(
             model,
             self.tasks,
             encode_kwargs={"batch_size": self.batch_size, "show_progress_bar": False},
-            cache=self.mteb.ResultCache(self.results or run_dir / "mteb"),
+            cache=self.mteb.ResultCache(kept),
             show_progress_bar=False,
         )
-        content = {
-            "benchmark": self.suite or "mteb",
-            "checkpoint": path,
-            **OF_MTEB,
-            "model": model.mteb_model_meta.name,
-            "revision": model.mteb_model_meta.revision,
-            "mteb_version": self.mteb.__version__,
-            "tasks": {
-                result.task_name: _task(result, metrics[result.task_name])
-                for result in found.task_results
+        tasks = []
+        for result in found.task_results:
+            name, score = result.task_name, float(result.get_score())
+            if not math.isfinite(score):
+                raise UserError(f"{name}: the score is {score}, which means nothing")
+            tasks.append(TaskScore(name, described[name].type, described[name].main_score, score))
+        meta = model.mteb_model_meta
+        results = Results(
+            benchmark=self.suite or "mteb",
+            checkpoint=path,
+            subsets=(),
+            is_partial=True,
+            tasks=tuple(tasks),
+            about={
+                "model": meta.name,
+                "revision": meta.revision,
+                "mteb_version": self.mteb.__version__,
             },
-        }
-        text = json.dumps(content, indent=2, allow_nan=False)
-        (run_dir / "results.json").write_text(text + "\n", encoding="utf-8")
+        )
+        results.write_json(run_dir / "results.json")
         table = Table("task", "metric", "score", box=None, header_style="bold")
-        for name, task in content["tasks"].items():
-            table.add_row(name, task["metric"], f"{100 * task['main_score']:.1f}")
+        for task in tasks:
+            table.add_row(shown(task.name), task.metric, f"{100 * task.score:.1f}")
         console.print(table)
-        console.print(f"results: {run_dir / 'results.json'}", soft_wrap=True)
-        return content
+        for said in (f"every split and metric: {kept}", f"results: {run_dir / 'results.json'}"):
+            console.print(said, soft_wrap=True, markup=False, highlight=False)
+        return results
 
 
 def _tasks(mteb: Any, names: Sequence[str], suite: str | None) -> list[Any]:
@@ -139,27 +144,3 @@ def _own(name: str) -> Any:
         return getattr(importlib.import_module(module), task)()
     except (ImportError, AttributeError) as error:
         raise UserError(f"there is no task {name}: {error}") from error
-
-
-def _task(result: Any, metric: str) -> dict[str, Any]:
-    """The main score, its name, and all that mteb computed, by split and subset."""
-    scores = [one for split in result.scores.values() for one in split]
-    main_score = float(result.get_score())
-    if not math.isfinite(main_score):
-        raise UserError(f"{result.task_name}: the score is {main_score}, which means nothing")
-    return {
-        "main_score": main_score,
-        "metric": metric,
-        "languages": sorted({language for one in scores for language in one["languages"]}),
-        "scores": {
-            split: {
-                one["hf_subset"]: {
-                    key: value
-                    for key, value in one.items()
-                    if isinstance(value, int | float) and math.isfinite(value)
-                }
-                for one in subsets
-            }
-            for split, subsets in result.scores.items()
-        },
-    }

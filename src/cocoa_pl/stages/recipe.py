@@ -345,6 +345,7 @@ def _run_stage(
         "policy": stage.policy.name,
         "seed": settings.seed,
         "validation": metrics,
+        **({"matryoshka_dims": list(module.dims[:-1])} if len(module.dims) > 1 else {}),
     }
 
 

@@ -1,0 +1,470 @@
+"""Scored runs side by side: what ends a sweep, and the page of `cocoa report`.
+
+Runs that differ in nothing but their seed form one configuration, with a mean and a deviation. A
+run without results is listed as missing, never left out in silence.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import datetime
+import io
+import json
+import math
+import os
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from statistics import NormalDist
+from typing import IO, Any, NamedTuple
+from urllib.parse import quote
+
+import pandas as pd
+import yaml
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+from cocoa_pl.errors import UserError, typed
+from cocoa_pl.evaluation.figures import read_panels
+from cocoa_pl.evaluation.report import UNSEEN, markdown, percent, shown, write_page
+from cocoa_pl.evaluation.results import (
+    CONFIDENCE,
+    Results,
+    SubsetScore,
+    mean_score,
+    read_config,
+    read_results,
+)
+
+MOST_CURVES = 6  # more cannot be distinguished
+MARKS = {"": "", "above": "+", "below": "-"}
+Key = tuple[str, str]  # `mean`, `width`, `group`, `subset` or `task`, and its name
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder, what was overridden for it and, unless `missing` says why not, its results."""
+
+    folder: Path
+    overrides: Mapping[str, str]
+    results: Results | None
+    missing: str = ""
+
+    @property
+    def words(self) -> str:
+        return " ".join(f"{k}={v}" for k, v in self.overrides.items()) or str(self.folder)
+
+
+def read_run(folder: Path) -> Run:
+    """A run with what Hydra kept of its command line."""
+    overrides: dict[str, str] = {}
+    try:
+        words = folder / ".hydra" / "overrides.yaml"
+        typed_words = yaml.safe_load(words.read_text(encoding="utf-8")) if words.is_file() else []
+        pairs = (word.lstrip("+").partition("=") for word in typed_words or [])
+        overrides = {k: v for k, _, v in pairs if not k.startswith(("hydra.", "hydra/"))}
+        if not (folder / "results.json").is_file():
+            return Run(folder, overrides, None, f"no results.json in {folder.name}")
+        return Run(folder, overrides, read_results(folder / "results.json"))
+    except yaml.YAMLError:
+        return Run(folder, {}, None, f"overrides.yaml in {folder.name} is damaged")
+    except UserError as error:
+        return Run(folder, overrides, None, str(error))
+
+
+def read_sweep(sweep: Path) -> list[Run]:
+    """The runs below a sweep folder, those whose folder is a number in its order."""
+    folders = {path.parent.parent for path in sweep.rglob(".hydra/overrides.yaml")}
+    ordered = sorted(folders, key=lambda f: (not f.name.isdigit(), f.name.zfill(9), str(f)))
+    return [read_run(folder) for folder in ordered]
+
+
+def by_overrides(runs: Sequence[Run]) -> list[str]:
+    """The configuration of each run: the overrides that are not the same in all, the seed aside."""
+    keys = dict.fromkeys(key for run in runs for key in run.overrides if key != "seed")
+    varying = [key for key in keys if len({run.overrides.get(key) for run in runs}) > 1]
+    labels = []
+    for run in runs:
+        words = {key: run.overrides[key] for key in varying if key in run.overrides}
+        named = words.values() if len(varying) == 1 else (f"{k}={v}" for k, v in words.items())
+        labels.append(", ".join(named) or "as configured")
+    return labels
+
+
+def by_folders(runs: Sequence[Run]) -> list[str]:
+    """The configuration of each run: the folders of all with its config.yaml, the seed aside. Where
+    that leaves nothing to compare, each run stands for itself.
+    """
+    resolved = [run.folder.resolve() for run in runs]
+    by_depth = (["/".join(path.parts[-depth:]) for path in resolved] for depth in count(1))
+    names = next(some for some in by_depth if len(set(some)) == len(some))
+    configs = [{**_flat(read_config(run.folder)), "seed": ""} for run in runs]
+    labels = []
+    for name, config in zip(names, configs, strict=True):
+        alike = [n for n, other in zip(names, configs, strict=True) if other == config]
+        labels.append(", ".join(alike) if len(config) > 1 else name)
+    return labels if len(set(labels)) > 1 else names
+
+
+# --- Scores ------------------------------------------------------------------------------------
+
+
+class Cell(NamedTuple):
+    """The score of a configuration, and how far it is from the first one's.
+
+    Attributes:
+        score: mean over its runs in [0, 1]; NaN without any.
+        deviation: sample deviation over its runs; NaN for a single one.
+        is_best: of all configurations.
+        low, high: interval of the difference; NaN where it is unknown.
+        runs: the score of each run.
+    """
+
+    score: float
+    deviation: float
+    is_best: bool
+    low: float
+    high: float
+    runs: Sequence[float]
+
+    @property
+    def differs(self) -> str:
+        """`above`, `below`, or empty where the interval holds zero."""
+        return "above" if self.low > 0 else "below" if self.high < 0 else ""
+
+    @property
+    def text(self) -> str:
+        """E.g. `91.6 ± 0.4`, in percent."""
+        if math.isnan(self.score):
+            return "missing"
+        deviation = "" if math.isnan(self.deviation) else f" ± {percent(self.deviation)}"
+        return percent(self.score) + deviation
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Runs and their configurations.
+
+    Attributes:
+        members: configuration -> its runs.
+        cells: for each score a cell for each configuration.
+    """
+
+    members: Mapping[str, Sequence[Run]]
+    cells: Mapping[Key, Sequence[Cell]]
+
+    @property
+    def runs(self) -> list[Run]:
+        return [run for runs in self.members.values() for run in runs]
+
+    @property
+    def missing(self) -> list[str]:
+        """Runs without results, and why."""
+        return [f"{run.words}: {run.missing}" for run in self.runs if run.missing]
+
+    def titles(self, keys: Sequence[Key]) -> list[str]:
+        """What columns are called; a subset with the name of a group has its kind too."""
+        names = [name for _, name in keys]
+        titles = []
+        for kind, name in keys:
+            title = f"overall at {name}" if kind == "width" else name.translate(UNSEEN)
+            is_twin = kind == "subset" and names.count(name) > 1
+            titles.append(f"{title} (subset)" if is_twin else title)
+        return titles
+
+    def table(self, keys: Sequence[Key], *, marked: bool = False) -> list[list[str]]:
+        """Titles, and of each configuration its name, how many runs it has, and its scores; a mark
+        tells what differs from the first one.
+        """
+        rows = [["configuration", "runs", *self.titles(keys)]]
+        for place, (label, runs) in enumerate(self.members.items()):
+            finished = sum(not run.missing for run in runs)
+            number = f"{finished}" if finished == len(runs) else f"{finished} of {len(runs)}"
+            cells = [self.cells[key][place] for key in keys]
+            texts = [cell.text + (MARKS[cell.differs] if marked else "") for cell in cells]
+            rows.append([label, number, *texts])
+        return rows
+
+
+def compared(runs: Sequence[Run], labels: Sequence[str]) -> Comparison:
+    """Set configurations side by side.
+
+    Intervals are those of the normal approximation. Configurations answer the same queries, but
+    which of them each answered is not kept: they count as independent, and intervals are wider than
+    they could be. The variance of a mean over several runs counts too.
+    """
+    members: dict[str, list[Run]] = {}
+    labels = [label.translate(UNSEEN) for label in labels]  # pandas and files hold UTF-8 alone
+    for label, run in zip(labels, runs, strict=True):
+        members.setdefault(label, []).append(run)
+    tables = [{} if run.results is None else _scores(run.results) for run in runs]
+    keys = dict.fromkeys(key for table in tables for key in table) or [("mean", "overall")]
+    cells = {}
+    for key in keys:
+        pairs = [table.get(key, (math.nan, math.nan)) for table in tables]
+        lines = pd.DataFrame(pairs, columns=["score", "variance"]).groupby(labels, sort=False)
+        score, deviation = lines["score"].mean(), lines["score"].std()
+        of_runs = (deviation**2 / lines["score"].count()).fillna(0)
+        variance = lines["variance"].mean() + of_runs
+        gap = score - score.iloc[0]
+        reach = NormalDist().inv_cdf(0.5 + CONFIDENCE / 2) * (variance + variance.iloc[0]) ** 0.5
+        each = [some.dropna().tolist() for _, some in lines["score"]]
+        columns = (score, deviation, score == score.max(), gap - reach, gap + reach, each)
+        cells[key] = [Cell(*cell) for cell in zip(*columns, strict=True)]
+    return Comparison(members, cells)
+
+
+def _scores(results: Results) -> dict[Key, tuple[float, float]]:
+    """Scores in [0, 1], and their variances over queries: a query scores 0 or 1, so of p over n
+    queries it is p (1 - p) / n. What mteb scores has none that is known.
+    """
+
+    def of(subsets: Sequence[SubsetScore], name: str = "precision_at_1") -> tuple[float, float]:
+        each = [(one.score(name), one.num_queries) for one in subsets]
+        variance = sum(p * (1 - p) / n for p, n in each) / len(each) ** 2
+        return mean_score(subsets, of=name), variance
+
+    found = {("mean", name): of(some) for name, some in results.means.items()}
+    found |= {("width", width): of(results.subsets, width) for width in results.widths}
+    for name, some in results.groups.items():
+        found |= {("group", name): of(some)} if name in results.averages else {}
+        found |= {("subset", one.name): of([one]) for one in some}
+    return found | {("task", task.name): (task.score, math.nan) for task in results.tasks}
+
+
+# --- What is shown -----------------------------------------------------------------------------
+
+
+def terminal_table(title: str, rows: Iterable[Sequence[str]], missing: Sequence[str]) -> Table:
+    """A table for a terminal; the first row and the first column are titles."""
+    head, *others = rows
+    table = Table(title=title, title_justify="left", box=SIMPLE, pad_edge=False)
+    table.add_column(shown(head[0]), overflow="fold")
+    for column in head[1:]:
+        table.add_column(shown(column), justify="right", overflow="fold")
+    for row in others:
+        table.add_row(*map(shown, row))
+    if missing:
+        table.caption, table.caption_justify = shown("missing: " + "; ".join(missing)), "left"
+    return table
+
+
+def write_summary(folder: Path, runs: Sequence[Run], *, subsets: Sequence[str]) -> Table:
+    """Write summary.csv, summary.md and summary.png to `folder`; return the table for a terminal.
+
+    Args:
+        subsets: that stand beside the overall score, groups and tasks; the plot shows them alone,
+            beside the overall score.
+
+    Raises:
+        UserError: if a finished run lacks a score that another has.
+    """
+    comparison = compared(runs, by_overrides(runs))
+    plotted = [("mean", "overall"), *(("subset", name) for name in subsets)]
+    keys = [key for key in comparison.cells if key in plotted or key[0] in ("group", "task")]
+    for one in runs:
+        known = {} if one.results is None else _scores(one.results)
+        absent = [name for kind, name in keys if (kind, name) not in known]
+        if absent and not one.missing:
+            raise UserError(
+                f"{one.folder / 'results.json'}: no score {', '.join(absent)}; "
+                "summarise only runs of the same benchmark, and only subsets it has"
+            )
+    titles = comparison.titles(keys)
+    stats = pd.DataFrame(index=list(comparison.members))
+    stats["runs"] = [sum(not run.missing for run in some) for some in comparison.members.values()]
+    stats["missing"] = [
+        sum(bool(run.missing) for run in some) for some in comparison.members.values()
+    ]
+    for key, title in zip(keys, titles, strict=True):
+        stats[f"{title}_mean"] = [cell.score for cell in comparison.cells[key]]
+        stats[f"{title}_std"] = [cell.deviation for cell in comparison.cells[key]]
+    stats.to_csv(folder / "summary.csv", index_label="configuration")
+    rows = comparison.table(keys)
+    lines = [f"| {' | '.join(map(markdown, row))} |" for row in rows]
+    lines.insert(1, f"| --- | {' | '.join('---:' for _ in rows[0][1:])} |")
+    if comparison.missing:
+        lines += ["", "Missing runs:", "", *(f"- {markdown(one)}" for one in comparison.missing)]
+    said = "Precision@1 in %, mean ± sample deviation over runs."
+    (folder / "summary.md").write_text("\n".join([said, "", *lines, ""]), encoding="utf-8")
+    if stats["runs"].any():
+        with (folder / "summary.png").open("wb") as file:
+            plot(file, comparison, [key for key in keys if key in plotted] or keys)
+    title = "precision@1 in %, mean ± deviation over runs"
+    return terminal_table(title, rows, comparison.missing)
+
+
+def plot(file: IO[bytes], comparison: Comparison, keys: Sequence[Key]) -> None:
+    """Horizontal bars of the mean, a whisker of one deviation to each side, a dot for every run."""
+    # Imported here: only a plot needs it, and it takes a second to load.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    labels = [textwrap.fill(label, 44) for label in comparison.members]
+    places = range(len(labels))
+    size = (
+        min(4.5, 0.4 + 0.085 * max(map(len, comparison.members))) + 2.6 * len(keys),
+        1.2 + 0.5 * len(labels),
+    )
+    figure = Figure(figsize=size, dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(keys), sharey=True, squeeze=False)[0]
+    for axes, key, title in zip(panels, keys, comparison.titles(keys), strict=True):
+        cells = comparison.cells[key]
+        means = [0 if math.isnan(cell.score) else 100 * cell.score for cell in cells]
+        axes.barh(places, means, height=0.62, color="#d9bfa9")
+        whisker = {"xerr": [100 * c.deviation for c in cells], "ecolor": "#22201d", "capsize": 3}
+        axes.errorbar(means, [place - 0.12 for place in places], fmt="none", **whisker)
+        for place, cell in enumerate(cells):
+            dots = [100 * score for score in cell.runs]
+            axes.scatter(dots, [place + 0.14] * len(dots), s=12, color="#8a5a3c", zorder=3)
+            beside = {"xycoords": ("axes fraction", "data"), "va": "center", "size": 8}
+            axes.annotate(cell.text, (1.02, place), **beside)
+        axes.set_title(title, size=10, loc="left", parse_math=False)
+        axes.set_xlim(0, 100)
+        axes.tick_params(labelsize=8, length=0)
+        axes.grid(axis="x", color="#e4dfd7")
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+    panels[0].set_yticks(places, labels, size=9, parse_math=False)
+    panels[0].invert_yaxis()
+    said = "scores in %: mean, one deviation, and every run"
+    figure.supxlabel(said, size=8, color="#6a645c")
+    figure.savefig(file, format="png")
+
+
+# --- The page ----------------------------------------------------------------------------------
+
+
+def run(arguments: Sequence[str], console: Console) -> int:
+    """Write the page and show its means; the exit status is 0.
+
+    Raises:
+        UserError: for runs that do not compare.
+    """
+    parser = argparse.ArgumentParser(
+        prog="cocoa report",
+        description="Compare runs that were scored on one benchmark: scores with intervals of "
+        "their differences from the first run, loss curves, and what their configurations do not "
+        "share. Runs that differ in nothing but their seed form one column; a sweep's folder "
+        "stands for its runs. A single run's own page is its report.html.",
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="a folder with results.json")
+    parser.add_argument("--out", default="comparison.html", help="default: comparison.html")
+    parsed = parser.parse_args(arguments)
+    comparison, out = open_runs([Path(folder) for folder in parsed.runs]), Path(parsed.out)
+    keys = [key for key in comparison.cells if key[0] != "subset"] or list(comparison.cells)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_comparison(out, comparison, keys, date=datetime.date.today().isoformat())
+    title = "scores in %; those with + or - differ from the first"
+    rows = zip(*comparison.table(keys, marked=True), strict=True)  # there are few runs
+    console.print(terminal_table(title, rows, comparison.missing))
+    console.print(f"report: {out}", soft_wrap=True, markup=False, highlight=False)
+    return 0
+
+
+def open_runs(folders: Sequence[Path]) -> Comparison:
+    """Open runs of one benchmark, or those of a sweep.
+
+    Raises:
+        UserError: for fewer than two, the same twice, one that was not scored, or runs of different
+            benchmarks.
+    """
+    runs = []
+    if len(folders) == 1 and not (folders[0] / "results.json").exists():
+        runs = read_sweep(folders[0])
+    labels = by_overrides(runs)
+    if not runs:
+        if len({folder.resolve() for folder in folders}) < len(folders):
+            raise UserError("a run is named twice")
+        for folder in folders:
+            if not (folder / "results.json").is_file():
+                raise UserError(
+                    f"{folder} holds no results.json: score it first, python evaluate.py "
+                    + typed("ckpt", folder)
+                )
+            runs.append(read_run(folder))
+            if runs[-1].missing:
+                raise UserError(runs[-1].missing)
+        labels = by_folders(runs)
+    if len(runs) < 2:
+        raise UserError("2 runs or more are compared, not 1")
+    benchmarks = {run.results.benchmark for run in runs if run.results}
+    if len(benchmarks) != 1:
+        named = ", ".join(sorted(benchmarks)) or "none of them was scored"
+        raise UserError(f"runs of different benchmarks do not compare: {named}")
+    return compared(runs, labels)
+
+
+def write_comparison(path: Path, comparison: Comparison, keys: Sequence[Key], *, date: str) -> None:
+    """Write the page; `keys` are those that its plot shows."""
+    first = {label: runs[0].folder for label, runs in comparison.members.items()}
+    configs = {label: _flat(read_config(folder)) for label, folder in first.items()}
+    losses = {label: folder / "metrics.csv" for label, folder in first.items()}
+    losses = {label: file for label, file in losses.items() if file.is_file()}
+    drawn = io.BytesIO()
+    plot(drawn, comparison, keys)
+    write_page(
+        path,
+        "comparison.html.j2",
+        comparison=comparison,
+        benchmark=next(one.results.benchmark for one in comparison.runs if one.results),
+        date=date,
+        reports={
+            one.folder: link(one.folder / "report.html", path.parent)
+            for one in comparison.runs
+            if (one.folder / "report.html").is_file()
+        },
+        changed=changed(configs),
+        plot=f"data:image/png;base64,{base64.b64encode(drawn.getvalue()).decode()}",
+        panels=[  # with validation there would be twice the curves
+            panel._replace(curves=curves)
+            for panel in (read_panels(losses) if 0 < len(losses) <= MOST_CURVES else [])
+            if (curves := [curve for curve in panel.curves if curve.label.endswith(" train")])
+        ],
+        confidence=CONFIDENCE,
+    )
+
+
+def link(file: Path, page: Path) -> str:
+    """The address of a file from a page in the folder `page`, whatever characters its name has."""
+    return quote(os.fsencode(os.path.relpath(file, page)))
+
+
+def changed(configs: Mapping[str, Mapping[str, str]]) -> dict[str, list[str]]:
+    """Configuration keys whose values are not the same in all; of a block of keys that one lacks
+    altogether, the block's name, with `given` for those that have it.
+    """
+    blocks = [
+        {prefix for key in config for prefix in _prefixes(key)} for config in configs.values()
+    ]
+    found: dict[str, list[str]] = {}
+    for key in dict.fromkeys(key for config in configs.values() for key in config):
+        shown_as = next((p for p in _prefixes(key) if any(p not in b for b in blocks)), key)
+        values = [config.get(key, "") for config in configs.values()]
+        if shown_as != key:
+            found[shown_as] = ["given" if shown_as in known else "" for known in blocks]
+        elif len(set(values)) > 1:
+            found[key] = values
+    return found
+
+
+def _prefixes(key: str) -> list[str]:
+    """E.g. `a`, `a.b` and `a.b.c`."""
+    parts = key.split(".")
+    return [".".join(parts[:depth]) for depth in range(1, len(parts) + 1)]
+
+
+def _flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Dotted keys, and their values as text."""
+    found: dict[str, str] = {}
+    for key, value in node.items():
+        if isinstance(value, dict):
+            found |= _flat(value, f"{prefix}{key}.")
+        else:
+            found[prefix + key] = json.dumps(value) if isinstance(value, list) else str(value)
+    return found
