@@ -115,12 +115,6 @@ def test_every_config_composes_names_what_constructors_take_and_builds(
         assert trainer_parts(cfg, tmp_path, "warmup")
 
 
-def test_every_model_takes_the_attention_kernel_that_suits_its_device() -> None:
-    files = {file: OmegaConf.load(file) for file in (CONFIGS / "model").rglob("*.yaml")}
-    kernels = {file.name: values.kernel for file, values in files.items() if "kernel" in values}
-    assert kernels == {"qwen2vl.yaml": "auto", "tiny.yaml": "auto"}  # the others stand on these
-
-
 EXAMPLES = f"hydra.searchpath=[{ROOT / 'docs' / 'examples' / 'conf'}]"
 
 
@@ -152,12 +146,9 @@ def test_data_choose_their_benchmark_and_a_model_its_schedule(
     ("key", "message"),
     [
         ("stage.contrast.optimization.lrr", r"unknown key .*\.lrr \(did you mean lr\?\)"),
-        ("stage.contrast.module.temp", r"unknown key .* \(did you mean temperature\?\)"),
         ("stage.contrast.module.steps", "unknown key stage.contrast.module.steps"),  # filled in
         ("trainer.max_stepss", r"unknown key .* \(did you mean max_steps\?\)"),
         ("data.foo", "unknown key data.foo; there are cache_dir, "),
-        ("model.max_pixel", r"unknown key .* \(did you mean max_pixels\?\)"),
-        ("stage.token_budgett", r"unknown key .* \(did you mean token_budget\?\)"),
         ("stage.contrst.steps", r"unknown key stage\.contrst \(did you mean contrast\?\)"),
     ],
 )
@@ -175,6 +166,8 @@ def test_a_key_that_is_needed_is_named(default: DictConfig) -> None:
         del cfg.data.scenes
     with pytest.raises(UserError, match=r"data\.scenes is missing, which cocoa_pl\.data\.digits\."):
         check_values(cfg)
+    with pytest.raises(UserError, match=r"data\.path has no value; give it as data\.path="):
+        build(composed("data=pairs").data)
 
 
 def test_typed_values_of_a_stage_that_does_not_run_are_logged(
@@ -190,13 +183,6 @@ def test_typed_values_of_a_stage_that_does_not_run_are_logged(
         "attention@stage.reconstruct.policy=causal has no effect: "
         "stage.order is [pretrain, contrast]",  # whose steps are warmup's and reconstruct's
     ]
-
-
-def test_what_a_constructor_refuses_is_the_users_to_read() -> None:
-    with pytest.raises(UserError, match="bridge sources must be shares"):
-        build_stages(composed("stage.reconstruct.make_samples.sources.query=0.9"))
-    with pytest.raises(UserError, match=r"data\.path has no value; give it as data\.path="):
-        build(composed("data=pairs").data)
 
 
 # Read by others, who refuse what they do not understand: Lightning, transformers, jinja.
@@ -239,20 +225,12 @@ def test_every_number_of_a_config_has_bounds(name: str, chosen: list[str]) -> No
     [
         ("stage.clip_norm", -1, "at least 0 or null"),  # trained upwards
         ("stage.clip_norm", math.nan, "at least 0 or null"),
-        ("stage.contrast.epochs", -2, "above 0 or null"),
         ("stage.contrast.batch_size", 8.0, "a whole number of at least 1"),
         ("stage.contrast.max_rows_per_subset", -1, "at least 1 or null"),  # all but the last
         ("stage.weight_decay", None, "a number of at least 0$"),
         ("stage.contrast.optimization.betas.1", 1.0, "below 1"),
-        ("stage.contrast.module.matryoshka_dims", [64, 0], "at least 1"),
-        ("stage.contrast.module.symmetric", "maybe", "true or false"),
-        ("stage.contrast.make_samples.max_negatives", -1, "at least 0"),
         ("stage.contrast.mixing.weights", {"scene_i2t": math.inf}, "at least 0"),
-        ("stage.reconstruct.make_samples.sources.query", 1.5, "from 0 to 1"),
-        ("stage.warmup.module.text_ratio", 0, "above 0, at most 1 or null"),
         ("stage.warmup.module.text_segment", "eos", "one of context, target"),
-        ("stage.warmup.module.patch_weight", -0.5, "at least 0"),
-        ("seed", 2**32, "from 0 to 4294967295"),
     ],
 )
 def test_a_value_that_makes_no_sense_is_named_by_its_key(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -12,9 +12,16 @@ from omegaconf import DictConfig
 
 from cocoa_pl.config.command_line import CONFIGS, run_app
 from cocoa_pl.errors import UserError, typed
+from tests.processes import logging_restored
 
 ROOT = CONFIGS.parent
 Start = Callable[..., list[DictConfig]]
+
+
+@pytest.fixture(autouse=True)
+def logging_as_before() -> Iterator[None]:
+    with logging_restored():
+        yield
 
 
 @pytest.fixture
@@ -73,13 +80,8 @@ def test_a_tilde_is_the_home_folder(start: Start) -> None:
             ["stage.contrast.batchsize=3"],
             "unknown key stage.contrast.batchsize (did you mean stage.contrast.batch_size?)",
         ),
-        (
-            ["stage.contrst.batch_size=3"],
-            "unknown key stage.contrst.batch_size (did you mean stage.contrast.batch_size?)",
-        ),
         (["model=tinny"], "model=tinny does not exist (did you mean tiny?); there are qwen25vl_3b"),
         (["benchmark=foo"], "benchmark=foo does not exist; there are digits, held_out, "),
-        (["cluster=slrum"], "cluster=slrum does not exist (did you mean slurm?)"),
         (
             ["attention@stage.contrast.policy=causall"],
             "attention=causall does not exist (did you mean causal?)",
@@ -93,31 +95,21 @@ def test_a_tilde_is_the_home_folder(start: Start) -> None:
             "holds several values; did you mean attention@stage.contrast.policy=causal?",
         ),
         (["stage.contrast.optimization=adam"], "did you mean stage.contrast.optimization.KEY=...?"),
-        (["seed=many"], "seed=many must be a whole number from 0 to "),
-        (["stage.order=contrast"], "stage.order=contrast must be a list"),
         (["-m", "seed=0,1", "sede=2"], "unknown key sede"),
-        (["-m", "model=tiny,tinny"], "model=tinny does not exist"),
         (["+experiment=ablatoin"], "experiment=ablatoin does not exist (did you mean ablation?)"),
         (["++experiment=ablatoin"], "force-add of config groups is not supported"),
         (["contrast"], "contrast: write key=value"),
-        (["=3"], "=3: write key=value"),
-        (["a key=3"], "a key=3: write key=value"),
         (["data=pairs", "data.path=a,b"], "-m runs one by one; one is written 'data.path=\"a,b\"'"),
-        (["data.path={x}"], "'data.path=\"{x}\"' for one text"),
         (["data.subsets=[数据]"], "'data.subsets=[\"数据\"]' for a list or 'data.subsets="),
         (["--config-dir", "nowhere"], "Additional config directory '"),
         (["--config-name", "nothing"], "Cannot find primary config 'nothing'"),
         (["--experimental-rerun", "x.pickle"], "would write into the folder of the run"),
         (["-m", "--cfg", "job"], "Only one of --run, --multirun, --cfg"),
-        (["--config-dir", "OWN", "experiment=typo"], "experiment=typo does not exist; there are"),
         (["--config-dir", "OWN", "experiment=mien"], "does not exist (did you mean mine?)"),
-        (["--config-dir", "OWN", "experiment=mine", "sede=1"], "unknown key sede (did you"),
         (["hydra.searchpath=[OWN]", "experiment=mien"], "(did you mean mine?)"),
         (["--config-dir", "OWN", "experiment=forgetful"], "arm=recipeee does not exist (did you"),
         (["--config-dir", "OWN", "experiment=misspelt"], "stage.warmup.stepss (did you mean steps"),
         (["--config-dir", "OWN/.."], "train.yaml comes first; name it otherwise"),
-        (["--config-path", "OWN"], "Cannot find primary config 'train'"),
-        (["--config-name", "evaluate", "sede=1"], "unknown key sede (did you mean seed?)"),
         (["-m", "experiment=ablation,typo", "arm=base"], "experiment=typo does not exist"),
     ],
 )
@@ -150,10 +142,6 @@ def test_a_mistake_is_one_sentence_and_leaves_nothing(
         ["--config-dir", str(ROOT / "docs" / "examples" / "conf"), "data=colours"],
         ["-m", "seed=range(0,2)", "attention@stage.contrast.policy=causal,bidirectional"],
         [
-            *("data=mmeb", "data.root=x", "model=qwen2vl", "model.source.path=y"),
-            *("stage.contrast.epochs=2", "stage.contrast.steps=null"),
-        ],
-        [
             *("data.validation_path=x", "data=pairs", "data.path=a", "data.image_root=b"),
             *("stage.contrast.module.matryoshka_dims=[16,32]", "+trainer.max_time={hours: 1}"),
             'model.eos_token="<|endoftext|>"',
@@ -164,9 +152,7 @@ def test_what_hydra_allows_is_allowed(arguments: list[str], start: Start) -> Non
     assert start(*arguments)
 
 
-@pytest.mark.parametrize(
-    "words", ["--cfg job --resolve", "--cfg all", "--help", "--info all", "--hydra-help"]
-)
+@pytest.mark.parametrize("words", ["--cfg job --resolve", "--help", "--info all"])
 def test_what_only_shows_something_makes_no_folder(
     words: str, start: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

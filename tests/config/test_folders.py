@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +24,20 @@ SLURM = {"SLURM_NTASKS": "16", "SLURM_JOB_NAME": "cocoa"}
 EMPTY = OmegaConf.create({})
 
 
+@pytest.fixture(scope="module")
+def started() -> DictConfig:
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return compose("train", ["seed=1"], return_hydra_config=True)
+
+
 @pytest.fixture(autouse=True)
-def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+def alone(started: DictConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """One process that Hydra has started with `seed=1`."""
     for name in {*TORCHRUN, *SLURM, "RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"}:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(sys, "argv", ["train.py", "seed=1"])
     monkeypatch.chdir(tmp_path)
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        HydraConfig.instance().set_config(compose("train", ["seed=1"], return_hydra_config=True))
+    HydraConfig.instance().set_config(deepcopy(started))
     yield
     HydraConfig.instance().cfg = None
 
@@ -77,30 +83,26 @@ def test_of_two_that_claim_a_folder_one_has_it(tmp_path: Path) -> None:
 def test_a_default_folder_is_new() -> None:
     noon = "hydra.run.dir=${run_dir:null,runs/noon}"
     assert [*start(noon), *start(noon)] == [Path("runs/noon"), Path("runs/noon_2")]
-    assert len({folder.parent for _ in "12" for folder in start("-m", "seed=1,2")}) == 2
+    assert len({folder.parent for _ in "12" for folder in start("-m", "seed=1")}) == 2
 
 
-def test_a_new_run_does_not_go_into_the_folder_of_another(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    for made in ("config.yaml", "metrics.csv", "checkpoints/last.ckpt", "model"):
-        Path(f"of {made}", made).mkdir(parents=True)
-        start(f"hydra.run.dir=of {made}")
-        assert f"holds a run already: 'resume=\"of {made}\"' goes" in capsys.readouterr().err
+@pytest.mark.parametrize("made", ["config.yaml", "metrics.csv", "checkpoints/last.ckpt", "model"])
+def test_a_new_run_does_not_go_into_the_folder_of_another(made: str) -> None:
+    Path("of another", made).mkdir(parents=True)
+    with pytest.raises(UserError, match="holds a run already: 'resume=\"of another\"' goes"):
+        folders.check_free_for_run(Path("of another"))
 
 
 def test_a_sweep_does_not_go_into_the_folder_of_another(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert not start("-m", "seed=0,1", "sede=0", "hydra.sweep.dir=my sweep")  # began nothing
-    assert start("-m", "seed=0,1", "hydra.sweep.dir=my sweep") == [
-        Path("my sweep/0"),
-        Path("my sweep/1"),
-    ]
+    sweep = ("-m", "seed=0,1", "hydra.sweep.dir=my sweep")
+    assert not start(*sweep, "sede=0")  # began nothing
+    assert start(*sweep) == [Path("my sweep/0"), Path("my sweep/1")]
     assert Path("my sweep", SWEEP).exists()
     assert capsys.readouterr().err.count("error") == 1
     with pytest.raises(SystemExit):
-        start("-m", "seed=0,1", "hydra.sweep.dir=my sweep")
+        start(*sweep)
     assert "my sweep holds the runs of another sweep" in capsys.readouterr().err
 
 
@@ -180,14 +182,13 @@ def test_processes_started_from_outside_need_a_run_folder(
         with pytest.raises(UserError, match=r"must share one run folder; give it as hydra\.run"):
             folders.run_folder(None, "runs/noon")
         assert not Path("runs").exists()
-        assert start("hydra.run.dir=X") == [Path("X")]
     else:
         assert new_folder(Path("runs/noon"), "").is_dir()
 
 
-@pytest.mark.parametrize("name", ["runs/A", 'my "runs" (2), ü=1'])
-def test_other_ranks_go_on_with_the_run_and_not_with_its_sweep(name: str) -> None:
+def test_other_ranks_go_on_with_the_run_and_not_with_its_sweep() -> None:
     """Lightning starts them with the words of this process and the run folder in quotes."""
+    name = 'my "runs" (2), ü=1'
     folder = Path(name)
     folder.mkdir(parents=True)
     (folder / CONFIG).touch()

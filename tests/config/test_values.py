@@ -17,10 +17,8 @@ from tests.configs import composed
 CONTRAST = "stage.contrast"
 TRAIN = [
     ("model.dtype=float16", "one of float32, bfloat16"),
-    ("model.dtype=auto", "one of float32, bfloat16"),
     ("model.kernel=eager", "one of auto, sdpa, varlen, flash"),
     ("model.max_length=0", "a whole number of at least 1"),
-    ("model.min_pixels=0", "a whole number of at least 1"),
     ("model.max_pixels=null", "a whole number of at least 1"),
     ("model.gradient_checkpointing=maybe", "true or false"),
     ("adapter=lora adapter.rank=0", "a whole number of at least 1"),
@@ -29,23 +27,17 @@ TRAIN = [
     ("adapter=lora adapter.target_modules=[]", "a list of at least one"),
     (f"{CONTRAST}.optimization.schedule=cosin", "one of linear, cosine, cosine_with_restarts, "),
     (f"{CONTRAST}.optimization.betas=[0.9]", "2 values"),
-    (f"{CONTRAST}.optimization.betas=0.9", "2 values"),
     (f"{CONTRAST}.optimization.lr=abc", "a number above 0"),
     (f"{CONTRAST}.steps=2e3", "a whole number of at least 1 or null"),
     (f"{CONTRAST}.module.temperature=0", "a number above 0"),
     (f"{CONTRAST}.module.matryoshka_dims=64", "a list"),
     ("stage.order=[]", "a list of at least one"),
-    ("stage.order=contrast", "a list of at least one"),
     ("stage.token_budget=0", "a whole number of at least 1"),
-    ("stage.validate_every=0", "a whole number of at least 1"),
     ("seed=null", "a whole number from 0 to 4294967295"),
     ("num_workers=-1", "a whole number of at least 0"),
-    ("checkpoint_every=0", "a whole number of at least 1"),
-    ("evaluate=maybe", "true or false"),
     ("cache_dir=null", "a text"),
     ("data.scenes=0", "a whole number of at least 1"),
     ("trainer.num_nodes=0", "a whole number of at least 1"),
-    ("trainer.log_every_n_steps=0", "a whole number of at least 1"),
     ("trainer.deterministic=perhaps", "one of true, false, warn"),
 ]
 OTHERS = {
@@ -54,17 +46,14 @@ OTHERS = {
         ("threads=-1", "a whole number of at least 0"),
         ("store_dtype=float8", "one of float16, float32"),
         ("on_bad_row=skp", "one of fail, skip"),
-        ("benchmark.scenes=0", "a whole number of at least 1"),
     ],
     "mine": [
         ("negatives=0", "a whole number of at least 1"),
         ("max_of_positive=2", "a number above 0, at most 1"),
-        ("keep=perhaps", "true or false"),
     ],
     "plan": [
         ("gpus=0", "a whole number of at least 1 or null"),
         ("mfu=0", "a number above 0, at most 1"),
-        ("lengths.text=-1", "a number of at least 0"),
         ("hardware.memory_gib=0", "a number above 0"),
     ],
     "doctor": [("workers=-1", "a whole number of at least 0 or null")],
@@ -92,6 +81,7 @@ def test_a_value_is_refused_by_its_key(name: str, words: str, wanted: str) -> No
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        ("stage.reconstruct.make_samples.sources.query=0.9", "bridge sources must be shares"),
         ("stage.order=[contrast,contrast]", "names a stage twice"),
         ("stage.order=[warmpu]", "order names warmpu; this config holds pretrain, warmup"),
         ("adapter=lora adapter.target_modules=['(a']", "is no regular expression: missing \\)"),
