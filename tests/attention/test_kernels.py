@@ -52,7 +52,7 @@ def test_sdpa_equals_the_dense_mask(name: str, lengths: list[list[int]]) -> None
 
 
 @pytest.mark.parametrize("name", POLICIES)
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(3))
 def test_sdpa_equals_the_dense_mask_at_random_lengths(name: str, seed: int) -> None:
     check(POLICIES[name], random_lengths(seed, longest=90))
 
@@ -71,7 +71,7 @@ def test_packed_is_one_by_one(name: str) -> None:
     torch.testing.assert_close(packed, torch.cat(alone), rtol=0, atol=1e-14)
 
 
-@pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (4, 2), (4, 1), (6, 3)])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 1), (6, 3)])
 @pytest.mark.parametrize("grouped", [True, False])
 def test_grouped_heads_share_keys_in_the_stock_order(
     heads: int, kv_heads: int, grouped: bool, monkeypatch: pytest.MonkeyPatch
@@ -155,9 +155,9 @@ def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 
 
 @pytest.mark.parametrize("name", POLICIES)
-@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
-def test_segments_equal_the_dense_mask(lengths: list[list[int]], name: str, kernel: str) -> None:
-    check(POLICIES[name], torch.tensor(lengths), kernel=kernel)
+@pytest.mark.parametrize("lengths", ["mixed", "bottleneck of three"])
+def test_segments_equal_the_dense_mask(lengths: str, name: str, kernel: str) -> None:
+    check(POLICIES[name], torch.tensor(LENGTHS[lengths]), kernel=kernel)
 
 
 def test_queries_and_keys_take_the_type_of_the_values(kernel: str) -> None:

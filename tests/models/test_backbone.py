@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from cocoa_pl.attention import Policy, dense_mask
-from cocoa_pl.attention.kernels import KERNELS
 from cocoa_pl.data.batch import Batch, Sample
 from cocoa_pl.data.processor import Processor
 from cocoa_pl.models.backbone import Backbone
@@ -170,17 +169,6 @@ def test_model_without_a_plan_fails_instead_of_running_causally(
         model.model.visual(frames, grid_thw=torch.tensor([[1, 2, 2]]))
 
 
-def test_a_forward_pass_never_waits_for_the_device(
-    load_tiny: LoadTiny, make_samples: MakeSamples, packed: Packed, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # A tensor without values cannot be read back: on a GPU each such reading would be a wait.
-    monkeypatch.setitem(KERNELS, "sdpa", lambda q, k, v, plan, scale: q)
-    backbone = load_tiny().backbone.to("meta")
-    batch = packed(make_samples((1, 0, 2))).to(torch.device("meta"))
-    hidden = backbone.forward(batch)  # not called: there is no autocast for such tensors
-    assert hidden.shape == (batch.num_tokens, backbone.hidden_size)
-
-
 def gradients(backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
     hidden = backbone.train()(batch)
     weight = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0))
@@ -215,8 +203,3 @@ def test_batch_without_images_leaves_the_vision_tower_without_gradients(
     found = gradients(backbone, packed(make_samples((0, 0), targets=True), "eos_bridge"))
     assert set(found) == {name for name, _ in backbone.named_parameters() if ".visual." not in name}
     assert [name for name, gradient in found.items() if not gradient.any()] == []
-
-
-def test_unknown_kernel_is_refused_by_name(loaded: Loaded) -> None:
-    with pytest.raises(ValueError, match=r"unknown attention kernel 'fast'.*sdpa"):
-        type(loaded.backbone)(loaded.backbone.model, loaded.image_processor, kernel="fast")

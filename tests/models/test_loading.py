@@ -36,16 +36,6 @@ def message(load_tiny: LoadTiny, folder: Path) -> str:
     return text
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_folder_loads_in_the_dtype_asked_for(load_tiny: LoadTiny, dtype: str) -> None:
-    loaded = load_tiny(dtype=dtype)
-    assert {p.dtype for p in loaded.backbone.parameters()} == {getattr(torch, dtype)}
-    assert loaded.backbone.byte_values.dtype == torch.float32
-    assert loaded.backbone.hidden_size == 32
-    assert loaded.backbone.merge_size == 2
-    assert loaded.num_token_rows == 324
-
-
 def test_other_family_is_refused_by_its_name(load_tiny: LoadTiny, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps({"model_type": "bert"}))
     supported = "qwen2_5_vl, qwen2_vl, qwen3_vl"
@@ -60,16 +50,13 @@ def test_unusable_config_is_refused(load_tiny: LoadTiny, folder: Path, config: s
         find_config(str(folder))
 
 
-@pytest.mark.parametrize("method", ["awq", "gptq", "bitsandbytes"])
 def test_a_quantized_base_names_the_package_that_it_needs(
-    method: str, load_tiny: LoadTiny, folder: Path
+    load_tiny: LoadTiny, folder: Path
 ) -> None:
     file = folder / "config.json"
-    own = {"quant_method": method, "bits": 4, "load_in_4bit": True}
+    own = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": own}))
-    assert re.search(
-        "cannot be loaded: .*(gptqmodel|optimum|bitsandbytes)", message(load_tiny, folder)
-    )
+    assert re.search("cannot be loaded: .*bitsandbytes", message(load_tiny, folder))
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,6 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 
 from cocoa_pl.errors import UserError
 from cocoa_pl.models.adapters import LowRank
-from cocoa_pl.models.loading import FAMILIES
 from cocoa_pl.models.published import KNOWN, find_config
 from tests.configs import composed
 from tests.small import meta_model
@@ -80,11 +79,6 @@ def test_parameters_are_as_many_as_published(name: str) -> None:
 
 
 @everywhere
-def test_family_is_supported(name: str) -> None:
-    assert KNOWN[name].config().model_type in FAMILIES
-
-
-@everywhere
 def test_last_row_is_reserved_so_nothing_is_resized(name: str) -> None:
     model: Any = model_of(name)
     rows, _ = model.get_input_embeddings().weight.shape
@@ -96,12 +90,12 @@ def test_last_row_is_reserved_so_nothing_is_resized(name: str) -> None:
     assert model.get_output_embeddings().weight.shape[0] == rows
 
 
-@pytest.mark.parametrize("adapter", ["lora", "dora"])
 @everywhere
-def test_adapters_hit_exactly_the_layers_meant(name: str, adapter: str) -> None:
+def test_adapters_hit_exactly_the_layers_meant(name: str) -> None:
     model: Any = model_of(name)
     layers, blocks = DEPTHS[name]
-    hit = modules_hit(model, adapter_of(adapter))
+    hit = modules_hit(model, adapter_of("dora"))
+    assert adapter_of("lora").target_modules == adapter_of("dora").target_modules
     text, vision = "model.language_model.layers", "model.visual.blocks"
     expected = [f"{text}.{i}.{kind}" for i in range(layers) for kind in TEXT]
     expected += [f"{vision}.{i}.{kind}" for i in range(blocks) for kind in VISION[family(name)]]
@@ -112,15 +106,6 @@ def test_adapters_hit_exactly_the_layers_meant(name: str, adapter: str) -> None:
 
 def family(name: str) -> str:
     return str(KNOWN[name].config().model_type)
-
-
-@everywhere
-def test_every_expression_of_every_adapter_file_matches(name: str) -> None:
-    names = [module for module, _ in model_of(name).named_modules()]
-    for file in (CONF / "adapter").glob("*.yaml"):
-        adapter = adapter_of(file.stem)
-        for expression in getattr(adapter, "target_modules", ()):
-            assert any(re.fullmatch(expression, module) for module in names), expression
 
 
 def test_peft_adapts_what_the_expressions_match() -> None:
@@ -167,11 +152,6 @@ def test_pixel_limits_hold_as_many_visual_tokens_as_the_files_tell(
 # --- Where a configuration comes from --------------------------------------------------------
 
 
-def test_local_folder_comes_before_the_table(tiny_folder: Path) -> None:
-    found: Any = find_config(str(tiny_folder))
-    assert found.text_config.hidden_size == 32
-
-
 def test_hub_cache_comes_before_the_table(
     tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -181,6 +161,7 @@ def test_hub_cache_comes_before_the_table(
     monkeypatch.setattr("cocoa_pl.models.published.try_to_load_from_cache", cached)
     found: Any = find_config("Qwen/Qwen3-VL-2B-Instruct")
     assert found.text_config.hidden_size == 32
+    assert find_config(str(tiny_folder)).to_dict() == found.to_dict()
     assert find_config("Qwen/Qwen3-VL-4B-Instruct").to_dict() == (
         KNOWN["Qwen/Qwen3-VL-4B-Instruct"].config().to_dict()
     )
@@ -190,21 +171,3 @@ def test_hub_cache_comes_before_the_table(
 def test_unknown_model_is_refused_with_those_known(path: str) -> None:
     with pytest.raises(UserError, match=rf"no config\.json for {path}.*Qwen/Qwen3-VL-8B-Instruct"):
         find_config(path)
-
-
-def test_configurations_do_not_share_state() -> None:
-    published = KNOWN["Qwen/Qwen2.5-VL-3B-Instruct"]
-    first: Any = published.config()
-    first.vision_config.fullatt_block_indexes.append(99)
-    second: Any = published.config()
-    assert second.vision_config.fullatt_block_indexes == [7, 15, 23, 31]
-
-
-@everywhere
-def test_config_survives_a_folder(name: str, tmp_path: Path) -> None:
-    config: Any = KNOWN[name].config()
-    config.save_pretrained(tmp_path)
-    again: Any = find_config(str(tmp_path))
-    assert (again.text_config.num_hidden_layers, again.vision_config.depth) == DEPTHS[name]
-    assert again.text_config.rope_parameters == config.text_config.rope_parameters
-    assert again.dtype == torch.bfloat16

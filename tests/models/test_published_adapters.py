@@ -18,7 +18,7 @@ from cocoa_pl.embedder import Embedder
 from cocoa_pl.errors import UserError
 from cocoa_pl.models.adapters import base_path, is_adapter, load_adapter
 from cocoa_pl.models.backbone import Backbone
-from cocoa_pl.models.loading import FAMILIES, Loaded, find_folder, load
+from cocoa_pl.models.loading import FAMILIES, Loaded, load
 from cocoa_pl.run import open_model
 from tests.configs import composed
 
@@ -96,15 +96,15 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize(
-    ("family", "kind"),
+    ("family", "kind", "layout"),
     [
-        *(("qwen2_vl", kind) for kind in KINDS),
-        *((family, "dora") for family in FAMILIES if family != "qwen2_vl"),
+        *(("qwen2_vl", kind, "older") for kind in KINDS),
+        *((family, "dora", "current") for family in FAMILIES),
+        ("qwen2_vl", "expression", "current"),
     ],
     indirect=["family"],
     scope="session",
 )
-@pytest.mark.parametrize("layout", LAYOUTS)
 def test_vectors_are_those_of_the_peft_model(
     kind: str,
     layout: str,
@@ -125,26 +125,6 @@ def test_vectors_are_those_of_the_peft_model(
     assert (expected - before).abs().max() > 1e-2
     assert not isinstance(found.model, peft.PeftModel)
     assert all(parameter.requires_grad for parameter in found.parameters())
-
-
-def test_adapter_merged_into_a_bfloat16_base_gives_nearly_the_same_vectors(
-    load_tiny: Callable[..., Loaded],
-    save_adapter: Callable[..., Path],
-    tiny_folder: Path,
-    batch: Batch,
-    tmp_path: Path,
-) -> None:
-    backbone = load_tiny().backbone
-    before = embed(backbone, batch)
-    save_adapter(backbone, tmp_path, older, use_dora=True)
-    expected = embed(backbone, batch)
-    loaded = open_adapter(tmp_path, tiny_folder, dtype="bfloat16")
-    assert {parameter.dtype for parameter in loaded.backbone.parameters()} == {torch.bfloat16}
-    # How far 8 bits of mantissa go astray in two layers depends on the processor's kernels; what
-    # the adapter does is far more.
-    astray = 1 - (embed(loaded.backbone, batch) * expected).sum(1)
-    moved = 1 - (before * expected).sum(1)
-    assert astray.max() < min(0.01, moved.min() / 10), (astray, moved)
 
 
 # --- What is refused -------------------------------------------------------------------------
@@ -278,15 +258,6 @@ def test_model_and_adapter_in_one_folder_are_refused(folder: Path, tiny_folder: 
 # --- Where the base is -----------------------------------------------------------------------
 
 
-def test_base_is_the_one_that_the_adapter_names(folder: Path, tiny_folder: Path) -> None:
-    assert is_adapter(folder)
-    assert not is_adapter(tiny_folder)
-    assert find_folder(str(folder)) == folder
-    assert base_path(folder, copy=None) == str(tiny_folder)
-    assert base_path(folder, copy="Qwen/Qwen2-VL-2B-Instruct") == str(tiny_folder)
-
-
-@pytest.mark.parametrize("copy", ["Qwen/Qwen2.5-VL-3B-Instruct", "/data/Qwen2.5-VL-3B-Instruct/"])
 @pytest.mark.parametrize(
     "base",
     [
@@ -295,12 +266,12 @@ def test_base_is_the_one_that_the_adapter_names(folder: Path, tiny_folder: Path)
         "/home/me/.cache/huggingface/hub/models--Qwen--Qwen2.5-VL-3B-Instruct/snapshots/66285546d",
         "/home/me/.cache/modelscope/hub/models/Qwen/Qwen2___5-VL-3B-Instruct",
         r"C:\models\Qwen2.5-VL-3B-Instruct",
-        "D:/models/Qwen2.5-VL-3B-Instruct",
     ],
 )
-def test_copy_of_the_base_counts_by_its_name(base: str, copy: str, folder: Path) -> None:
+def test_copy_of_the_base_counts_by_its_name(base: str, folder: Path) -> None:
     describe(folder, base_model_name_or_path=base)
-    assert base_path(folder, copy=copy) == copy
+    for copy in ("Qwen/Qwen2.5-VL-3B-Instruct", "/data/Qwen2.5-VL-3B-Instruct/"):
+        assert base_path(folder, copy=copy) == copy
     if base.startswith("Qwen/"):
         assert base_path(folder, copy="/data/other") == base
     else:
@@ -331,6 +302,7 @@ def test_training_starts_from_an_adapter_on_its_base_or_a_local_copy_of_it(
     loaded = open_model(composed(f"init_from={folder}"), lambda: [])
     torch.testing.assert_close(embed(loaded.backbone, batch), expected)
     assert loaded.folder == folder
+    assert (is_adapter(folder), is_adapter(tiny_folder)) == (True, False)
     describe(folder, base_model_name_or_path="someone/tiny-model")
     copy = Path(shutil.copytree(tiny_folder, tmp_path / "tiny-model"))
     options = ("model=qwen2vl", "model.dtype=float32", "model.gradient_checkpointing=false")

@@ -56,7 +56,7 @@ def stock_inputs(sample: Sample, processor: Processor, item: Item) -> dict[str, 
 
 @torch.no_grad()
 @pytest.mark.parametrize("policy", ["causal", "bidirectional"])
-@pytest.mark.parametrize("images", [0, 1, 2, "large"])
+@pytest.mark.parametrize("images", [0, 2, "large"])
 def test_states_and_logits_equal_the_stock_ones(
     images: int | str,
     policy: str,
@@ -170,7 +170,7 @@ def test_positions_of_items_equal_the_stock_ones(
         assert sample.position_ids.tolist() == expected[:, 0].tolist()
 
 
-@pytest.mark.parametrize("size", [(84, 56), (5, 9), (30, 90), (100, 41), (300, 200), (1, 150)])
+@pytest.mark.parametrize("size", [(5, 9), (100, 41), (300, 200), (1, 150)])
 def test_pixels_are_bit_equal_to_the_image_processor(
     size: tuple[int, int],
     loaded: Loaded,

@@ -8,16 +8,13 @@ import pytest
 import torch
 from hydra.utils import instantiate
 from transformers import (
-    AutoConfig,
     AutoModelForImageTextToText,
-    AutoTokenizer,
     Qwen2VLForConditionalGeneration,
 )
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from cocoa_pl.errors import UserError
 from cocoa_pl.models.loading import FAMILIES
-from cocoa_pl.models.tiny import SPECIAL_TOKENS, TWINS, TinySource
+from cocoa_pl.models.tiny import TWINS, TinySource
 from tests.configs import composed
 
 every_family = pytest.mark.parametrize("family", sorted(FAMILIES), indirect=True, scope="session")
@@ -31,49 +28,6 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return state
 
 
-@every_family
-def test_plain_transformers_loads_the_folder_and_generates(family: str, tiny_folder: Path) -> None:
-    loaded: Any = AutoModelForImageTextToText.from_pretrained(tiny_folder, output_loading_info=True)
-    model, info = loaded
-    assert model.config.model_type == family
-    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
-    ids = tokenizer("two boats", return_tensors="pt")["input_ids"]
-    generated = model.generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, do_sample=False
-    )
-    assert generated.shape[1] > ids.shape[1]
-
-
-@every_family
-def test_tokens_of_the_tokenizer_are_those_of_the_config(tiny_folder: Path) -> None:
-    config = AutoConfig.from_pretrained(tiny_folder)
-    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
-    token = tokenizer.convert_tokens_to_ids
-    assert token(list(SPECIAL_TOKENS)) == list(range(7))
-    assert tokenizer.eos_token == "<|im_end|>"
-    assert tokenizer.eos_token_id == config.text_config.eos_token_id
-    assert config.image_token_id == token("<|image_pad|>")
-    assert config.video_token_id == token("<|video_pad|>")
-    assert config.vision_start_token_id == token("<|vision_start|>")
-    assert config.vision_end_token_id == token("<|vision_end|>")
-    assert len(tokenizer) <= 320
-    assert config.text_config.vocab_size == 320 + 4, "reserved rows stay behind the vocabulary"
-
-
-@every_family
-def test_image_processor_keeps_the_given_bounds_and_reads_pixels_like_the_large_models(
-    family: str, tiny_folder: Path, token_side: int
-) -> None:
-    processor = Qwen2VLImageProcessorPil.from_pretrained(tiny_folder)
-    bounds = (processor.size["shortest_edge"], processor.size["longest_edge"])
-    assert bounds == (token_side**2, 6 * token_side**2)
-    assert (processor.patch_size, processor.merge_size) == (token_side // 2, 2)
-    clip = ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711])
-    expected = ([0.5] * 3, [0.5] * 3) if family == "qwen3_vl" else clip
-    assert (list(processor.image_mean), list(processor.image_std)) == expected
-
-
 def test_every_family_has_a_twin_and_another_is_refused(make_source: MakeSource) -> None:
     assert set(TWINS) == set(FAMILIES)
     values = make_source().values | {"cache_dir": ".", "family": "qwen9"}
@@ -81,7 +35,10 @@ def test_every_family_has_a_twin_and_another_is_refused(make_source: MakeSource)
         TinySource(**values)
 
 
-@pytest.mark.parametrize("name", ["tiny", "tiny_qwen25vl", "tiny_qwen3vl"])
+@pytest.mark.parametrize(
+    "name",
+    ["tiny", *(pytest.param(f"tiny_{n}", marks=pytest.mark.slow) for n in ("qwen25vl", "qwen3vl"))],
+)
 def test_tiny_models_are_of_the_size_their_files_tell(
     name: str, texts: list[str], tmp_path: Path
 ) -> None:
