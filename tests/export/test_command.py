@@ -111,23 +111,6 @@ def test_vectors_that_differ_leave_nothing_behind(
     assert "1.0e-02" in console.export_text()
 
 
-def test_exporting_again_keeps_added_and_edited_files(run_folder: Path, console: Console) -> None:
-    out = run_folder / "hf"
-    command.run([str(run_folder), "--to", "sentence-transformers", "--out", str(out)], console)
-    (out / "onnx").mkdir()
-    (out / "onnx/model.onnx").write_text("mine")
-    assert command.run([str(run_folder), "--to", "hf"], console) == 0
-    assert (out / "onnx/model.onnx").read_text() == "mine"
-    assert not (out / "modules.json").exists()
-    assert not (out / "1_Pooling").exists()
-    assert not list(run_folder.glob(".export-*"))
-    card = out / "README.md"
-    card.write_text("a better card")
-    with pytest.raises(UserError, match=r"README\.md was changed .* and would be overwritten"):
-        command.run([str(run_folder), "--to", "hf"], console)
-    assert card.read_text() == "a better card"
-
-
 def test_what_is_no_export_is_not_replaced(run_folder: Path, console: Console) -> None:
     model = str(run_folder / "model")
     (run_folder / "model/README.md").write_text("mine")  # `export` writes none there
@@ -157,11 +140,6 @@ def test_a_damaged_file_of_a_run_is_refused(name: str, run_folder: Path, console
     with pytest.raises(UserError, match=f"{name} is damaged"):
         command.run([str(run_folder), "--to", "hf"], console)
     assert not (run_folder / "hf").exists()
-
-
-def test_a_hub_id_needs_a_place(console: Console) -> None:
-    with pytest.raises(UserError, match="--out"):
-        command.run(["user/some-model", "--to", "hf"], console)
 
 
 def test_without_sentence_transformers_it_is_reported_as_not_computed(

