@@ -39,3 +39,23 @@ def commands() -> list[str]:
 
 
 HERE = [command for command in commands() if not missing(command)]
+
+
+def troubles() -> list[tuple[str, list[str]]]:
+    """Kind, if it has one, and messages of each entry of the troubleshooting page."""
+    lines = (ROOT / "docs" / "troubleshooting.md").read_text().splitlines()
+    found = []
+    for line in lines:
+        cells = re.split(r"(?<!\\)\|", line)[1:-1]  # a bar in a cell has a backslash
+        first = re.findall(r"`([^`]+)`", cells[0].replace("\\|", "|")) if cells else []
+        if len(cells) == 4 and first:
+            found.append((first[0], re.findall(r"`([^`]+)`", cells[1].replace("\\|", "|"))))
+        elif first and re.fullmatch(r"(?: ?`[^`]+`,?)+ ", cells[0]):
+            found.append(("", first))
+    return found
+
+
+def pattern_of(message: str) -> re.Pattern[str]:
+    """A quoted message as a pattern; `…` stands for what differs."""
+    fixed = [part.strip() for part in message.split("…") if part.strip()]
+    return re.compile(".*".join(map(re.escape, fixed)), re.DOTALL)

@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from cocoa_pl.doctor.report import KINDS
+from tests.docs.pages import pattern_of, troubles
+
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
@@ -30,26 +33,35 @@ def literals() -> list[str]:
     return found
 
 
-def quoted() -> list[str]:
-    lines = (DOCS / "troubleshooting.md").read_text().splitlines()
-    return [m[1] for line in lines if (m := re.match(r"\| `([^`]+)` \|", line))]
-
-
-def test_errors_are_quoted() -> None:
-    assert len(quoted()) > 20
-
-
 @pytest.fixture(scope="module")
 def sources() -> list[str]:
-    """The log's %-placeholders are holes, too."""
-    return [re.sub(r"%[sd]", "\0", text) for text in literals()]
+    """The log's %-placeholders are holes, too; the chat template says what is wrong with a text."""
+    template = ROOT / "src/cocoa_pl/data/chat_template.j2"
+    return [re.sub(r"%[sd]", "\0", text) for text in [*literals(), template.read_text()]]
 
 
-@pytest.mark.parametrize("message", quoted())
+@pytest.mark.parametrize("message", [one for _, messages in troubles() for one in messages])
 def test_a_quoted_error_is_one_of_the_code(message: str, sources: list[str]) -> None:
-    fixed = [part.strip() for part in message.split("…") if part.strip()]
-    wanted = re.compile(".*".join(map(re.escape, fixed)), re.DOTALL)
+    wanted = pattern_of(message)
     assert any(wanted.search(text) for text in sources), message
+
+
+def test_every_kind_of_error_has_an_entry_and_is_raised() -> None:
+    kinds = [kind for kind, _ in troubles() if kind]
+    assert sorted(kinds) == sorted(KINDS)
+    files = [path for path in (ROOT / "src").rglob("*.py") if path.name != "report.py"]
+    code = "".join(path.read_text() for path in files)
+    assert [kind for kind in kinds if f'"{kind}"' not in code] == []
+    raised = {
+        ast.literal_eval(given.value)
+        for path in files
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and re.search("UserError$|_tell$", ast.unparse(node.func))
+        for given in node.keywords
+        if given.arg == "kind" and isinstance(given.value, ast.Constant)
+    }
+    assert len(raised) > 5
+    assert raised <= set(KINDS)
 
 
 @pytest.mark.parametrize("path", sorted((DOCS / "examples").rglob("*.*")), ids=lambda p: p.name)

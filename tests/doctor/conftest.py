@@ -90,7 +90,6 @@ def issues(root: Path) -> dict[str, dict[str, Any]]:
     (images / "cut.jpg").write_bytes(whole.getvalue()[:700])
     noise(images / "long.png", (1, 300), seed=101)
     noise(images / "large.png", (112, 112), seed=102)
-    noise(images / "tiny.png", (4, 40), seed=103)
     (images / "copy.png").write_bytes((images / "0.png").read_bytes())
     return {
         "healthy": row("images/0.png", "a red dog"),
@@ -107,7 +106,6 @@ def issues(root: Path) -> dict[str, dict[str, Any]]:
         "repeated": row("images/0.png", "a red dog"),
         "too long": row("images/2.png", " ".join(["a dog and a cat"] * 6)),
         "too large": row("images/large.png", "a large dog"),
-        "tiny": row("images/tiny.png", "a tiny dog"),
         "forgotten": row("images/6.png", "a dog in <image>"),
         "two answers, first": row("", "one dog", qry="Who barks"),
         "two answers, second": row("", "one fox", qry="Who barks"),

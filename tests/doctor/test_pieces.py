@@ -1,47 +1,34 @@
-"""Parts of the doctor: lengths that equal the processor's, ordered work, bars, row errors."""
+"""Parts of the doctor: token counts that equal the processor's, ordered work, facts of a report."""
 
 from __future__ import annotations
 
 import os
-import re
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from cocoa_pl.config.command_line import CONFIGS
 from cocoa_pl.data.examples import CaptionExamples, PairExamples
 from cocoa_pl.data.items import IMAGE_SLOT, Item, Pair
 from cocoa_pl.data.processor import Processor
 from cocoa_pl.data.sampler import mix
-from cocoa_pl.doctor.findings import (
-    KEPT,
-    KINDS,
-    Finding,
-    Findings,
-    Severity,
-)
-from cocoa_pl.doctor.images import DistinctImages, in_workers
-from cocoa_pl.doctor.lengths import measure
-from cocoa_pl.doctor.report import NUM_BINS, bar, make_bins
+from cocoa_pl.doctor.check import Checkup, Lengths
+from cocoa_pl.doctor.measure import Images, count_tokens, in_workers
+from cocoa_pl.doctor.report import LISTED, NUM_BINS, facts_of, findings_of
 from cocoa_pl.errors import UserError
 
 from .conftest import noise
 
 
-class OneStage:
-    """As much of a stage as lengths are measured by."""
-
-    def __init__(self, make_samples: Any) -> None:
-        self.name = "stage"
-        self.make_samples = make_samples
-        self.batch_size = 8
-        self.token_budget = 64
-
-
 def unwatched(values: Any, label: str, total: int) -> Any:
     return values
+
+
+def images_of(items: list[Item]) -> Images:
+    return Images(items, workers=0, watch=unwatched)
 
 
 def random_pairs(folder: Path, count: int) -> list[Pair]:
@@ -58,47 +45,34 @@ def random_pairs(folder: Path, count: int) -> list[Pair]:
 
 
 @pytest.mark.parametrize("make_samples", [CaptionExamples(), PairExamples(max_negatives=1)])
-def test_lengths_are_those_of_samples(
+def test_counted_tokens_are_those_of_samples(
     make_samples: Any, processor: Processor, tmp_path: Path
 ) -> None:
     """Counted from sizes and texts alone, they equal those of samples with opened pictures."""
-    pairs, images = random_pairs(tmp_path, 30), DistinctImages()
-    for pair in pairs:
-        images.note(pair.query)
-    images.open_all(workers=0, watch=unwatched)
-    stages: Any = [OneStage(make_samples)]
-    measured = measure(
-        stages,
-        pairs,
-        processor,
-        images,
-        Findings(),
-        seed=3,
-        workers=0,
-        watch=unwatched,
-    )
+    pairs = random_pairs(tmp_path, 30)
+    images = images_of([pair.query for pair in pairs])
+    counted = count_tokens(pairs, make_samples, processor, images, 3, range(30))
+    assert [row_id for row_id, _ in counted] == [pair.row_id for pair in pairs]
+    totals = [total for _, samples in counted for total in samples]
     samples = [
         processor(context, target, key=0, row_id=pair.row_id)
         for number, pair in enumerate(pairs)
         for context, target in make_samples(pair, np.random.default_rng(mix(3, 0, number)))
     ]
     # Nothing was cut here, or samples would be shorter than counted.
-    assert max(measured.totals) <= processor.max_length
-    assert measured.totals.tolist() == [sample.num_tokens for sample in samples]
-    total = sum(sample.num_tokens for sample in samples) / len(pairs) * 8
-    assert measured.tokens_per_step(stages[0]) == pytest.approx(total)
-    assert measured.passes_per_step(stages[0]) == pytest.approx(total / 64)
+    assert max(sample.num_tokens for sample in samples) <= processor.max_length
+    assert totals == [sample.num_tokens for sample in samples]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_work_comes_back_in_order(workers: int) -> None:
-    results = in_workers(_squares, range(40), chunk=3, workers=workers)
-    assert list(results) == [number**2 for number in range(40)]
+    results = in_workers(_squares, range(300), workers=workers)
+    assert list(results) == [number**2 for number in range(300)]
 
 
 def test_a_killed_worker_is_one_sentence() -> None:
     with pytest.raises(UserError, match=r"ran out; use fewer than workers=2"):
-        list(in_workers(_die, range(8), chunk=1, workers=2))
+        list(in_workers(_die, range(300), workers=2))
 
 
 def _squares(numbers: list[int]) -> list[int]:
@@ -106,61 +80,73 @@ def _squares(numbers: list[int]) -> list[int]:
 
 
 def _die(numbers: list[int]) -> list[int]:
-    if 3 in numbers:
+    if 200 in numbers:
         os._exit(9)
     return numbers
 
 
-def test_embedded_images_are_identified_by_their_bytes(tmp_path: Path) -> None:
-    content = noise(tmp_path / "a.png", (20, 30), seed=0).read_bytes()
-    items = [Item(IMAGE_SLOT, (image,)) for image in (content, bytes(content), b"no picture")]
-    images = DistinctImages()
-    for item in items:
-        images.note(item)
-    images.open_all(workers=0, watch=unwatched)
-    assert images.sizes.tolist() == [[20, 30], [0, 0]]
-    assert [kind for kind, _ in images.faults.values()] == ["corrupt_image"]
-    assert images.content_key(items[0]) == images.content_key(items[1])
-    assert images.content_key(items[0]) != images.content_key(items[2])
+def test_images_are_known_by_content(tmp_path: Path) -> None:
+    path = noise(tmp_path / "a.png", (20, 30), seed=0)
+    content = path.read_bytes()
+    media = (path, content, bytes(content), b"no picture", tmp_path / "none.png")
+    items = [Item(IMAGE_SLOT, (image,)) for image in media]
+    images = images_of(items)
+    assert len(images) == 4
+    assert images.sizes.tolist() == [[20, 30], [20, 30]]
+    kinds = [error.kind for image in media if (error := images[image].error)]
+    assert kinds == ["corrupt_image", "missing_image"]
+    contents = [images.content_of(item) for item in items]
+    assert contents[0] == contents[1] == contents[2]
+    assert len(set(contents)) == 3
+
+
+def checkup(*found: UserError, **changes: Any) -> Checkup:
+    made = Checkup([], 0, 0, unwatched)
+    made.found = [("train", error) for error in found]
+    made.images = images_of([])
+    for name, value in changes.items():
+        setattr(made, name, value)
+    return made
+
+
+def facts(made: Checkup) -> dict[str, Any]:
+    return facts_of(made, findings_of(made), [])
 
 
 def test_findings_beyond_the_limit_are_counted() -> None:
-    findings = Findings()
-    for number in range(KEPT + 7):
-        findings.add(Finding("tiny_image", "train", f"Set row {number}", "", "", ""))
-    assert findings.counts["tiny_image"] == KEPT + 7
-    assert len(findings.kept["tiny_image"]) == KEPT
-    assert not findings.stops_training
-    findings.add(Finding("empty_text", "train", "Set row 0", "", "", ""))
-    assert findings.stops_training
+    many = [UserError("a", kind="image_tag", row_id=f"row {n}") for n in range(LISTED + 7)]
+    found = facts(checkup(*many))
+    assert found["kinds"]["image_tag"]["count"] == LISTED + 7
+    assert found["kinds"]["image_tag"]["listed"] == len(found["findings"]) == LISTED
+    assert not found["stops_training"]
+    assert facts(checkup(*many, UserError("b", kind="empty_text")))["stops_training"]
+
+
+def test_an_error_of_no_known_kind_is_a_bad_row() -> None:
+    """A source of one's own may hand over any."""
+    found = facts(checkup(UserError("odd", row_id="row 3")))
+    assert found["stops_training"]
+    assert found["findings"] == [
+        {"kind": "bad_row", "part": "train", "row_id": "row 3", "role": "", "file": ""}
+        | {"message": "row 3: odd"}
+    ]
 
 
 @pytest.mark.parametrize("longest", [1, 7, 12, 100, 4096])
 def test_every_length_is_in_one_bin(longest: int) -> None:
-    lengths = np.random.default_rng(0).integers(1, longest + 1, 500)
-    lengths[0] = 10 * longest  # an outlier does not stretch the axis
-    bins = make_bins(lengths)
-    assert bins.counts(lengths).sum() == 500
-    assert len(bins.labels) == len(bins.edges) - 1 <= NUM_BINS
-    assert bins.is_open == (lengths.max() >= bins.edges[-1])
-    for place, (low, high) in enumerate(zip(bins.edges, bins.edges[1:], strict=False)):
-        inside = (lengths >= low) & (lengths < high)
-        if place < len(bins.labels) - 1:
-            assert bins.counts(lengths)[place] == inside.sum()
-
-
-def test_every_kind_of_finding_is_documented_under_its_severity() -> None:
-    page = (CONFIGS.parent / "docs" / "doctor.md").read_text().partition("## Lengths")[0]
-    starts = [page.index(f"*{word}") for word in ("Stops training*", "Loses rows", "Information*")]
-    for severity, start, stop in zip(Severity, starts, [*starts[1:], None], strict=True):
-        rows = [line for line in page[start:stop].splitlines() if line.startswith("| `")]
-        named = {kind for line in rows for kind in re.findall(r"`(\w+)`", line.split(" | ")[0])}
-        assert named == {kind for kind, about in KINDS.items() if about.severity is severity}
-
-
-def test_a_bar_is_as_long_as_its_share() -> None:
-    assert bar(0.0, width=8) == ""
-    assert bar(1e-9, width=8) == "▏"
-    assert bar(0.5, width=8) == "████"
-    assert bar(0.55, width=10) == "█████▌"
-    assert bar(1.0, width=8) == "████████"
+    totals = np.random.default_rng(0).integers(1, longest + 1, 500)
+    totals[0] = 10 * longest  # an outlier does not stretch the axis
+    stage: Any = SimpleNamespace(name="stage", batch_size=8, token_budget=64)
+    lengths = Lengths(stage, num_rows=250, totals=totals, num_unknown=0, max_length=longest)
+    (found,) = facts(checkup(lengths=[lengths]))["lengths"]
+    edges, counts = found["histogram"]["edges"], found["histogram"]["counts"]
+    assert sum(counts) == 500
+    assert len(counts) == len(edges) - 1 <= NUM_BINS
+    assert longest < edges[-1] <= 2 * longest + NUM_BINS
+    inside = [((low <= totals) & (totals < high)).sum() for low, high in pairwise(edges)]
+    assert counts[:-1] == inside[:-1]
+    # 500 samples of 250 rows are 16 of a batch; the outlier is cut to `max_length`.
+    step = found["steps"]["stage"]
+    assert step["tokens"] == pytest.approx(np.minimum(totals, longest).mean() * 16)
+    assert step["passes"] == pytest.approx(step["tokens"] / 64)
+    assert found["cut"] == 1

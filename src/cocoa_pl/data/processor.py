@@ -110,6 +110,22 @@ class Processor:
         patches = self.image_processor.get_number_of_image_patches(height, width, bounds)
         return int(patches) // self.merge_size**2
 
+    def room_for_text(self, visual_tokens: Sequence[int], *, row_id: str) -> int:
+        """Tokens left beside EOS and images of so many visual tokens, each with a start and an end.
+
+        Raises:
+            UserError: if there is no room for the images.
+        """
+        needed = 1 + sum(count + 2 for count in visual_tokens)
+        if needed > self.max_length:
+            raise UserError(
+                f"images and the end token take {needed} tokens, more than max_length="
+                f"{self.max_length}; lower max_pixels or raise max_length",
+                kind="images_exceed_length",
+                row_id=row_id,
+            )
+        return self.max_length - needed
+
     def __call__(
         self,
         context: Item,
@@ -129,14 +145,7 @@ class Processor:
         parts = self._parts(context, row_id)
         images = [part for part in parts if isinstance(part, _Patches)]
         target_ids = [] if target is None else self._text_ids(target)
-        budget = self.max_length - 1 - sum(image.num_tokens + 2 for image in images)
-        if budget < 0:
-            raise UserError(
-                f"images and the end token take {self.max_length - budget} tokens, more than "
-                f"max_length={self.max_length}; lower max_pixels or raise max_length",
-                kind="images_exceed_length",
-                row_id=row_id,
-            )
+        budget = self.room_for_text([image.num_tokens for image in images], row_id=row_id)
         parts, target_ids = self._truncated(parts, target_ids, budget, row_id)
 
         ids: list[int] = []

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+import sys
 from collections.abc import Iterable, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +17,15 @@ from cocoa_pl.config.build import build
 from cocoa_pl.config.command_line import run_app
 from cocoa_pl.config.saved import settled
 from cocoa_pl.data.mmeb_eval import MmebBenchmark
+from cocoa_pl.data.pairs import Pairs
 from cocoa_pl.data.processor import Processor
 from cocoa_pl.data.sources import HeldOutBenchmark, distinct_texts
-from cocoa_pl.doctor.check_data import check_data
-from cocoa_pl.doctor.findings import Findings
-from cocoa_pl.doctor.reading import Reading, read
-from cocoa_pl.doctor.report import print_report, write_json
+from cocoa_pl.doctor.check import Checkup
+from cocoa_pl.doctor.report import facts_of, findings_of, print_report
 from cocoa_pl.errors import UserError
 from cocoa_pl.for_mteb.benchmark import MtebBenchmark
 from cocoa_pl.models.loading import load_inputs
 from cocoa_pl.run import build_stages, make_processors, model_folders
-from cocoa_pl.stages.recipe import Stage
 
 WOULD_STOP = 1  # exit status: something would stop training
 
@@ -51,14 +50,10 @@ def check(cfg: DictConfig, console: Console) -> int:
             node.on_bad_row = "skip"
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)  # refused before the work, not after
-    findings = Findings()
-    with console.status("reading rows"):
-        stages = build_stages(cfg)
-        data = build(cfg.data)
-        benchmark = build(cfg.benchmark) if cfg.evaluate else None
-        reading = _read(cfg, stages, data, benchmark, findings)
-        processors, reason = _processors(cfg, reading)
-    workers = os.cpu_count() or 1 if cfg.workers is None else cfg.workers
+    workers = cfg.workers
+    if workers is None:  # of the cores, those that this process may use, where the system says so
+        is_told = sys.platform == "linux"
+        workers = len(os.sched_getaffinity(0)) if is_told else os.cpu_count() or 1
     columns = (BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress("{task.description}", *columns, console=console, transient=True) as progress:
 
@@ -67,38 +62,26 @@ def check(cfg: DictConfig, console: Console) -> int:
                 console.print(f"checking {label} ({total:,})", highlight=False)
             return progress.track(values, total, description=label)
 
-        checked = check_data(
-            reading,
-            stages,
-            findings,
-            processors=processors,
-            seed=cfg.seed,
-            workers=workers,
-            watch=watch,
-        )
+        checkup = Checkup(build_stages(cfg), cfg.seed, workers, watch)
+        names = cfg.data.get("subsets") or []
+        checkup.read_training(build(cfg.data), _one_by_one(cfg.data, names))
+        benchmark = build(cfg.benchmark) if cfg.evaluate else None
+        # The validation rows are read anyway; mteb alone reads those of its tasks.
+        if benchmark is not None and not isinstance(benchmark, HeldOutBenchmark | MtebBenchmark):
+            names = list(benchmark.table) if isinstance(benchmark, MmebBenchmark) else []
+            checkup.read_exam(benchmark.name, _one_by_one(cfg.benchmark, names) or [benchmark])
+        processors, reason = _processors(cfg, checkup)
+        checkup.check(processors)
     not_checked = [reason] if reason else []
     if isinstance(benchmark, MtebBenchmark):
         not_checked.append("rows of the benchmark: mteb alone reads those of its tasks")
-    print_report(console, checked, not_checked=not_checked)
-    write_json(out / "doctor.json", checked, not_checked=not_checked)
-    console.print(f"written: {out / 'doctor.json'}", soft_wrap=True, highlight=False)
-    return WOULD_STOP if findings.stops_training else 0
-
-
-def _read(
-    cfg: DictConfig, stages: Sequence[Stage], data: Any, benchmark: Any, findings: Findings
-) -> Reading:
-    if isinstance(benchmark, HeldOutBenchmark | MtebBenchmark):
-        benchmark = None  # the validation rows, which are read anyway, or rows that mteb reads
-    scored = list(benchmark.table) if isinstance(benchmark, MmebBenchmark) else []
-    return read(
-        data,
-        stages,
-        benchmark,
-        findings,
-        data_pieces=lambda: _one_by_one(cfg.data, cfg.data.get("subsets") or []),
-        benchmark_pieces=lambda: _one_by_one(cfg.benchmark, scored),
-    )
+    findings = findings_of(checkup)
+    facts = facts_of(checkup, findings, not_checked)
+    print_report(console, facts, findings)
+    file = out / "doctor.json"
+    file.write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
+    console.print(f"written: {file}", soft_wrap=True, highlight=False)
+    return WOULD_STOP if facts["stops_training"] else 0
 
 
 def _one_by_one(node: DictConfig, names: Sequence[str]) -> list[Any]:
@@ -120,17 +103,17 @@ def _one_by_one(node: DictConfig, names: Sequence[str]) -> list[Any]:
     return made
 
 
-def _processors(cfg: DictConfig, reading: Reading) -> tuple[list[Processor], str]:
+def _processors(cfg: DictConfig, checkup: Checkup) -> tuple[list[Processor], str]:
     """Processors for training and for evaluation, or a sentence on why there are none.
 
     Raises:
         UserError: for a folder that was named and is none, or a model that is not supported.
     """
-    if not any(len(source.train) for source in reading.sources):
+    pairs = Pairs.joined([source.train for source in checkup.sources])
+    if not pairs:
         return [], "token lengths: there are no rows"
-    texts = chain.from_iterable(source.train for source in reading.sources)
     try:
-        folder, _ = model_folders(cfg, lambda: distinct_texts(texts))
+        folder, _ = model_folders(cfg, lambda: distinct_texts(pairs))
     except UserError as error:
         if not isinstance(error.__cause__, OSError):  # not the network
             raise

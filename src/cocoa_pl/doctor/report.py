@@ -2,256 +2,216 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
-from rich.console import Console, Group, RenderableType
+import pandas as pd
+from matplotlib.ticker import MaxNLocator
+from rich.bar import Bar
+from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from cocoa_pl.doctor.check_data import CheckedData
-from cocoa_pl.doctor.findings import KINDS, Findings, Severity
-from cocoa_pl.doctor.lengths import StageLengths
+from cocoa_pl.doctor.check import Checkup, Lengths
 
 FORMAT_VERSION = 1
+LISTED = 1000  # findings of a kind that doctor.json lists; the rest is counted
 SHOWN_ROWS = 3
-PERCENTILES = (50, 90, 99)
 NUM_BINS = 12
-NICE_STEPS = (1, 2, 4, 5, 8)  # times a power of ten
-EIGHTHS = " ▏▎▍▌▋▊▉█"
 
 _LEGEND = "tokens of a sample; samples cut; tokens of a step over all GPUs, in passes"
-_COLOURS = {Severity.STOPS: "red", Severity.LOSES: "yellow", Severity.INFORMS: "cyan"}
+
+# What a finding does to a run with `on_bad_row=fail`, and its colour.
+SEVERITIES = {
+    "stops": ("stops training", "red"),
+    "loses": ("loses rows or text", "yellow"),
+    "informs": ("information", "cyan"),
+}
+# Kind -> severity, title and advice, in the report's order.
+KINDS = {
+    "unreadable_source": ("stops", "files or folders that cannot be read", "see the message"),
+    "too_few_rows": ("stops", "stage without enough rows", "more rows, or another batch_size"),
+    "missing_image": ("stops", "image missing", "unpack all image archives; check image_root"),
+    "unreadable_file": ("stops", "file that cannot be reached", "its owner, its mode, or a link"),
+    "path_outside_root": ("stops", "image path leaves the root", "write it relative to image_root"),
+    "corrupt_image": ("stops", "image corrupt or cut off", "fetch the file again"),
+    "elongated_image": ("stops", "image too elongated", "crop it or drop the row"),
+    "placeholder_mismatch": ("stops", "placeholder and image do not match", "one for each image"),
+    "empty_text": ("stops", "neither text nor image", "fill the side or drop the row"),
+    "duplicate_pair": ("stops", "same pair twice", "remove one"),
+    "bad_row": ("stops", "row of the wrong form", "see the message"),
+    "images_exceed_length": ("stops", "images alone exceed max_length", "lower max_pixels"),
+    "repeated_row": ("loses", "row repeats another, left out", "nothing, or remove it"),
+    "truncated_text": ("loses", "text cut to max_length", "raise max_length or shorten texts"),
+    "negative_is_positive": ("loses", "negative equal to the positive", "mine negatives again"),
+    "overlap_pair": ("informs", "pair is in the evaluation, too", "drop it: it raises scores"),
+    "overlap_query": ("informs", "query is in the evaluation, too", "drop it: it raises scores"),
+    "overlap_image": ("informs", "image is in the evaluation, too", "drop it to have it unseen"),
+    "several_positives": ("informs", "query with several positives", "no negatives of each other"),
+    "image_tag": ("informs", "text holds the placeholder of an image", "is the image missing?"),
+}
 
 
-def print_report(console: Console, checked: CheckedData, *, not_checked: Sequence[str]) -> None:
-    """Print the whole report: what was read, lengths, findings, verdict."""
-    stops, loses, informs = (checked.findings.total(severity) for severity in Severity)
-    if stops:
-        verdict = f"[bold red]{stops:,} finding(s) would stop training[/] (on_bad_row=fail)"
-    else:
-        lost = f"; {loses:,} row(s) or texts are lost" if loses else ""
-        verdict = f"[bold green]nothing would stop training[/]{lost}; "
-        verdict += f"{informs:,} for your information"
-    parts: list[RenderableType] = [_inventory(checked)]
-    if checked.lengths:
-        parts += ["", text_histogram(checked.lengths, width=console.width)]
-        parts += ["", _length_table(checked.lengths), f"[dim]{_LEGEND}[/]"]
-    parts += ["", _summary(checked.findings)]
-    parts += [f"[yellow]not checked[/]: {escape(sentence)}" for sentence in not_checked]
-    console.print(Group(*parts, verdict), highlight=False)
+def findings_of(checkup: Checkup) -> pd.DataFrame:
+    """A row for each finding, kind after kind: kind, part, row_id, role, file and message."""
+    rows = [
+        # A source of one's own may hand over an error of no kind.
+        (e.kind if e.kind in KINDS else "bad_row", part, e.row_id, e.role, e.file, str(e))
+        for part, e in checkup.found
+    ]
+    table = pd.DataFrame(rows, columns=["kind", "part", "row_id", "role", "file", "message"])
+    table["kind"] = table["kind"].astype(pd.CategoricalDtype([*KINDS]))
+    return table.sort_values("kind", kind="stable")
 
 
-def write_json(path: Path, checked: CheckedData, *, not_checked: Sequence[str]) -> None:
-    """The machine-readable report: counts of every kind, the first findings of each in full."""
-    findings = checked.findings
-    content = {
+def facts_of(
+    checkup: Checkup, findings: pd.DataFrame, not_checked: Sequence[str]
+) -> dict[str, Any]:
+    """What doctor.json holds: counts of every kind, the first findings of each in full."""
+    every = findings["kind"].value_counts(sort=False)
+    counts = {str(kind): int(count) for kind, count in every.items() if count}
+    sizes = checkup.images.sizes
+    visual = checkup.visual_tokens
+    images = {"width": sizes[:, 0], "height": sizes[:, 1], "visual_tokens": visual}
+    everything = np.concatenate([np.ones(1), *(one.totals for one in checkup.lengths)])
+    # Round, and the last bin also holds what is longer: 0.5 %.
+    reach = np.quantile(everything, 0.995) + 1
+    edges = np.array(MaxNLocator(NUM_BINS, integer=True).tick_values(0, reach), np.int64)
+    return {
         "format": FORMAT_VERSION,
-        "stops_training": findings.stops_training,
-        "rows": checked.rows,
+        "stops_training": any(KINDS[kind][0] == "stops" for kind in counts),
+        "rows": checkup.num_rows,
         "kinds": {
             kind: {
-                "severity": KINDS[kind].severity.name.lower(),
-                "title": KINDS[kind].title,
-                "advice": KINDS[kind].advice,
-                "count": findings.counts[kind],
-                "listed": len(findings.kept[kind]),
+                **dict(zip(("severity", "title", "advice"), KINDS[kind], strict=True)),
+                "count": count,
+                "listed": min(count, LISTED),
             }
-            for kind in findings.kinds()
+            for kind, count in counts.items()
         },
-        "findings": [asdict(f) for kind in findings.kinds() for f in findings.kept[kind]],
-        "images": _image_facts(checked),
-        "lengths": [_length_facts(one) for one in checked.lengths],
+        "findings": findings.groupby("kind", observed=True).head(LISTED).to_dict("records"),
+        "images": {
+            "count": len(checkup.images),
+            "unreadable": len(checkup.images) - len(sizes),
+            **{name: spread(values) for name, values in images.items() if len(values)},
+        },
+        "lengths": [_length_facts(one, edges) for one in checkup.lengths],
         "not_checked": list(not_checked),
     }
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
-def _inventory(checked: CheckedData) -> Table:
-    grid = Table.grid(padding=(0, 2))
-    rows = ", ".join(f"{part} {count:,}" for part, count in checked.rows.items())
-    grid.add_row("[bold]rows[/]", escape(rows))
-    sizes = checked.sizes
-    if not len(sizes):
-        count = checked.num_images
-        text = f"{count:,}, none of which can be read" if count else "none"
-        grid.add_row("[bold]images[/]", text)
-        return grid
-    areas = sizes.prod(axis=1)
-    small, large = sizes[areas.argmin()].tolist(), sizes[areas.argmax()].tolist()
-    unreadable = checked.num_images - len(sizes)
-    text = f"{checked.num_images:,}, from {small[0]} x {small[1]} to {large[0]} x {large[1]}"
-    text += f" pixels; {unreadable:,} cannot be read" if unreadable else " pixels"
-    grid.add_row("[bold]images[/]", text)
-    if len(checked.visual):
-        found = percentiles(checked.visual)
-        each = ", ".join(f"{name} {found[name]:,.0f}" for name in ("p50", "p90", "p99", "max"))
-        grid.add_row("", f"visual tokens of an image: {each}")
-    return grid
+def _length_facts(one: Lengths, edges: np.ndarray) -> dict[str, Any]:
+    """Of samples, and of steps over all ranks with texts cut to `max_length`."""
+    given, stage = np.minimum(one.totals, one.max_length), one.stage
+    per_row = given.mean() * (len(given) + one.num_unknown) / one.num_rows if len(given) else 0.0
+    tokens, budget = float(per_row * stage.batch_size), stage.token_budget
+    counts, _ = np.histogram(np.minimum(one.totals, edges[-1] - 1), edges)
+    return {
+        "stages": [stage.name],
+        "rows": one.num_rows,
+        "samples": len(one.totals),
+        "unknown": one.num_unknown,
+        "max_length": one.max_length,
+        "cut": int((one.totals > one.max_length).sum()),
+        "tokens": spread(one.totals) if len(one.totals) else None,
+        "histogram": {"edges": edges.tolist(), "counts": counts.tolist()},
+        "steps": {
+            stage.name: {"tokens": tokens, "token_budget": budget, "passes": tokens / budget}
+        },
+    }
 
 
-def _length_table(lengths: Sequence[StageLengths]) -> Table:
+def spread(values: np.ndarray) -> dict[str, float]:
+    """`{"min", "p50", "p90", "p99", "max", "mean"}` of a non-empty array."""
+    found = {f"p{p}": float(np.percentile(values, p)) for p in (0, 50, 90, 99, 100)}
+    return {"min": found.pop("p0"), "max": found.pop("p100"), **found, "mean": float(values.mean())}
+
+
+def print_report(console: Console, facts: dict[str, Any], findings: pd.DataFrame) -> None:
+    """Print what was read, lengths, findings and a verdict."""
+    images, lengths = facts["images"], [one for one in facts["lengths"] if one["samples"]]
+    rows = ", ".join(f"{part} {count:,}" for part, count in facts["rows"].items())
+    print_line = partial(console.print, highlight=False)
+    print_line(f"[bold]rows[/]: {escape(rows)}")
+    unreadable = images["unreadable"]
+    more = f", of which {unreadable:,} cannot be read" if unreadable else ""
+    print_line(f"[bold]images[/]: {images['count']:,}{more}")
+    for name in ("width", "height", "visual_tokens"):
+        if name in images:
+            print_line(f"  {name.replace('_', ' ')}: {_spread_words(images[name])}")
+    if lengths:
+        print_line("", _histograms(lengths, width=console.width), "", _length_table(lengths))
+        print_line(f"[dim]{_LEGEND}[/]")
+    print_line("", _summary(findings))
+    for sentence in facts["not_checked"]:
+        print_line(f"[yellow]not checked[/]: {escape(sentence)}")
+    totals = dict.fromkeys(SEVERITIES, 0)
+    for about in facts["kinds"].values():
+        totals[about["severity"]] += about["count"]
+    if facts["stops_training"]:
+        words = f"[bold red]{totals['stops']:,} finding(s) would stop training[/] (on_bad_row=fail)"
+    else:
+        lost = f"; {totals['loses']:,} row(s) or texts are lost" if totals["loses"] else ""
+        words = f"[bold green]nothing would stop training[/]{lost}; "
+        words += f"{totals['informs']:,} for your information"
+    print_line(words)
+
+
+def _spread_words(found: dict[str, float]) -> str:
+    return ", ".join(f"{name} {found[name]:,.0f}" for name in ("min", "p50", "p90", "p99", "max"))
+
+
+def _histograms(lengths: Sequence[dict[str, Any]], *, width: int) -> Table:
+    """One column of bars for each kind of stage, in `width` characters altogether."""
+    room = max(4, min(30, (width - 12) // len(lengths) - 10))
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    table.add_column("tokens", justify="right", no_wrap=True, style="dim")
+    for one in lengths:
+        table.add_column(", ".join(one["stages"]), no_wrap=True, width=room, overflow="ellipsis")
+        table.add_column("", no_wrap=True, justify="right", style="dim")
+    for place, start in enumerate(lengths[0]["histogram"]["edges"][:-1]):
+        cells: list[RenderableType] = [f"{start}-"]
+        for one in lengths:
+            counts = one["histogram"]["counts"]
+            bar = Bar(max(counts), 0, counts[place], width=room, color="cyan")
+            share = counts[place] / one["samples"]
+            cells += [bar, f"{share:.0%}" if share >= 0.01 else "<1%" if share else ""]
+        table.add_row(*cells)
+    return table
+
+
+def _length_table(lengths: Sequence[dict[str, Any]]) -> Table:
     """What samples cost, and what the token budget makes of a step."""
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
     table.add_column("stage", no_wrap=True)
     for name in ("p50", "p90", "p99", "max", "cut", "step", "budget", "passes"):
         table.add_column(name, justify="right", no_wrap=True)
     for one in lengths:
-        if not len(one.totals):
-            continue
-        found = percentiles(one.totals)
-        cut = one.num_cut
-        for stage in one.stages:
-            table.add_row(
-                stage.name,
-                *[f"{found[name]:,.0f}" for name in ("p50", "p90", "p99", "max")],
-                f"{cut:,}",
-                f"{one.tokens_per_step(stage):,.0f}",
-                f"{stage.token_budget:,}",
-                f"{np.ceil(one.passes_per_step(stage)):,.0f}",
-            )
+        of_samples = [one["tokens"][name] for name in ("p50", "p90", "p99", "max")] + [one["cut"]]
+        for stage, step in one["steps"].items():
+            numbers = [*of_samples, step["tokens"], step["token_budget"], np.ceil(step["passes"])]
+            table.add_row(stage, *[f"{number:,.0f}" for number in numbers])
     return table
 
 
-def _summary(findings: Findings) -> Table:
+def _summary(findings: pd.DataFrame) -> Table:
+    """Of each kind how many there are, what to do, and the first rows."""
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_header=False)
     table.add_column(justify="right", no_wrap=True)
     table.add_column(overflow="fold")
-    for severity in Severity:
-        kinds = [kind for kind in findings.kinds() if KINDS[kind].severity is severity]
-        if not kinds:
-            continue
-        colour = _COLOURS[severity]
-        table.add_row("", f"[bold {colour}]{severity.value}[/]")
-        for kind in kinds:
-            about = KINDS[kind]
-            table.add_row(
-                f"[{colour}]{findings.counts[kind]:,}[/]",
-                f"{about.title} [dim]({escape(about.advice)})[/]\n"
-                f"[dim]{escape(_examples(findings, kind))}[/]",
-            )
-    return table
-
-
-def _examples(findings: Findings, kind: str) -> str:
-    """Names of the first rows; where no row is meant, the first message."""
-    kept = findings.kept[kind]
-    rows = list(dict.fromkeys(finding.row_id for finding in kept if finding.row_id))
-    if not rows:
-        return kept[0].message
-    more = findings.counts[kind] > SHOWN_ROWS and len(rows) >= SHOWN_ROWS
-    return ", ".join(rows[:SHOWN_ROWS]) + (", ..." if more else "")
-
-
-def _image_facts(checked: CheckedData) -> dict[str, Any]:
-    sizes = checked.sizes
-    facts: dict[str, Any] = {
-        "count": checked.num_images,
-        "unreadable": checked.num_images - len(sizes),
-    }
-    if len(sizes):
-        facts["width"] = {"min": int(sizes[:, 0].min()), **percentiles(sizes[:, 0])}
-        facts["height"] = {"min": int(sizes[:, 1].min()), **percentiles(sizes[:, 1])}
-    if len(checked.visual):
-        visual = checked.visual
-        facts["visual_tokens"] = {"min": int(visual.min()), **percentiles(visual)}
-    return facts
-
-
-def _length_facts(one: StageLengths) -> dict[str, Any]:
-    bins = make_bins(one.totals)
-    return {
-        "stages": [stage.name for stage in one.stages],
-        "rows": one.num_rows,
-        "samples": len(one.totals),
-        "unknown": one.num_unknown,
-        "max_length": one.max_length,
-        "cut": one.num_cut,
-        "tokens": percentiles(one.totals) if len(one.totals) else None,
-        "histogram": {"edges": bins.edges.tolist(), "counts": bins.counts(one.totals).tolist()},
-        "steps": {
-            stage.name: {
-                "tokens": one.tokens_per_step(stage),
-                "token_budget": stage.token_budget,
-                "passes": one.passes_per_step(stage),
-            }
-            for stage in one.stages
-        },
-    }
-
-
-@dataclass(frozen=True)
-class Bins:
-    """Equal bins from zero; the last one also holds everything longer.
-
-    Attributes:
-        edges: int64 [B + 1]; bin b holds lengths from edges[b] to edges[b + 1] - 1.
-        is_open: whether anything is longer than the last edge.
-    """
-
-    edges: np.ndarray
-    is_open: bool
-
-    def counts(self, lengths: np.ndarray) -> np.ndarray:
-        """int64 [B], how many lengths are in each bin."""
-        places = np.minimum(lengths // self.edges[1], len(self.edges) - 2)
-        return np.bincount(places, minlength=len(self.edges) - 1)
-
-    @property
-    def labels(self) -> list[str]:
-        starts, ends = self.edges[:-1].tolist(), (self.edges[1:] - 1).tolist()
-        spans = [f"{a}-{b}" if a < b else f"{a}" for a, b in zip(starts, ends, strict=True)]
-        return [*spans[:-1], f"{starts[-1]}+"] if self.is_open else spans
-
-
-def make_bins(lengths: np.ndarray) -> Bins:
-    """At most `NUM_BINS` bins with round edges, of which the last may be open: 0.5 % are longer."""
-    longest = int(lengths.max(initial=1))
-    reach = int(np.quantile(lengths, 0.995)) if len(lengths) else 1
-    reach = longest if longest <= 1.25 * reach else max(1, reach)
-    step = next(
-        nice
-        for power in range(20)
-        for nice in (s * 10**power for s in NICE_STEPS)
-        if nice * NUM_BINS > reach
-    )
-    num_bins = min(NUM_BINS, reach // step + 1)
-    return Bins(np.arange(num_bins + 1) * step, longest >= num_bins * step)
-
-
-def percentiles(values: np.ndarray) -> dict[str, float]:
-    """`{"p50", "p90", "p99", "max", "mean"}` of a non-empty array."""
-    found = {f"p{p}": float(np.percentile(values, p)) for p in PERCENTILES}
-    return {**found, "max": float(values.max()), "mean": float(values.mean())}
-
-
-def bar(share: float, *, width: int) -> str:
-    """A bar of eighths of a character; anything above zero is seen."""
-    eighths = max(1, round(share * width * 8)) if share > 0 else 0
-    whole, rest = divmod(eighths, 8)
-    return "█" * whole + (EIGHTHS[rest] if rest else "")
-
-
-def text_histogram(lengths: Sequence[StageLengths], *, width: int) -> Table:
-    """One column of bars for each kind of stage, in `width` characters altogether."""
-    bins = make_bins(np.concatenate([one.totals for one in lengths]))
-    label = max(map(len, bins.labels))
-    room = max(4, min(30, (width - label - 2) // len(lengths) - 8))
-    table = Table(box=None, padding=(0, 2, 0, 0), title_justify="left", pad_edge=False)
-    table.add_column("tokens", justify="right", no_wrap=True, style="dim")
-    for one in lengths:
-        table.add_column(one.name, no_wrap=True, max_width=room + 6, overflow="ellipsis")
-    counts = [bins.counts(one.totals) for one in lengths]
-    tops = [max(1, int(count.max())) for count in counts]
-    for row, name in enumerate(bins.labels):
-        cells = []
-        for count, top in zip(counts, tops, strict=True):
-            share = 100 * count[row] / max(1, count.sum())
-            text = "" if not count[row] else "<1 %" if share < 1 else f"{share:.0f} %"
-            cells.append(f"[cyan]{bar(count[row] / top, width=room)}[/] [dim]{text}[/]")
-        table.add_row(name, *cells)
+    before = ""
+    for kind, some in findings.groupby("kind", observed=True):
+        severity, title, advice = KINDS[str(kind)]
+        words, colour = SEVERITIES[severity]
+        if severity != before:
+            table.add_row("", f"[bold {colour}]{words}[/]")
+        before = severity
+        rows = [row_id for row_id in some["row_id"].unique() if row_id]
+        # Where no row is meant, the first message.
+        examples = ", ".join(rows[:SHOWN_ROWS]) or some["message"].iloc[0]
+        examples += ", ..." if rows[SHOWN_ROWS:] else ""
+        told = f"{title} [dim]({escape(advice)})[/]\n[dim]{escape(examples)}[/]"
+        table.add_row(f"[{colour}]{len(some):,}[/]", told)
     return table
