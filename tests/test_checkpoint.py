@@ -48,12 +48,6 @@ def state_of(backbone: Backbone) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in trained_state(backbone).items()}
 
 
-def test_only_what_trains_is_saved(load_tiny: LoadTiny) -> None:
-    saved = trained_state(adapted(load_tiny))
-    assert saved
-    assert all("lora_" in name for name in saved)
-
-
 def test_adapters_come_back_as_they_were(load_tiny: LoadTiny, tmp_path: Path) -> None:
     saved, other = state_of(adapted(load_tiny)), adapted(load_tiny)
     path, state = tmp_path / "last.ckpt", {f"backbone.{n}": v for n, v in saved.items()}
@@ -61,66 +55,43 @@ def test_adapters_come_back_as_they_were(load_tiny: LoadTiny, tmp_path: Path) ->
     found = checkpoint.read_weights(path, checkpoint.read(path))
     checkpoint.load_trained(other, found, where="last.ckpt")
     assert found.keys() == saved.keys()
+    assert all("lora_" in name for name in saved)
     for name, value in trained_state(other).items():
         assert torch.equal(value, saved[name])
 
 
-def test_fully_tuned_weights_come_back_as_they_were(load_tiny: LoadTiny) -> None:
-    trained, other = (load_tiny().backbone.requires_grad_(True) for _ in range(2))
-    for parameter in trained.parameters():
-        parameter.data.add_(0.1)
-    checkpoint.load_trained(other, state_of(trained), where="last.ckpt")
-    for name, value in trained.state_dict().items():
-        assert torch.equal(other.state_dict()[name], value), name
-
-
-def test_a_missing_adapter_is_refused_by_name(load_tiny: LoadTiny) -> None:
-    backbone = adapted(load_tiny)
-    state = state_of(backbone)
-    name = sorted(n for n in state if "lora_A" in n)[0]
-    del state[name]
-    message = re.escape(f"last.ckpt misses 1 weights, first {name}")
-    with pytest.raises(UserError, match=message):
-        checkpoint.load_trained(backbone, state, where="last.ckpt")
-
-
-def test_an_unexpected_adapter_is_refused_by_name(load_tiny: LoadTiny) -> None:
-    backbone = adapted(load_tiny)
-    state = state_of(backbone) | {"model.extra.lora_A.weight": torch.ones(1)}
-    with pytest.raises(UserError, match=r"has unexpected 1 weights, first model\.extra\.lora_A"):
-        checkpoint.load_trained(backbone, state, where="last.ckpt")
+def test_weights_that_do_not_fit_are_refused_by_name_and_change_nothing(
+    load_tiny: LoadTiny,
+) -> None:
+    backbone, state = adapted(load_tiny), state_of(adapted(load_tiny))
+    before = {n: v.clone() for n, v in backbone.state_dict().items()}
+    name = min(n for n in state if "lora_A" in n)
+    missing = {n: v + 1 for n, v in state.items() if n != name}
+    unexpected = state | {"model.extra.lora_A.weight": torch.ones(1)}
+    for wrong, message in (
+        (missing, f"last.ckpt misses 1 weights, first {name}"),
+        (unexpected, "last.ckpt has unexpected 1 weights, first model.extra.lora_A"),
+    ):
+        with pytest.raises(UserError, match=re.escape(message)):
+            checkpoint.load_trained(backbone, wrong, where="last.ckpt")
+    assert all(torch.equal(backbone.state_dict()[n], v) for n, v in before.items())
 
 
 def test_adapters_that_never_trained_are_refused_and_a_part_of_them_is_not(
-    load_tiny: LoadTiny,
+    load_tiny: LoadTiny, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Pairs of texts alone leave the vision tower's as they began."""
     state = state_of(adapted(load_tiny))
     first, *others = sorted(n for n in state if "lora_B" in n)
+    check_trained(state, where="last.ckpt")
+    assert not caplog.text
     state[first].zero_()
     check_trained(state, where="last.ckpt")
+    assert f"last.ckpt: 1 of {1 + len(others)} lora_B are zero, first {first}" in caplog.text
     for name in others:
         state[name].zero_()
     with pytest.raises(UserError, match=r"last\.ckpt was never trained: all lora_B are zero"):
         check_trained(state, where="last.ckpt")
-
-
-def test_a_refused_checkpoint_changes_nothing(load_tiny: LoadTiny) -> None:
-    backbone = adapted(load_tiny)
-    before = {n: v.clone() for n, v in backbone.state_dict().items()}
-    state = state_of(adapted(load_tiny))
-    del state[next(iter(state))]
-    with pytest.raises(UserError):
-        checkpoint.load_trained(backbone, state, where="last.ckpt")
-    assert all(torch.equal(backbone.state_dict()[n], v) for n, v in before.items())
-
-
-def test_renamed_folders_of_shards_stay(tmp_path: Path) -> None:
-    for name in ("0-100.shards", "0-200.shards", "best.shards"):
-        (tmp_path / name).mkdir()
-    checkpoint._link(tmp_path / "last.ckpt", tmp_path / "0-200.shards")
-    left = sorted(path.name for path in tmp_path.iterdir())
-    assert left == ["0-200.shards", "best.shards", "last.ckpt"]
 
 
 def test_adapters_on_another_base_are_refused(load_tiny: LoadTiny) -> None:
@@ -133,11 +104,6 @@ def test_adapters_on_another_base_are_refused(load_tiny: LoadTiny) -> None:
     with pytest.raises(UserError, match=r"last\.ckpt was trained on another base"):
         checkpoint.check_base(content, checkpoint.base_of(other), where="last.ckpt")
     checkpoint.check_base({"cocoa": {}}, base, where="an older one")
-
-
-def test_a_missing_checkpoint_is_named_by_path(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"there is no checkpoint .*none\.ckpt"):
-        checkpoint.read(tmp_path / "none.ckpt")
 
 
 @pytest.mark.parametrize(
@@ -158,13 +124,11 @@ def test_a_damaged_checkpoint_is_named_by_path(
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(UserError, match=r"last\.ckpt cannot be read as a checkpoint"):
         checkpoint.read(path)
-
-
-@pytest.mark.parametrize("content", [{"state_dict": {}}, [1, 2], torch.ones(2)])
-def test_a_foreign_checkpoint_is_refused(content: object, tmp_path: Path) -> None:
-    path = tmp_path / "last.ckpt"
-    torch.save(content, path)
+    torch.save({"state_dict": {}}, path)
     with pytest.raises(UserError, match=r"last\.ckpt is not a checkpoint of cocoa_pl"):
+        checkpoint.read(path)
+    path.unlink()
+    with pytest.raises(UserError, match=r"there is no checkpoint .*last\.ckpt"):
         checkpoint.read(path)
 
 
@@ -197,7 +161,7 @@ def fit(path: Path, *, steps: int, every: int, module: Toy) -> None:
     trainer.fit(module, DataLoader(TensorDataset(torch.ones(20, 1))))
 
 
-@pytest.mark.parametrize(("steps", "every"), [(4, 2), (4, 100), (5, 2)])
+@pytest.mark.parametrize(("steps", "every"), [(4, 100), (5, 2)])
 def test_the_last_step_is_always_saved(steps: int, every: int, tmp_path: Path) -> None:
     path, module = tmp_path / "last.ckpt", Toy()
     fit(path, steps=steps, every=every, module=module)

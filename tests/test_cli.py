@@ -32,10 +32,9 @@ def test_the_printed_grid_is_the_papers(tmp_path: Path, capsys: pytest.CaptureFi
     assert PAPER in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-def test_every_policy_has_a_picture(policy: str, tmp_path: Path) -> None:
+def test_a_policy_has_a_picture(tmp_path: Path) -> None:
     png = tmp_path / "grid.png"
-    cli.run(["attention", policy, "--lengths", "3,1,4", "--png", str(png)])
+    cli.run(["attention", "eos_bridge", "--lengths", "3,1,4", "--png", str(png)])
     with Image.open(png) as picture:
         assert picture.size[0] > 300
         # unseen cells aside, the three segments' colours are there

@@ -247,13 +247,6 @@ def test_a_gathered_row_gets_the_gradient_of_all_ranks(kind: str, gatherings: li
     assert torch.equal(found, expected)
 
 
-def test_rows_that_were_announced_otherwise_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They would be read as those of another rank."""
-    monkeypatch.setattr(collectives, "world_size", lambda: 2)
-    with pytest.raises(AssertionError):
-        gather_rows(torch.ones(2, 5), [3, 2])
-
-
 def test_gradients_are_summed_and_a_missing_one_counts_as_zero(ranks: list[Found]) -> None:
     for found in (part["primitives"] for part in ranks):
         assert torch.equal(found["used"], torch.full((2,), 3.0))
@@ -270,16 +263,6 @@ def test_sums_and_precision_are_over_ranks(ranks: list[Found]) -> None:
         assert torch.equal(found["sum"], torch.tensor([2.0, 1.0]))
         assert torch.equal(found["precision"], precision(slice(None)))
         assert 0 < found["precision"] < 1
-
-
-def test_on_one_process_everything_is_the_identity() -> None:
-    rows, parameter = torch.ones(3, 2, requires_grad=True), nn.Parameter(torch.ones(2))
-    parameter.grad = torch.full((2,), 4.0)
-    sum_gradients([parameter])
-    assert exchange_counts([3, 5], rows.device)() == [[3], [5]]
-    assert gather_rows(rows, [3]) is rows
-    assert torch.equal(global_sum(rows), rows)
-    assert torch.equal(parameter.grad, torch.full((2,), 4.0))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -302,18 +285,6 @@ def test_ranks_hide_different_numbers_of_tokens(task: Task) -> None:
     """Otherwise a mean of the ranks' means would pass too."""
     sizes = [sum(row[0].segment_lengths[2] for row in task.captions[share]) for share in SHARES]
     assert sizes[0] != sizes[1]
-
-
-def test_gradients_go_in_pieces_of_one_type_and_bounded_size(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(collectives, "BUCKET_BYTES", 40)
-    shapes = [(4,), (4,), (4,), (20,), (1,)]
-    parameters = [nn.Parameter(torch.zeros(shape)) for shape in shapes]
-    parameters.append(nn.Parameter(torch.zeros(2, dtype=torch.float64)))
-    buckets = list(collectives._buckets(parameters))
-    assert [[p.numel() for p in bucket] for bucket in buckets] == [[4, 4], [4], [20], [1], [2]]
-    assert sum(p.numel() for bucket in buckets for p in bucket) == 35
 
 
 def test_only_an_exchange_that_failed_is_a_lost_peer(monkeypatch: pytest.MonkeyPatch) -> None:

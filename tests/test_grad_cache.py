@@ -13,7 +13,7 @@ from cocoa_pl.losses import info_nce
 
 ROWS, WIDTH = 7, 6
 SEED = 3
-SIZES = [1, 2, 5, ROWS]
+SIZES = [1, 5, ROWS]
 
 
 class Model(nn.Module):
@@ -86,14 +86,6 @@ def test_gradients_equal_one_pass(size: int, dropout: float, rows: Tensor) -> No
     assert close(found, expected)
 
 
-def test_accumulating_the_losses_of_batches_would_be_something_else(rows: Tensor) -> None:
-    """The comparison above can fail: without the other batches' rows there are fewer negatives."""
-    model = Model(0.0)
-    for batch in rows.split(2):
-        (model.loss(model(batch)) * len(batch) / ROWS).backward()
-    assert not close(model.gradients(), one_pass(model, rows, 2)[1])
-
-
 def test_a_second_pass_with_fresh_dropout_would_be_something_else(
     rows: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -102,14 +94,6 @@ def test_a_second_pass_with_fresh_dropout_would_be_something_else(
     expected = one_pass(model, rows, 2)[1]
     monkeypatch.setattr(torch, "set_rng_state", lambda state: None)
     assert not close(cached(model, rows, 2)[1], expected)
-
-
-def test_the_generator_ends_where_the_first_pass_left_it(rows: Tensor) -> None:
-    model = Model(0.4)
-    cached(model, rows, 2)
-    after_cache = torch.get_rng_state()
-    one_pass(model, rows, 2)
-    assert torch.equal(after_cache, torch.get_rng_state())
 
 
 @pytest.mark.parametrize("size", [2, ROWS])

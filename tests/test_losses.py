@@ -40,34 +40,8 @@ def test_losses_of_chosen_states_are_those_of_all_positions_shifted() -> None:
     logits = hidden[:-1] @ weight.T  # of all positions but the last
     everywhere = cross_entropy(logits, LABELS[1:], reduction="none")
     torch.testing.assert_close(losses, everywhere[HIDDEN - 1])
+    assert masked_next_token(logits.bfloat16()[:4], LABELS[HIDDEN])[0].dtype == torch.float32
     assert torch.equal(right, (logits.argmax(1) == LABELS[1:])[HIDDEN - 1])
-
-
-def test_no_information_costs_the_logarithm_of_the_vocabulary() -> None:
-    losses, _ = masked_next_token(torch.zeros(4, V), LABELS[HIDDEN])
-    torch.testing.assert_close(losses, torch.full((4,), math.log(V)))
-
-
-@pytest.mark.parametrize(
-    ("given", "expected"),
-    [
-        (torch.bfloat16, torch.float32),
-        (torch.float32, torch.float32),
-        (torch.float64, torch.float64),
-    ],
-)
-def test_token_losses_are_never_narrower_than_float32(
-    given: torch.dtype, expected: torch.dtype
-) -> None:
-    losses, right = masked_next_token(random(4, V).to(given), LABELS[HIDDEN])
-    assert losses.dtype == expected
-    assert right.dtype == torch.bool
-
-
-def test_nothing_hidden_gives_empty_losses() -> None:
-    losses, right = masked_next_token(random(0, V), LABELS[:0])
-    assert losses.shape == right.shape == (0,)
-    assert float(losses.sum()) == 0
 
 
 # --- Rebuilt patches -------------------------------------------------------------------------
@@ -80,13 +54,6 @@ def test_rebuilding_error_is_the_mean_square_of_each_visual_token() -> None:
         for p, q in zip(predicted.tolist(), pixels.tolist(), strict=True)
     ]
     torch.testing.assert_close(rebuilt_patches(predicted, pixels), torch.tensor(expected))
-
-
-def test_perfect_rebuilding_costs_nothing_and_predicting_zero_of_noise_costs_one() -> None:
-    pixels = random(400, 200)
-    assert float(rebuilt_patches(pixels, pixels).sum()) == 0
-    assert abs(float(rebuilt_patches(torch.zeros_like(pixels), pixels).mean()) - 1) < 0.02
-    assert rebuilt_patches(pixels.bfloat16(), pixels).dtype == torch.float32
 
 
 # --- InfoNCE ---------------------------------------------------------------------------------
@@ -149,7 +116,7 @@ def test_info_nce_equals_its_slow_twin(masked: bool) -> None:
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("block", [1, 4, 5, 12])
+@pytest.mark.parametrize("block", [1, 5])
 def test_row_blocks_change_no_value_and_no_gradient(block: int, masked: bool) -> None:
     task = make_task(13, 31)
     found, expected = solve(task, masked=masked, block=block), solve(task, masked=masked)
@@ -178,13 +145,6 @@ def test_masking_changes_losses_and_hits() -> None:
     plain, masked = (solve(task, masked=masked, block=4) for masked in (False, True))
     assert (plain[0] - masked[0]).min() > 0
     assert masked[1].sum() > plain[1].sum() > 0
-
-
-@pytest.mark.parametrize("batch_size", [1, 2, 64])
-def test_zero_embeddings_cost_the_logarithm_of_the_batch(batch_size: int) -> None:
-    zeros, index = torch.zeros(batch_size, D), torch.arange(batch_size)
-    losses, *_ = info_nce(zeros, zeros, index, torch.tensor(50.0), keys=None, block=100)
-    torch.testing.assert_close(losses, torch.full((batch_size,), math.log(batch_size)))
 
 
 def test_orthogonal_pairs_have_the_closed_form_loss() -> None:
@@ -247,23 +207,6 @@ def test_losses_of_half_precision_embeddings_are_float32_even_under_autocast() -
 
 
 # --- False negatives -------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_same_content_equals_its_slow_twin(seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    n, m = 5, 9
-    positive = torch.randperm(m, generator=generator)[:n]
-    query_keys = torch.randint(0, 4, (n,), generator=generator)
-    candidate_keys = torch.randint(0, 4, (m,), generator=generator)
-    candidate_query_keys = torch.full((m,), -1).index_copy(0, positive, query_keys)
-    got = same_content(positive, query_keys, candidate_keys, candidate_query_keys)
-    for i in range(n):
-        own = int(positive[i])
-        for j in range(m):
-            same_target = candidate_keys[j] == candidate_keys[own]
-            same_query = candidate_query_keys[j] == query_keys[i]
-            assert bool(got[i, j]) == (j != own and bool(same_target | same_query))
 
 
 def test_equal_targets_and_targets_of_equal_queries_are_no_negatives() -> None:

@@ -8,6 +8,7 @@ import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -24,7 +25,7 @@ PLACES += sorted(
     for folder, kind in (("docs", "md"), ("conf", "yaml"), ("docs/examples", "yaml"), ("src", "py"))
     for path in (ROOT / folder).rglob(f"*.{kind}")
 )
-
+PAGES = [place for place in PLACES if place.suffix == ".md"]
 
 SCRIPT = r"(?:python |per-node[ =]\d |29500 +)(train|evaluate)\.py"
 COMMAND = re.compile(rf"(?:{SCRIPT}|\bcocoa (doctor|plan|mine)) ([^\n`]*=[^\n`]*)")
@@ -61,12 +62,19 @@ def not_run() -> list[list[str]]:
     return [command for command in longest if command not in run]
 
 
+def marked(command: list[str]) -> Any:
+    """Those of the pages; what headers of configs and help texts say beyond them takes longer."""
+    shown = " ".join("\n".join(place.read_text() for place in PAGES).replace("\\\n", " ").split())
+    is_shown = all(word in shown for word in command[1:])
+    return pytest.param(command, id=" ".join(command), marks=[pytest.mark.slow] * (not is_shown))
+
+
 def test_the_pages_hold_commands() -> None:
     assert len(commands()) >= 50
     assert not_run()
 
 
-@pytest.mark.parametrize("command", not_run(), ids=" ".join)
+@pytest.mark.parametrize("command", [marked(command) for command in not_run()])
 def test_a_command_composes(command: list[str]) -> None:
     name, *words = command
     given = [word for word in words if not word.startswith("-")]

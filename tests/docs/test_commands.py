@@ -119,16 +119,18 @@ def _config_of(experiment: str) -> str:
 
 def marked(command: str) -> Any:
     """Sweeps are many runs, published models and mteb's tasks take long to open, and what choose
-    a checkpoint or end a stage are whole recipes.
+    a checkpoint or end a stage are whole recipes. Of commands that differ in values one is run by
+    default.
     """
     long = (" -m ", "benchmark=mteb", "export=best", "+callbacks.")
-    is_long = any(words in command for words in long)
+    twins = ("policy=lookback", "mmeb_v2", "stage=warmup init", "resume=runs/A", "out=runs/mined2")
+    is_long = any(words in command for words in long + twins)
     is_long |= any(REAL.match(word) for word in shlex.split(command))
     return pytest.param(command, id=command, marks=[pytest.mark.slow] * is_long)
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("command", map(marked, HERE))
+@pytest.mark.parametrize("command", [marked(command) for command in HERE])
 def test_a_command_runs(
     command: str, sandbox: Path, stand_ins: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -94,24 +94,3 @@ def test_links_lead_to_files(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text):
         if not target.startswith(("http", "img/drawn/")):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
-
-
-def documented(docstring: str) -> set[str]:
-    """Names under `Args:`; `k, v: ...` documents two."""
-    section = re.search(r"^Args:\n((?: +.*\n|\n)*)", f"{docstring}\n", re.MULTILINE)
-    lines = re.findall(r"^    (\w+(?:, \w+)*):", section[1] if section else "", re.MULTILINE)
-    return {name for line in lines for name in line.split(", ")}
-
-
-def test_documented_arguments_exist() -> None:
-    wrong = []
-    for path in (ROOT / "src").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.FunctionDef | ast.ClassDef):
-                names = documented(ast.get_docstring(node) or "")
-                taken = {n.arg for n in ast.walk(node) if isinstance(n, ast.arg)}
-                fields = {
-                    ast.unparse(n.target) for n in ast.walk(node) if isinstance(n, ast.AnnAssign)
-                }
-                wrong += [f"{path}: {name}" for name in sorted(names - taken - fields)]
-    assert not wrong
