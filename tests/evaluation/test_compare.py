@@ -177,7 +177,8 @@ def test_an_interval_over_seeds_holds_their_variance_too() -> None:
 def configured(folder: Path, score: float, *, seed: int, rate: float) -> Path:
     folder.mkdir()
     results(score, queries=400).write_json(folder / "results.json")
-    (folder / "config.yaml").write_text(f"seed: {seed}\nlr: {rate}\n")
+    config = f"seed: {seed}\nlr: {rate}\nmodel: {{seed: {seed}}}\nbenchmark: {{seed: 0}}\n"
+    (folder / "config.yaml").write_text(config)
     return folder
 
 

@@ -41,6 +41,7 @@ from cocoa_pl.evaluation.results import (
 )
 
 MOST_CURVES = 6  # more cannot be distinguished
+PANELS = 3  # of a plot, beside each other
 MARKS = {"": "", "above": "+", "below": "-"}
 Key = tuple[str, str]  # `mean`, `width`, `group`, `subset` or `task`, and its name
 
@@ -96,18 +97,28 @@ def by_overrides(runs: Sequence[Run]) -> list[str]:
 
 
 def by_folders(runs: Sequence[Run]) -> list[str]:
-    """The configuration of each run: the folders of all with its config.yaml, the seed aside. Where
-    that leaves nothing to compare, each run stands for itself.
+    """The configuration of each run: the folders of all whose config.yaml differs in nothing but
+    the seed. Where that leaves nothing to compare, each run stands for itself.
     """
     resolved = [run.folder.resolve() for run in runs]
     by_depth = (["/".join(path.parts[-depth:]) for path in resolved] for depth in count(1))
     names = next(some for some in by_depth if len(set(some)) == len(some))
-    configs = [{**_flat(read_config(run.folder)), "seed": ""} for run in runs]
+    configs = [_flat(read_config(run.folder)) for run in runs]
     labels = []
     for name, config in zip(names, configs, strict=True):
-        alike = [n for n, other in zip(names, configs, strict=True) if other == config]
-        labels.append(", ".join(alike) if len(config) > 1 else name)
+        alike = [n for n, other in zip(names, configs, strict=True) if _alike(config, other)]
+        labels.append(", ".join(alike) if config else name)
     return labels if len(set(labels)) > 1 else names
+
+
+def _alike(one: Mapping[str, str], other: Mapping[str, str]) -> bool:
+    """Whether what differs is the seed, also where another key follows it."""
+    seeds = one.get("seed"), other.get("seed")
+    return all(
+        key.rpartition(".")[2] == "seed" and (one.get(key), other.get(key)) == seeds
+        for key in one.keys() | other.keys()
+        if one.get(key) != other.get(key)
+    )
 
 
 # --- Scores ------------------------------------------------------------------------------------
@@ -242,7 +253,7 @@ def _scores(results: Results) -> dict[Key, tuple[float, float]]:
 def terminal_table(title: str, rows: Iterable[Sequence[str]], missing: Sequence[str]) -> Table:
     """A table for a terminal; the first row and the first column are titles."""
     head, *others = rows
-    table = Table(title=title, title_justify="left", box=SIMPLE, pad_edge=False)
+    table = Table(title=title, title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0))
     table.add_column(shown(head[0]), overflow="fold")
     for column in head[1:]:
         table.add_column(shown(column), justify="right", overflow="fold")
@@ -306,14 +317,16 @@ def plot(file: IO[bytes], comparison: Comparison, keys: Sequence[Key]) -> None:
 
     labels = [textwrap.fill(label, 44) for label in comparison.members]
     places = range(len(labels))
+    across = min(len(keys), PANELS)
+    down = math.ceil(len(keys) / across)
     size = (
-        min(4.5, 0.4 + 0.085 * max(map(len, comparison.members))) + 2.6 * len(keys),
-        1.2 + 0.5 * len(labels),
+        min(4.5, 0.4 + 0.085 * max(map(len, comparison.members))) + 2.6 * across,
+        0.4 + (0.8 + 0.5 * len(labels)) * down,
     )
     figure = Figure(figsize=size, dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(1, len(keys), sharey=True, squeeze=False)[0]
-    for axes, key, title in zip(panels, keys, comparison.titles(keys), strict=True):
+    panels = figure.subplots(down, across, sharey=True, squeeze=False).flat
+    for axes, key, title in zip(panels, keys, comparison.titles(keys), strict=False):
         cells = comparison.cells[key]
         means = [0 if math.isnan(cell.score) else 100 * cell.score for cell in cells]
         axes.barh(places, means, height=0.62, color="#d9bfa9")
@@ -330,7 +343,9 @@ def plot(file: IO[bytes], comparison: Comparison, keys: Sequence[Key]) -> None:
         axes.grid(axis="x", color="#e4dfd7")
         axes.set_axisbelow(True)
         axes.spines[["top", "right", "left"]].set_visible(False)
-    panels[0].set_yticks(places, labels, size=9, parse_math=False)
+    for axes in panels[len(keys) :]:
+        axes.set_visible(False)
+    panels[0].set_yticks(places, labels, parse_math=False)
     panels[0].invert_yaxis()
     said = "scores in %: mean, one deviation, and every run"
     figure.supxlabel(said, size=8, color="#6a645c")
@@ -358,8 +373,9 @@ def run(arguments: Sequence[str], console: Console) -> int:
     parsed = parser.parse_args(arguments)
     comparison, out = open_runs([Path(folder) for folder in parsed.runs]), Path(parsed.out)
     keys = [key for key in comparison.cells if key[0] != "subset"] or list(comparison.cells)
+    plotted = [key for key in keys if key[0] in ("group", "task") or key[1] == "overall"] or keys
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_comparison(out, comparison, keys, date=datetime.date.today().isoformat())
+    write_comparison(out, comparison, plotted, date=datetime.date.today().isoformat())
     title = "scores in %; those with + or - differ from the first"
     rows = zip(*comparison.table(keys, marked=True), strict=True)  # there are few runs
     console.print(terminal_table(title, rows, comparison.missing))

@@ -186,7 +186,7 @@ def markdown(text: str) -> str:
 def score_table(results: Results) -> Table:
     """The scores for a terminal, in percent: groups with their subsets, splits, and the whole."""
     title = shown(f"{results.benchmark}: scores in %")
-    table = Table(title=title, title_justify="left", box=SIMPLE, pad_edge=False)
+    table = Table(title=title, title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0))
     table.add_column("subset")
     table.add_column("split")
     names = [name for name in COLUMNS if not name.endswith("_at_5")]
