@@ -5,6 +5,12 @@ VENV ?= .venv
 PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 BENCH_DEVICE ?= cpu
 
+# A bare GPU machine has torch, transformers, lightning, pytest and what they need, on Python 3.12; its oldest transformers
+# needs another httpx than the pinned one.
+GPU_PLATFORM := --python-version 3.12 --implementation cp --only-binary=:all: --platform manylinux_2_28_x86_64 \
+	--platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64
+GPU_WHEELS := hydra-core omegaconf datasets dill multiprocess xxhash peft sentence-transformers httpx==0.28.1
+
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
@@ -41,9 +47,12 @@ test-gpu: $(STAMP) ## Run the tests that need a CUDA device
 	$(PY) -m pytest -m gpu --timeout 600 $(PYTEST_ARGS)
 
 gpu-pack: $(STAMP) ## Fetch into .gpu/ what a bare GPU machine lacks (then there: python -m benchmarks.gpu_check)
-	$(PY) -m benchmarks.gpu_check pack
+	rm -rf .gpu/wheels && mkdir -p .gpu/wheels
+	$(PY) -m pip download -q --no-deps -c constraints.txt $(GPU_PLATFORM) -d .gpu/wheels $(GPU_WHEELS)
+	$(PY) -m pip wheel -q --no-deps -c constraints.txt -w .gpu/wheels antlr4-python3-runtime
+	git rev-parse HEAD > .gpu/commit && du -sh .gpu
 
-bench: $(STAMP) ## Measure speed side by side with re-created peers (5 minutes; BENCH_DEVICE=cuda on a GPU)
+bench: $(STAMP) ## Measure speed side by side with peers (5 minutes; BENCH_DEVICE=cuda on a GPU)
 	$(PY) -m benchmarks all --device $(BENCH_DEVICE) --json benchmarks/results/$(BENCH_DEVICE).json; status=$$?; \
 		$(PY) -m benchmarks page benchmarks/results/*.json && exit $$status
 

@@ -1,163 +1,127 @@
-"""Stock Qwen2-VL models with random weights: the true size of 2B, and one of its proportions that
-two cores can train.
+"""Models with random weights as `python train.py` exports them, and rows for them: scenes of real
+handwritten digits with their captions.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from PIL import Image
+from torch import nn
 
-# Ids at the end of the vocabulary: text of the benchmarks is drawn from those before.
-SPECIAL_IDS = 8
-PATCH, MERGE = 14, 2
+from benchmarks.measure import TABLE
+from cocoa_pl.attention.command import load_policy
+from cocoa_pl.config.build import build
+from cocoa_pl.config.command_line import compose_overrides
+from cocoa_pl.data.digit_scenes import caption, compose, draw, layouts
+from cocoa_pl.data.items import IMAGE_SLOT, Item
+from cocoa_pl.data.processor import Processor
+from cocoa_pl.embedder import Embedder
+from cocoa_pl.export.folder import export
+from cocoa_pl.export.parity import images_only
+from cocoa_pl.export.sentence_transformers import write_sentence_transformers
+from cocoa_pl.models.backbone import Backbone
+from cocoa_pl.models.loading import load
+from cocoa_pl.run import build_stages, make_processors
+from cocoa_pl.stages.base import StageModule
+
+Row = tuple[Image.Image, str]
+
+ASKED = "Find the caption of the image"
+LR = 1e-5
 
 
-@dataclass(frozen=True)
-class Shape:
-    """What the cost of a model follows from.
+def draw_rows(count: int, *, side: int) -> list[Row]:
+    """Different scenes, enlarged to `side` pixels a side, with their captions."""
+    rng = np.random.default_rng(0)
+    scenes = [compose(one, split="train", rng=rng) for one in layouts("train")[:count]]
+    pictures = [Image.fromarray(draw(scene)).convert("RGB") for scene in scenes]
+    return [
+        (picture.resize((side, side), Image.Resampling.BICUBIC), caption(scene.layout))
+        for picture, scene in zip(pictures, scenes, strict=True)
+    ]
 
-    Attributes:
-        text: fields of the stock text configuration.
-        vision: fields of the stock vision configuration.
+
+@cache
+def _exported(model: str, dtype: torch.dtype) -> tempfile.TemporaryDirectory[str]:
+    scratch = tempfile.TemporaryDirectory(prefix="benchmarks-")  # until the process ends
+    name = str(dtype).removeprefix("torch.")
+    overrides = [f"cache_dir={scratch.name}", f"model.dtype={name}", *TABLE["models"][model]]
+    cfg = compose_overrides("train", overrides)
+    folder = build(cfg.model.source).folder(lambda: [text for _, text in draw_rows(200, side=56)])
+    loaded = load(folder, kernel="auto", dtype=name, gradient_checkpointing=False)
+    processor, _ = make_processors(cfg, loaded)
+    embedder = Embedder(loaded.backbone, processor, load_policy("bidirectional"))
+    embedder = export(embedder, Path(scratch.name) / "model", lineage=[])
+    write_sentence_transformers(Path(scratch.name) / "model", dim=embedder.dim)
+    return scratch
+
+
+def exported(model: str, dtype: torch.dtype) -> str:
+    """The folder of a model of table.yaml, as `python train.py` and `cocoa export` write it."""
+    return f"{_exported(model, dtype).name}/model"
+
+
+def sentence_transformer(folder: str, device: torch.device, dtype: torch.dtype) -> Any:
+    """The same folder as sentence-transformers opens it."""
+    from sentence_transformers import SentenceTransformer
+
+    with images_only():
+        return SentenceTransformer(folder, device=str(device), model_kwargs={"dtype": dtype})
+
+
+def unused(processor: Processor) -> Processor:
+    """A processor like this one that remembers no text: what is timed again is tokenized again."""
+    return Processor(
+        processor.tokenizer,
+        processor.image_processor,
+        max_length=processor.max_length,
+        min_pixels=processor.min_pixels,
+        max_pixels=processor.max_pixels,
+        num_token_rows=processor.mask_id + 1,
+    )
+
+
+def asking(picture: Image.Image) -> Item:
+    """A picture and what is asked of it."""
+    return Item(f"{IMAGE_SLOT}\n{ASKED}", (picture,))
+
+
+def stage_module(
+    kind: str, overrides: Sequence[str], backbone: Backbone, processor: Processor, budget: int
+) -> StageModule:
+    """A stage's module as its config has it, ready for steps outside of a trainer.
+
+    Args:
+        budget: tokens of a batch.
     """
-
-    text: tuple[tuple[str, Any], ...]
-    vision: tuple[tuple[str, Any], ...]
-
-    @property
-    def vocabulary(self) -> int:
-        return int(dict(self.text)["vocab_size"])
-
-
-def shape(*, text: dict[str, Any], vision: dict[str, Any]) -> Shape:
-    """From plain fields."""
-    return Shape(tuple(text.items()), tuple(vision.items()))
+    cfg = compose_overrides("train", overrides)
+    (stage,) = (stage for stage in build_stages(cfg) if stage.name == kind)
+    stage = replace(stage, token_budget=budget)
+    device = backbone.device
+    module: Any = stage.make_module(build(cfg.adapter)(backbone), processor, steps=1, seed=0)
+    module.to(device).manual_backward = lambda loss: loss.backward()
+    return module
 
 
-# The published config.json of Qwen/Qwen2-VL-2B-Instruct.
-QWEN2_VL_2B = shape(
-    text={
-        "hidden_size": 1536,
-        "intermediate_size": 8960,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 12,
-        "num_key_value_heads": 2,
-        "vocab_size": 151_936,
-        "max_position_embeddings": 32_768,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": 1e6,
-            "mrope_section": [16, 24, 24],
-        },
-    },
-    vision={"depth": 32, "embed_dim": 1280, "num_heads": 16, "mlp_ratio": 4, "hidden_size": 1536},
-)
-
-# Widths of a quarter of the above, heads as many, and two layers. What must hold are the
-# shares of work:
-#
-#   per token, linear layers     2B                                      here
-#   language model               2 x 28 x 46.8 M = 2.62 GF               2 x 2 x 2.92 M = 11.7 MF
-#   vision tower, visual token   8 x (32 x 19.7 M + 1.5 M) + 2 x 34 M    8 x (2 x 1.0 M + 0.34 M)
-#                                = 5.11 GF, 1.95 x the language model    + 2 x 1.77 M = 22 MF, 1.9x
-#   vocabulary head              2 x 1536 x 151,936 = 0.467 GF, 17.8 %   2 x 384 x 2,712 = 17.8 %
-#
-# The vocabulary is chosen for the last line, the tower's depth and width for the one above. A
-# narrower model spends its time between matrix products, which no true one does.
-PROPORTIONS = shape(
-    text={
-        "hidden_size": 384,
-        "intermediate_size": 2240,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 12,
-        "num_key_value_heads": 2,
-        "vocab_size": 2712,
-        "max_position_embeddings": 32_768,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 6, 6]},
-    },
-    vision={"depth": 2, "embed_dim": 288, "num_heads": 8, "mlp_ratio": 4, "hidden_size": 384},
-)
-
-# For the tests.
-SMALL = shape(
-    text={
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": 128,
-        "max_position_embeddings": 1024,
-        "initializer_range": 0.2,  # at the usual 0.02 attention hardly moves anything
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10.0, "mrope_section": [2, 1, 1]},
-    },
-    vision={
-        "depth": 2,
-        "embed_dim": 32,
-        "num_heads": 2,
-        "mlp_ratio": 2,
-        "hidden_size": 32,
-        "initializer_range": 0.2,
-    },
-)
+def optimizer_of(module: nn.Module) -> torch.optim.AdamW:
+    """The same on both sides; on weights that train."""
+    weights = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    return torch.optim.AdamW(weights, lr=LR, fused=True)
 
 
-def with_depth(shape: Shape, *, text: int, vision: int) -> Shape:
-    """The same widths with other numbers of layers."""
-    return Shape(
-        tuple((dict(shape.text) | {"num_hidden_layers": text}).items()),
-        tuple((dict(shape.vision) | {"depth": vision}).items()),
-    )
-
-
-def special_ids(shape: Shape) -> dict[str, int]:
-    """By the names of Qwen2-VL's configuration; the last row of all is the mask token."""
-    first = shape.vocabulary - SPECIAL_IDS
-    names = (
-        "bos_token_id",
-        "eos_token_id",
-        "vision_start_token_id",
-        "vision_end_token_id",
-        "image_token_id",
-        "video_token_id",
-    )
-    return {name: first + place for place, name in enumerate(names)}
-
-
-def config_of(shape: Shape) -> Any:
-    """The stock configuration."""
-    ids = special_ids(shape)
-    of_text = ("bos_token_id", "eos_token_id")
-    top: dict[str, Any] = {name: ids[name] for name in ids if name not in of_text}
-    return Qwen2VLConfig(
-        text_config={
-            **dict(shape.text),
-            **{name: ids[name] for name in of_text},
-        },
-        vision_config=dict(shape.vision),
-        tie_word_embeddings=True,
-        **top,
-    )
-
-
-def stock_model(shape: Shape, *, attention: str, device: torch.device, dtype: torch.dtype) -> Any:
-    """A stock model with random weights, the same ones for the same shape and type."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
-        torch.manual_seed(0)
-        config = config_of(shape)
-        config._attn_implementation = attention
-        model = Qwen2VLForConditionalGeneration._from_config(config, dtype=dtype)
-    return model.to(device)
-
-
-def image_processor(max_pixels: int) -> Any:
-    """The stock one, on Pillow."""
-    return Qwen2VLImageProcessorPil(
-        patch_size=PATCH,
-        merge_size=MERGE,
-        size={"shortest_edge": (2 * PATCH * MERGE) ** 2, "longest_edge": max_pixels},
-    )
+def gradients_of(module: nn.Module) -> list[torch.Tensor]:
+    """In the order of names, which all ways to wrap a model give to its parts alike."""
+    found = {}
+    for name, parameter in module.named_parameters():
+        places = [name.find(part) for part in ("visual.", "language_model.") if part in name]
+        if parameter.grad is not None:
+            found[name[min(places) :]] = parameter.grad
+    return [found[name] for name in sorted(found)]

@@ -7,6 +7,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -18,75 +19,51 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu_check, gpu_parts, registry
-from benchmarks.gpu_check import BENCHMARKS, BUILT, FETCHED, PARTS, ROOT, Check, failures
-from benchmarks.page import write_page
+from benchmarks import ROOT, gpu_check, gpu_steps, measure
+from benchmarks.gpu_check import BENCHMARKS, KEPT_BACK, PARTS, Check, failures
+from benchmarks.page import page
 
 # Of a bare machine, which has what gpu_check packs and what transformers and lightning bring.
 MISSING = (
-    *("mteb", "flask", "waitress", "selenium", "sentence_transformers", "submitit"),
-    *("hydra_plugins", "mkdocs", "mkdocstrings", "codespell_lib", "mypy", "pip"),
+    *("mteb", "flask", "waitress", "selenium", "submitit", "hydra_plugins"),
+    *("mkdocs", "mkdocstrings", "codespell_lib", "mypy", "pip"),
 )
 
 
 @pytest.fixture
-def check(tmp_path: Path) -> Check:
+def check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Check:
+    monkeypatch.setattr(gpu_check, "LEAST", 0)
     return Check(tmp_path, time.monotonic() + 60, True, tmp_path)
 
 
-@pytest.fixture
-def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(gpu_check, "WHEELS", tmp_path / "wheels")
-    monkeypatch.setattr(gpu_check, "SITE", tmp_path / "site")
-    return tmp_path
+# --- Time, and what fails ----------------------------------------------------------------------
 
 
-# --- Time --------------------------------------------------------------------------------------
-
-
-def test_nothing_takes_more_than_is_left_nor_more_than_its_own(check: Check) -> None:
-    assert check.room(10) == 10
-    assert 60 - gpu_check.KEPT_BACK - 5 < check.room(500) <= 60 - gpu_check.KEPT_BACK
-
-
-def test_without_time_a_process_is_skipped_which_is_no_failure(tmp_path: Path) -> None:
-    late = Check(tmp_path, time.monotonic() + 10, True, tmp_path)
-    found = late.run("late", ["-c", "1 / 0"], most=100)
-    assert found == {"skipped": "no time left"}
-    assert failures({"bench": {"late": found}}) == []
-
-
-def test_a_process_that_the_end_stops_is_no_failure(tmp_path: Path) -> None:
-    check = Check(tmp_path, time.monotonic() + gpu_check.KEPT_BACK + 1, True, tmp_path)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gpu_check, "LEAST", 0)
-        found = check.run("long", ["-c", "import time; time.sleep(60)"], most=100)
-    assert (found["status"], found["skipped"]) == (-9, "no time left")
+def test_that_there_is_no_time_to_begin_or_to_end_is_no_failure(check: Check) -> None:
+    late = Check(check.out, time.monotonic() + KEPT_BACK - 1, True, check.scratch)
+    assert late.run("late", ["-c", "1 / 0"], most=100) == {"skipped": "no time left"}
+    short = Check(check.out, time.monotonic() + KEPT_BACK + 1, True, check.scratch)
+    found = short.run("long", ["-c", "import time; time.sleep(60)"], most=100)
+    assert found["skipped"] == "no time left"
     assert failures({"bench": {"long": found}}) == []
 
 
-def test_a_process_that_takes_too_long_is_stopped_with_its_children(
-    check: Check, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(gpu_check, "LEAST", 0)
+def test_a_process_that_takes_too_long_is_stopped_with_its_children(check: Check) -> None:
     code = """
         import subprocess, sys, time
         child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
         print(child.pid, flush=True)
         time.sleep(60)
     """
-    found = check.run("slow", ["-c", textwrap.dedent(code)], most=2)
+    found = check.run("slow", ["-c", textwrap.dedent(code)], most=3)
     child = (check.scratch / "slow.log").read_text().strip()
-    assert found["error"] == f"status -9 | {child}"
-    assert found["seconds"] < 10
+    assert found["error"].endswith(f" | {child}")
+    assert found["seconds"] < 30
     assert child in (check.out / "log.txt").read_text()
     status, end = Path(f"/proc/{child}/status"), time.monotonic() + 20
     while status.is_file() and "zombie" not in status.read_text():
         assert time.monotonic() < end
         time.sleep(0.05)
-
-
-# --- What fails --------------------------------------------------------------------------------
 
 
 def test_an_error_ends_its_part_alone_and_all_is_in_the_json(
@@ -106,49 +83,64 @@ def test_an_error_ends_its_part_alone_and_all_is_in_the_json(
         assert json.loads((check.out / f"{part}.json").read_text()) == content
 
 
-def test_an_error_ends_its_case_alone(tmp_path: Path) -> None:
-    file, found, end = tmp_path / "steps.json", gpu_check.Found(), time.monotonic() + 60
-    works = {"bad": lambda: {"x": 1 / 0}, "good": lambda: {"x": 1}, "late": lambda: {"x": 2}}
-    for name, work in works.items():
-        gpu_parts.attempt(found, file, name, work, end=end - 100 * (name == "late"))
-        assert json.loads(file.read_text()) == found
-    assert {name: case.pop("took", None) for name, case in found.items()}["late"] is None
-    assert found == {
-        "bad": {"error": "ZeroDivisionError: division by zero"},
-        "good": {"x": 1},
-        "late": {"skipped": "no time left"},
-    }
+def test_an_error_ends_its_case_alone_and_none_begins_that_would_not_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def step(name: str, ceiling: float) -> Any:
+        if name == "slow":
+            time.sleep(0.5)
+        return {"x": 1 / (name != "bad")}
+
+    monkeypatch.setattr(gpu_steps, "step", step)
+    monkeypatch.setattr(gpu_steps, "CASES", ("bad", "slow", "late"))
+    gpu_steps.main("steps", str(tmp_path / "steps.json"), "0.6", "cpu")
+    found = json.loads((tmp_path / "steps.json").read_text())
+    assert found["bad"]["error"] == "ZeroDivisionError: division by zero"
+    assert found["slow"]["x"] == 1
+    assert found["late"] == {"skipped": "no time left"}
 
 
-def test_a_case_that_would_not_end_in_time_is_not_begun(tmp_path: Path) -> None:
-    found = {"long": {"took": 30.0}}
-    end = time.monotonic() + 20
-    gpu_parts.attempt(found, tmp_path / "steps.json", "next", lambda: {"x": 1}, end=end)
-    assert found["next"] == {"skipped": "no time left"}
-
-
-def test_failed_tests_are_named_with_their_reason(tmp_path: Path) -> None:
-    junit = tmp_path / "tests.xml"
-    junit.write_text(
-        """<testsuites><testsuite><testcase classname="a" name="good"/>
-        <testcase classname="a" name="bad"><failure message="1 is not 2"/></testcase>
-        <testcase classname="a" name="broken"><error message="no fixture"/></testcase>
-        <testcase classname="a" name="other"><skipped/></testcase></testsuite></testsuites>"""
+def test_failed_tests_are_named_with_their_reason(
+    check: Check, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = check.scratch / "tests" / "test_one.py"
+    file.parent.mkdir()
+    file.write_text(
+        "import pytest\n"
+        "pytestmark = pytest.mark.gpu\n"
+        "def test_good(): pass\n"
+        "def test_bad(): assert 1 == 2\n"
+        "def test_broken(none): pass\n"
+        "@pytest.mark.skip\n"
+        "def test_other(): pass\n"
     )
-    found = gpu_check.tests_of(junit)
-    failed = {"a::bad": "1 is not 2", "a::broken": "no fixture"}
-    assert found == {"tests": 4, "skipped": 1, "failed": failed}
+    (check.scratch / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
+    monkeypatch.setattr(gpu_check, "ROOT", check.scratch)
+    monkeypatch.setattr(gpu_check, "find_spec", lambda _: None)
+    found = gpu_check.tests(check)
+    assert found["failed"] == {
+        "tests/test_one.py::test_bad": "assert 1 == 2",
+        "tests/test_one.py::test_broken": "",
+    }
+    assert (found["tests"], found["skipped"]) == (4, 1)
 
 
-def test_the_recipe_is_held_to_its_floors_strictly() -> None:
+def test_the_recipe_is_held_to_its_floors_strictly(
+    check: Check, monkeypatch: pytest.MonkeyPatch
+) -> None:
     good = {"precision_at_1": 0.9, "precision_at_1_strict": 0.9}
     tied = good | {"precision_at_1_strict": 0.5}
-    lineage = [
-        {"stage": "warmup", "validation": {}},
-        {"stage": "reconstruct", "validation": {"bridge_gain": float("nan")}},
-    ]
-    found = gpu_check.recipe_of({"subsets": {"scene_i2t": good, "scene_t2i": tied}}, lineage)
+    gain = {"stage": "reconstruct", "validation": {"bridge_gain": float("nan")}}
+    contents = {
+        "results.json": {"subsets": {"scene_i2t": good, "scene_t2i": tied}},
+        "cocoa.json": {"lineage": [{"stage": "warmup", "validation": {}}, gain]},
+    }
+    monkeypatch.setattr(Check, "run", lambda *_, **__: {"status": 0})
+    monkeypatch.setattr(gpu_check, "read_json", lambda file: contents[file.name])
+    real = Check(check.out, check.end, False, check.scratch)
+    found = gpu_check.recipe(real)
     assert found["below"] == ["scene_t2i", "bridge_gain"]
+    assert found["failed"] == {"scene_t2i": "below 0.8", "bridge_gain": "below 1.0"}
 
 
 def test_a_machine_without_a_gpu_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
@@ -160,38 +152,33 @@ def test_a_machine_without_a_gpu_is_refused(capsys: pytest.CaptureFixture[str]) 
         assert message in capsys.readouterr().err
 
 
-# --- Wheels ------------------------------------------------------------------------------------
+# --- What is taken along, and what comes back --------------------------------------------------
 
 
-def test_wheels_are_unpacked_without_pip_and_come_first(store: Path) -> None:
+def test_wheels_are_unpacked_without_pip_and_come_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_check, "WHEELS", tmp_path / "wheels")
+    monkeypatch.setattr(gpu_check, "SITE", tmp_path / "site")
+    with pytest.raises(SystemExit, match=r"hydra is not installed .*make gpu-pack"):
+        gpu_check.unpack()
     gpu_check.WHEELS.mkdir()
     with zipfile.ZipFile(gpu_check.WHEELS / "toy-1.0-py3-none-any.whl", "w") as wheel:
         wheel.writestr("toy/__init__.py", "")
     gpu_check.unpack()
-    assert (store / "site" / "toy" / "__init__.py").is_file()
+    assert (tmp_path / "site" / "toy" / "__init__.py").is_file()
     first, second, *_ = gpu_check.environment()["PYTHONPATH"].split(os.pathsep)
-    assert (first, second) == (str(store / "site"), str(ROOT / "src"))
+    assert (first, second) == (str(tmp_path / "site"), str(ROOT / "src"))
 
 
-@pytest.mark.usefixtures("store")
-def test_missing_wheels_are_reported_in_one_sentence() -> None:
-    with pytest.raises(SystemExit, match=r"hydra is not installed .*gpu_check pack"):
-        gpu_check.unpack()
-
-
-def test_what_is_packed_is_pinned() -> None:
+def test_what_is_packed_is_pinned_and_every_benchmark_is_run() -> None:
     pins = {line.split("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines()}
-    assert {*FETCHED, *BUILT} <= pins
+    (wheels,) = re.findall(r"GPU_WHEELS := (.*)", (ROOT / "Makefile").read_text())
+    assert {wheel for wheel in wheels.split() if "==" not in wheel} <= pins
+    assert sorted(BENCHMARKS) == sorted(measure.BENCHMARKS)
 
 
-# --- Beside the rest ---------------------------------------------------------------------------
-
-
-def test_every_benchmark_is_among_those_by_worth() -> None:
-    assert sorted(BENCHMARKS) == sorted(benchmark.name for benchmark in registry.BENCHMARKS)
-
-
-def test_a_summary_becomes_a_section_of_the_results(tmp_path: Path) -> None:
+def test_a_summary_becomes_a_section_of_the_results() -> None:
     versions = {"device": "NVIDIA H200", "date": "2026-12-01", "torch": "2.11.0"}
     case = {"samples_per_second": 15.25, "share_of_ceiling": 0.25, "peak_gib": 11.0, "seconds": 1.6}
     summary = {
@@ -204,15 +191,13 @@ def test_a_summary_becomes_a_section_of_the_results(tmp_path: Path) -> None:
             "warmup lora": {"error": "OutOfMemoryError"},
         },
     }
-    out = tmp_path / "results.md"
-    write_page([summary], out=out)
-    page = out.read_text()
-    assert "measured on NVIDIA H200\n\nCommit 0123456789; 2026-12-01; torch 2.11.0" in page
-    assert "| warmup dora | 15.2 | 25 % | 11 | 1.6 | 25,722 |" in page
-    assert "lora" not in page
+    text = page([summary])
+    assert "measured on NVIDIA H200\n\nCommit 0123456789; 2026-12-01; torch 2.11.0" in text
+    assert "| warmup dora | 15.2 | 25 % | 11 | 1.6 | 25722 |" in text
+    assert "lora" not in text
     for nothing in ({"rehearsal": True}, {"look": {}}):
-        with pytest.raises(SystemExit, match="nothing to show"):
-            write_page([summary | nothing], out=out)
+        with pytest.raises(ValueError, match="shows nothing"):
+            page([summary | nothing])
 
 
 # --- A bare machine ----------------------------------------------------------------------------
@@ -258,6 +243,7 @@ def test_gpu_tests_are_collected_on_a_bare_machine() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("part", PARTS)
 def test_a_rehearsal_runs_all_of_a_part(part: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.gpu_check", part, "--rehearse", "--limit", "1500"]
@@ -270,8 +256,8 @@ def test_a_rehearsal_runs_all_of_a_part(part: str, tmp_path: Path) -> None:
     found = summary[part]
     assert found == json.loads((tmp_path / f"{part}.json").read_text())
     if part == "steps":
-        assert found.keys() == {"process", *gpu_parts.CASES}
-        for case in gpu_parts.CASES:
+        assert found.keys() == {"process", *gpu_steps.CASES}
+        for case in gpu_steps.CASES:
             assert found[case]["profile"]["kernels"] > 50
     elif part == "bench":
         assert list(found) == list(BENCHMARKS)
