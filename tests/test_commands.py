@@ -259,6 +259,11 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "no network": (["train.py", "SMALL", "model=qwen2vl", "schedule=tiny"], "model.source.path="),
     "not a run to start from": (["train.py", "SMALL", "init_from=folder"], "folder"),
     "nothing exported to start from": (["train.py", "SMALL", "init_from=stopped"], "resume="),
+    "no folder of data": (["train.py", "data=mmeb"], "data.root has no value; give it as "),
+    "no folder of an experiment's benchmark": (
+        ["train.py", "experiment=paper_qwen2vl_2b"],
+        "benchmark.root has no value; give it as benchmark.root=...",
+    ),
     "bad row": (["train.py", *PAIRS, "data.path=bad.jsonl"], "bad.jsonl line 1, query: "),
     "nothing to score": (["evaluate.py"], "say which model to score"),
     "no such model": (["evaluate.py", "ckpt=./none"], "./none is no model folder"),

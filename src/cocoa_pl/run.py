@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from cocoa_pl.attention import Policy
-from cocoa_pl.config.build import build, check_values
+from cocoa_pl.config.build import build
 from cocoa_pl.config.process import check_processes, is_first_process
 from cocoa_pl.config.saved import load_config, settings_of
 from cocoa_pl.data.processor import Processor
@@ -47,7 +47,6 @@ _ADAPTER_STREAM = 5
 
 def train(cfg: DictConfig, run_dir: Path, console: Console) -> None:
     """Run the stages of a config, export the model and score it."""
-    check_values(cfg)
     untouched(run_dir / "model")  # refuse before training, not after hours
     stages, _ = build_stages(cfg), build(cfg.adapter)  # their mistakes show before data are read
     plain: Any = OmegaConf.to_container(cfg, resolve=True)

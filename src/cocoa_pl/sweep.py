@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
@@ -37,6 +38,7 @@ class SweepSummary(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         if status := guarded(lambda: claim_sweep(config)):
             sys.exit(status)  # an error would be Hydra's warning
+        HydraConfig.instance().set_config(config)  # until a run has its own: `leave_sweep`
         sweeper = config.hydra.sweeper
         if sweeper.get("_target_", "").endswith("BasicSweeper"):  # others choose as they go
             params = [f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()]

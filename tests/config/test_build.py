@@ -18,7 +18,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from cocoa_pl.config.build import build, check_values, declared
+from cocoa_pl.config.build import build, callables, check_values, declared
 from cocoa_pl.config.command_line import CONFIGS
 from cocoa_pl.config.saved import DEFAULT_MODEL
 from cocoa_pl.distributed import collectives
@@ -212,7 +212,7 @@ def test_every_number_of_a_config_has_bounds(name: str, chosen: list[str]) -> No
     cfg = composed(*chosen, name=name)
     check_values(cfg)
     plain = OmegaConf.to_container(cfg, resolve=False)
-    bounded = [key for key, kind in declared(plain).items() if "Bounds" in repr(kind)]
+    bounded = [key for key, kind in declared(callables(plain)).items() if "Bounds" in repr(kind)]
     # What they refer to is bounded too: `${stage.clip_norm}`.
     written = [reduce(lambda node, part: node.get(part, {}), k.split("."), plain) for k in bounded]
     bounded += re.findall(r"'\$\{(\w[\w.]*)\}'", str(written))

@@ -79,7 +79,10 @@ def load_policy(name: str) -> Policy:
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in (CONFIGS / "attention").glob("*.yaml")))
         raise UserError(f"there is no attention policy {name}; there are {known}")
-    policy: Any = OmegaConf.load(path)
+    try:
+        policy: Any = OmegaConf.load(path)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 ({error}); save it so") from error
     check_values(policy)
     return build(policy)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pkgutil import resolve_name
 from typing import Any, Literal, get_type_hints
@@ -30,6 +30,8 @@ from cocoa_pl.config.bounds import (
 )
 from cocoa_pl.data.rows import OnBadRow
 from cocoa_pl.errors import UserError, first_line, nearest
+
+Target = tuple[str, Mapping[str, Any], Any]
 
 # Types of the keys that are no parameters of an object that a config builds.
 VALUES: dict[str, Any] = {
@@ -72,9 +74,10 @@ def check_values(cfg: DictConfig) -> None:
         UserError: naming the key as a user would type it.
     """
     plain: Any = OmegaConf.to_container(cfg, resolve=False)
-    written, kinds = dict(walk(plain)), declared(plain)
+    made_there = list(callables(plain))
+    written, kinds = dict(walk(plain)), declared(made_there)
     _check_sections(cfg, kinds)
-    for where, node, made in _targets(plain):
+    for where, node, made in made_there:
         _check_keys(where, node, made)
     for section in ("model", "stage"):  # they hold values, and what is made
         known = {key.partition(".")[2] for key in VALUES if key.startswith(f"{section}.")}
@@ -101,10 +104,10 @@ def walk(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
         yield from walk(inner, f"{key}.{name}".lstrip("."))
 
 
-def declared(plain: Any) -> dict[str, Any]:
+def declared(made_there: Iterable[Target]) -> dict[str, Any]:
     """Keys of a plain config, and the annotations of what they are for."""
     found: dict[str, Any] = {}
-    for where, _, made in _targets(plain):
+    for where, _, made in made_there:
         function = made.__init__ if isinstance(made, type) else made  # type: ignore[misc]
         with suppress(NameError, TypeError):  # imported for type checkers alone; no function
             kinds = get_type_hints(function, include_extras=True)
@@ -112,7 +115,7 @@ def declared(plain: Any) -> dict[str, Any]:
     return found | VALUES
 
 
-def _targets(plain: Any) -> Iterator[tuple[str, Mapping[str, Any], Any]]:
+def callables(plain: Any) -> Iterator[Target]:
     """Prefix of keys, node and callable of all that is made; `build` reports what is not there."""
     for key, node in walk(plain):
         if isinstance(node, dict) and "_target_" in node:

@@ -24,13 +24,18 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from cocoa_pl.config.build import check_values, walk
-from cocoa_pl.config.folders import run_folder
+from cocoa_pl.config.folders import leave_sweep, run_folder
 from cocoa_pl.config.process import RESUME, guarded
 from cocoa_pl.distributed.processes import INTERRUPTED
 from cocoa_pl.errors import UserError, first_line, nearest, quoted, typed
 
 # A link to the repository's conf/, and a folder of the wheel.
 CONFIGS = (Path(__file__).parents[1] / "conf").resolve()
+# Hydra's own, each in a package that is not a part of it.
+PLUGINS = {
+    "launcher": ("joblib", "ray", "rq", "submitit"),
+    "sweeper": ("ax", "nevergrad", "optuna"),
+}
 FOLDER_OPTIONS = ("--config-dir", "-cd", "--config-path", "-cp")
 
 # `${run_dir:RESUMED,NEW}` is the run folder, resumed or new; `${sum:A,B}` adds step counts.
@@ -65,6 +70,7 @@ def run_app(
 
         def run() -> int | None:
             _check_sources()
+            _check_sections(cfg, config_name)
             check_values(cfg)
             return task(cfg)
 
@@ -94,6 +100,7 @@ def run_app(
         except (HydraException, OmegaConfBaseException, ValueError, RuntimeError) as error:
             if is_composed:
                 raise
+            leave_sweep()
             raise UserError(_sentence(error, sys.argv[1:])) from error
         finally:
             HydraConfig.instance().cfg = before
@@ -167,6 +174,27 @@ def _check_sources() -> None:
                 raise UserError(f"{file} is never read: {first} comes first; name it otherwise")
 
 
+def _check_sections(cfg: DictConfig, config_name: str) -> None:
+    """Refuse a section or value that an own file adds beside ours: as a rule a misspelt one.
+
+    Raises:
+        UserError: naming it; what another value refers to may be there.
+    """
+    known, written = _keys_of(config_name), OmegaConf.to_yaml(cfg)
+    for group in HydraConfig.get().runtime.choices:  # `schedule@stage` is in the section `stage`
+        known.add(group.rpartition("@")[2].partition(".")[0])
+    for key in map(str, cfg):
+        if key not in known and not re.search(rf"\$\{{{re.escape(key)}[.}}\[]", written):
+            raise UserError(f"unknown key {key}{nearest(key, known) or ', which nothing reads'}")
+
+
+def _keys_of(config_name: str) -> set[str]:
+    """Keys of one of our configs, and of those that it is made of."""
+    own: Any = OmegaConf.load(CONFIGS / f"{config_name}.yaml")
+    parts = [name for name in own.defaults if isinstance(name, str) and name != "_self_"]
+    return set(own).union(*map(_keys_of, parts))
+
+
 def _sentence(error: Exception, words: Sequence[str]) -> str:
     """What is wrong with the words that Hydra refused, with the nearest existing name."""
     message = str(error) or str(error.__cause__)
@@ -179,8 +207,9 @@ def _sentence(error: Exception, words: Sequence[str]) -> str:
     if isinstance(error, MissingConfigException) and error.options:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
         known = list(error.options)
-        if name.startswith("submitit_"):
-            return 'cluster=slurm needs the submitit launcher: pip install "cocoa-pl[slurm]"'
+        kind, plugin = group.removeprefix("hydra/"), name.partition("_")[0]
+        if plugin in PLUGINS.get(kind, ()):
+            return f"{group}={name} needs a package: pip install hydra-{plugin}-{kind}"
         return f"{group}={name} does not exist{nearest(name, known)}; there are " + ", ".join(known)
     cause: Any = error.__cause__
     node, refused = getattr(cause, "parent_node", None), re.search("'([^']+)'", message)
@@ -193,6 +222,8 @@ def _sentence(error: Exception, words: Sequence[str]) -> str:
         is_open = name.startswith(("trainer.", "callbacks.", "logger.", "benchmark.table."))
         more = f"; +{name}=... adds it" if is_open else ""
         return f"unknown key {name}{nearest(name, known)}{more}"
+    if message.startswith("Could not append") and refused:
+        return f"{refused[1]} is there already; write it without +"
     if "missing EQUAL" in message and refused:
         return f"{refused[1]}: write key=value"
     return first_line(ValueError(message)).rpartition("resolving interpolation: ")[2]

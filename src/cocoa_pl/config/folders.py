@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, read_write
 
 from cocoa_pl.config.process import is_first_process, started
@@ -88,6 +89,17 @@ def claim_sweep(config: DictConfig) -> None:
         raise UserError(
             f"hydra.sweep.dir={folder} holds the runs of another sweep; name another folder"
         )
+
+
+def leave_sweep() -> None:
+    """Take away the folder of a sweep of which no run could be composed, and what Hydra left there
+    but the user's own files.
+    """
+    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+        folder = Path(HydraConfig.get().sweep.dir)
+        (folder / SWEEP).unlink(missing_ok=True)
+        with suppress(OSError):  # there are such files
+            folder.rmdir()
 
 
 def check_free_for_run(folder: Path) -> None:

@@ -18,6 +18,7 @@ import lightning as L
 import rich
 import torch
 import torch.distributed as dist
+import yaml
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from omegaconf.errors import OmegaConfBaseException
@@ -78,6 +79,8 @@ def guarded(run: Callable[[], int | None], *, remedy: str = RESUME) -> int:
         status, said = MISTAKE, f"error: {error}"
     except OmegaConfBaseException as error:  # a value of the config, which is the user's
         status, said = MISTAKE, f"error: {unresolved(error)}"
+    except yaml.YAMLError as error:  # it names the file and the line
+        status, said = MISTAKE, f"error: {' '.join(str(error).split())}"
     except SafetensorError as error:  # weights that do not fit the disk
         status, said = MISTAKE, f"error: {first_line(error)}"
     except BrokenPipeError:  # of `| head`, which has seen enough

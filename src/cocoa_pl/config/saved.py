@@ -22,6 +22,7 @@ from transformers import PretrainedConfig
 from transformers.utils.hub import cached_file
 
 from cocoa_pl.attention.policy import with_current_names
+from cocoa_pl.config.build import check_values
 from cocoa_pl.config.folders import run_of
 from cocoa_pl.errors import UserError, first_line, typed
 from cocoa_pl.evaluation.results import read_config
@@ -61,6 +62,7 @@ def resumed_config(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
             raise UserError(f"a resumed run keeps its config; {word} cannot be changed")
         OmegaConf.update(resumed, key, OmegaConf.select(cfg, key), merge=False, force_add=True)
     resumed.resume = str(run_dir)
+    check_values(resumed)
     return resumed
 
 
@@ -137,6 +139,7 @@ def settled(cfg: DictConfig) -> DictConfig:
     finally:
         for group in ("model", "schedule"):
             del options.repo[group][f"{OPTION}.yaml"]
+    check_values(settled)
     log.info("pixels, lengths and rates are those of %s", where)
     return settled
 
