@@ -22,7 +22,6 @@ from cocoa_pl.attention import Policy
 from cocoa_pl.data.batch import Batch, Sample, pack
 from cocoa_pl.data.inputs import Input, as_item, as_list
 from cocoa_pl.data.item_batches import item_batches, whole_number
-from cocoa_pl.data.items import Item
 from cocoa_pl.data.processor import Processor
 from cocoa_pl.errors import UserError
 from cocoa_pl.losses import matryoshka
@@ -201,20 +200,10 @@ class Embedder:
             once; the order is by cost within a few thousand items.
         """
         items = as_list(items)
-        try:
-            as_item("words", instruction)  # a wrong instruction is no item's mistake
-        except ValueError as error:
-            raise UserError(str(error)) from error
-
-        def item_at(number: int) -> Item:
-            try:
-                return as_item(items[number], instruction)
-            except ValueError as error:
-                raise UserError(str(error)) from error
-
+        as_item("words", instruction)  # a wrong instruction is no item's mistake
         batches = item_batches(
             len(items),
-            item_at,
+            lambda number: as_item(items[number], instruction),
             self.processor,
             self._pack,
             batch_tokens=batch_tokens,

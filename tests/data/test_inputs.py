@@ -124,7 +124,7 @@ def test_placeholders_are_placed_and_nothing_else_is_touched(
     ],
 )
 def test_placeholders_that_fit_no_image_are_refused(text: str, count: int, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         as_item({"text": text, "image": list(PICTURES[:count])})
 
 
@@ -150,10 +150,10 @@ def test_an_item_keeps_its_slots_and_words_behind_an_instruction(
 
 
 def test_an_instruction_names_no_image() -> None:
-    with pytest.raises(ValueError, match="an instruction is one string for all, not list"):
+    with pytest.raises(UserError, match="an instruction is one string for all items, not list"):
         as_item("a dog", ["Find it"])  # type: ignore[arg-type]
     for instruction in ("<|image_1|>\nFind it", "<image> Find it", f"{S} Find it"):
-        with pytest.raises(ValueError, match="the instruction holds a placeholder"):
+        with pytest.raises(UserError, match="the instruction holds a placeholder"):
             as_item("a dog", instruction)
 
 
@@ -238,7 +238,7 @@ def test_what_pandas_writes_for_none_is_none(none: Any) -> None:
     assert as_item({"text": "a", "image": none}) == Item("a")
     missing = "" if isinstance(none, list | dict) else none
     assert as_item({"text": missing, "image": b"a"}) == Item(S, (b"a",))
-    with pytest.raises(ValueError, match="needs a text or an image"):
+    with pytest.raises(UserError, match="needs a text or an image"):
         as_item({"text": missing, "image": none})
 
 
@@ -261,7 +261,7 @@ def test_an_item_has_several_images_in_their_order(several: Any) -> None:
 
 def test_images_that_can_be_read_once_only_are_refused() -> None:
     for images in ((name for name in ("a.png", "b.png")), map(str, ["a.png"])):
-        with pytest.raises(ValueError, match="images come in a list, not in a"):
+        with pytest.raises(UserError, match="images come in a list, not in a"):
             as_item({"text": "x", "image": images})
 
 

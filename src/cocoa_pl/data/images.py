@@ -55,24 +55,24 @@ def as_source(value: object) -> ImageSource:
     `{"bytes", "path"}`.
 
     Raises:
-        ValueError: for anything else.
+        UserError: for anything else.
     """
     value = embedded(value)
     if isinstance(value, Path | bytes | Image.Image):
         return value
     if isinstance(value, str) and not value:
-        raise ValueError("an image's path is empty; leave the image out")
+        raise UserError("an image's path is empty; leave the image out")
     if isinstance(value, str | os.PathLike):
         return Path(value)
     if isinstance(value, np.ndarray):
         if value.dtype != np.uint8 or value.ndim not in (2, 3) or value.shape[2:] not in ((), (3,)):
-            raise ValueError(
+            raise UserError(
                 "an image's array is uint8 of height x width x 3, or height x width, not "
                 f"{value.dtype} of {' x '.join(map(str, value.shape))}; scale it to 0 "
                 "to 255 and astype('uint8'), put colours last, drop alpha"
             )
         return Image.fromarray(value)
-    raise ValueError(
+    raise UserError(
         f"an image is a path, bytes, a PIL image or an array, not {type(value).__name__}; open it "
         "as one of these"
     )
@@ -113,8 +113,9 @@ def open_image(
     """
     try:
         source = as_source(source)
-    except ValueError as error:
-        raise UserError(str(error), row_id=where) from error
+    except UserError as error:
+        error.row_id = where
+        raise
     with _opened(source, where) as opened:
         if at_least is not None:
             opened.draft(None, (at_least, at_least))

@@ -63,10 +63,10 @@ def as_item(value: Input, instruction: str | None = None) -> Item:
             images that stand before them, as in MMEB's queries. None or empty for nothing.
 
     Raises:
-        ValueError: for an empty or unknown input, or placeholders that do not fit the images.
+        UserError: for an empty or unknown input, or placeholders that do not fit the images.
     """
     if not isinstance(instruction, str | None):
-        raise ValueError(
+        raise UserError(
             f"an instruction is one string for all items, not {type(instruction).__name__}; "
             "encode those of each instruction in a call of their own"
         )
@@ -78,7 +78,7 @@ def instructed(text: str, instruction: str) -> str:
     """A text with slots, and an instruction before its words.
 
     Raises:
-        ValueError: for an instruction with a placeholder.
+        UserError: for an instruction with a placeholder.
     """
     words = text.lstrip(IMAGE_SLOT)
     first = text[: len(text) - len(words)]
@@ -105,26 +105,26 @@ def _item(value: Input) -> Item:
     ):
         value = {"image": value}
     if not isinstance(value, Mapping):
-        raise ValueError(
+        raise UserError(
             "an item is a string, an image (a path, bytes, a PIL image or an array), a dict or an "
             f"Item, not {type(value).__name__}; {_instead(value)}"
         )
     if unknown := set(value) - {"text", "image"}:
-        raise ValueError(
+        raise UserError(
             f"an item has the keys text and image, not {sorted(map(str, unknown))}; rename or drop "
             "the others"
         )
     text = value.get("text")
     text = "" if _is_missing(text) else text
     if not isinstance(text, str):
-        raise ValueError(f"an item's text is a string, not {type(text).__name__}; {_instead(text)}")
+        raise UserError(f"an item's text is a string, not {type(text).__name__}; {_instead(text)}")
     try:
         text.encode()
     except UnicodeEncodeError as error:  # half of a surrogate pair
-        raise ValueError(f"the text is not valid Unicode ({error}); fix it") from error
+        raise UserError(f"the text is not valid Unicode ({error}); fix it") from error
     images = tuple(map(as_source, _pictures(value.get("image"))))
     if not text and not images:
-        raise ValueError("an item needs a text or an image; this one is empty")
+        raise UserError("an item needs a text or an image; this one is empty")
     return Item(placed(str(text), len(images)), images)
 
 
@@ -149,7 +149,7 @@ def _pictures(image: Any) -> list[Any]:
     if _is_missing(image):
         return []
     if isinstance(image, Iterator):  # an item is looked at twice: for its cost, and to be read
-        raise ValueError(
+        raise UserError(
             f"an item's images come in a list, not in a {type(image).__name__}; write list(images)"
         )
     is_array = isinstance(image, np.ndarray) and image.dtype.kind not in "OU" and image.ndim != 4

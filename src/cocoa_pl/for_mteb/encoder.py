@@ -208,8 +208,9 @@ def _items(batches: Iterable[Mapping[str, Any]], *, task: str) -> Iterator[Item]
             number = next(numbers)
             try:
                 yield as_item(value)
-            except ValueError as error:
-                raise UserError(f"{task}: item {number}: {error}") from error
+            except UserError as error:
+                error.row_id = f"{task}: item {number}"
+                raise
 
 
 def _is_image(value: object) -> bool:
