@@ -14,7 +14,6 @@ from unittest.mock import MagicMock
 import lightning as L
 import pytest
 import torch
-from torch import Tensor
 
 from cocoa_pl.data.items import Item, Pair
 from cocoa_pl.data.processor import Processor
@@ -23,17 +22,10 @@ from cocoa_pl.errors import Interrupted, UserError
 from cocoa_pl.models.adapters import LowRank
 from cocoa_pl.models.backbone import Backbone
 from cocoa_pl.stages import checkpoint
-from cocoa_pl.stages.recipe import Stage
+from tests.stages.lab import Lab, Row, Weights, equal, read_metrics, weights_of
 
 STEPS = 5
 NAMES = ["pretrain", "warmup", "reconstruct", "contrast"]
-
-Fresh = Callable[[], Backbone]
-MakeStages = Callable[..., list[Stage]]
-Row = tuple[str, str, str, str]  # stage, step, name, value
-ReadMetrics = Callable[[Path], list[Row]]
-Train = Callable[..., list[dict[str, Any]]]
-Weights = Callable[[Backbone], dict[str, Tensor]]
 
 
 class StopAt(L.Callback):
@@ -52,13 +44,6 @@ class StopAt(L.Callback):
 
 class PowerCut(Exception):
     """Ends a run without a chance to save anything."""
-
-
-def copy_of(source: PairSource) -> PairSource:
-    """The same source, which has read nothing yet."""
-    made = copy(source)
-    vars(made).pop("_parts", None)
-    return made
 
 
 def fall(*_: Any) -> None:
@@ -86,47 +71,28 @@ class Whole(NamedTuple):
     """What an uninterrupted run leaves."""
 
     folder: Path
-    weights: dict[str, Tensor]
+    weights: Weights
     metrics: list[Row]
     lineage: list[dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def whole(
-    tmp_path_factory: pytest.TempPathFactory,
-    make_stages: MakeStages,
-    train: Train,
-    fresh: Fresh,
-    read_metrics: ReadMetrics,
-    weights: Weights,
-) -> Whole:
-    folder, backbone = tmp_path_factory.mktemp("whole"), fresh()
-    lineage = train(folder, make_stages(steps=STEPS), backbone)
-    return Whole(folder, weights(backbone), read_metrics(folder), lineage)
-
-
-def equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
-    return first.keys() == second.keys() and all(torch.equal(first[n], second[n]) for n in first)
+def whole(tmp_path_factory: pytest.TempPathFactory, lab: Lab) -> Whole:
+    folder, backbone = tmp_path_factory.mktemp("whole"), lab.fresh()
+    lineage = lab.train(folder, lab.stages(steps=STEPS), backbone)
+    return Whole(folder, weights_of(backbone), read_metrics(folder), lineage)
 
 
 @pytest.fixture
-def go_on(
-    whole: Whole,
-    tmp_path: Path,
-    make_stages: MakeStages,
-    train: Train,
-    fresh: Fresh,
-    read_metrics: ReadMetrics,
-    weights: Weights,
-) -> Callable[..., None]:
+def go_on(whole: Whole, tmp_path: Path, lab: Lab) -> Callable[..., None]:
     """Resumes the test's run, which then has left what an uninterrupted one leaves, bit by bit."""
 
     def resume(*, num_workers: int = 0) -> None:
-        stages, backbone = make_stages(steps=STEPS), fresh()
-        lineage = train(tmp_path, stages, backbone, resume=True, num_workers=num_workers)
+        stages, backbone = lab.stages(steps=STEPS), lab.fresh()
+        lineage = lab.train(tmp_path, stages, backbone, resume=True, num_workers=num_workers)
         assert lineage == whole.lineage
         assert read_metrics(tmp_path) == whole.metrics
-        assert equal(weights(backbone), whole.weights)
+        assert equal(weights_of(backbone), whole.weights)
 
     return resume
 
@@ -156,35 +122,25 @@ def test_all_four_stages_run_one_after_the_other(whole: Whole) -> None:
     ],
 )
 def test_a_stopped_run_goes_on_bit_by_bit(
-    stops: list[int],
-    num_workers: int,
-    tmp_path: Path,
-    make_stages: MakeStages,
-    train: Train,
-    fresh: Fresh,
-    go_on: Callable[..., None],
+    stops: list[int], num_workers: int, tmp_path: Path, go_on: Callable[..., None], lab: Lab
 ) -> None:
-    stages, resume = make_stages(steps=STEPS), False
+    stages, resume = lab.stages(steps=STEPS), False
     for stop in stops:
         options: dict[str, Any] = {"num_workers": num_workers, "callbacks": [StopAt(stop)]}
         with pytest.raises(Interrupted, match="stopped in"):
-            train(tmp_path, stages, fresh(), resume=resume, **options)
+            lab.train(tmp_path, stages, resume=resume, **options)
         resume = True
     go_on(num_workers=num_workers)
 
 
 def test_a_stopped_run_says_where_and_leaves_a_whole_checkpoint(
-    tmp_path: Path,
-    make_stages: MakeStages,
-    train: Train,
-    fresh: Fresh,
-    go_on: Callable[..., None],
+    tmp_path: Path, go_on: Callable[..., None], lab: Lab
 ) -> None:
     """In the middle of warmup, where no validation is due."""
     before = signal.getsignal(signal.SIGTERM)
     stop = StopAt(STEPS + 3, number=signal.SIGTERM)
     with pytest.raises(Interrupted, match="stopped in warmup at step 3 of 5"):
-        train(tmp_path, make_stages(steps=STEPS), fresh(), num_workers=1, callbacks=[stop])
+        lab.train(tmp_path, lab.stages(steps=STEPS), num_workers=1, callbacks=[stop])
     content = checkpoint.read(tmp_path / "checkpoints" / "last.ckpt")
     assert content["global_step"] == 3
     assert content["cocoa"]["stage"] == "warmup"
@@ -194,23 +150,22 @@ def test_a_stopped_run_says_where_and_leaves_a_whole_checkpoint(
     go_on(num_workers=1)
 
 
-def test_data_that_changed_is_no_data_to_resume_on(
-    tmp_path: Path, data: PairSource, make_stages: MakeStages, train: Train, fresh: Fresh
-) -> None:
+def test_data_that_changed_is_no_data_to_resume_on(tmp_path: Path, lab: Lab) -> None:
     """Whatever the workers have read ahead; a file that is written again as it was is no change."""
     file = tmp_path / "train.jsonl"
-    lines = Path(data.place).read_text().splitlines()
+    lines = Path(lab.data.place).read_text().splitlines()
 
     def reading(lines: list[str]) -> PairSource:
         file.write_text("\n".join(lines))
-        made = copy_of(data)
+        made = copy(lab.data)
+        vars(made).pop("_parts", None)  # it has read nothing yet
         made.place = str(file)
         return made
 
-    stages = make_stages("stage.order=[contrast]", steps=STEPS)
+    stages = lab.stages("stage.order=[contrast]", steps=STEPS)
     stopped: dict[str, Any] = {"num_workers": 2, "callbacks": [StopAt(2)]}
     with pytest.raises(Interrupted):
-        train(tmp_path, stages, fresh(), data=reading(lines), **stopped)
+        lab.train(tmp_path, stages, data=reading(lines), **stopped)
     edited = [lines[0].replace("sofa", "sea"), *lines[1:]]
     other = "as many rows, of other content or in another order"
     for changed, said in (
@@ -220,25 +175,20 @@ def test_data_that_changed_is_no_data_to_resume_on(
     ):
         refused = rf"stage contrast changed .* \({said}\).*init_from=FOLDER"
         with pytest.raises(UserError, match=refused):
-            train(tmp_path, stages, fresh(), data=reading(changed), num_workers=2, resume=True)
-    train(tmp_path, stages, fresh(), data=reading([*lines, ""]), num_workers=2, resume=True)
+            lab.train(tmp_path, stages, data=reading(changed), num_workers=2, resume=True)
+    lab.train(tmp_path, stages, data=reading([*lines, ""]), num_workers=2, resume=True)
 
 
 @pytest.mark.parametrize(
     "step", [4, *(pytest.param(STEPS + n, marks=pytest.mark.slow) for n in (1, 4))]
 )
 def test_a_crashed_run_goes_on_from_its_last_regular_checkpoint(
-    step: int,
-    tmp_path: Path,
-    make_stages: MakeStages,
-    train: Train,
-    fresh: Fresh,
-    go_on: Callable[..., None],
+    step: int, tmp_path: Path, go_on: Callable[..., None], lab: Lab
 ) -> None:
     crash = StopAt(step, number=signal.SIGUSR2)
     before = signal.signal(signal.SIGUSR2, fall)
     with pytest.raises(PowerCut):
-        train(tmp_path, make_stages(steps=STEPS), fresh(), checkpoint_every=2, callbacks=[crash])
+        lab.train(tmp_path, lab.stages(steps=STEPS), checkpoint_every=2, callbacks=[crash])
     signal.signal(signal.SIGUSR2, before)
     go_on()
 
@@ -254,9 +204,7 @@ def test_a_finished_run_resumes_to_itself(
 
 
 @pytest.mark.slow
-def test_dropout_of_adapters_goes_on_too(
-    tmp_path: Path, make_stages: MakeStages, train: Train, fresh: Fresh, weights: Weights
-) -> None:
+def test_dropout_of_adapters_goes_on_too(tmp_path: Path, lab: Lab) -> None:
     adapter = LowRank(
         lean_dora=False,
         dropout_on_base=True,
@@ -267,12 +215,12 @@ def test_dropout_of_adapters_goes_on_too(
         use_dora=True,
         target_modules=[r".*language_model.*\.(q|k|v|o)_proj"],
     )
-    stages = make_stages("stage.order=[reconstruct,contrast]", steps=STEPS)
+    stages = lab.stages("stage.order=[reconstruct,contrast]", steps=STEPS)
 
     def run(name: str, seed: int, **values: Any) -> Backbone:
         torch.manual_seed(seed)  # an adapter's first values are the caller's
-        backbone = adapter(fresh())
-        train(tmp_path / name, stages, backbone, **values)
+        backbone = adapter(lab.fresh())
+        lab.train(tmp_path / name, stages, backbone, **values)
         return backbone
 
     once = run("once", 0)
@@ -280,37 +228,29 @@ def test_dropout_of_adapters_goes_on_too(
         folder = f"stopped {stop}"
         with pytest.raises(Interrupted):
             run(folder, 0, callbacks=[StopAt(stop)])
-        assert equal(weights(run(folder, 1, resume=True)), weights(once))
-    untrained = weights(adapter(fresh()))
-    assert not equal(weights(once), untrained)
+        assert equal(weights_of(run(folder, 1, resume=True)), weights_of(once))
+    untrained = weights_of(adapter(lab.fresh()))
+    assert not equal(weights_of(once), untrained)
 
 
 def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(
-    tmp_path: Path, make_stages: MakeStages, train: Train, fresh: Fresh
+    tmp_path: Path, lab: Lab
 ) -> None:
-    stages = make_stages("stage.order=[contrast]", steps=1)
-    assert [entry["steps"] for entry in train(tmp_path, stages, fresh(), resume=True)] == [1]
+    stages = lab.stages("stage.order=[contrast]", steps=1)
+    assert [entry["steps"] for entry in lab.train(tmp_path, stages, resume=True)] == [1]
     (tmp_path / "checkpoints" / "last.ckpt").unlink()
     (tmp_path / "model").mkdir()
     with pytest.raises(UserError, match=r"there is no checkpoint .*last\.ckpt"):
-        train(tmp_path, stages, fresh(), resume=True)  # it is finished
+        lab.train(tmp_path, stages, resume=True)  # it is finished
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_a_stage_learns_a_few_rows_by_heart(
-    name: str,
-    tmp_path: Path,
-    data: PairSource,
-    make_stages: MakeStages,
-    train: Train,
-    fresh: Fresh,
-    read_metrics: ReadMetrics,
-) -> None:
+def test_a_stage_learns_a_few_rows_by_heart(name: str, tmp_path: Path, lab: Lab) -> None:
     rate = f"stage.{name}.optimization.lr=5e-3"
     overrides = [f"stage.order=[{name}]", rate, "stage.token_budget=1000"]
-    few = FewPairs(data, 4)
-    train(tmp_path, make_stages(*overrides, steps=40), fresh(), data=few)
+    few = FewPairs(lab.data, 4)
+    lab.train(tmp_path, lab.stages(*overrides, steps=40), data=few)
     losses = [float(r[3]) for r in read_metrics(tmp_path) if r[2] == "train/loss"]
     assert len(losses) == 40
     assert sum(losses[-3:]) < 0.5 * sum(losses[:3])
@@ -318,15 +258,10 @@ def test_a_stage_learns_a_few_rows_by_heart(
 
 @pytest.mark.slow
 def test_bridge_gain_tells_a_learnt_bridge_from_none(
-    tmp_path: Path,
-    data: PairSource,
-    make_stages: MakeStages,
-    train: Train,
-    fresh: Fresh,
-    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, lab: Lab
 ) -> None:
     def gain(name: str, backbone: Backbone, *, lr: float, steps: int) -> float:
-        stages = make_stages(
+        stages = lab.stages(
             "stage.order=[reconstruct]",
             "stage.reconstruct.module.text_ratio=1.0",  # nothing of TARGET is left
             "stage.token_budget=1000",
@@ -336,61 +271,57 @@ def test_bridge_gain_tells_a_learnt_bridge_from_none(
             steps=steps,
         )
         caplog.clear()
-        entry = train(tmp_path / name, stages, backbone, data=FewPairs(data, 4))[0]
+        entry = lab.train(tmp_path / name, stages, backbone, data=FewPairs(lab.data, 4))[0]
         found: float = entry["validation"]["bridge_gain"]
         assert f"bridge gain {found:.2f} nats/token" in caplog.text
         assert ("EOS still carries nothing" in caplog.text) == (found < 0.05)
         return found
 
     caplog.set_level("INFO", logger="cocoa_pl")
-    cut = fresh()
+    cut = lab.fresh()
     for layer in cut.stock.model.language_model.layers:
         layer.self_attn.o_proj.weight.data.zero_()
     assert abs(gain("cut", cut, lr=1e-9, steps=1)) < 1e-4
-    assert gain("learnt", fresh(), lr=5e-3, steps=120) > 0.3
+    assert gain("learnt", lab.fresh(), lr=5e-3, steps=120) > 0.3
 
 
-def test_a_row_alone_has_no_other_context_and_does_not_count(
-    tmp_path: Path, data: PairSource, make_stages: MakeStages, train: Train, fresh: Fresh
-) -> None:
+def test_a_row_alone_has_no_other_context_and_does_not_count(tmp_path: Path, lab: Lab) -> None:
     """Five rows by two: the last batch has one, whose own loss must not be held against it."""
     gains = []
     for size, count in ((2, 4), (2, 5)):
-        stages = make_stages(
+        stages = lab.stages(
             "stage.order=[reconstruct]",
             f"stage.validation_batch_size={size}",
             "stage.reconstruct.optimization.lr=1e-9",
             steps=1,
         )
-        few = FewPairs(data, count)
-        few.training = data.train_pairs()
-        entry = train(tmp_path / str(count), stages, fresh(), data=few)[0]
+        few = FewPairs(lab.data, count)
+        few.training = lab.data.train_pairs()
+        entry = lab.train(tmp_path / str(count), stages, data=few)[0]
         gains.append(entry["validation"]["bridge_gain"])
     assert gains[0] == pytest.approx(gains[1], abs=1e-5)
 
 
-def test_a_gradient_that_is_not_finite_names_its_rows(
-    tmp_path: Path, make_stages: MakeStages, train: Train, fresh: Fresh
-) -> None:
-    backbone = fresh()
+def test_a_gradient_that_is_not_finite_names_its_rows(tmp_path: Path, lab: Lab) -> None:
+    backbone = lab.fresh()
     for parameter in backbone.stock.model.language_model.norm.parameters():
         parameter.data.fill_(torch.nan)
     with pytest.raises(UserError, match=r"step 0: the gradient is nan; .*train\.jsonl line \d+, "):
-        train(tmp_path, make_stages(), backbone)
+        lab.train(tmp_path, lab.stages(), backbone)
     bad = (tmp_path / "bad_batch.txt").read_text().splitlines()
-    assert len(bad) == len(set(bad)) == make_stages()[0].batch_size
+    assert len(bad) == len(set(bad)) == lab.stages()[0].batch_size
     assert all("train.jsonl line " in row_id for row_id in bad)
 
 
-def test_a_stage_counts_its_steps_or_its_epochs(make_stages: MakeStages) -> None:
+def test_a_stage_counts_its_steps_or_its_epochs(lab: Lab) -> None:
     for steps, epochs, expected in (("7", "null", 7), ("null", "2", 6), ("null", "0.01", 1)):
-        stage = make_stages(f"stage.warmup.steps={steps}", f"stage.warmup.epochs={epochs}")[1]
+        stage = lab.stages(f"stage.warmup.steps={steps}", f"stage.warmup.epochs={epochs}")[1]
         assert stage.count_steps(13) == expected
     with pytest.raises(UserError, match=r"stage warmup: a stream has no length.* give steps"):
         stage.count_steps(None)
     for steps, epochs in (("7", "2"), ("null", "null")):
         with pytest.raises(UserError, match="stage pretrain: give either steps or epochs"):
-            make_stages(f"stage.pretrain.steps={steps}", f"stage.pretrain.epochs={epochs}")
+            lab.stages(f"stage.pretrain.steps={steps}", f"stage.pretrain.epochs={epochs}")
 
 
 def texts_alike(positives: str, *, queries: str = "abcdefgh") -> FewPairs:
@@ -408,12 +339,9 @@ ONLY_CONTRAST = ("stage.order=[contrast]", "stage.validate_every=500")
 
 
 def test_stages_that_predict_words_refuse_a_model_without_a_vocabulary_head(
-    make_stages: MakeStages,
-    load_tiny: Callable[..., Any],
-    headless_folder: Path,
-    processor: Processor,
+    load_tiny: Callable[..., Any], headless_folder: Path, processor: Processor, lab: Lab
 ) -> None:
-    *generative, contrast = make_stages("stage=recipe")
+    *generative, contrast = lab.stages("stage=recipe")
     assert len(generative) == 3
     backbone = load_tiny(folder=headless_folder).backbone
     assert contrast.make_module(backbone, processor, steps=1, seed=0)
@@ -439,35 +367,24 @@ def test_stages_that_predict_words_refuse_a_model_without_a_vocabulary_head(
     ],
 )
 def test_rows_without_a_wrong_answer_are_refused_before_training(
-    few: FewPairs,
-    overrides: list[str],
-    message: str,
-    tmp_path: Path,
-    make_stages: MakeStages,
-    train: Train,
-    fresh: Fresh,
+    few: FewPairs, overrides: list[str], message: str, tmp_path: Path, lab: Lab
 ) -> None:
     with pytest.raises(UserError, match=f"stage contrast: {message}"):
-        train(tmp_path, make_stages(*ONLY_CONTRAST, *overrides), fresh(), data=few)
+        lab.train(tmp_path, lab.stages(*ONLY_CONTRAST, *overrides), data=few)
     assert not (tmp_path / "metrics.csv").exists()
 
 
 def test_a_stage_that_has_learnt_nothing_is_no_success(
-    tmp_path: Path,
-    make_stages: MakeStages,
-    train: Train,
-    fresh: Fresh,
-    read_metrics: ReadMetrics,
-    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, lab: Lab
 ) -> None:
     """Each batch is of one subset, and each subset has one answer."""
     overrides = [*ONLY_CONTRAST, "mixing@stage.contrast.mixing=one_subset"]
-    stages, few = make_stages(*overrides, steps=4), texts_alike("PPPPQQQQ")
+    stages, few = lab.stages(*overrides, steps=4), texts_alike("PPPPQQQQ")
     stop = StopAt(3)
     with pytest.raises(Interrupted):
-        train(tmp_path, stages, fresh(), data=few, callbacks=[stop])
+        lab.train(tmp_path, stages, data=few, callbacks=[stop])
     with pytest.raises(UserError, match=r"learnt nothing: in all of its steps no query had a neg"):
-        train(tmp_path, stages, fresh(), data=few, resume=True)
+        lab.train(tmp_path, stages, data=few, resume=True)
     assert [r.message[:31] for r in caplog.records if "said once" in r.message] == [
         "step 0: no query had a negative",
         "step 3: no query had a negative",
@@ -477,11 +394,7 @@ def test_a_stage_that_has_learnt_nothing_is_no_success(
 
 
 def test_validation_without_a_wrong_answer_has_no_precision(
-    tmp_path: Path,
-    make_stages: MakeStages,
-    train: Train,
-    fresh: Fresh,
-    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, lab: Lab
 ) -> None:
     caplog.set_level("INFO", logger="cocoa_pl")
     few = texts_alike("pqrstuvw")
@@ -490,22 +403,20 @@ def test_validation_without_a_wrong_answer_has_no_precision(
         (texts_alike("pppq", queries="abcd").training, "of the 50.0% of queries that had a neg"),
     ):
         few.validation = kept
-        stages = make_stages(*ONLY_CONTRAST, "stage.validation_batch_size=3", steps=1)
+        stages = lab.stages(*ONLY_CONTRAST, "stage.validation_batch_size=3", steps=1)
         caplog.clear()
-        entry = train(tmp_path, stages, fresh(), data=few)[0]
+        entry = lab.train(tmp_path, stages, data=few)[0]
         assert message in caplog.text
         assert ("accuracy" in entry["validation"]) == (len(kept) > 1)
 
 
-def test_what_was_not_hidden_has_no_loss(
-    make_stages: MakeStages, processor: Processor, fresh: Fresh
-) -> None:
-    stages = make_stages()
+def test_what_was_not_hidden_has_no_loss(processor: Processor, lab: Lab) -> None:
+    stages = lab.stages()
     nothing = dict.fromkeys(("tokens", "loss", "hits", "patches", "errors"), torch.zeros(()))
     for stage, message in (
         (stages[1], "validation: no text was hidden, no image was hidden"),
         (stages[2], "validation: no text was hidden, no other context to measure the bridge gain"),
     ):
-        module = stage.make_module(fresh(), processor, steps=1, seed=0)
+        module = stage.make_module(lab.fresh(), processor, steps=1, seed=0)
         assert module.means(nothing) == {}
         assert module.summary_line({}).startswith(message)

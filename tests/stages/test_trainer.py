@@ -25,20 +25,14 @@ from lightning.pytorch.profilers import SimpleProfiler
 
 from cocoa_pl.distributed.strategies import FullySharded, Replicated
 from cocoa_pl.errors import UserError
-from cocoa_pl.models.backbone import Backbone
 from cocoa_pl.run import trainer_parts
 from cocoa_pl.stages import checkpoint
 from cocoa_pl.stages.callbacks import StageProgress, check_login, close
-from cocoa_pl.stages.recipe import Interrupted, Stage
+from cocoa_pl.stages.recipe import Interrupted
 from cocoa_pl.stages.trainer import REFUSED, Parts, checked_precision, make_trainer
 from tests.configs import composed
-from tests.stages.test_recipe import StopAt, equal
-
-Fresh = Callable[[], Backbone]
-MakeStages = Callable[..., list[Stage]]
-ReadMetrics = Callable[[Path], list[tuple[str, str, str, str]]]
-Train = Callable[..., list[dict[str, Any]]]
-Weights = Callable[[Backbone], dict[str, torch.Tensor]]
+from tests.stages.lab import Lab, Weights, equal, read_metrics, weights_of
+from tests.stages.test_recipe import StopAt
 
 ONLY_CONTRAST = "stage.order=[contrast]"
 BEST = Path("checkpoints") / "best.ckpt"
@@ -183,13 +177,11 @@ def test_parts_are_made_anew_for_each_stage(tmp_path: Path) -> None:
     assert made[0].loggers[0].root_dir == str(tmp_path / "tensorboard")
 
 
-def test_loggers_are_lightnings_own_and_learn_the_config(
-    tmp_path: Path, make_stages: MakeStages, train: Train, fresh: Fresh
-) -> None:
-    train(
+def test_loggers_are_lightnings_own_and_learn_the_config(tmp_path: Path, lab: Lab) -> None:
+    lab.train(
         tmp_path,
-        make_stages("stage.order=[warmup,contrast]"),
-        fresh(),
+        lab.stages("stage.order=[warmup,contrast]"),
+        lab.fresh(),
         trainer=["logger=[csv,tensorboard]"],
         config={"seed": 7},
     )
@@ -211,70 +203,53 @@ def test_a_capped_stage_says_how_far_it_came(
     words: list[str],
     steps: int,
     tmp_path: Path,
-    make_stages: MakeStages,
-    train: Train,
-    fresh: Fresh,
-    weights: Weights,
-    whole_contrast: dict[str, torch.Tensor],
+    whole_contrast: Weights,
     caplog: pytest.LogCaptureFixture,
+    lab: Lab,
 ) -> None:
     """The steps that are taken are those of the whole stage, and can be gone on from."""
-    stages, backbone = make_stages(ONLY_CONTRAST), fresh()
-    (entry,) = train(tmp_path, stages, backbone, trainer=words)
+    stages, backbone = lab.stages(ONLY_CONTRAST), lab.fresh()
+    (entry,) = lab.train(tmp_path, stages, backbone, trainer=words)
     assert entry["steps"] == steps
     assert entry["validation"]
     assert f"1/1 contrast: ended at step {steps} of 3 by trainer.max_steps" in caplog.text
     assert checkpoint.read(tmp_path / checkpoint.LAST)["global_step"] == steps
-    train(tmp_path, stages, backbone, resume=True)
-    assert equal(weights(backbone), whole_contrast)
+    lab.train(tmp_path, stages, backbone, resume=True)
+    assert equal(weights_of(backbone), whole_contrast)
 
 
 @pytest.fixture(scope="module")
-def whole_contrast(
-    tmp_path_factory: pytest.TempPathFactory,
-    make_stages: MakeStages,
-    train: Train,
-    fresh: Fresh,
-    weights: Weights,
-) -> dict[str, torch.Tensor]:
+def whole_contrast(tmp_path_factory: pytest.TempPathFactory, lab: Lab) -> Weights:
     """The weights after three steps of contrast."""
-    backbone = fresh()
-    train(tmp_path_factory.mktemp("whole"), make_stages(ONLY_CONTRAST), backbone)
-    return weights(backbone)
+    backbone = lab.fresh()
+    lab.train(tmp_path_factory.mktemp("whole"), lab.stages(ONLY_CONTRAST), backbone)
+    return weights_of(backbone)
 
 
-def test_fast_dev_run_writes_nothing(
-    tmp_path: Path, make_stages: MakeStages, train: Train, fresh: Fresh
-) -> None:
+def test_fast_dev_run_writes_nothing(tmp_path: Path, lab: Lab) -> None:
     words = ["+trainer.fast_dev_run=true"]
-    lineage = train(tmp_path, make_stages(), fresh(), trainer=words)
+    lineage = lab.train(tmp_path, lab.stages(), trainer=words)
     assert [entry["steps"] for entry in lineage] == [1, 1, 1, 1]
     assert not list((tmp_path / "checkpoints").iterdir())
 
 
 @pytest.mark.parametrize("words", [["+trainer.limit_val_batches=0"], ["callbacks=none"]])
 def test_validation_and_callbacks_can_be_left_out(
-    words: list[str], tmp_path: Path, make_stages: MakeStages, train: Train, fresh: Fresh
+    words: list[str], tmp_path: Path, lab: Lab
 ) -> None:
-    lineage = train(tmp_path, make_stages(ONLY_CONTRAST), fresh(), trainer=words)
+    lineage = lab.train(tmp_path, lab.stages(ONLY_CONTRAST), trainer=words)
     assert bool(lineage[0]["validation"]) == ("callbacks" in words[0])
     assert not (tmp_path / BEST).exists()
 
 
-def test_the_best_checkpoint_is_kept_beside_the_last(
-    tmp_path: Path,
-    make_stages: MakeStages,
-    train: Train,
-    fresh: Fresh,
-    read_metrics: ReadMetrics,
-) -> None:
+def test_the_best_checkpoint_is_kept_beside_the_last(tmp_path: Path, lab: Lab) -> None:
     """By precision@1 among held-out rows, also over a resume in another folder."""
-    stages = make_stages(ONLY_CONTRAST, "stage.validate_every=1", steps=4)
-    train(tmp_path / "whole", stages, fresh())
+    stages = lab.stages(ONLY_CONTRAST, "stage.validate_every=1", steps=4)
+    lab.train(tmp_path / "whole", stages)
     with pytest.raises(Interrupted):
-        train(tmp_path / "parts", stages, fresh(), callbacks=[StopAt(3)])
+        lab.train(tmp_path / "parts", stages, callbacks=[StopAt(3)])
     (tmp_path / "parts").rename(tmp_path / "moved")
-    train(tmp_path / "moved", stages, fresh(), resume=True)
+    lab.train(tmp_path / "moved", stages, resume=True)
     found = {}
     for name in ("whole", "moved"):
         scores = {
@@ -294,11 +269,7 @@ def test_the_best_checkpoint_is_kept_beside_the_last(
 
 
 def test_a_callback_takes_part_where_its_metric_is_logged(
-    tmp_path: Path,
-    make_stages: MakeStages,
-    train: Train,
-    fresh: Fresh,
-    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, lab: Lab
 ) -> None:
     """Patience with the bridge gain ends the reconstruction, and contrast runs to its end."""
     caplog.set_level("INFO", logger="cocoa_pl")
@@ -309,35 +280,27 @@ def test_a_callback_takes_part_where_its_metric_is_logged(
         "+callbacks.stop.stopping_threshold=1e9",
         *(f"+callbacks.typo._target_={stop}", "+callbacks.typo.monitor=validation/los"),
     ]
-    stages = make_stages("stage.order=[reconstruct,contrast]", steps=5)
-    lineage = train(tmp_path, stages, fresh(), trainer=words)
+    stages = lab.stages("stage.order=[reconstruct,contrast]", steps=5)
+    lineage = lab.train(tmp_path, stages, trainer=words)
     assert [entry["steps"] for entry in lineage] == [2, 5]
     assert "EarlyStopping does nothing: no stage of this run logs validation/los" in caplog.text
     assert "ModelCheckpoint does nothing" not in caplog.text
 
 
-def test_export_names_a_checkpoint_that_will_be_kept(
-    tmp_path: Path, make_stages: MakeStages, train: Train, fresh: Fresh
-) -> None:
+def test_export_names_a_checkpoint_that_will_be_kept(tmp_path: Path, lab: Lab) -> None:
     with pytest.raises(UserError, match="export=best: stage warmup keeps no such checkpoint, only"):
-        train(tmp_path, make_stages("stage.order=[warmup]"), fresh(), export="best")
+        lab.train(tmp_path, lab.stages("stage.order=[warmup]"), export="best")
     with pytest.raises(UserError, match=r"export=bst: .* only best, last"):
-        train(tmp_path, make_stages(ONLY_CONTRAST), fresh(), export="bst")
+        lab.train(tmp_path, lab.stages(ONLY_CONTRAST), export="bst")
     assert not (tmp_path / "metrics.csv").exists()
 
 
-def test_bf16_mixed_rounds_matrix_products_and_no_loss(
-    tmp_path: Path,
-    make_stages: MakeStages,
-    train: Train,
-    fresh: Fresh,
-    read_metrics: ReadMetrics,
-) -> None:
+def test_bf16_mixed_rounds_matrix_products_and_no_loss(tmp_path: Path, lab: Lab) -> None:
     losses = {}
     for precision in ("32-true", "bf16-mixed"):
-        backbone = fresh()
+        backbone = lab.fresh()
         words = [f"trainer.precision={precision}"]
-        train(tmp_path / precision, make_stages(ONLY_CONTRAST), backbone, trainer=words)
+        lab.train(tmp_path / precision, lab.stages(ONLY_CONTRAST), backbone, trainer=words)
         assert all(p.dtype == torch.float32 for p in backbone.parameters())
         found = [float(r[3]) for r in read_metrics(tmp_path / precision) if r[2] == "train/loss"]
         losses[precision] = torch.tensor(found, dtype=torch.float64)
