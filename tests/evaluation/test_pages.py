@@ -234,7 +234,8 @@ def test_rows_that_do_not_differ_can_be_hidden(side_by_side: Any) -> None:
 def test_configs_that_differ_are_shown_and_names_lead_to_reports(side_by_side: Any) -> None:
     assert texts(side_by_side, ".changed tbody tr") == [
         "optimization.lr 0.1 0.2",
-        "stage given –",  # noqa: RUF001
+        "stage.first.steps 1 –",  # noqa: RUF001
+        "stage.first.lr 2 –",  # noqa: RUF001
     ]
     links = side_by_side.find_elements("css selector", ".headline a")
     assert [link.text for link in links] == ["first", "other <b> #1 100% ? \ufffd"]

@@ -204,11 +204,6 @@ def test_all_that_vectors_depend_on_is_in_the_revision(
     assert len({revision(), *others}) == 5
 
 
-def test_names_are_checked(embedder: Embedder) -> None:
-    with pytest.raises(UserError, match="organization/model"):
-        CocoaEncoder(embedder, name="tiny")
-
-
 def test_names_of_training_data_are_mtebs() -> None:
     import mteb
 

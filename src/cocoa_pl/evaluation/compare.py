@@ -14,7 +14,7 @@ import json
 import math
 import os
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -24,13 +24,12 @@ from urllib.parse import quote
 
 import pandas as pd
 import yaml
-from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
 from cocoa_pl.errors import UserError, typed
 from cocoa_pl.evaluation.figures import read_panels
-from cocoa_pl.evaluation.report import UNSEEN, markdown, percent, shown, write_page
+from cocoa_pl.evaluation.report import UNSEEN, markdown, percent, plain_table, write_page
 from cocoa_pl.evaluation.results import (
     CONFIDENCE,
     Results,
@@ -177,15 +176,11 @@ class Comparison:
         """Runs without results, and why."""
         return [f"{run.words}: {run.missing}" for run in self.runs if run.missing]
 
-    def titles(self, keys: Sequence[Key]) -> list[str]:
-        """What columns are called; a subset with the name of a group has its kind too."""
-        names = [name for _, name in keys]
-        titles = []
-        for kind, name in keys:
-            title = f"overall at {name}" if kind == "width" else name.translate(UNSEEN)
-            is_twin = kind == "subset" and names.count(name) > 1
-            titles.append(f"{title} (subset)" if is_twin else title)
-        return titles
+    @staticmethod
+    def titles(keys: Sequence[Key]) -> list[str]:
+        """What columns are called."""
+        names = (f"overall at {name}" if kind == "width" else name for kind, name in keys)
+        return [name.translate(UNSEEN) for name in names]
 
     def table(self, keys: Sequence[Key], *, marked: bool = False) -> list[list[str]]:
         """Titles, and of each configuration its name, how many runs it has, and its scores; a mark
@@ -250,20 +245,6 @@ def _scores(results: Results) -> dict[Key, tuple[float, float]]:
 # --- What is shown -----------------------------------------------------------------------------
 
 
-def terminal_table(title: str, rows: Iterable[Sequence[str]], missing: Sequence[str]) -> Table:
-    """A table for a terminal; the first row and the first column are titles."""
-    head, *others = rows
-    table = Table(title=title, title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0))
-    table.add_column(shown(head[0]), overflow="fold")
-    for column in head[1:]:
-        table.add_column(shown(column), justify="right", overflow="fold")
-    for row in others:
-        table.add_row(*map(shown, row))
-    if missing:
-        table.caption, table.caption_justify = shown("missing: " + "; ".join(missing)), "left"
-    return table
-
-
 def write_summary(folder: Path, runs: Sequence[Run], *, subsets: Sequence[str]) -> Table:
     """Write summary.csv, summary.md and summary.png to `folder`; return the table for a terminal.
 
@@ -285,13 +266,11 @@ def write_summary(folder: Path, runs: Sequence[Run], *, subsets: Sequence[str]) 
                 f"{one.folder / 'results.json'}: no score {', '.join(absent)}; "
                 "summarise only runs of the same benchmark, and only subsets it has"
             )
-    titles = comparison.titles(keys)
+    members = comparison.members.values()
     stats = pd.DataFrame(index=list(comparison.members))
-    stats["runs"] = [sum(not run.missing for run in some) for some in comparison.members.values()]
-    stats["missing"] = [
-        sum(bool(run.missing) for run in some) for some in comparison.members.values()
-    ]
-    for key, title in zip(keys, titles, strict=True):
+    stats["runs"] = [sum(not run.missing for run in some) for some in members]
+    stats["missing"] = [sum(bool(run.missing) for run in some) for some in members]
+    for key, title in zip(keys, comparison.titles(keys), strict=True):
         stats[f"{title}_mean"] = [cell.score for cell in comparison.cells[key]]
         stats[f"{title}_std"] = [cell.deviation for cell in comparison.cells[key]]
     stats.to_csv(folder / "summary.csv", index_label="configuration")
@@ -306,7 +285,7 @@ def write_summary(folder: Path, runs: Sequence[Run], *, subsets: Sequence[str]) 
         with (folder / "summary.png").open("wb") as file:
             plot(file, comparison, [key for key in keys if key in plotted] or keys)
     title = "precision@1 in %, mean ± deviation over runs"
-    return terminal_table(title, rows, comparison.missing)
+    return plain_table(title, rows, comparison.missing)
 
 
 def plot(file: IO[bytes], comparison: Comparison, keys: Sequence[Key]) -> None:
@@ -378,7 +357,7 @@ def run(arguments: Sequence[str], console: Console) -> int:
     write_comparison(out, comparison, plotted, date=datetime.date.today().isoformat())
     title = "scores in %; those with + or - differ from the first"
     rows = zip(*comparison.table(keys, marked=True), strict=True)  # there are few runs
-    console.print(terminal_table(title, rows, comparison.missing))
+    console.print(plain_table(title, rows, comparison.missing))
     console.print(f"report: {out}", soft_wrap=True, markup=False, highlight=False)
     return 0
 
@@ -419,7 +398,11 @@ def open_runs(folders: Sequence[Path]) -> Comparison:
 def write_comparison(path: Path, comparison: Comparison, keys: Sequence[Key], *, date: str) -> None:
     """Write the page; `keys` are those that its plot shows."""
     first = {label: runs[0].folder for label, runs in comparison.members.items()}
-    configs = {label: _flat(read_config(folder)) for label, folder in first.items()}
+    configs = [_flat(read_config(folder)) for folder in first.values()]
+    settings = {
+        key: [config.get(key, "") for config in configs]
+        for key in dict.fromkeys(key for config in configs for key in config)
+    }
     losses = {label: folder / "metrics.csv" for label, folder in first.items()}
     losses = {label: file for label, file in losses.items() if file.is_file()}
     drawn = io.BytesIO()
@@ -435,7 +418,7 @@ def write_comparison(path: Path, comparison: Comparison, keys: Sequence[Key], *,
             for one in comparison.runs
             if (one.folder / "report.html").is_file()
         },
-        changed=changed(configs),
+        changed={key: values for key, values in settings.items() if len(set(values)) > 1},
         plot=f"data:image/png;base64,{base64.b64encode(drawn.getvalue()).decode()}",
         panels=[  # with validation there would be twice the curves
             panel._replace(curves=curves)
@@ -449,30 +432,6 @@ def write_comparison(path: Path, comparison: Comparison, keys: Sequence[Key], *,
 def link(file: Path, page: Path) -> str:
     """The address of a file from a page in the folder `page`, whatever characters its name has."""
     return quote(os.fsencode(os.path.relpath(file, page)))
-
-
-def changed(configs: Mapping[str, Mapping[str, str]]) -> dict[str, list[str]]:
-    """Configuration keys whose values are not the same in all; of a block of keys that one lacks
-    altogether, the block's name, with `given` for those that have it.
-    """
-    blocks = [
-        {prefix for key in config for prefix in _prefixes(key)} for config in configs.values()
-    ]
-    found: dict[str, list[str]] = {}
-    for key in dict.fromkeys(key for config in configs.values() for key in config):
-        shown_as = next((p for p in _prefixes(key) if any(p not in b for b in blocks)), key)
-        values = [config.get(key, "") for config in configs.values()]
-        if shown_as != key:
-            found[shown_as] = ["given" if shown_as in known else "" for known in blocks]
-        elif len(set(values)) > 1:
-            found[key] = values
-    return found
-
-
-def _prefixes(key: str) -> list[str]:
-    """E.g. `a`, `a.b` and `a.b.c`."""
-    parts = key.split(".")
-    return [".".join(parts[:depth]) for depth in range(1, len(parts) + 1)]
 
 
 def _flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

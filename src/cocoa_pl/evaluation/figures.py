@@ -168,20 +168,18 @@ def flattened(mapped: Sequence[Mapped]) -> Space | None:
     The two largest principal components: the plane in which the points lie farthest apart, the same
     at every call and without a setting.
     """
-    if not mapped:
+    from sklearn.decomposition import PCA  # only a map needs it, and it takes a second to load
+
+    vectors = np.array([one.at for one in mapped], np.float64).reshape(2 * len(mapped), -1)
+    if min(vectors.shape) < 2:
         return None
-    vectors = np.concatenate([one.at for one in mapped]).astype(np.float64)
-    centred = vectors - vectors.mean(axis=0)
-    _, lengths, axes = np.linalg.svd(centred, full_matrices=False)
-    if len(lengths) < 2 or lengths[1] < 1e-6:
+    pca = PCA(2, svd_solver="full")  # its signs do not depend on the order of the rows
+    points = pca.fit_transform(vectors)
+    if pca.singular_values_[1] < 1e-6:
         return None
-    axes = axes[:2]
-    signs = np.sign(axes[np.arange(2), np.abs(axes).argmax(axis=1)])  # or a map could be mirrored
-    points = centred @ (axes * signs[:, None]).T
-    low, high = points.min(axis=0), points.max(axis=0)
-    points = (points - low) / np.where(high > low, high - low, 1)
+    points -= points.min(axis=0)
+    points /= points.max(axis=0)
     points[:, 1] = 1 - points[:, 1]
-    shares = lengths[:2] ** 2 / (lengths**2).sum()
     pairs = zip(mapped, points.reshape(-1, 2, 2), strict=True)
-    places = tuple(one._replace(at=at) for one, at in pairs)
-    return Space(places, (float(shares[0]), float(shares[1])))
+    across, up = pca.explained_variance_ratio_.tolist()
+    return Space(tuple(one._replace(at=at) for one, at in pairs), (across, up))

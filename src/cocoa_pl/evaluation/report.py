@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -251,12 +251,22 @@ def published_rows(results: Results, published: Sequence[Mapping[str, Any]]) -> 
 
 def published_table(results: Results, rows: Sequence[ModelScores]) -> Table:
     """`published_rows` for a terminal, in percent."""
-    table = Table(title="Beside published results, in %", title_justify="left")
-    table.add_column("model")
-    for name in columns(results):
-        table.add_column(name.replace("_", " "), justify="right")
-    for model, scores in rows:
-        table.add_row(shown(model), *map(percent, scores), style="bold" if model == OWN else "")
+    head = ["model", *(name.replace("_", " ") for name in columns(results))]
+    texts = ([model, *map(percent, scores)] for model, scores in rows)
+    return plain_table("Beside published results, in %", [head, *texts])
+
+
+def plain_table(title: str, rows: Iterable[Sequence[str]], missing: Sequence[str] = ()) -> Table:
+    """Names and numbers for a terminal; the first row and the first column are titles."""
+    (first, *others), *body = rows
+    table = Table(title=title, title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0))
+    table.add_column(shown(first), overflow="fold")
+    for column in others:
+        table.add_column(shown(column), justify="right", overflow="fold")
+    for row in body:
+        table.add_row(*map(shown, row))
+    if missing:
+        table.caption, table.caption_justify = shown("missing: " + "; ".join(missing)), "left"
     return table
 
 

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from cocoa_pl.config.bounds import Count
 from cocoa_pl.embedder import Embedder
 from cocoa_pl.errors import UserError, extra
-from cocoa_pl.evaluation.report import shown
+from cocoa_pl.evaluation.report import percent, plain_table
 from cocoa_pl.evaluation.results import Results, TaskScore
 from cocoa_pl.evaluation.vectors import VectorSettings
 
@@ -119,10 +118,8 @@ class MtebBenchmark:
             },
         )
         results.write_json(run_dir / "results.json")
-        table = Table("task", "metric", "score", box=None, header_style="bold")
-        for task in tasks:
-            table.add_row(shown(task.name), task.metric, f"{100 * task.score:.1f}")
-        console.print(table)
+        rows = [[task.name, task.metric, percent(task.score)] for task in tasks]
+        console.print(plain_table("main scores in %", [["task", "metric", "score"], *rows]))
         for said in (f"every split and metric: {kept}", f"results: {run_dir / 'results.json'}"):
             console.print(said, soft_wrap=True, markup=False, highlight=False)
         return results
