@@ -338,33 +338,6 @@ def test_ctrl_c_ends_a_run_that_can_be_resumed(small: list[str], run: Run, tmp_p
 
 
 @pytest.mark.slow
-def test_a_sweep_goes_on_after_a_mistake_and_ends_with_a_summary(
-    small: list[str], tmp_path: Path
-) -> None:
-    given = [o for o in small if "steps" not in o or "contrast" in o]
-    ended = command(
-        "train.py",
-        "-m",
-        *given,
-        "stage=contrast",
-        "seed=0,1",
-        "stage.contrast.batch_size=8,4096",
-        "hydra.sweep.dir=sweep",
-        cwd=tmp_path,
-    )
-    assert ended.status == 2
-    assert "Traceback" not in ended.err + ended.out
-    assert ended.err.count("error: the training data has") == 2
-    summary = (tmp_path / "sweep" / "summary.md").read_text()
-    assert summary.count("no results.json in") == 2
-    assert "0 of 2" in summary
-    assert "summary: " in ended.out.splitlines()[-1]
-    assert "overall" in ended.out
-    for number in (0, 1):  # keys vary in the order in which they are typed first
-        assert scores(tmp_path / "sweep" / str(number))
-
-
-@pytest.mark.slow
 def test_two_processes_started_by_the_trainer_end_as_one_run(
     small: list[str], tmp_path: Path
 ) -> None:

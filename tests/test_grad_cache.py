@@ -136,21 +136,6 @@ def test_one_graph_is_in_memory_at_a_time(rows: Tensor) -> None:
     assert (alive, most) == (0, 1)
 
 
-def test_a_batch_without_rows_still_takes_part_in_every_backward_pass(rows: Tensor) -> None:
-    """Dummies that ranks add embed to no rows, and every rank must go through them."""
-    model = Model(0.0)
-    calls: list[int] = []
-
-    def embed(batch: Tensor) -> Tensor:
-        embeddings: Tensor = model(batch)[: len(batch) - int(len(batch) == 1)]
-        if embeddings.requires_grad:
-            embeddings.register_hook(lambda gradient: calls.append(len(gradient)))
-        return embeddings
-
-    step(embed, rows.split(3), model.loss)
-    assert sorted(calls) == [0, 3, 3]
-
-
 def test_gradients_add_to_those_that_are_there(rows: Tensor) -> None:
     model = Model(0.0)
     _, once = cached(model, rows, 2)

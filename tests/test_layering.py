@@ -149,18 +149,6 @@ def find_cycle(edges: dict[str, set[str]]) -> list[str]:
 # ---- what a module may contain ----
 
 
-def modules_have_docstrings(module: Module) -> list[str]:
-    return [] if (ast.get_docstring(module.tree) or "").strip() else ["line 1: no docstring"]
-
-
-def nothing_prints(module: Module) -> list[str]:
-    return [
-        f"line {node.lineno}: print"
-        for node in ast.walk(module.tree)
-        if isinstance(node, ast.Name) and node.id == "print"
-    ]
-
-
 def nothing_catches_everything(module: Module) -> list[str]:
     return [
         f"line {line}: catches everything"
@@ -236,8 +224,6 @@ RULES: dict[str, Rule] = {
     for rule in (
         imports_go_one_way,
         hydra_stays_at_the_entry_points,
-        modules_have_docstrings,
-        nothing_prints,
         nothing_catches_everything,
     )
 }
@@ -260,6 +246,8 @@ def test_the_package_keeps_the_rule(name: str) -> None:
 
 
 def test_components_do_not_import_each_other_in_a_circle() -> None:
+    assert set(find_cycle({"a": {"b"}, "b": {"c"}, "c": {"a"}})) == {"a", "b", "c"}
+    assert find_cycle({"a": {"b", "c"}, "b": {"d"}, "c": {"d"}}) == []
     edges: dict[str, set[str]] = {}
     for module in MODULES:
         names = {name for _, name in imported_components(module)}
@@ -287,10 +275,6 @@ BAD: list[tuple[str, str, str]] = [
     ("imports_go_one_way", "", "from cocoa_pl.stages.base import StageModule"),
     ("hydra_stays_at_the_entry_points", "stages.recipe", "from omegaconf import DictConfig"),
     ("hydra_stays_at_the_entry_points", "models.backbone", "import hydra.utils"),
-    ("modules_have_docstrings", "items", "x = 1"),
-    ("modules_have_docstrings", "items", '""" """'),
-    ("nothing_prints", "items", "print('here')"),
-    ("nothing_prints", "items", "list(map(print, [1]))"),
     ("nothing_catches_everything", "items", "try:\n    f()\nexcept:\n    raise"),
     ("nothing_catches_everything", "items", "try:\n    f()\nexcept Exception as e:\n    raise"),
     ("nothing_catches_everything", "items", "try:\n    f()\nexcept (OSError, BaseException): 0"),
@@ -305,8 +289,6 @@ GOOD: list[tuple[str, str, str]] = [
     ("imports_go_one_way", "models.backbone", "from cocoa_pl.attention.plan import Plan"),
     ("imports_go_one_way", "stages.recipe", "import torch\nfrom cocoa_pl import models"),
     ("hydra_stays_at_the_entry_points", "sweep", "from omegaconf import OmegaConf"),
-    ("modules_have_docstrings", "items", '"""Items of rows."""'),
-    ("nothing_prints", "items", "log.info('print this')\npprint = 1"),
     ("nothing_catches_everything", "items", "try:\n    f()\nexcept (OSError, ValueError): 0"),
 ]
 
@@ -350,16 +332,3 @@ def test_a_backbone_may_ask_what_transformers_calls_it() -> None:
 )
 def test_a_name_without_a_branch_is_not_reported(source: str) -> None:
     assert no_branch_on({"qwen2vl", "warmup"})(parse(source, at="stages", is_package=True)) == []
-
-
-def test_a_relative_import_inside_a_package_is_resolved() -> None:
-    module = parse("from .plan import Plan\nfrom .. import items", at="attention", is_package=True)
-    assert [name for _, name in imported(module)] == [
-        "cocoa_pl.attention.plan.Plan",
-        "cocoa_pl.items",
-    ]
-
-
-def test_a_circle_is_found_and_a_diamond_is_not_one() -> None:
-    assert set(find_cycle({"a": {"b"}, "b": {"c"}, "c": {"a"}})) == {"a", "b", "c"}
-    assert find_cycle({"a": {"b", "c"}, "b": {"d"}, "c": {"d"}}) == []

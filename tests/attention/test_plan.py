@@ -89,12 +89,6 @@ def test_bridge_is_three_segments_a_sample_and_bidirectional_one() -> None:
     assert both.kv_index is None
 
 
-def test_self_plan_is_the_bidirectional_plan_of_images() -> None:
-    images = self_plan(torch.tensor([3, 1, 5]))
-    samples = make_plan(POLICIES["bidirectional"], torch.tensor([[2, 1, 0], [0, 1, 0], [4, 1, 0]]))
-    assert torch.equal(seen_pairs(images), seen_pairs(samples))
-
-
 @pytest.mark.parametrize("name", OURS)
 def test_padding_is_bounded_and_calls_are_few(name: str) -> None:
     """Skewed lengths: CONTEXT and TARGET lognormal with medians of 300 and 40."""

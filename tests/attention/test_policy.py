@@ -67,20 +67,6 @@ def test_a_bottleneck_of_two_and_a_causal_bridge() -> None:
     )
 
 
-@pytest.mark.parametrize("name", GRIDS)
-def test_without_target_every_policy_but_causal_is_bidirectional(name: str) -> None:
-    mask = dense_mask(OURS[name], torch.tensor([[3, 1, 0]]))
-    full = torch.ones(4, 4, dtype=torch.bool)
-    assert torch.equal(mask, full.tril() if name == "causal" else full)
-
-
-@pytest.mark.parametrize("name", GRIDS)
-def test_samples_never_see_each_other(name: str) -> None:
-    lengths = torch.tensor([[2, 1, 2], [1, 3, 0], [0, 1, 3]])
-    alone = [dense_mask(OURS[name], one[None]) for one in lengths]
-    assert torch.equal(dense_mask(OURS[name], lengths), torch.block_diag(*alone).bool())
-
-
 # --- Stored and written by hand ----------------------------------------------------------------
 
 

@@ -12,7 +12,7 @@ from cocoa_pl.data import digit_scenes as scenes
 from cocoa_pl.data import digits
 from cocoa_pl.data.digit_scenes import EMPTY, HELD_OUT_PAIRS, Layout
 from cocoa_pl.data.digits import DigitsBenchmark, DigitsData
-from cocoa_pl.data.items import GROUPS, IMAGE_SLOT, EvalSubset, Item
+from cocoa_pl.data.items import GROUPS, EvalSubset, Item
 from cocoa_pl.errors import UserError
 
 WORDS = {word: digit for digit, word in enumerate(scenes.DIGIT_WORDS)}
@@ -138,12 +138,6 @@ def test_same_numbers_give_the_same_bytes_and_other_seeds_do_not(
     assert other.keys() != first.keys() or other != first
 
 
-def test_benchmark_is_reproducible_and_independent_of_training_data(tmp_path: Path) -> None:
-    first = contents(make_benchmark(tmp_path / "a").prepare())
-    make_data(tmp_path / "b", seed=5)
-    assert contents(make_benchmark(tmp_path / "b").prepare()) == first
-
-
 def test_finished_folder_is_used_and_interrupted_one_redone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -206,15 +200,6 @@ def test_splits_share_no_picture(data: DigitsData, subsets: dict[str, EvalSubset
     parts.append(pixels([item for one in subsets.values() for item in one.queries]))
     assert all(parts)
     assert sum(map(len, parts)) == len(set.union(*parts))
-
-
-def test_training_texts_are_distinct_and_without_slots(data: DigitsData) -> None:
-    texts = data.training_texts()
-    assert texts == sorted(set(texts))
-    assert not any(IMAGE_SLOT in text or "<|image" in text for text in texts)
-    assert "nine" in texts
-    words = {word for text in texts for word in text.replace(",", " ").replace("?", " ").split()}
-    assert len(words) <= 40
 
 
 def test_training_and_evaluation_ask_in_the_same_words(

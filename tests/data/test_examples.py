@@ -10,7 +10,6 @@ from cocoa_pl.data.examples import (
     BridgeExamples,
     CaptionExamples,
     PairExamples,
-    check_contrast,
     sides,
 )
 from cocoa_pl.data.items import IMAGE_SLOT, Item, Pair
@@ -93,17 +92,3 @@ def test_each_subset_gives_its_first_pairs_in_order() -> None:
     first = Pairs.of(pairs).first_of_each_subset
     assert list(first(2)) == [pairs[i] for i in (0, 1, 2, 4)]
     assert list(first(None)) == pairs
-
-
-def test_rows_are_looked_at_only_until_two_differ(monkeypatch: pytest.MonkeyPatch) -> None:
-    pairs = Pairs.of([pair(Item(f"query {n}"), Item(f"positive {n}")) for n in range(50)])
-    made: list[int] = []
-    get = Pairs.__getitem__
-
-    def counting(rows: Pairs, index: int) -> Pair:
-        made.append(index)
-        return get(rows, index)
-
-    monkeypatch.setattr(Pairs, "__getitem__", counting)
-    check_contrast(pairs, PairExamples(max_negatives=1), batch_size=4)
-    assert made == [0, 1, 0, 1]

@@ -82,23 +82,6 @@ def test_batches_are_full_sorted_by_cost_and_the_same_for_any_number_of_threads(
     assert costs == sorted(costs, reverse=True)
 
 
-def test_measures_are_the_tokens_that_processing_finds(
-    items: list[Item], make_processor: Callable[..., Processor]
-) -> None:
-    for max_length in (128, 60):  # some are cut at 60
-        processor = make_processor(max_length=max_length)
-        lengths = set()
-        for number, item in enumerate(items):
-            try:
-                sample = processor(item, None, key=0, row_id="toy")
-            except UserError:
-                continue
-            measure = module._measure(items.__getitem__, number, processor)
-            assert measure == (sample.num_tokens, sample.cost)
-            lengths.add(measure[0])
-        assert len(lengths) > 5
-
-
 def test_no_picture_is_decoded_to_measure_it(
     items: list[Item], processor: Processor, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import tracemalloc
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,6 @@ from cocoa_pl.config.command_line import compose_overrides
 from cocoa_pl.data.items import IMAGE_SLOT, EvalSubset, Item
 from cocoa_pl.data.mmeb_eval import READERS, MmebBenchmark
 from cocoa_pl.errors import UserError
-from cocoa_pl.evaluation.benchmark import score_subsets
-from cocoa_pl.evaluation.vectors import encode_once
 
 SLOT = IMAGE_SLOT
 CONFIGS = Path(__file__).parents[2] / "conf" / "benchmark"
@@ -193,17 +190,6 @@ def test_a_subset_without_a_usable_row_is_an_error(
         read_v1(root, [REFCOCO | changes])
     with pytest.raises(UserError, match=r"no usable row in .*\(1 skipped\)"):
         read_v1(root, [REFCOCO | changes], on_bad_row="skip")
-
-
-def test_rows_that_share_a_bad_candidate_are_each_named(
-    root: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    bad = {"tgt_text": ["class 0", "<|image_1|>"], "tgt_img_path": ["", "d.png"]}
-    rows = [classes(0) | bad, classes(1), classes(2) | bad]
-    with caplog.at_level(logging.WARNING):
-        assert read_v1(root, rows, on_bad_row="skip").row_ids == ["Set row 1"]
-    assert "skipped 2 bad row(s): Set row 0, candidate" in caplog.text
-    assert "; Set row 2, candidate: image" in caplog.text
 
 
 def test_many_candidates_cost_little_memory(root: Path) -> None:
@@ -481,27 +467,3 @@ def test_a_benchmark_of_ones_own_is_what_lies_in_the_folder(root: Path) -> None:
 def test_impossible_choice_is_refused(root: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         benchmark(root, **changes)
-
-
-def test_choice_of_subsets_gives_no_means(root: Path) -> None:
-    rows = [text_to_image(), text_to_image(tgt_img_path=["c.png", "a.png"], qry_text="a cat")]
-    subset = read(root, "MSCOCO_t2i", rows)
-
-    def encode(items: Sequence[Item]) -> np.ndarray:
-        return np.eye(512, dtype=np.float32)[[item.key % 512 for item in items]]
-
-    whole, few = (
-        score_subsets(
-            encode_once(encode, [subset]),
-            [subset],
-            benchmark="b",
-            checkpoint="c",
-            is_partial=is_partial,
-        )
-        for is_partial in (False, True)
-    )
-    content = few.to_json()
-    means = (content["overall"], content["in_distribution"], content["groups"]["retrieval"])
-    assert means == (None, None, None)
-    assert content["subsets"] == whole.to_json()["subsets"]
-    assert whole.to_json()["overall"] == whole.subsets[0].precision_at_1

@@ -199,17 +199,6 @@ def test_the_end_token_survives_cutting_beside_an_image(
     assert ids[-1] == embedder.processor.eos_id
 
 
-def test_a_special_token_in_a_text_is_words(
-    sentences: Any, embedder: Embedder, picture: Image.Image
-) -> None:
-    for token in ("<|image_pad|>", "<|im_end|>", "<|vision_start|>"):
-        special = embedder.processor.tokenizer.convert_tokens_to_ids(token)
-        for place in ("", "<|image_1|> ", "<image>"):
-            items = [{"text": f"{place}{words}", "image": picture} for words in (token, "b")]
-            ids, plain = (sentences.preprocess([item])["input_ids"][0] for item in items)
-            assert (ids == special).sum() == (plain == special).sum()
-
-
 def test_what_no_tower_sees_is_refused(folder: Path) -> None:
     with images_only():
         processor = AutoProcessor.from_pretrained(folder)

@@ -12,7 +12,6 @@ import torch
 import yaml
 from hydra.utils import instantiate
 from torch import nn
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from cocoa_pl.errors import UserError
 from cocoa_pl.models.adapters import LowRank
@@ -124,29 +123,6 @@ def test_peft_adapts_what_the_expressions_match() -> None:
     assert set(found.values()) == {3}  # A, B and the magnitudes
     trained = sum(value.numel() for value in adapted.parameters() if value.requires_grad)
     assert trained == DORA_2B
-
-
-@pytest.mark.parametrize(("factor", "low", "mid"), [(28, 144, 576), (32, 100, 441)])
-def test_pixel_limits_hold_as_many_visual_tokens_as_the_files_tell(
-    factor: int, low: int, mid: int
-) -> None:
-    limits = yaml.safe_load((CONF / "model" / "qwen2vl.yaml").read_text())
-    if factor == 32:
-        limits |= yaml.safe_load((CONF / "model" / "qwen3vl_2b.yaml").read_text())
-    for name, side, expected in (("max_pixels", 336, low), ("eval_max_pixels", 672, mid)):
-        for given in (side, 3 * side):  # of just the size, and of a larger one
-            height, width = smart_resize(
-                given,
-                given,
-                factor=factor,
-                min_pixels=limits["min_pixels"],
-                max_pixels=limits[name],
-            )
-            assert height * width // factor**2 == expected
-    smallest = smart_resize(
-        1, 1, factor=factor, min_pixels=limits["min_pixels"], max_pixels=limits["max_pixels"]
-    )
-    assert smallest == (2 * factor, 2 * factor)
 
 
 # --- Where a configuration comes from --------------------------------------------------------

@@ -158,18 +158,6 @@ def test_mrope_positions_equal_the_stock_ones(
     assert mrope_positions(layout, merge_size=2).tolist() == expected[:, 0].tolist()
 
 
-def test_positions_of_items_equal_the_stock_ones(
-    stock: Any, processor: Processor, make_item: MakeItem
-) -> None:
-    for seed in range(16):
-        item = make_item(seed, images=seed % 4)
-        sample = sample_of(processor, item, "two boats")
-        inputs = stock_inputs(sample, processor, item)
-        inputs.pop("pixel_values", None)
-        expected, _ = stock.model.get_rope_index(**inputs)
-        assert sample.position_ids.tolist() == expected[:, 0].tolist()
-
-
 @pytest.mark.parametrize("size", [(5, 9), (100, 41), (300, 200), (1, 150)])
 def test_pixels_are_bit_equal_to_the_image_processor(
     size: tuple[int, int],

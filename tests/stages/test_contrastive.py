@@ -109,14 +109,6 @@ def test_norms_are_taken_once_in_a_step_and_forgotten_after_it(
     assert len(taken) == 2 * layers
 
 
-def test_validation_counts_hits_and_losses_by_blocks(make: Make, rows: Rows) -> None:
-    with torch.no_grad():
-        modules = [make(similarity_block=block).eval() for block in (1000, 4)]
-        whole, blocks = (m.measure(batches_of(m, rows, validating=True)) for m in modules)
-    assert torch.equal(whole["hits"], blocks["hits"])
-    torch.testing.assert_close(whole["loss"], blocks["loss"])
-
-
 def test_a_fixed_temperature_is_what_the_user_says() -> None:
     for value in (0.005, 0.07, 3.0):
         assert 1 / Temperature(value, learn=False)().item() == pytest.approx(value)
