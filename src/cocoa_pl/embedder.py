@@ -226,7 +226,9 @@ class Embedder:
         with closing(batches):
             for numbers, batch in batches:
                 queued.append((numbers, *self._embed(batch)))
-                if len(queued) > 1:  # the device has the next one while this one is fetched
+                # A GPU has the next one while this one is fetched; on a CPU it is there, and what
+                # ends the work must not cost it.
+                if len(queued) > 1 or queued[0][2] is None:
                     yield fetched()
             while queued:
                 yield fetched()

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import signal
 import socket
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,9 +16,12 @@ import pytest
 from rich.console import Console
 
 from cocoa_pl.cli import COMMANDS
+from cocoa_pl.config.process import guarded
 from cocoa_pl.embedder import Embedder
 from cocoa_pl.errors import UserError
 from cocoa_pl.search import command
+
+from .conftest import NO_TEXT, READABLE
 
 Run = Callable[..., str]
 
@@ -26,7 +32,7 @@ def run(embedder: Embedder, monkeypatch: pytest.MonkeyPatch) -> Run:
     monkeypatch.setattr(command.Embedder, "load", lambda *_, **__: embedder)
 
     def say(*arguments: Any) -> str:
-        console = Console(file=io.StringIO(), width=200)
+        console = Console(file=io.StringIO(), width=40)
         assert command.run([str(a) for a in (*arguments, "--model", "m")], console) == 0
         assert isinstance(console.file, io.StringIO)
         return console.file.getvalue()
@@ -39,30 +45,40 @@ def test_it_is_a_command() -> None:
 
 
 def test_the_best_come_first_with_their_scores(run: Run, folder: Path) -> None:
+    for name in ("broken.png", "c.png"):
+        (folder / name).write_bytes(b"no picture")
     output = run(folder, "--image", folder / "1.png", "--top", 3)
-    assert "8 images, 8 of them new" in output
-    assert "broken.png left out: " in output
-    rows = [line.split() for line in output.splitlines() if line.strip()[:1].isdigit()][1:]
+    assert f"{READABLE} images, {READABLE} of them new\n" in output
+    assert "left out: broken.png and 1 more: cannot be read as an image" in output
+    rows = [line.split(maxsplit=2) for line in output.splitlines()[3:]]
     assert [row[0] for row in rows] == ["1", "2", "3"]
-    assert rows[0][1] == "1.000"
-    assert rows[0][2] == str(folder / "1.png")
+    assert rows[0][1:] == ["1.000", str(folder / "1.png")]
 
 
-def test_names_are_no_markup(run: Run, folder: Path) -> None:
-    output = run(folder, "two boats")
-    assert '"quoted" & [bold].png' in output
-    assert "<img src=x onerror=alert(1)>.png" in output
+def test_a_name_is_shown_as_it_is_but_controls_no_terminal(run: Run, folder: Path) -> None:
+    lines = run(folder, "two boats", "--top", READABLE).splitlines()[2:]
+    shown = {line.split(maxsplit=2)[2] for line in lines}
+    escaped = str(folder / r"\udcff\x1b[31m\n.png")
+    names = {str(file) for file in folder.rglob("*") if os.fsencode(file.name) != NO_TEXT}
+    assert escaped in shown
+    assert shown - {escaped} < names
+    assert len(shown) == READABLE
 
 
-def test_json_is_one_object_a_line(
+def test_json_holds_paths_that_open(
     run: Run, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    lines = [json.loads(line) for line in run(folder, "two boats", "--json").splitlines()]
-    assert len(lines) == 8
+    output = run(folder, "two boats", "--json", "--top", 100)
+    assert output.isascii()
+    lines = [json.loads(line) for line in output.splitlines()]
+    assert len(lines) == READABLE
     assert lines[0].keys() == {"file", "score"}
     scores = [line["score"] for line in lines]
     assert scores == sorted(scores, reverse=True)
-    assert "8 images" in capsys.readouterr().err
+    paths = {os.fsencode(line["file"]) for line in lines}
+    assert os.fsencode(folder) + b"/" + NO_TEXT in paths
+    assert all(map(os.path.isfile, paths))
+    assert f"{READABLE} images" in capsys.readouterr().err
 
 
 def test_text_image_and_instruction_all_count(run: Run, folder: Path) -> None:
@@ -70,17 +86,14 @@ def test_text_image_and_instruction_all_count(run: Run, folder: Path) -> None:
     both = run(folder, "two boats", "--image", folder / "1.png", "--json")
     output = run(folder, "two boats", "--instruction", "Find it:", "--json")
     assert len({by_text, both, output}) == 3
-
-
-def test_without_a_query_it_indexes(run: Run, folder: Path) -> None:
-    assert "8 of them new" in run(folder)
-    assert "0 of them new" in run(folder)
+    assert "0 of them new" in run(folder)  # without a query it indexes
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--top", "0"], "--top is at least 1, not 0"),
+        (["--top", "0"], "--top is a whole number of at least 1, not 0"),
+        (["--threads", "-1"], "--threads is a whole number of at least 0, not -1"),
         (["--image", "nowhere.png"], "nowhere.png does not exist"),
     ],
 )
@@ -91,12 +104,22 @@ def test_a_mistake_is_one_sentence(
         run(folder, "two boats", *arguments)
 
 
+def test_a_folder_without_pictures_says_what_is_left_out(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.heic").touch()
+    with pytest.raises(UserError, match="holds no image that can be read"):
+        run(tmp_path, "two boats", "--json")
+    assert "left out: a.heic: HEIC is not read" in capsys.readouterr().err
+
+
 def test_a_wrong_folder_is_refused_before_a_model_is_loaded() -> None:
     with pytest.raises(UserError, match="nowhere is no folder"):
         command.run(["nowhere", "two boats", "--model", "no/model"], Console())
 
 
 def test_a_port_that_is_taken_is_reported(run: Run, folder: Path) -> None:
+    pytest.importorskip("waitress")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -105,27 +128,29 @@ def test_a_port_that_is_taken_is_reported(run: Run, folder: Path) -> None:
             run(folder, "--serve", "--port", port)
 
 
-def test_the_page_is_served_until_ctrl_c(
-    run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_page_is_served_on_this_machine_until_a_signal(
+    embedder: Embedder, run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     waitress = pytest.importorskip("waitress")
-    closed: list[str] = []
+    create, addresses, answers = waitress.create_server, [], []
 
-    class Server:
-        effective_port = 8123
+    def watched(*arguments: Any, **choices: Any) -> Any:
+        server = create(*arguments, **choices)
+        addresses.append((server.effective_host, server.effective_port))
+        return server
 
-        def run(self) -> None:
-            raise KeyboardInterrupt
+    embed = embedder.backbone.embed
 
-        def close(self) -> None:
-            closed.append("closed")
+    def then_asks(*arguments: Any) -> Any:
+        """The page answers while the model embeds what it will find."""
+        if addresses and not answers:
+            address = "http://{}:{}/?q=".format(*addresses[0])
+            answers.append(urllib.request.urlopen(address).read().decode())
+            os.kill(os.getpid(), signal.SIGTERM)
+        return embed(*arguments)
 
-    def create(app: Any, *, host: str, port: int, threads: int) -> Server:
-        client = app.test_client()
-        assert client.get("/", headers={"Host": f"127.0.0.1:{port}"}).status_code == 200
-        assert host == "127.0.0.1"  # unless asked for
-        return Server()
-
-    monkeypatch.setattr(waitress, "create_server", create)
-    assert "http://127.0.0.1:8123" in run(folder, "--serve")
-    assert closed == ["closed"]
+    monkeypatch.setattr(waitress, "create_server", watched)
+    monkeypatch.setattr(embedder.backbone, "embed", then_asks)
+    assert guarded(lambda: len(run(folder, "--serve", "--port", 0))) == 130
+    assert addresses[0][0] == "127.0.0.1"  # unless asked for
+    assert f"Indexing: 0 of {READABLE} new images." in answers[0]

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import io
-import os
 import shutil
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +15,31 @@ from PIL import Image
 
 from cocoa_pl.embedder import Embedder
 from cocoa_pl.errors import UserError
+from cocoa_pl.search import page as module
 from cocoa_pl.search.index import ImageIndex
-from cocoa_pl.search.page import LOCAL, THUMBNAIL, page, printable
+from cocoa_pl.search.page import LOCAL, THUMBNAIL, UPLOADS, Keeper, page
 
-from .conftest import HOSTILE, SECRET
+from .conftest import HOSTILE, READABLE, SECRET
 
 flask = pytest.importorskip("flask")
 
 
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PATIENCE", 60.0)  # also where the machine is busy
+
+
+def app_of(index: ImageIndex, **choices: Any) -> Any:
+    """The page, and a thread that keeps its index as `cocoa search` does."""
+    keeper = Keeper(index)
+    threading.Thread(target=keeper.run, daemon=True).start()
+    given: dict[str, Any] = {"instruction": None, "top": 5, "hosts": LOCAL}
+    return page(keeper, **(given | choices))
+
+
 @pytest.fixture
 def app(index: ImageIndex) -> Any:
-    return page(index, instruction=None, top=5, hosts=LOCAL)
+    return app_of(index)
 
 
 @pytest.fixture
@@ -34,14 +47,15 @@ def client(app: Any) -> Any:
     return app.test_client()
 
 
-def search(client: Any, *, text: str = "", image: bytes | None = None, name: str = "q.png") -> Any:
-    data: dict[str, Any] = {"text": text}
-    if image is not None:
-        data["image"] = (io.BytesIO(image), name)
-    return client.post("/", data=data, content_type="multipart/form-data")
+def upload(client: Any, image: bytes, *, text: str = "", name: str = "q.png", **more: Any) -> Any:
+    """The page that the picture's own address shows."""
+    data = {"q": text, "image": (io.BytesIO(image), name)}
+    response = client.post("/", data=data, content_type="multipart/form-data", **more)
+    assert response.status_code == 303
+    return client.get(response.location)
 
 
-def numbers(html: str) -> list[int]:
+def keys(html: str) -> list[int]:
     return [int(part.split('"')[0]) for part in html.split('src="/thumbnail/')[1:]]
 
 
@@ -51,49 +65,155 @@ def test_it_shows_what_the_index_finds(
 ) -> None:
     picture = (index.folder / "1.png").read_bytes()
     text = "" if kind == "image" else "two boats"
-    image = None if kind == "text" else picture
-    vector = embedder.encode([{"text": text, "image": image}])[0]
-    expected = [found.number for found in index.search(vector, 5)]
-    response = search(client, text=text, image=image)
+    vector = embedder.encode([{"text": text, "image": None if kind == "text" else picture}])[0]
+    expected = [found.key for found in index.search(vector, 1000)]
+    if kind == "text":
+        response = client.get("/", query_string={"q": text})  # an address to link to
+    else:
+        response = upload(client, picture, text=text)
     assert response.status_code == 200
-    assert numbers(response.text) == expected
-    if kind == "image":
-        assert index.files[expected[0]] == Path("1.png")
+    assert keys(response.text) == expected[:5]
+    assert f"1 to 5 of {READABLE}, the nearest first" in response.text
+    address = response.request.url
+    for number, part in ((2, expected[5:10]), (3, expected[10:])):
+        following = client.get(f"{address}&page={number}").text
+        assert keys(following) == part
+        assert ('rel="next"' in following) == (number == 2)
+        assert 'rel="prev"' in following
+    assert "There are no more results." in client.get(f"{address}&page=4").text
+    assert keys(client.get(f"{address}&page=none").text) == expected[:5]
 
 
 def test_an_instruction_reaches_the_model(index: ImageIndex, embedder: Embedder) -> None:
-    app = page(index, instruction="Find it:", top=8, hosts=LOCAL)
-    html = search(app.test_client(), text="two boats").text
+    client = app_of(index, instruction="Find it:", top=8).test_client()
     vector = embedder.encode(["two boats"], instruction="Find it:")[0]
-    assert numbers(html) == [found.number for found in index.search(vector, 8)]
+    assert keys(client.get("/?q=two boats").text) == [one.key for one in index.search(vector, 8)]
 
 
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({}, "Type a text or choose an image."),
-        ({"text": "   "}, "Type a text or choose an image."),
-        ({"image": b"no picture"}, "cannot be read as an image"),
-        ({"image": b""}, "cannot be read as an image"),
-    ],
-    ids=["nothing", "blank", "no picture", "empty"],
-)
-def test_what_cannot_be_searched_is_refused(
-    given: dict[str, Any], message: str, client: Any
+def test_another_text_keeps_the_picture_and_the_last_few_pictures_are_kept(
+    client: Any, index: ImageIndex, make_image: Callable[..., Image.Image]
 ) -> None:
-    response = search(client, **given)
+    pictures = []
+    for seed in range(UPLOADS + 1):
+        make_image((56, 56), seed=seed).save(buffer := io.BytesIO(), "PNG")
+        pictures.append(upload(client, buffer.getvalue()).request.url)
+    last = pictures[-1].rpartition("=")[2]
+    response = client.post("/", data={"q": "two boats", "picture": last})
+    assert response.location == f"/?q=two+boats&image={last}"
+    assert f'src="/asked/{last}"' in client.get(response.location).text
+    assert client.get(f"/asked/{last}").mimetype == "image/jpeg"
+    assert [client.get(address).status_code for address in pictures] == [410] + [200] * UPLOADS
+    assert "not kept any more; choose it again" in client.get(pictures[0]).text
+
+
+def test_it_sees_new_changed_and_deleted_files(
+    client: Any,
+    index: ImageIndex,
+    make_image: Callable[..., Image.Image],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    looks = []
+    update = index.update
+    monkeypatch.setattr(index, "update", lambda: (looks.append(1), update())[1])
+    for _ in range(5):
+        client.get("/?q=two boats")
+    assert len(looks) <= 1  # not more often than needed
+    monkeypatch.setattr(module, "FRESH", 0.0)
+    make_image((56, 56), seed=50).save(index.folder / "new.png")
+    make_image((56, 56), seed=51).save(index.folder / "1.png")
+    (index.folder / "2.JPG").unlink()
+    html = upload(client, (index.folder / "1.png").read_bytes()).text
+    assert f"{READABLE} images" in html
+    assert html.split('alt="')[2].startswith("1.png")
+    shutil.rmtree(index.folder)
+    assert "is no folder" in client.get("/?q=two boats").text
+
+
+def test_while_it_indexes_it_answers_with_what_is_there(
+    index: ImageIndex, make_image: Callable[..., Image.Image], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "FRESH", 0.0)
+    monkeypatch.setattr(module, "PATIENCE", 0.01)
+    go_on = threading.Event()
+    keep = index.kept.add
+    monkeypatch.setattr(index.kept, "add", lambda parts: (go_on.wait(60), keep(parts)))
+    make_image((56, 56), seed=50).save(index.folder / "new.png")
+    client = app_of(index).test_client()
+    while "of 1 new" not in client.get("/status").json["progress"]:
+        pass
+    html = client.get("/?q=two boats").text
+    assert "of 1 new images. A search finds those that are done." in html
+    assert f"{READABLE} images" in html
+    assert len(keys(html)) == 5
+    go_on.set()
+    monkeypatch.setattr(module, "PATIENCE", 60.0)
+    assert f"{READABLE + 1} images" in client.get("/?q=two boats").text
+    assert client.get("/status").json == {"progress": ""}
+
+
+def test_an_empty_folder_and_what_is_left_out_are_told(tmp_path: Path, embedder: Embedder) -> None:
+    (tmp_path / "<a>.heic").touch()
+    client = app_of(ImageIndex(tmp_path, embedder, kept_in=None, threads=0)).test_client()
+    html = client.get("/").text
+    assert "There is no image in this folder yet." in html
+    assert "1 left out" in html
+    assert "&lt;a&gt;.heic: HEIC is not read; convert it to JPEG" in html
+
+
+# --- What it must not do -----------------------------------------------------------------------
+
+
+def png(*size: int) -> bytes:
+    Image.new("1", size).save(buffer := io.BytesIO(), "PNG")
+    return buffer.getvalue()
+
+
+def test_what_cannot_be_searched_is_refused(client: Any) -> None:
+    for image, message in (
+        (b"no picture", "its content is none of AVIF"),
+        (b"", "cannot be read as an image"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "its content is none of AVIF"),
+        (png(13_000, 13_000), "is 13000 x 13000 pixels, more than 25,000,000; scale it"),
+    ):
+        response = upload(client, image)
+        assert response.status_code == 400
+        assert message in response.text
+        assert "thumbnail" not in response.text
+    response = client.get("/?q=%EF%B7%90")
     assert response.status_code == 400
-    assert message in response.text
-    assert "thumbnail" not in response.text
+    assert "That cannot be searched: the text holds U+FDD0" in response.text
+
+
+def test_one_picture_is_decoded_at_a_time_and_thumbnails_once(
+    client: Any, index: ImageIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inside, decoded, lock = 0, [], threading.Lock()
+    original = module.open_image
+
+    def watched(source: Any, **choices: Any) -> Image.Image:
+        nonlocal inside
+        with lock:
+            inside += 1
+            decoded.append((inside, choices["most_pixels"]))
+        image = original(source, **choices)
+        with lock:
+            inside -= 1
+        return image
+
+    monkeypatch.setattr(module, "open_image", watched)
+    addresses = [f"/thumbnail/{key}" for key in index.files]
+    for _ in range(2):
+        threads = [threading.Thread(target=client.get, args=[each]) for each in addresses]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert decoded == [(1, module.MOST_PIXELS)] * READABLE
 
 
 def test_names_and_texts_are_escaped(client: Any) -> None:
-    text = "<script>alert(1)</script>"
-    name = '"><script>alert(2)</script>.png'
-    buffer = io.BytesIO()
-    Image.new("RGB", (56, 56)).save(buffer, "PNG")
-    html = search(client, text=text, image=buffer.getvalue(), name=name).text
-    assert "<script" not in html
+    html = client.get("/", query_string={"q": '"><script>alert(1)</script>', "page": 1}).text
+    assert html.count("<script") == 1  # its own
     assert "onerror=alert" not in html.replace("&lt;img src=x onerror=alert(1)&gt;", "")
     assert "&lt;script&gt;alert(1)" in html
 
@@ -101,20 +221,24 @@ def test_names_and_texts_are_escaped(client: Any) -> None:
 def test_thumbnails_are_small_jpegs_and_originals_are_the_files(
     client: Any, index: ImageIndex
 ) -> None:
-    for number, file in enumerate(index.files):
-        small = client.get(f"/thumbnail/{number}")
+    for key, file in index.files.items():
+        small = client.get(f"/thumbnail/{key}")
         with Image.open(io.BytesIO(small.data)) as image:
             assert image.format == "JPEG"
             assert max(image.size) <= THUMBNAIL
-        assert client.get(f"/original/{number}").data == (index.folder / file).read_bytes()
+        original = client.get(f"/original/{key}")
+        assert original.data == (index.folder / file).read_bytes()
+        assert original.mimetype.startswith("image/")
 
 
 @pytest.mark.parametrize(
     "path",
     [
         "/original/8",
+        "/original/zz",
         "/thumbnail/999999999999999999999",
-        "/original/-1",
+        "/thumbnail/-1",
+        "/asked/0",
         "/original/../notes.txt",
         "/original/..%2fnotes.txt",
         "/original/notes.txt",
@@ -131,56 +255,80 @@ def test_nothing_but_found_pictures_is_served(path: str, client: Any) -> None:
     assert SECRET not in response.data
 
 
-def test_a_file_that_has_become_a_link_out_of_the_folder_is_not_served(
+def test_a_file_that_is_gone_or_leads_out_of_the_folder_is_not_served(
     client: Any, index: ImageIndex, tmp_path: Path
 ) -> None:
-    number = index.files.index(Path("1.png"))
+    numbers = {str(file): key for key, file in index.files.items()}
+    assert client.get(f"/thumbnail/{numbers['1.png']}").status_code == 200  # and remembered
     (index.folder / "1.png").unlink()
     (index.folder / "1.png").symlink_to(tmp_path / "outside.png")
-    below = index.files.index(Path("below/3.png"))
+    (index.folder / "2.JPG").unlink()
     shutil.move(index.folder / "below", tmp_path / "below")
     (index.folder / "below").symlink_to(tmp_path / "below", target_is_directory=True)
-    for kind in ("original", "thumbnail"):
-        assert client.get(f"/{kind}/{number}").status_code == 404
-        assert client.get(f"/{kind}/{below}").status_code == 404
+    for name in ("1.png", "2.JPG", "below/3.png"):
+        for kind in ("original", "thumbnail"):
+            assert client.get(f"/{kind}/{numbers[name]}").status_code == 404
 
 
-def test_a_file_that_is_gone_is_a_missing_picture(client: Any, index: ImageIndex) -> None:
-    (index.folder / index.files[0]).unlink()
-    assert client.get("/thumbnail/0").status_code == 404
-    assert client.get("/original/0").status_code == 404
-
-
-def test_other_sites_names_are_refused(client: Any, index: ImageIndex) -> None:
+def test_other_sites_names_are_refused(index: ImageIndex, client: Any) -> None:
     for host in ("evil.example", "127.0.0.1.evil.example:8000"):
         assert client.get("/", headers={"Host": host}).status_code == 403
-        assert client.get("/original/0", headers={"Host": host}).status_code == 403
-    for host in ("127.0.0.1:8000", "localhost:8000", "localhost"):
+        assert client.get("/status", headers={"Host": host}).status_code == 403
+    for host in ("127.0.0.1:8000", "localhost:8000", "localhost", "[::1]:8000"):
         assert client.get("/", headers={"Host": host}).status_code == 200
-    anywhere = page(index, instruction=None, top=5, hosts=()).test_client()
+    anywhere = app_of(index, hosts=()).test_client()
     assert anywhere.get("/", headers={"Host": "my.server:80"}).status_code == 200
 
 
+@pytest.mark.parametrize(
+    ("headers", "may_post", "may_get"),
+    [
+        ({}, True, True),  # of no browser
+        ({"Origin": "http://localhost", "Sec-Fetch-Site": "same-origin"}, True, True),
+        ({"Origin": "http://localhost"}, True, True),
+        ({"Sec-Fetch-Site": "none", "Sec-Fetch-Mode": "navigate"}, True, True),  # typed
+        ({"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"}, False, True),  # a link
+        ({"Sec-Fetch-Site": "same-site", "Sec-Fetch-Mode": "navigate"}, False, True),
+        ({"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors"}, False, False),
+        ({"Origin": "http://evil.example"}, False, False),
+        ({"Origin": "http://localhost:3000"}, False, False),
+        ({"Origin": "null"}, False, False),
+    ],
+)
+def test_another_site_may_link_and_nothing_else(
+    headers: dict[str, str], may_post: bool, may_get: bool, client: Any
+) -> None:
+    posted = client.post("/", data={"q": "two boats"}, headers=headers).status_code
+    assert posted == (303 if may_post else 403)
+    got = client.get("/?q=two boats", headers=headers).status_code
+    assert got == (200 if may_get else 403)
+
+
 def test_nothing_foreign_may_run_on_the_page(client: Any) -> None:
-    policy = client.get("/").headers["Content-Security-Policy"]
-    assert "default-src 'none'" in policy
-    assert "script-src" not in policy  # not even its own: it has none
+    pages = [client.get("/") for _ in range(2)]
+    policies = [response.headers["Content-Security-Policy"] for response in pages]
+    for response, policy in zip(pages, policies, strict=True):
+        assert "default-src 'none'" in policy
+        assert "unsafe" not in policy
+        nonce = policy.split("script-src 'nonce-")[1].split("'")[0]
+        assert response.text.count(f'<script nonce="{nonce}">') == 1
+        assert "http" not in response.text  # no address of anywhere
+    assert policies[0] != policies[1]
+    assert "script-src" not in client.get("/status").headers["Content-Security-Policy"]
 
 
-def test_an_upload_has_a_limit(app: Any) -> None:
+def test_an_upload_has_a_limit_in_bytes(app: Any) -> None:
     app.config["MAX_CONTENT_LENGTH"] = 1000
-    assert search(app.test_client(), image=b"x" * 2000).status_code == 413
-
-
-def test_a_name_is_made_printable() -> None:
-    raw = Path(os.fsdecode(b"a\xff\x1b[31m.png"))
-    assert printable(raw) == "a?\ufffd[31m.png"
+    data = {"image": (io.BytesIO(b"x" * 2000), "a.png")}
+    response = app.test_client().post("/", data=data, content_type="multipart/form-data")
+    assert response.status_code == 413
+    assert "larger than" in response.text
 
 
 def test_the_extra_is_named(index: ImageIndex, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "flask", None)
     with pytest.raises(UserError, match=r"cocoa_pl\[search\]"):
-        page(index, instruction=None, top=5, hosts=LOCAL)
+        page(Keeper(index), instruction=None, top=5, hosts=LOCAL)
 
 
 # --- In a browser ------------------------------------------------------------------------------
@@ -196,43 +344,55 @@ def address(app: Any) -> Iterator[str]:
     server.close()
 
 
-@pytest.mark.parametrize("width", [1280, 400])
-def test_a_person_searches_by_text_and_by_an_uploaded_picture(
-    width: int, address: str, index: ImageIndex, browser: Any
+DROP = """
+const [name, bytes, kind] = arguments, data = new DataTransfer();
+data.items.add(new File([Uint8Array.from(bytes)], name, {type: "image/png"}));
+const event = kind === "paste" ? new ClipboardEvent(kind, {clipboardData: data, bubbles: true})
+  : new DragEvent(kind, {dataTransfer: data, bubbles: true});
+document.body.dispatchEvent(event);
+"""
+
+
+@pytest.mark.parametrize(("width", "way"), [(1280, "drop"), (400, "paste"), (400, "choose")])
+def test_a_person_searches_by_text_and_by_a_picture(
+    width: int, way: str, address: str, index: ImageIndex, browser: Any
 ) -> None:
     by = pytest.importorskip("selenium.webdriver.common.by").By
     errors = pytest.importorskip("selenium.common.exceptions")
     wait = pytest.importorskip("selenium.webdriver.support.wait").WebDriverWait(
         browser, 30, ignored_exceptions=[errors.StaleElementReferenceException]
     )
-
-    def shows(text: str) -> bool:
-        return text in browser.find_element(by.TAG_NAME, "body").text
-
     browser.set_window_size(width, 900)
     browser.get(address)
     box = browser.switch_to.active_element  # ready to type
-    assert box.get_attribute("name") == "text"
+    assert box.get_attribute("name") == "q"
     box.send_keys("two boats\n")
-    wait.until(lambda _: shows("5 nearest to “two boats”"))
-    assert len(browser.find_elements(by.CSS_SELECTOR, "li img")) == 5
+    wait.until(lambda _: browser.current_url == f"{address}?q=two+boats")
 
     def drawn(_: Any) -> bool:
         widths: list[int] = browser.execute_script(
             "return [...document.images].map(i => (i.loading = 'eager', i.naturalWidth))"
         )
-        return len(widths) == 5 and all(widths)
+        return len(widths) >= 5 and all(widths)
 
     wait.until(drawn)
+    browser.find_element(by.LINK_TEXT, "Next").click()
+    wait.until(lambda _: browser.current_url.endswith("page=2"))
 
-    browser.find_element(by.NAME, "text").clear()
-    browser.find_element(by.NAME, "image").send_keys(str(index.folder / HOSTILE[0]))
-    browser.find_element(by.TAG_NAME, "button").click()
-    wait.until(lambda _: shows(f"5 nearest to the image {HOSTILE[0]}"))
+    picture = index.folder / HOSTILE[0]
+    if way == "choose":
+        browser.find_element(by.NAME, "image").send_keys(str(picture))
+    else:
+        browser.execute_script(DROP, picture.name, list(picture.read_bytes()), way)
+    wait.until(lambda _: "image=" in browser.current_url)
+    wait.until(drawn)
     # A name is shown as it is, and escaped.
     assert browser.find_element(by.CSS_SELECTOR, "li span").text == HOSTILE[0]
+    assert browser.find_element(by.CSS_SELECTOR, "li img").get_attribute("alt") == HOSTILE[0]
     wide = browser.execute_script("return document.documentElement.scrollWidth")
     assert wide <= browser.execute_script("return window.innerWidth")
+    browser.back()
+    wait.until(lambda _: browser.current_url.endswith("page=2"))
 
     browser.find_element(by.CSS_SELECTOR, "li a").click()
     wait.until(lambda _: "/original/" in browser.current_url)

@@ -5,19 +5,20 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
+from cocoa_pl.data.item_batches import whole_number
 from cocoa_pl.embedder import Embedder
 from cocoa_pl.errors import UserError, extra
 from cocoa_pl.search.index import ImageIndex, existing
-from cocoa_pl.search.page import LOCAL, page, printable
+from cocoa_pl.search.page import LOCAL, Keeper, page, shown
 
-SHOWN = 5  # files that are left out and named
+TOP, TOP_OF_A_PAGE = 10, 24
+REASONS = 10  # why files are left out, of which the first is named
 
 
 def run(arguments: Sequence[str], console: Console) -> int:
@@ -27,8 +28,9 @@ def run(arguments: Sequence[str], console: Console) -> int:
         UserError: for a folder without images, a model that is none, or a query that is none.
     """
     parsed = _parser().parse_args(arguments)
-    if parsed.top < 1:
-        raise UserError(f"--top is at least 1, not {parsed.top}")
+    for name, least in (("top", 1), ("threads", 0)):
+        if (number := getattr(parsed, name)) is not None:
+            whole_number(f"--{name}", number, least=least)
     folder = existing(Path(parsed.folder))  # a wrong one is refused before a model is loaded
     embedder = Embedder.load(parsed.model, device=parsed.device)
     index = ImageIndex(
@@ -37,27 +39,27 @@ def run(arguments: Sequence[str], console: Console) -> int:
         kept_in=Path(parsed.index) if parsed.index else None,
         threads=parsed.threads,
     )
-    embedded, left_out = index.update()
-    log = Console(stderr=True) if parsed.json else console
-    log.print(f"{len(index.files):,} images, {embedded:,} of them new", soft_wrap=True)
-    for file, why in list(left_out.items())[:SHOWN]:
-        log.print(f"{printable(file)} {why}", soft_wrap=True, markup=False)
-    if len(left_out) > SHOWN:
-        log.print(f"... and {len(left_out) - SHOWN} more left out")
     if parsed.serve:
         _serve(index, parsed, console)
-    elif parsed.text or parsed.image:
+    embedded = index.update()
+    log = Console(stderr=True) if parsed.json else console
+    log.out(f"{len(index.files):,} images, {embedded:,} of them new", highlight=False)
+    _tell_left_out(index, log)
+    if not index.files:
+        raise UserError(f"{index.folder} holds no image that can be read")
+    if parsed.text or parsed.image:
         query = {"text": parsed.text, "image": parsed.image}
         vector = embedder.encode([query], instruction=parsed.instruction)[0]
-        table = Table("", "score", "image", box=None, header_style="bold")
-        for rank, one in enumerate(index.search(vector, parsed.top), 1):
-            name = printable(index.folder / one.file)
-            table.add_row(str(rank), f"{one.score:.3f}", escape(name))
-            if parsed.json:
-                line = json.dumps({"file": name, "score": round(one.score, 6)})
-                console.print(line, markup=False, highlight=False, soft_wrap=True)
         if not parsed.json:
-            console.print(table)
+            console.out("     score  image", style="bold", highlight=False)
+        for rank, one in enumerate(index.search(vector, parsed.top or TOP), 1):
+            path = index.folder / one.file
+            # `out` leaves names as they are, which `print` would wrap and read emoji codes in.
+            if parsed.json:  # for programs: the very name, with escapes for what is no text
+                line = json.dumps({"file": str(path), "score": round(one.score, 6)})
+            else:
+                line = f"{rank:>3}  {one.score:.3f}  {shown(path)}"
+            console.out(line, highlight=False)
     return 0
 
 
@@ -73,7 +75,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--model", required=True, help="a run, an exported folder or a hub id", metavar="MODEL"
     )
-    parser.add_argument("--top", type=int, default=10, help="images that are shown (default: 10)")
+    parser.add_argument(
+        "--top", type=int, help=f"images that are shown (default: {TOP}, on a page {TOP_OF_A_PAGE})"
+    )
     parser.add_argument("--instruction", help="before the query's words, as in training")
     parser.add_argument("--index", metavar="DIR", help="where vectors are kept instead")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
@@ -85,19 +89,33 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _tell_left_out(index: ImageIndex, log: Console) -> None:
+    """The first file of each reason, and how many more there are."""
+    files: dict[str, list[Path]] = {}
+    for file, why in sorted(index.left_out.items()):
+        files.setdefault(why, []).append(file)
+    for why, some in list(files.items())[:REASONS]:
+        more = f" and {len(some) - 1:,} more" if len(some) > 1 else ""
+        log.out(f"left out: {shown(some[0])}{more}: {why}", highlight=False)
+    if rest := sum(map(len, list(files.values())[REASONS:])):
+        log.out(f"left out: {rest:,} more, for other reasons", highlight=False)
+
+
 def _serve(index: ImageIndex, parsed: argparse.Namespace, console: Console) -> None:
+    """Answer in other threads, and embed in this one, which signals reach."""
     waitress = extra("waitress", of="search", wanted_by="the page")
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # a page's thumbnails are a queue
+    keeper = Keeper(index)
     hosts = LOCAL if parsed.host in LOCAL else ()
-    app = page(index, instruction=parsed.instruction, top=parsed.top, hosts=hosts)
+    top = parsed.top or TOP_OF_A_PAGE
+    app = page(keeper, instruction=parsed.instruction, top=top, hosts=hosts)
     try:
         server = waitress.create_server(app, host=parsed.host, port=parsed.port, threads=4)
     except OSError as error:
         raise UserError(f"--port {parsed.port}: {error.strerror or error}") from error
-    console.print(f"http://{parsed.host}:{server.effective_port}  (Ctrl-C ends it)", soft_wrap=True)
+    console.out(f"http://{parsed.host}:{server.effective_port}  (Ctrl-C ends it)", highlight=False)
+    threading.Thread(target=server.run, daemon=True).start()
     try:
-        server.run()
-    except KeyboardInterrupt:
-        pass
+        keeper.run()
     finally:
         server.close()
