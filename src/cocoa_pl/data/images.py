@@ -121,7 +121,7 @@ def open_image(
             opened.draft(None, (at_least, at_least))
         if most_pixels is not None and opened.width * opened.height > most_pixels:
             why = f"is {opened.width} x {opened.height} pixels, more than {most_pixels:,}; scale it"
-            raise _refused(source, where, "large_image", why)
+            raise _refused(source, where, "", why)
         image = _in_rgb(ImageOps.exif_transpose(opened), _black_and_white(opened))
     if image is None:
         raise _refused(
