@@ -205,10 +205,7 @@ def load_tiny(tiny_folder: Path) -> Callable[..., Loaded]:
     from cocoa_pl.models.loading import load
 
     def load_one(
-        *,
-        folder: Path = tiny_folder,
-        dtype: str = "float32",
-        gradient_checkpointing: bool = False,
+        *, folder: Path = tiny_folder, dtype: str = "float32", gradient_checkpointing: bool = False
     ) -> Loaded:
         loaded = load(
             folder, kernel="sdpa", dtype=dtype, gradient_checkpointing=gradient_checkpointing

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -307,34 +306,6 @@ def test_a_mistake_in_a_shell_ends_the_same_way(tmp_path: Path) -> None:
     assert ended.err.startswith("error: model=tinny does not exist (did you mean tiny?)")
     assert ended.err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.slow
-def test_ctrl_c_ends_a_run_that_can_be_resumed(small: list[str], run: Run, tmp_path: Path) -> None:
-    long = [o for o in small if "steps" not in o]
-    arguments = [*long, "stage=contrast", "stage.contrast.steps=60", "stage.validate_every=1000"]
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), *arguments, "hydra.run.dir=run"],
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    for line in process.stdout:
-        if "1/1 contrast 6/60" in line:
-            break
-    process.send_signal(signal.SIGINT)
-    _, output = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert output.startswith("stopped in contrast at step ")
-    assert output.count("\n") == 1
-    assert not (tmp_path / "run" / "model").exists()
-    ended = run("train.py", "resume=run")
-    assert ended.status == 0, ended.err
-    assert ended.err == ""
-    assert "contrast done" in ended.out
-    assert scores(tmp_path / "run")
 
 
 @pytest.mark.slow

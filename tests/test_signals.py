@@ -141,10 +141,7 @@ PHASES = (
 
 @pytest.mark.slow
 def test_training_can_be_stopped_in_every_phase_and_resumed(
-    cache: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     few = [o for o in SMALL_TRAINING if "epochs" not in o and ("steps" not in o or "contrast" in o)]

@@ -71,10 +71,7 @@ def test_the_wheel_holds_what_the_repository_has(installed: Path) -> None:
 
 @pytest.mark.slow
 def test_every_command_runs_from_the_wheel(
-    installed: Path,
-    embedder: Embedder,
-    make_image: Callable[..., Image.Image],
-    tmp_path: Path,
+    installed: Path, embedder: Embedder, make_image: Callable[..., Image.Image], tmp_path: Path
 ) -> None:
     export(embedder, tmp_path / "run/model", lineage=[])
     for run in ("run", "other"):

@@ -93,9 +93,7 @@ def test_a_new_run_does_not_go_into_the_folder_of_another(made: str) -> None:
         folders.check_free_for_run(Path("of another"))
 
 
-def test_a_sweep_does_not_go_into_the_folder_of_another(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_a_sweep_does_not_go_into_the_folder_of_another(capsys: pytest.CaptureFixture[str]) -> None:
     sweep = ("-m", "seed=0,1", "hydra.sweep.dir=my sweep")
     assert not start(*sweep, "sede=0")  # began nothing
     assert start(*sweep) == [Path("my sweep/0"), Path("my sweep/1")]

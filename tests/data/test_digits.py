@@ -169,16 +169,6 @@ def test_more_candidates_than_layouts_is_an_error(tmp_path: Path) -> None:
 # --- training rows -------------------------------------------------------------------------------
 
 
-def test_training_has_all_subsets_in_the_given_sizes(data: DigitsData) -> None:
-    sizes = Counter(pair.subset for pair in data.train_pairs())
-    assert sizes.pop("scene_i2t") == sizes.pop("scene_t2i") == 60
-    assert sizes.keys() == {
-        "scene_i2i", "scene_it2i", "position_cls", "count_vqa", "right_of_vqa", "grounding",
-    }  # fmt: skip
-    assert all(1 <= size <= 20 for size in sizes.values())
-    assert set(data.caption_subsets) <= {pair.subset for pair in data.train_pairs()}
-
-
 def test_no_training_caption_shows_a_held_out_pair_or_a_test_layout(
     data: DigitsData, subsets: dict[str, EvalSubset]
 ) -> None:

@@ -151,11 +151,3 @@ def test_noise_is_standard_normal_and_never_repeats(sample_of: SampleOf, packed:
     assert abs(float(noise.double().var()) - 1) < 4 * math.sqrt(2 / n)
     correlations = torch.corrcoef(noise) - torch.eye(len(noise))
     assert correlations.abs().max() < 6 / math.sqrt(noise.shape[1])
-
-
-def test_noise_does_not_depend_on_packing(samples: list[Sample], packed: Packed) -> None:
-    masked = [hide(sample, seed=n, patches=0.5) for n, sample in enumerate(samples)]
-    alone = [noisy(packed([sample]))[0] for sample in masked]
-    for order in ([0, 1, 2, 3, 4, 5], [5, 2, 0, 1, 4, 3], [1, 3]):
-        together, _ = noisy(packed([masked[i] for i in order]))
-        assert torch.equal(together, torch.cat([alone[i] for i in order]))

@@ -206,15 +206,6 @@ def test_slices_and_selections_are_the_same_rows(pairs: Pairs) -> None:
         pairs[len(pairs)]
 
 
-def test_subsets_and_media_are_known_without_making_pairs(pairs: Pairs) -> None:
-    for some in (pairs, Pairs.of(list(pairs))):
-        names, codes = some.subset_codes()
-        assert (names, codes.tolist()) == (["A", "B"], [0] * 3 + [1] * 3 + [0] * 6)
-        assert some.known["has_media"].tolist() == [[3 <= row < 6, False] for row in range(12)]
-        names, codes = some.select(np.array([3, 1, 11])).subset_codes()
-        assert (names, codes.tolist()) == (["B", "A"], [0, 1, 1])
-
-
 def test_a_row_costs_a_few_bytes(tmp_path: Path, read: Read) -> None:
     count = 5000
     rows = {

@@ -79,11 +79,7 @@ def differences(found: tuple[Compared, ...]) -> dict[str, float | None]:
     scope="session",
 )
 def test_every_tool_reads_the_trained_vectors(
-    policy: str,
-    loaded: Loaded,
-    processor: Processor,
-    policies: dict[str, Policy],
-    tmp_path: Path,
+    policy: str, loaded: Loaded, processor: Processor, policies: dict[str, Policy], tmp_path: Path
 ) -> None:
     trained = Embedder(loaded.backbone, processor, policies[policy])
     export(trained, tmp_path / "model", lineage=[])

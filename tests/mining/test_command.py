@@ -136,10 +136,7 @@ def model(embedder: Embedder, tmp_path: Path) -> Path:
 
 
 def test_digits_are_mined_and_read_back(
-    model: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     console = Console(width=140, record=True, quiet=False)

@@ -32,29 +32,6 @@ def test_the_nearest_wrong_answers_are_chosen_and_near_answers_spared() -> None:
     assert found.hardest[0] == pytest.approx(np.cos(np.deg2rad(40)))
 
 
-def test_answers_of_the_same_query_are_no_negatives() -> None:
-    candidates = unit(10, 50, 70)
-    found = choose(
-        unit(0),
-        candidates,
-        query=places(0, 0),
-        positive=places(0, 1),
-        number=3,
-        max_of_positive=0.95,
-    )
-    assert [row.tolist() for row in found.candidates] == [[2], [2]]
-    assert found.spared.tolist() == [0, 0]
-
-
-def test_a_positive_that_is_far_away_spares_all_that_is_nearer() -> None:
-    found = choose(
-        unit(0), unit(120, 100, 130, 170), query=places(0), positive=places(0),
-        number=3, max_of_positive=0.5,
-    )  # fmt: skip
-    assert found.candidates[0].tolist() == [2, 3]
-    assert found.spared.tolist() == [1]
-
-
 def test_a_row_without_candidates_has_no_negative() -> None:
     found = choose(
         unit(0), unit(10), query=places(0), positive=places(0), number=3, max_of_positive=0.95

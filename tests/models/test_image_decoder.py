@@ -41,17 +41,3 @@ def test_decoder_says_one_frame_for_each_hidden_visual_token(
     assert type(decoder.layer) is type(stock_layers[0])
     assert all(decoder.layer is not layer for layer in stock_layers)
     assert "backbone" not in dict(decoder.named_children())
-
-
-@torch.no_grad()
-def test_pixels_do_not_depend_on_packing(
-    loaded: Loaded, processor: Processor, samples: list[Sample], packed: Packed
-) -> None:
-    decoder = ImageDecoder(loaded.backbone, patch_values=processor.patch_values)
-    alone = [
-        decoder(loaded.backbone, loaded.backbone(packed([sample])), packed([sample]))
-        for sample in samples
-    ]
-    batch = packed(samples)
-    together = decoder(loaded.backbone, loaded.backbone(batch), batch)
-    torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=1e-5)

@@ -86,16 +86,6 @@ def test_savings_change_no_number(run: Run, plain: Curve) -> None:
     assert_same(run(*saving), plain, relative=1e-4)
 
 
-DORA = [*PLAIN, "adapter=dora", "adapter.dropout=0"]
-
-
-@pytest.mark.slow
-def test_dora_with_less_work_gives_the_same_curve(run: Run) -> None:
-    theirs = run(*DORA, "adapter.lean_dora=false")
-    assert_same(run(*DORA), theirs, relative=1e-4)
-    assert_same(run(*DORA, "adapter.dropout_on_base=false"), theirs, relative=1e-4)
-
-
 @pytest.mark.slow
 def test_another_seed_gives_another_curve(run: Run, plain: Curve) -> None:
     """The comparisons above can fail."""
