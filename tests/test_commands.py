@@ -119,7 +119,7 @@ def test_a_run_logs_what_it_does(finished: tuple[Path, Ended]) -> None:
     _, ended = finished
     assert "parameters train" in ended.out
     for number, stage in enumerate(STAGES, start=1):
-        assert f"{number}/4 {stage} 2/2" in ended.out
+        assert f"{number}/4 {stage} 2/2 loss " in ended.out
         assert f"{number}/4 {stage} done; validation: " in ended.out
     assert "bridge gain" in ended.out
     assert "scene_i2t" in ended.out

@@ -5,7 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import warnings
+from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +19,8 @@ from safetensors import SafetensorError
 from cocoa_pl.config.process import MISTAKE, check_processes, guarded
 from cocoa_pl.distributed import collectives
 from cocoa_pl.errors import Interrupted, UserError
+from cocoa_pl.models.adapters import LowRank
+from cocoa_pl.models.loading import Loaded
 
 
 @pytest.mark.parametrize(
@@ -58,6 +63,20 @@ def test_a_reader_that_has_seen_enough_is_no_error(capfd: pytest.CaptureFixture[
     assert guarded(run) == 141
     os.dup2(stdout, 1)
     assert capfd.readouterr().err == ""
+
+
+def test_adapters_are_made_without_warnings_to_developers(load_tiny: Callable[..., Loaded]) -> None:
+    adapted = partial(LowRank, rank=2, alpha=4, dropout=0.0, init=True, use_dora=False)
+
+    def run() -> None:
+        adapted(target_modules=[".*q_proj"], lean_dora=False, dropout_on_base=True)(
+            load_tiny().backbone
+        )
+
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        assert guarded(run) == 0
+    assert not [one.message for one in seen if one.category is FutureWarning]
 
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "8", "RANK": "0", "LOCAL_RANK": "0"}

@@ -47,8 +47,9 @@ OF_DISKS = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EMFILE),
 )
 
-# Warnings of Lightning that ask for nothing.
+# Warnings of libraries that ask for nothing.
 HARMLESS = (
+    "`is_gradient_checkpointing` is deprecated",  # what peft asks of transformers
     ".*isinstance.treespec, LeafSpec.* is deprecated",  # its own use of torch's pytrees
     "The number of training batches .* is smaller than the logging interval",  # a short stage
     "It is recommended to use .*sync_dist=True",  # values are summed over ranks before
@@ -67,6 +68,8 @@ def guarded(run: Callable[[], int | None], *, remedy: str = RESUME) -> int:
     """
     transformers_logging.disable_progress_bar()  # one line for each file it opens
     datasets.disable_progress_bars()  # and so does this
+    for harmless in HARMLESS:
+        warnings.filterwarnings("ignore", message=harmless)
     try:
         for word in sys.argv[1:]:
             if any("\ud800" <= letter <= "\udfff" for letter in word):  # bytes of no letter
@@ -217,8 +220,6 @@ def set_up_logging(run_dir: Path) -> Console:
     level = logging.INFO if is_first_process() else logging.WARNING  # it logs for all
     logging.basicConfig(level=level, handlers=[screen, file], force=True)
     logging.raiseExceptions = False  # a full disk takes no line: its next file says so, in one
-    for harmless in HARMLESS:
-        warnings.filterwarnings("ignore", message=harmless)
     for chatty in ("lightning.pytorch", "lightning.fabric", "httpx", "huggingface_hub", "mteb"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     # Its one line is that it ends the job because one of the processes has died.

@@ -1,5 +1,6 @@
 """Models of a Hugging Face folder or hub id, with their tokenizers and image processors."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -152,9 +153,19 @@ def load_inputs(folder: Path) -> Inputs:
 
 @contextmanager
 def _naming(folder: Path) -> Iterator[None]:
-    """Say of missing and broken files of a model in one sentence which folder they are in."""
+    """Say of missing and broken files of a model in one sentence which folder they are in, instead
+    of what transformers says of its weights in many lines.
+    """
+
+    def is_error(record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.ERROR
+
+    log = logging.getLogger("transformers.modeling_utils")
+    log.addFilter(is_error)
     try:
         yield
     except (OSError, ValueError, SafetensorError, ImportError, RuntimeError) as error:
         # The last two of a quantized base, without its package or a GPU.
         raise UserError(f"{folder} cannot be loaded: {first_line(error)}") from error
+    finally:
+        log.removeFilter(is_error)

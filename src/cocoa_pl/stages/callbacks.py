@@ -72,25 +72,29 @@ class StageProgress(L.Callback):
         self._samples += sum(one.num_rows for one in batch) * world
         self._tokens += sum(one.num_tokens for one in batch) * world
         step = trainer.global_step
-        if step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            seconds = time.perf_counter() - self._since
+        is_logged = step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
+        is_bar = not self.progress.disable
+        is_line = not is_bar and step % max(1, self.steps // LINES) == 0
+        seconds = time.perf_counter() - self._since
+        if is_logged or is_line:
+            loss = trainer.callback_metrics.get("train/loss", torch.tensor(torch.nan))
+            self._line = f"loss {loss.item():.3f}  {self._samples / seconds:.0f} samples/s"
+        if is_logged:
             pl_module.log_dict(
                 {
                     "train/samples_per_second": self._samples / seconds,
                     "train/tokens_per_second": self._tokens / seconds,
                 }
             )
-            loss = trainer.callback_metrics.get("train/loss", torch.tensor(torch.nan))
-            self._line = f"loss {loss.item():.3f}  {self._samples / seconds:.0f} samples/s"
             self._samples = self._tokens = 0
             self._since = time.perf_counter()
-        if not self.progress.disable:
+        if is_bar:
             self.progress.update(self.task, completed=step, line=self._line)
-        elif step % max(1, self.steps // LINES) == 0 and trainer.is_global_zero:
+        elif is_line and trainer.is_global_zero:
             left = (time.perf_counter() - self._started) / (step - self._first_step)
-            minutes, seconds = divmod(int(left * (self.steps - step)), 60)
+            minutes, seconds_left = divmod(int(left * (self.steps - step)), 60)
             done = f"{self.label} {step}/{self.steps}"
-            log.info("%s %s %d:%02d left", done, self._line, minutes, seconds)
+            log.info("%s %s %d:%02d left", done, self._line, minutes, seconds_left)
 
     def on_train_end(self, *_: Any) -> None:
         self.progress.stop()
