@@ -79,23 +79,12 @@ def test_a_folder_that_is_no_model_is_the_users_mistake(
         check_up(*overrides, "model=qwen2vl", f"model.source.path={tmp_path}")
 
 
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        (["data=mmmeb"], "data=mmmeb does not exist (did you mean mmeb?)"),
-        (["data=mmeb"], "data.root has no value; give it as data.root=..."),
-        (["worker=3"], "unknown key worker (did you mean workers?)"),
-        (["seed=0,1"], "seed=0,1 has several values, which -m runs one by one"),
-        (["workers"], "write key=value"),
-    ],
-)
 def test_a_mistake_is_one_sentence_and_status_2(
-    overrides: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.run(["doctor", f"out={tmp_path}", *overrides]) == MISTAKE
+    assert cli.run(["doctor", f"out={tmp_path}", "worker=3"]) == MISTAKE
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: ")
-    assert message in line
+    assert line == "error: unknown key worker (did you mean workers?)"
 
 
 def test_a_stream_is_refused_with_what_to_do(

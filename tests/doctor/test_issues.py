@@ -20,24 +20,26 @@ from tests.docs.pages import pattern_of, troubles
 
 from .conftest import MAX_LENGTH, Checkup, issues, mmeb, noise, row, write_rows
 
-# Kind -> the rows that have it, by their names in `issues`; kinds that are not here are absent.
+# Kind -> the rows that have it, by their names in `issues`, with role and file of the first one;
+# kinds that are not here are absent.
 EXPECTED = {
-    "missing_image": ["missing"],
-    "path_outside_root": ["outside", "absolute"],
-    "corrupt_image": ["corrupt", "cut"],
-    "elongated_image": ["elongated"],
-    "placeholder_mismatch": ["no placeholder", "two placeholders"],
-    "empty_text": ["empty"],
-    "bad_row": ["broken negatives"],
-    "images_exceed_length": ["too large"],
-    "repeated_row": ["repeated"],
-    "truncated_text": ["too long"],
-    "negative_is_positive": ["wrong negative"],
+    "missing_image": (["missing"], "query", "images/nowhere.png"),
+    "path_outside_root": (["outside", "absolute"], "query", "../outside.png"),
+    "corrupt_image": (["corrupt", "cut"], "query", "images/corrupt.png"),
+    "elongated_image": (["elongated"], "query", "images/long.png"),
+    "placeholder_mismatch": (["no placeholder", "two placeholders"], "query", ""),
+    "empty_text": (["empty"], "positive", ""),
+    "bad_row": (["broken negatives"], "", ""),
+    "images_exceed_length": (["too large"], "query", "images/large.png"),
+    "repeated_row": (["repeated"], "", ""),
+    "truncated_text": (["too long"], "", ""),
+    "negative_is_positive": (["wrong negative"], "negative", ""),
     # By content, the copied image makes the same query as the healthy one.
-    "several_positives": [
-        *("healthy", "two answers, first", "two answers, second", "copied image")
-    ],
-    "image_tag": ["forgotten"],
+    "several_positives": (
+        ["healthy", "two answers, first", "two answers, second", "copied image"],
+        *("query", ""),
+    ),
+    "image_tag": (["forgotten"], "positive", ""),
 }
 
 
@@ -67,49 +69,32 @@ def by_three(root: Path, check_up: Callable[..., Checkup]) -> Checkup:
     return check_up(*mmeb(root), f"cache_dir={cache}", "workers=3", width=80)
 
 
-def test_each_issue_is_found_in_its_rows_and_nothing_else(
-    checkup: Checkup, numbers: dict[str, str]
+@pytest.mark.parametrize("kind", EXPECTED)
+def test_an_issue_is_found_in_its_rows_with_role_and_file(
+    kind: str, checkup: Checkup, numbers: dict[str, str]
 ) -> None:
-    assert numbers.keys() - {name for rows in EXPECTED.values() for name in rows} == {"other rows"}
-    kinds = checkup.report["kinds"]
-    assert {kind: checkup.rows(kind) for kind in kinds} == {
-        kind: [numbers[name] for name in names] for kind, names in EXPECTED.items()
-    }
-    for kind, about in kinds.items():
-        assert about["severity"] == KINDS[kind][0]
-        assert about["count"] == about["listed"] == len(checkup.findings(kind))
+    names, role, file = EXPECTED[kind]
+    assert checkup.rows(kind) == [numbers[name] for name in names]
+    found = checkup.findings(kind)[0]
+    assert (found["part"], found["role"]) == ("train", role)
+    assert found["file"].endswith(file)
+    assert bool(found["file"]) == bool(file)
+    assert found["message"].startswith(found["row_id"])
+    about = checkup.report["kinds"][kind]
+    assert about["severity"] == KINDS[kind][0]
+    assert about["count"] == about["listed"] == len(checkup.findings(kind))
+
+
+def test_nothing_else_is_found(checkup: Checkup, numbers: dict[str, str]) -> None:
+    assert set(checkup.report["kinds"]) == set(EXPECTED)
+    named = {name for names, _, _ in EXPECTED.values() for name in names}
+    assert numbers.keys() - named == {"other rows"}
 
 
 def test_the_troubleshooting_page_quotes_what_is_said(checkup: Checkup) -> None:
     quoted = {kind: [pattern_of(one) for one in messages] for kind, messages in troubles()}
     said = [(one["kind"], one["message"]) for one in checkup.report["findings"]]
     assert [one for one in said if not any(q.search(one[1]) for q in quoted[one[0]])] == []
-
-
-@pytest.mark.parametrize(
-    ("kind", "role", "file", "message"),
-    [
-        ("missing_image", "query", "images/nowhere.png", "does not exist"),
-        ("path_outside_root", "query", "../outside.png", "leaves the image root"),
-        ("corrupt_image", "query", "images/corrupt.png", "cannot be read as an image"),
-        ("elongated_image", "query", "images/long.png", "1 x 300 pixels"),
-        ("empty_text", "positive", "", "neither text nor an image"),
-        ("images_exceed_length", "query", "images/large.png", "take 19 tokens, more than"),
-        ("image_tag", "positive", "", "holds <image>, which is read as words"),
-        ("negative_is_positive", "negative", "", "number 1 is the positive itself"),
-        ("repeated_row", "", "", "same query and positive as Set row 0"),
-        ("several_positives", "query", "", "2 different positives"),
-    ],
-)
-def test_a_finding_names_row_role_and_file(
-    kind: str, role: str, file: str, message: str, checkup: Checkup
-) -> None:
-    found = checkup.findings(kind)[0]
-    assert (found["part"], found["role"]) == ("train", role)
-    assert found["file"].endswith(file)
-    assert bool(found["file"]) == bool(file)
-    assert message in found["message"]
-    assert found["message"].startswith(found["row_id"])
 
 
 def test_the_exit_status_is_1_if_training_would_stop(checkup: Checkup) -> None:
@@ -130,7 +115,7 @@ def test_the_report_fits_the_terminal(width: int, checkup: Checkup, by_three: Ch
     for words, _ in SEVERITIES.values():
         assert words in shown
     for stage in ("pretrain", "warmup", "reconstruct", "contrast"):
-        assert re.search(rf"^{stage}( +[\d,]+){{8}}", shown, re.MULTILINE)
+        assert re.search(rf"^{stage} +[ ▁-█]+( +[\d,]+){{8}}", shown, re.MULTILINE)
     assert "█" in shown
 
 

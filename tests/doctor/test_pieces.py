@@ -15,9 +15,9 @@ from cocoa_pl.data.examples import CaptionExamples, PairExamples
 from cocoa_pl.data.items import IMAGE_SLOT, Item, Pair
 from cocoa_pl.data.processor import Processor
 from cocoa_pl.data.sampler import mix
-from cocoa_pl.doctor.check import Checkup, Lengths
-from cocoa_pl.doctor.measure import Images, count_tokens, in_workers
-from cocoa_pl.doctor.report import LISTED, NUM_BINS, facts_of, findings_of
+from cocoa_pl.doctor.check import Checkup
+from cocoa_pl.doctor.measure import NUM_BINS, Images, count_tokens, in_workers, length_facts
+from cocoa_pl.doctor.report import LISTED, facts_of, findings_of
 from cocoa_pl.errors import UserError
 
 from .conftest import noise
@@ -100,31 +100,25 @@ def test_images_are_known_by_content(tmp_path: Path) -> None:
     assert len(set(contents)) == 3
 
 
-def checkup(*found: UserError, **changes: Any) -> Checkup:
-    made = Checkup([], 0, 0, unwatched)
-    made.found = [("train", error) for error in found]
-    made.images = images_of([])
-    for name, value in changes.items():
-        setattr(made, name, value)
-    return made
-
-
-def facts(made: Checkup) -> dict[str, Any]:
-    return facts_of(made, findings_of(made), [])
+def facts(*found: UserError) -> dict[str, Any]:
+    checkup = Checkup([], 0, 0, unwatched)
+    checkup.found = [("train", error) for error in found]
+    checkup.images = images_of([])
+    return facts_of(checkup, findings_of(checkup), [])
 
 
 def test_findings_beyond_the_limit_are_counted() -> None:
     many = [UserError("a", kind="image_tag", row_id=f"row {n}") for n in range(LISTED + 7)]
-    found = facts(checkup(*many))
+    found = facts(*many)
     assert found["kinds"]["image_tag"]["count"] == LISTED + 7
     assert found["kinds"]["image_tag"]["listed"] == len(found["findings"]) == LISTED
     assert not found["stops_training"]
-    assert facts(checkup(*many, UserError("b", kind="empty_text")))["stops_training"]
+    assert facts(*many, UserError("b", kind="empty_text"))["stops_training"]
 
 
 def test_an_error_of_no_known_kind_is_a_bad_row() -> None:
     """A source of one's own may hand over any."""
-    found = facts(checkup(UserError("odd", row_id="row 3")))
+    found = facts(UserError("odd", row_id="row 3"))
     assert found["stops_training"]
     assert found["findings"] == [
         {"kind": "bad_row", "part": "train", "row_id": "row 3", "role": "", "file": ""}
@@ -137,8 +131,7 @@ def test_every_length_is_in_one_bin(longest: int) -> None:
     totals = np.random.default_rng(0).integers(1, longest + 1, 500)
     totals[0] = 10 * longest  # an outlier does not stretch the axis
     stage: Any = SimpleNamespace(name="stage", batch_size=8, token_budget=64)
-    lengths = Lengths(stage, num_rows=250, totals=totals, num_unknown=0, max_length=longest)
-    (found,) = facts(checkup(lengths=[lengths]))["lengths"]
+    found = length_facts(stage, 250, totals.tolist(), num_unknown=0, max_length=longest)
     edges, counts = found["histogram"]["edges"], found["histogram"]["counts"]
     assert sum(counts) == 500
     assert len(counts) == len(edges) - 1 <= NUM_BINS

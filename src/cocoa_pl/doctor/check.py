@@ -23,7 +23,7 @@ from cocoa_pl.data.pairs import Pairs
 from cocoa_pl.data.processor import Processor
 from cocoa_pl.data.sampler import make_order, mix
 from cocoa_pl.data.sources import PairSource, source_of
-from cocoa_pl.doctor.measure import Images, Watch, count_tokens, file_name, in_workers
+from cocoa_pl.doctor.measure import Images, Watch, count_tokens, file_name, in_workers, length_facts
 from cocoa_pl.errors import UserError
 from cocoa_pl.stages.recipe import Stage
 
@@ -52,22 +52,6 @@ class Source(NamedTuple):
     validation: Pairs
 
 
-class Lengths(NamedTuple):
-    """Token lengths of a stage's samples.
-
-    Attributes:
-        totals: int64 [N], tokens of each sample with EOS, before anything is cut.
-        num_unknown: samples that cannot be made.
-        max_length: tokens of a sample that the model is given.
-    """
-
-    stage: Stage
-    num_rows: int
-    totals: np.ndarray
-    num_unknown: int
-    max_length: int
-
-
 @dataclass
 class Checkup:
     """What is checked, and what was found.
@@ -88,7 +72,7 @@ class Checkup:
         self.found: list[tuple[str, UserError]] = []  # the part of the data, and what is wrong
         self.sources: list[Source] = []
         self.exam, self.subsets = "", list[EvalSubset]()  # the benchmark
-        self.lengths: list[Lengths] = []
+        self.lengths: list[dict[str, Any]] = []  # see `length_facts`
         self.visual_tokens = np.empty(0, np.int64)  # of each image that can be read
 
     def read_training(self, data: Any, pieces: Sequence[Any]) -> None:
@@ -238,9 +222,7 @@ class Checkup:
                     cut = f"max_length={limit} cuts {total - limit} of its text"
                     message = f"{total} tokens in {stage.name}; {cut}"
                     self._tell(part, message, kind="truncated_text", row_id=row_id)
-        self.lengths.append(
-            Lengths(stage, len(rows), np.array(totals, np.int64), num_unknown, limit)
-        )
+        self.lengths.append(length_facts(stage, len(rows), totals, num_unknown, limit))
 
     def _compare(self) -> None:
         """Hard negatives that are positives, training rows in an evaluation, several positives."""

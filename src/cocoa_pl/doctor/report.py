@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import numpy as np
 import pandas as pd
-from matplotlib.ticker import MaxNLocator
-from rich.bar import Bar
-from rich.console import Console, RenderableType
+from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cocoa_pl.doctor.check import Checkup, Lengths
+from cocoa_pl.doctor.check import Checkup
+from cocoa_pl.doctor.measure import spread
 
 FORMAT_VERSION = 1
 LISTED = 1000  # findings of a kind that doctor.json lists; the rest is counted
 SHOWN_ROWS = 3
-NUM_BINS = 12
 
 _LEGEND = "tokens of a sample; samples cut; tokens of a step over all GPUs, in passes"
+_BARS = " ▁▂▃▄▅▆▇█"
 
 # What a finding does to a run with `on_bad_row=fail`, and its colour.
 SEVERITIES = {
@@ -75,10 +74,6 @@ def facts_of(
     sizes = checkup.images.sizes
     visual = checkup.visual_tokens
     images = {"width": sizes[:, 0], "height": sizes[:, 1], "visual_tokens": visual}
-    everything = np.concatenate([np.ones(1), *(one.totals for one in checkup.lengths)])
-    # Round, and the last bin also holds what is longer: 0.5 %.
-    reach = np.quantile(everything, 0.995) + 1
-    edges = np.array(MaxNLocator(NUM_BINS, integer=True).tick_values(0, reach), np.int64)
     return {
         "format": FORMAT_VERSION,
         "stops_training": any(KINDS[kind][0] == "stops" for kind in counts),
@@ -97,36 +92,9 @@ def facts_of(
             "unreadable": len(checkup.images) - len(sizes),
             **{name: spread(values) for name, values in images.items() if len(values)},
         },
-        "lengths": [_length_facts(one, edges) for one in checkup.lengths],
+        "lengths": checkup.lengths,
         "not_checked": list(not_checked),
     }
-
-
-def _length_facts(one: Lengths, edges: np.ndarray) -> dict[str, Any]:
-    """Of samples, and of steps over all ranks with texts cut to `max_length`."""
-    given, stage = np.minimum(one.totals, one.max_length), one.stage
-    per_row = given.mean() * (len(given) + one.num_unknown) / one.num_rows if len(given) else 0.0
-    tokens, budget = float(per_row * stage.batch_size), stage.token_budget
-    counts, _ = np.histogram(np.minimum(one.totals, edges[-1] - 1), edges)
-    return {
-        "stages": [stage.name],
-        "rows": one.num_rows,
-        "samples": len(one.totals),
-        "unknown": one.num_unknown,
-        "max_length": one.max_length,
-        "cut": int((one.totals > one.max_length).sum()),
-        "tokens": spread(one.totals) if len(one.totals) else None,
-        "histogram": {"edges": edges.tolist(), "counts": counts.tolist()},
-        "steps": {
-            stage.name: {"tokens": tokens, "token_budget": budget, "passes": tokens / budget}
-        },
-    }
-
-
-def spread(values: np.ndarray) -> dict[str, float]:
-    """`{"min", "p50", "p90", "p99", "max", "mean"}` of a non-empty array."""
-    found = {f"p{p}": float(np.percentile(values, p)) for p in (0, 50, 90, 99, 100)}
-    return {"min": found.pop("p0"), "max": found.pop("p100"), **found, "mean": float(values.mean())}
 
 
 def print_report(console: Console, facts: dict[str, Any], findings: pd.DataFrame) -> None:
@@ -142,7 +110,7 @@ def print_report(console: Console, facts: dict[str, Any], findings: pd.DataFrame
         if name in images:
             print_line(f"  {name.replace('_', ' ')}: {_spread_words(images[name])}")
     if lengths:
-        print_line("", _histograms(lengths, width=console.width), "", _length_table(lengths))
+        print_line("", _length_table(lengths))
         print_line(f"[dim]{_LEGEND}[/]")
     print_line("", _summary(findings))
     for sentence in facts["not_checked"]:
@@ -163,36 +131,20 @@ def _spread_words(found: dict[str, float]) -> str:
     return ", ".join(f"{name} {found[name]:,.0f}" for name in ("min", "p50", "p90", "p99", "max"))
 
 
-def _histograms(lengths: Sequence[dict[str, Any]], *, width: int) -> Table:
-    """One column of bars for each kind of stage, in `width` characters altogether."""
-    room = max(4, min(30, (width - 12) // len(lengths) - 10))
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    table.add_column("tokens", justify="right", no_wrap=True, style="dim")
-    for one in lengths:
-        table.add_column(", ".join(one["stages"]), no_wrap=True, width=room, overflow="ellipsis")
-        table.add_column("", no_wrap=True, justify="right", style="dim")
-    for place, start in enumerate(lengths[0]["histogram"]["edges"][:-1]):
-        cells: list[RenderableType] = [f"{start}-"]
-        for one in lengths:
-            counts = one["histogram"]["counts"]
-            bar = Bar(max(counts), 0, counts[place], width=room, color="cyan")
-            share = counts[place] / one["samples"]
-            cells += [bar, f"{share:.0%}" if share >= 0.01 else "<1%" if share else ""]
-        table.add_row(*cells)
-    return table
-
-
 def _length_table(lengths: Sequence[dict[str, Any]]) -> Table:
     """What samples cost, and what the token budget makes of a step."""
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
     table.add_column("stage", no_wrap=True)
+    table.add_column("lengths", no_wrap=True)
     for name in ("p50", "p90", "p99", "max", "cut", "step", "budget", "passes"):
         table.add_column(name, justify="right", no_wrap=True)
     for one in lengths:
         of_samples = [one["tokens"][name] for name in ("p50", "p90", "p99", "max")] + [one["cut"]]
+        counts = one["histogram"]["counts"]  # any that is not zero is seen
+        bars = "".join(_BARS[math.ceil(8 * count / max(counts))] for count in counts)
         for stage, step in one["steps"].items():
-            numbers = [*of_samples, step["tokens"], step["token_budget"], np.ceil(step["passes"])]
-            table.add_row(stage, *[f"{number:,.0f}" for number in numbers])
+            numbers = [*of_samples, step["tokens"], step["token_budget"], math.ceil(step["passes"])]
+            table.add_row(stage, bars, *[f"{number:,.0f}" for number in numbers])
     return table
 
 
