@@ -8,24 +8,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-# Before torch and numpy are imported: a ratio must not depend on who else is on the machine.
-for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-    os.environ[_name] = "1"
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is looked up on the network
+import torch
+from jinja2 import Environment, FileSystemLoader
+from matplotlib.ticker import EngFormatter
+from threadpoolctl import threadpool_limits
+from transformers.utils import logging as transformers_logging
 
-import torch  # noqa: E402
-from transformers.utils import logging as transformers_logging  # noqa: E402
-
-from benchmarks import ROOT  # noqa: E402
-from benchmarks.measure import BENCHMARKS, SIZES, matrix_product_ceiling, measure  # noqa: E402
-from benchmarks.page import one_line, page  # noqa: E402
+from benchmarks import ROOT, write_json
+from benchmarks.measure import BENCHMARKS, PACKAGES, SIZES, matrix_product_ceiling, measure
 
 ALL = "all"
 SECONDS, PAIRS = 20.0, 5
@@ -40,15 +36,12 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _measure(arguments: Sequence[str]) -> None:
-    names = "\n".join(f"  {name:18} {one.title}" for name, one in BENCHMARKS.items())
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
-        description="Measure the project side by side with its peers. `python -m benchmarks page` "
-        "writes the page of results.",
+        description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=f"names:\n{names}",
     )
-    parser.add_argument("name", choices=(*BENCHMARKS, ALL), metavar="NAME")
+    parser.add_argument("name", choices=(*BENCHMARKS, ALL))
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to a file")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--size", choices=SIZES, help="default: that of the device")
@@ -61,6 +54,7 @@ def _measure(arguments: Sequence[str]) -> None:
         parser.error("--pairs must be at least 1")
 
     torch.set_num_threads(1)
+    threadpool_limits(1)  # numpy's: a ratio must not depend on who else is on the machine
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     device, start = torch.device(chosen.device), time.perf_counter()
@@ -82,17 +76,9 @@ def _measure(arguments: Sequence[str]) -> None:
         if chosen.json is not None:
             seconds = time.perf_counter() - start
             several = {"results": records, "seconds": seconds}
-            _write(chosen.json, several if chosen.name == ALL else record)
+            write_json(chosen.json, several if chosen.name == ALL else record)
     if failed := [record["name"] for record in records if "error" in record]:
         parser.exit(1, f"{parser.prog}: failed: {', '.join(failed)}\n")
-
-
-def _write(file: Path, values: Any) -> None:
-    """After every benchmark, and whole: what was measured is there whatever happens next."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f"{file.name}.partial")
-    partial.write_text(json.dumps(values, indent=1, allow_nan=False) + "\n")
-    os.replace(partial, file)
 
 
 def _page(arguments: Sequence[str]) -> None:
@@ -111,6 +97,64 @@ def _page(arguments: Sequence[str]) -> None:
         chosen.out.write_text(page(contents))
     except ValueError as error:
         parser.error(str(error))
+
+
+# --- The page of results ----------------------------------------------------------------------
+
+
+def page(files: Sequence[Mapping[str, Any]]) -> str:
+    """The page; it says what is not measured yet.
+
+    Args:
+        files: each the JSON of one run, of one benchmark or of several, or of the GPU check.
+
+    Raises:
+        ValueError: for a GPU check that measured nothing on a GPU.
+    """
+    checks, machines = [], []
+    for file in files:
+        found = file.get("results", [file])
+        if "rehearsal" in file:
+            if file["rehearsal"] or "versions" not in file.get("look", {}):
+                raise ValueError("a GPU check that is a rehearsal, or without look, shows nothing")
+            checks.append(file)
+            found = [one for one in file.get("bench", {}).values() if "environment" in one]
+        machines.append([record for record in found if "skipped" not in record])
+    on_cpu = {r["name"] for some in machines for r in some if r["size"] == "cpu"}
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parent))
+    environment.globals |= {"digits": digits, "share": share, "short": short}
+    return environment.get_template("results.md.j2").render(
+        checks=checks,
+        machines=[records for records in machines if records],
+        missing=[name for name in BENCHMARKS if name not in on_cpu],
+        packages=PACKAGES,
+    )
+
+
+def one_line(record: Mapping[str, Any]) -> str:
+    """For the terminal: the peer's time and ours, the ratio, and our rate."""
+    name = f"{record['name']:18} "
+    if record["ratio"] is None:
+        return name + record.get("error", record.get("skipped"))
+    took = f"{short(record['peer'], 's'):>8} -> {short(record['ours'], 's'):>8}"
+    low, high = map(digits, record["ci"])
+    rate = f"{short(record['samples_per_second']['ours'])} {record['noun']}/s"
+    pairs = f"({low} to {high}), {record['pairs']} pairs"
+    return f"{name}{took} {digits(record['ratio']):>6}x {pairs}; {rate}"
+
+
+def digits(value: float) -> str:
+    """Three digits."""
+    return f"{value:.3g}"
+
+
+def share(value: float) -> str:
+    return f"{100 * value:.0f} %"
+
+
+def short(value: float, unit: str = "") -> str:
+    """Three digits and a prefix: `12.7 ms`, `772 TFLOP/s`, `1.23 M`."""
+    return str(EngFormatter(unit)(float(digits(value)))).strip()
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ python -m benchmarks.gpu_check --rehearse    anywhere: all of it on the CPU, tin
     tests    the tests marked gpu, every one
     recipe   `python train.py` on the GPU, against the floors that the CPU reaches
     steps    own steps at the true dimensions of Qwen2-VL-2B, random weights
-    bench    benchmarks beside their peers, one by one
+    bench    benchmarks beside their peers, one by one until time is over
 
 Each part leaves JSON in $OUT (.gpu/out), also of what failed; summary.json has all of it, and goes
 into the page of results. Only the standard library is imported: the rest may not be there yet.
@@ -33,7 +33,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from benchmarks import ROOT, commit_of
+from benchmarks import ROOT, commit_of, write_json
 
 STORE = ROOT / ".gpu"
 WHEELS, SITE = STORE / "wheels", STORE / "site"
@@ -42,11 +42,6 @@ LIMIT = 465.0  # seconds for everything
 KEPT_BACK = 8.0  # of them, for the summary
 LEAST = 15.0  # a process that has less would not get beyond its imports
 FLOORS = {"scene_i2t": 0.80, "scene_t2i": 0.80, "bridge_gain": 1.0}
-# By worth, until time is over.
-BENCHMARKS = (
-    *("contrast_step", "encode", "reconstruct_step", "dora", "attention_bridge", "masked_head"),
-    "scoring",
-)
 NO_TIME = {"skipped": "no time left"}
 
 Found = dict[str, Any]
@@ -107,34 +102,21 @@ def environment() -> dict[str, str]:
         "PYTHONUNBUFFERED": "1",
         "PYTORCH_ALLOC_CONF": "expandable_segments:True",
         "TOKENIZERS_PARALLELISM": "false",
+        "COLUMNS": "300",  # pytest cuts reasons to it
     }
 
 
-def write_json(file: Path, content: object) -> None:
-    """Whole or not at all: what was found stays readable whatever happens next."""
-    partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=1, default=str) + "\n")
-    partial.replace(file)
+def unpack() -> None:
+    """Lay the wheels out where Python finds them, without pip."""
+    wheels = sorted(WHEELS.glob("*.whl"))
+    if not wheels:
+        raise SystemExit(f"hydra is not installed and {WHEELS} is empty: `make gpu-pack` fills it")
+    for wheel in wheels:
+        shutil.unpack_archive(wheel, SITE, "zip")
 
 
 def read_json(file: Path) -> Found:
     return json.loads(file.read_text()) if file.is_file() else {}
-
-
-def unpack() -> None:
-    """Lay the wheels out where Python finds them, without pip.
-
-    Raises:
-        SystemExit: if there are none.
-    """
-    wheels = sorted(WHEELS.glob("*.whl"))
-    if not wheels:
-        raise SystemExit(
-            f"hydra is not installed and there are no wheels in {WHEELS}: run "
-            "`make gpu-pack` where there is a network, and take .gpu along"
-        )
-    for wheel in wheels:
-        shutil.unpack_archive(wheel, SITE, "zip")
 
 
 # --- Parts -------------------------------------------------------------------------------------
@@ -157,15 +139,17 @@ def tests(check: Check) -> Found:
     several = ["-n", "4", "--dist", "loadfile"] if find_spec("xdist") else []
     options = ["-m", "gpu", "-rfE", "-o", "minversion=7", "-p", "no:cacheprovider", *several]
     command = ["-m", "pytest", *options, *map(str, sorted(files))]
-    found: Found = {"process": check.run("tests", command, most=215)}
+    process = check.run("tests", command, most=215)
+    if "skipped" in process:
+        return {"process": process}
     lines = (check.scratch / "tests.log").read_text(errors="replace").splitlines()
     said = (re.fullmatch(r"(?:FAILED|ERROR) (\S+)(?: - (.*))?", line) for line in lines)
     failed = {one[1]: (one[2] or "")[:300] for one in said if one}
     ended = {what: int(n) for n, what in re.findall(r"(\d+) ([a-z]+)", lines[-1])}
     passed, skipped = ended.get("passed", 0), ended.get("skipped", 0)
-    if not (passed or failed or check.rehearse or "skipped" in found["process"]):
-        found["error"] = "every test was skipped"
-    return found | {"tests": passed + skipped + len(failed), "skipped": skipped, "failed": failed}
+    counts = {"tests": passed + skipped + len(failed), "skipped": skipped, "failed": failed}
+    none = {"error": "every test was skipped"} if not (passed or failed or check.rehearse) else {}
+    return {"process": process, **counts, **none}
 
 
 def recipe(check: Check) -> Found:
@@ -193,18 +177,15 @@ def recipe(check: Check) -> Found:
 
 
 def bench(check: Check) -> Found:
-    """Each benchmark in a process of its own: what fails or fills the device ends alone."""
-    found: Found = {}
+    """Records by name; what fails ends alone, and what there was no time for is not there."""
+    file = check.scratch / "bench.json"
     effort = ["--device", "cuda", "--seconds", "1", "--pairs", "3"]
     if check.rehearse:
         effort = ["--size", "test", "--seconds", "0", "--pairs", "1"]
-    for name in BENCHMARKS:
-        file = check.scratch / f"{name}.json"
-        command = ["-m", "benchmarks", name, *effort, "--json", str(file)]
-        ended = check.run(name, command, most=120)
-        found[name] = read_json(file) or ended
-        write_json(check.out / "bench.json", found)
-    return found
+    command = ["-m", "benchmarks", "all", *effort, "--json", str(file)]
+    process = check.run("bench", command, most=240)
+    records = read_json(file).get("results", [])
+    return {"process": process} | {record["name"]: record for record in records}
 
 
 PARTS: dict[str, Callable[[Check], Found]] = {
@@ -248,9 +229,8 @@ def failures(found: object, where: str = "") -> list[str]:
 
 
 def show(found: Found) -> None:
-    """A line a case, with short numbers."""
-    short = json.loads(json.dumps(found), parse_float=lambda digits: float(f"{float(digits):.4g}"))
-    for part, cases in short.items():
+    """A line a case."""
+    for part, cases in found.items():
         print(f"== {part}")
         for name, case in cases.items():
             if isinstance(case, Mapping) and "ratio" in case:  # a benchmark's record

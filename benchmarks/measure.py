@@ -12,9 +12,9 @@ import platform
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import date
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from importlib.util import find_spec
 from pathlib import Path
 from pkgutil import resolve_name
@@ -36,11 +36,12 @@ SIDES = ("ours", "peer")
 # bfloat16 gradients through many layers differ by 4e-2, so that this is a bound for sanity.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-1}
 MAX_PAIRS = 41
-RESAMPLES, CONFIDENCE = 2000, 0.95
+RESAMPLES = 2000
 
 Results = Mapping[str, Sequence[Tensor]]
 
 TABLE = yaml.safe_load((Path(__file__).parent / "table.yaml").read_text())
+BENCHMARKS: dict[str, dict[str, Any]] = TABLE["benchmarks"]
 
 
 @dataclass(frozen=True)
@@ -51,49 +52,17 @@ class Task:
         samples: how many of the benchmark's `noun` a run works on.
         ours, peer: return what must be equal, by name; nothing where dropout draws differ.
         models: of ours and the peer's, whose passes are counted; see `counting.count`.
-        facts: exact numbers of ours and the peer beside those that are counted.
     """
 
     samples: int
     ours: Callable[[], Results]
     peer: Callable[[], Results]
     models: tuple[nn.Module | None, nn.Module | None] = (None, None)
-    facts: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Benchmark:
-    """An entry of table.yaml.
-
-    Attributes:
-        title: what is computed.
-        peer: whose way it is compared with.
-        noun: what is counted per second.
-        note: what a reader must know to read the figures.
-        make: name of a function: keywords of a size, device -> task.
-        sizes: by name, all of `SIZES`.
-        exact: by name of a size, what of it is changed where results are compared.
-        package: that the peer comes from and a machine may lack.
-        counted: whether both sides compute with torch, so that counting says something.
-    """
-
-    title: str
-    peer: str
-    noun: str
-    note: str
-    make: str
-    sizes: Mapping[str, Mapping[str, Any]]
-    exact: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    package: str = "torch"
-    counted: bool = True
-
-
-BENCHMARKS = {name: Benchmark(**entry) for name, entry in TABLE["benchmarks"].items()}
 
 
 def measure(
     name: str,
-    benchmark: Benchmark,
+    benchmark: Mapping[str, Any],
     *,
     size: str,
     device: torch.device,
@@ -107,41 +76,38 @@ def measure(
     record has an `error` then, beside what was measured before.
 
     Args:
+        benchmark: an entry of table.yaml.
         size: a name in `SIZES`.
         seconds: for the pairs; `min_pairs` are run in any case.
         ceiling: of matrix products, measured in this process.
     """
     record: dict[str, Any] = {
         "name": name,
-        "title": benchmark.title,
-        "peer_label": benchmark.peer,
-        "note": benchmark.note,
-        "noun": benchmark.noun,
+        **{key: benchmark[key] for key in ("title", "note", "noun")},
+        "peer_label": benchmark["peer"],
         "size": size,
-        "size_values": dict(benchmark.sizes[size]),
+        "size_values": benchmark["sizes"][size],
         "ceiling": dict(ceiling),
         "environment": environment(device),
         **dict.fromkeys(("ours", "peer", "ratio")),
         "unit": "seconds",
         "counts": {},
     }
-    if find_spec(benchmark.package) is None:
-        return record | {"skipped": f"{benchmark.package} is not installed"}
+    if find_spec(benchmark["package"]) is None:
+        return record | {"skipped": f"{benchmark['package']} is not installed"}
     try:
         task = agreed(benchmark, size, device)
-        facts = dict(task.facts)
-        if benchmark.counted:
+        if benchmark["counted"]:
             own, theirs = task.models
             ours = count(task.ours, device=device, model=own)
             peer = count(task.peer, device=device, model=theirs)
-            facts |= {name: (ours[name], peer[name]) for name in ours}
-        record["counts"] = {
-            name: {"ours": ours, "peer": peer, "ratio": peer / ours if ours else None}
-            for name, (ours, peer) in facts.items()
-        }
+            record["counts"] = {
+                name: {"ours": ours[name], "peer": peer[name], "ratio": peer[name] / ours[name]}
+                for name in ours
+            }
         times = alternate(task, device=device, seconds=seconds, min_pairs=min_pairs)
         record |= figures(task, times)
-        if benchmark.counted:
+        if benchmark["counted"]:
             flops, most = record["counts"]["flops"], ceiling["flops_per_second"]
             record["share_of_ceiling"] = {s: flops[s] / record[s] / most for s in SIDES}
     except Exception as error:
@@ -150,16 +116,16 @@ def measure(
     return record
 
 
-def agreed(benchmark: Benchmark, size: str, device: torch.device) -> Task:
+def agreed(benchmark: Mapping[str, Any], size: str, device: torch.device) -> Task:
     """The task at a size, once both sides have given equal results.
 
     Raises:
         AssertionError: if they differ.
     """
-    make: Callable[..., Task] = resolve_name(benchmark.make)
-    sizes = [benchmark.sizes[size]]
-    if size in benchmark.exact:
-        sizes.insert(0, {**sizes[0], **benchmark.exact[size]})
+    make: Callable[..., Task] = resolve_name(benchmark["make"])
+    sizes = [benchmark["sizes"][size]]
+    if size in benchmark["exact"]:
+        sizes.insert(0, {**sizes[0], **benchmark["exact"][size]})
     for number, values in enumerate(sizes):
         task: Any = None
         gc.collect()  # a model refers to itself
@@ -211,12 +177,9 @@ def alternate(
         while len(found) < max_pairs:
             if len(found) >= min_pairs and time.perf_counter() - start > seconds:
                 break
-            if len(found) % 2:
-                ours = timed(task.ours, device)
-                found.append((ours, timed(task.peer, device)))
-            else:
-                peer = timed(task.peer, device)
-                found.append((timed(task.ours, device), peer))
+            order = [task.ours, task.peer][:: 1 if len(found) % 2 else -1]
+            took = {run: timed(run, device) for run in order}
+            found.append((took[task.ours], took[task.peer]))
     finally:
         gc.enable()
     return found
@@ -234,12 +197,11 @@ def timed(run: Callable[[], object], device: torch.device) -> float:
 
 
 def figures(task: Task, times: Sequence[tuple[float, float]]) -> dict[str, Any]:
-    """Medians, and a bootstrap interval for the ratio within pairs."""
+    """Medians, and a bootstrap interval of 95 % for the ratio within pairs."""
     ours, peer = np.array(times).T
     ratios = peer / ours
     draws = np.random.default_rng(0).integers(len(ratios), size=(RESAMPLES, len(ratios)))
-    tail = (1 - CONFIDENCE) / 2
-    interval = np.quantile(np.median(ratios[draws], axis=1), [tail, 1 - tail])
+    interval = np.quantile(np.median(ratios[draws], axis=1), [0.025, 0.975])
     seconds = {"ours": float(np.median(ours)), "peer": float(np.median(peer))}
     return {
         **seconds,
@@ -260,6 +222,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
     models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     processor = f"{models[0] if models else platform.machine()} (1 of {os.cpu_count()} cores)"
+    versions = {found.name: found.version for found in distributions()}
     cuda = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if cuda else processor,
@@ -268,7 +231,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "date": date.today().isoformat(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        **{name: _version(name) for name in PACKAGES},
+        **{name: versions.get(name) for name in PACKAGES},
         "cuda": torch.version.cuda if cuda else None,
         "commit": commit_of(),
     }
@@ -289,10 +252,3 @@ def matrix_product_ceiling(device: torch.device, *, side: int | None = None) -> 
     best = min(timed(lambda: left @ right, device) for _ in range(15))
     kind = str(dtype).removeprefix("torch.")
     return {"flops_per_second": 2 * side**3 / best, "side": side, "dtype": kind}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

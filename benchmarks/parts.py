@@ -11,11 +11,10 @@ import peft
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear
-from torch.nn.utils.rnn import pad_sequence
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from benchmarks.measure import Results, Task
-from cocoa_pl.attention import attend, dense_mask, make_plan
+from cocoa_pl.attention import Policy, attend, dense_mask, make_plan
 from cocoa_pl.attention.command import load_policy
 from cocoa_pl.attention.kernels import chosen
 from cocoa_pl.evaluation.scoring import rank_positives
@@ -56,7 +55,7 @@ def masked_head(
         loss = cross_entropy(logits, labels, ignore_index=IGNORED)
         return {"loss": [loss.detach()], "gradients": [*torch.autograd.grad(loss, hidden)]}
 
-    return Task(tokens, ours, peer, facts={"head_rows": (masked, tokens)})
+    return Task(tokens, ours, peer)
 
 
 def attention_bridge(
@@ -86,20 +85,18 @@ def attention_bridge(
     def normal(count: int) -> Tensor:
         return torch.randn(int(totals.sum()), count, width, generator=generator).to(device, dtype)
 
+    real = torch.arange(longest, device=device) < totals.to(device)[:, None]  # (S, N)
+
     def pad(rows: Tensor) -> Tensor:
         """(T, H, D) -> (S, H, N, D)"""
-        parts = rows.detach().split(totals.tolist())
-        return pad_sequence([*parts], batch_first=True).transpose(1, 2).contiguous()
-
-    def unpad(states: Tensor) -> Tensor:
-        """(S, H, N, D) -> (T, H, D)"""
-        own = zip(states.transpose(1, 2), totals.tolist(), strict=True)
-        return torch.cat([rows[:count] for rows, count in own])
+        padded = rows.new_zeros(samples, longest, *rows.shape[1:])
+        padded[real] = rows.detach()
+        return padded.transpose(1, 2).contiguous()
 
     packed = [normal(count).requires_grad_() for count in (heads[0], heads[1], heads[1])]
     above = normal(heads[0])  # gradient of the output
     dense = [pad(states).requires_grad_() for states in packed]
-    dense_above = pad(above)
+    dense_above = pad(above).transpose(1, 2)  # transformers gives (S, N, H, D)
     kernel = chosen("auto", device=device, dtype=dtype, head_width=width)
 
     def ours() -> Results:
@@ -112,22 +109,30 @@ def attention_bridge(
     groups: Any = SimpleNamespace(num_key_value_groups=heads[0] // heads[1], is_causal=False)
 
     def peer() -> Results:
-        mask = torch.zeros(samples, 1, longest, longest, dtype=torch.bool)
-        for own, lengths_of_one in zip(mask[:, 0], segments, strict=True):
-            count = int(lengths_of_one.sum())
-            own[:count, :count] = dense_mask(policy, lengths_of_one[None])
-            own[count:, 0] = True  # a row that sees nothing is NaN on a GPU
-        mask, (q, k, v) = mask.to(device), dense
+        mask, (q, k, v) = dense_masks(policy, segments).to(device), dense
         for _ in range(layers):
             output, _ = sdpa_attention_forward(groups, q, k, v, mask, scaling=width**-0.5)
-            output = output.transpose(1, 2)  # it gives (S, N, H, D)
             gradients = torch.autograd.grad(output, dense, dense_above)
-        return {"output": [unpad(output.detach())], "gradients": [unpad(one) for one in gradients]}
+        rows = [states.transpose(1, 2)[real] for states in gradients]
+        return {"output": [output.detach()[real]], "gradients": rows}
 
-    plan = make_plan(policy, segments).prepared(kernel)
-    computed = sum(r.scores for r in plan.padded.rectangles) if plan.padded else plan.num_scores
-    facts = {"scores": (computed, samples * longest**2)}
-    return Task(samples, ours, peer, facts={**facts, "scores_needed": (plan.num_scores,) * 2})
+    return Task(samples, ours, peer)
+
+
+def dense_masks(policy: Policy, segment_lengths: Tensor) -> Tensor:
+    """Of rows padded on the right to the longest, (S, 1, N, N) bool, True where a token sees
+    another. Padding sees a row's first token: a row that sees nothing is NaN on a GPU.
+
+    Args:
+        segment_lengths: (S, 3) int64.
+    """
+    longest = int(segment_lengths.sum(1).max())
+    masks = torch.zeros(len(segment_lengths), 1, longest, longest, dtype=torch.bool)
+    masks[..., 0] = True
+    for mask, lengths in zip(masks[:, 0], segment_lengths, strict=True):
+        count = int(lengths.sum())
+        mask[:count, :count] = dense_mask(policy, lengths[None])
+    return masks
 
 
 def dora(
@@ -183,7 +188,7 @@ def dora(
         with shared_norms(own):
             return step(own)
 
-    return Task(passes * tokens, ours, lambda: step(theirs), facts={"norms_taken": (1, passes)})
+    return Task(passes * tokens, ours, lambda: step(theirs))
 
 
 def scoring(*, rows: int, pool: int, candidates: int, width: int, device: torch.device) -> Task:
@@ -241,4 +246,4 @@ def scoring(*, rows: int, pool: int, candidates: int, width: int, device: torch.
         scores = evaluator.evaluate(relevant, found, k_values=[10]).all_scores
         return {"nDCG@10": [torch.tensor([scores[name]["ndcg_cut_10"] for name in ids["q"]])]}
 
-    return Task(rows, ours, peer, facts={"scores": (rows * candidates,) * 2})
+    return Task(rows, ours, peer)

@@ -1,39 +1,49 @@
 """Whole steps and vectors, from pictures and texts on: what a data worker does is inside the time
-of both sides, although it runs beside the step elsewhere.
+of both sides, although it runs beside the step elsewhere. Models have random weights, as `python
+train.py` exports them; rows are scenes of real handwritten digits with their captions.
 """
 
 from __future__ import annotations
 
+import atexit
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from PIL import Image
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForImageTextToText
 
-from benchmarks.measure import Results, Task
-from benchmarks.models import (
-    ASKED,
-    asking,
-    draw_rows,
-    exported,
-    gradients_of,
-    optimizer_of,
-    sentence_transformer,
-    stage_module,
-    unused,
-)
-from cocoa_pl.attention import dense_mask
+from benchmarks.measure import TABLE, Results, Task
+from benchmarks.parts import IGNORED, dense_masks
 from cocoa_pl.attention.command import load_policy
+from cocoa_pl.config.build import build
+from cocoa_pl.config.command_line import compose_overrides
 from cocoa_pl.data.batch import VISUAL, Sample
-from cocoa_pl.data.items import Item
+from cocoa_pl.data.digit_scenes import caption, compose, draw, layouts
+from cocoa_pl.data.items import IMAGE_SLOT, Item
+from cocoa_pl.data.processor import Processor
 from cocoa_pl.embedder import Embedder
+from cocoa_pl.export.folder import export
+from cocoa_pl.export.parity import images_only
+from cocoa_pl.export.sentence_transformers import write_sentence_transformers
+from cocoa_pl.models.backbone import Backbone
+from cocoa_pl.models.loading import load
+from cocoa_pl.run import build_stages, make_processors
+from cocoa_pl.stages.base import StageModule
 
+ASKED = "Find the caption of the image"
+LR = 1e-5
 MINI_BATCH = 32  # sentence-transformers' own, in training and in `encode`
 TEMPERATURE = 0.07
-IGNORED = -100  # cross_entropy's own mark
 
 
 def contrast_step(
@@ -63,9 +73,9 @@ def contrast_step(
         samples = [
             [
                 process(asking(picture), None, key=2 * n, row_id=str(n), role=0),
-                process(Item(caption), None, key=2 * n + 1, row_id=str(n), role=1),
+                process(Item(text), None, key=2 * n + 1, row_id=str(n), role=1),
             ]
-            for n, (picture, caption) in enumerate(rows)
+            for n, (picture, text) in enumerate(rows)
         ]
         loss = module.accumulate(collate(samples))["loss"]
         optimizer.step()
@@ -77,7 +87,7 @@ def contrast_step(
     )
     their_optimizer = optimizer_of(theirs)
     queries = [{"image": picture, "text": ASKED} for picture, _ in rows]
-    positives = [caption for _, caption in rows]
+    positives = [text for _, text in rows]
 
     def peer() -> Results:
         their_optimizer.zero_grad()
@@ -88,8 +98,8 @@ def contrast_step(
         their_optimizer.step()
         return {"loss": [loss.detach()], "gradients": gradients_of(theirs)}
 
-    text = (embedder.backbone.stock.model.language_model, theirs[0].model.language_model)
-    return Task(pairs, ours, peer, models=text)
+    models = (embedder.backbone.stock.model.language_model, theirs[0].model.language_model)
+    return Task(pairs, ours, peer, models=models)
 
 
 def encode(*, model: str, rows: int, side: int, dtype: torch.dtype, device: torch.device) -> Task:
@@ -97,8 +107,8 @@ def encode(*, model: str, rows: int, side: int, dtype: torch.dtype, device: torc
     folder = exported(model, dtype)
     embedder = Embedder.load(folder, device=str(device))
     items: list[Any] = []
-    for picture, caption in draw_rows(rows, side=side):
-        items += [{"image": picture, "text": ASKED}, caption]
+    for picture, text in draw_rows(rows, side=side):
+        items += [{"image": picture, "text": ASKED}, text]
 
     def ours() -> Results:
         fresh = Embedder(embedder.backbone, unused(embedder.processor), embedder.policy)
@@ -110,8 +120,8 @@ def encode(*, model: str, rows: int, side: int, dtype: torch.dtype, device: torc
         vectors = theirs.encode(items, batch_size=MINI_BATCH, show_progress_bar=False)
         return {"vectors": [torch.from_numpy(vectors)]}
 
-    text = (embedder.backbone.stock.model.language_model, theirs[0].model.language_model)
-    return Task(len(items), ours, peer, models=text)
+    models = (embedder.backbone.stock.model.language_model, theirs[0].model.language_model)
+    return Task(len(items), ours, peer, models=models)
 
 
 def reconstruct_step(
@@ -168,10 +178,8 @@ def reconstruct_step(
         their_optimizer.step()
         return {"loss": [loss.detach()], "gradients": gradients_of(stock)}
 
-    text = (embedder.backbone.stock.model.language_model, stock.model.language_model)
-    hidden = sum(len(sample.targets) for sample in given)
-    slots = rows * max(sample.num_tokens for sample in given)
-    return Task(rows, ours, peer, models=text, facts={"head_rows": (hidden, slots)})
+    models = (embedder.backbone.stock.model.language_model, stock.model.language_model)
+    return Task(rows, ours, peer, models=models)
 
 
 def padded(
@@ -183,14 +191,11 @@ def padded(
         Inputs of a stock model, the mask (B, 1, N, N) True where a token sees another; (B, N) 1
         where there is a token; and labels (B, N), `IGNORED` where nothing is hidden.
     """
-    policy, longest = load_policy("eos_bridge"), max(sample.num_tokens for sample in samples)
-    mask = torch.zeros(len(samples), 1, longest, longest, dtype=torch.bool)
-    labels = torch.full((len(samples), longest), IGNORED)
-    for sample, own_mask, own_labels in zip(samples, mask[:, 0], labels, strict=True):
-        count = sample.num_tokens
-        own_mask[:count, :count] = dense_mask(policy, torch.tensor([sample.segment_lengths]))
-        own_mask[count:, count - 1] = True  # a row that sees nothing is NaN on a GPU
-        own_labels[sample.hidden] = torch.from_numpy(sample.targets)
+    lengths = torch.tensor([sample.segment_lengths for sample in samples])
+    mask = dense_masks(load_policy("eos_bridge"), lengths)
+    labels = torch.full((len(samples), mask.shape[-1]), IGNORED)
+    for sample, own in zip(samples, labels, strict=True):
+        own[sample.hidden] = torch.from_numpy(sample.targets)
     ids = [torch.from_numpy(sample.input_ids) for sample in samples]
     visual = [torch.from_numpy(sample.kinds == VISUAL).long() for sample in samples]
     inputs = {
@@ -200,3 +205,93 @@ def padded(
     }
     real = pad_sequence([torch.ones_like(one) for one in ids], batch_first=True)
     return inputs, real.to(device), labels.to(device)
+
+
+# --- Models and rows -------------------------------------------------------------------------
+
+
+def draw_rows(count: int, *, side: int) -> list[tuple[Image.Image, str]]:
+    """Different scenes, enlarged to `side` pixels a side, with their captions."""
+    rng = np.random.default_rng(0)
+    scenes = [compose(one, split="train", rng=rng) for one in layouts("train")[:count]]
+    pictures = [Image.fromarray(draw(scene)).convert("RGB") for scene in scenes]
+    return [
+        (picture.resize((side, side), Image.Resampling.BICUBIC), caption(scene.layout))
+        for picture, scene in zip(pictures, scenes, strict=True)
+    ]
+
+
+@cache
+def exported(model: str, dtype: torch.dtype) -> str:
+    """The folder of a model of table.yaml, as `python train.py` and `cocoa export` write it; until
+    the process ends.
+    """
+    scratch = tempfile.mkdtemp(prefix="benchmarks-")
+    atexit.register(shutil.rmtree, scratch, ignore_errors=True)
+    name, out = str(dtype).removeprefix("torch."), Path(scratch) / "model"
+    overrides = [f"cache_dir={scratch}", f"model.dtype={name}", *TABLE["models"][model]]
+    cfg = compose_overrides("train", overrides)
+    folder = build(cfg.model.source).folder(lambda: [text for _, text in draw_rows(200, side=56)])
+    loaded = load(folder, kernel="auto", dtype=name, gradient_checkpointing=False)
+    processor, _ = make_processors(cfg, loaded)
+    embedder = Embedder(loaded.backbone, processor, load_policy("bidirectional"))
+    write_sentence_transformers(out, dim=export(embedder, out, lineage=[]).dim)
+    return str(out)
+
+
+def sentence_transformer(folder: str, device: torch.device, dtype: torch.dtype) -> Any:
+    """The same folder as sentence-transformers opens it."""
+    from sentence_transformers import SentenceTransformer
+
+    with images_only():
+        return SentenceTransformer(folder, device=str(device), model_kwargs={"dtype": dtype})
+
+
+def unused(processor: Processor) -> Processor:
+    """A processor like this one that remembers no text: what is timed again is tokenized again."""
+    return Processor(
+        processor.tokenizer,
+        processor.image_processor,
+        max_length=processor.max_length,
+        min_pixels=processor.min_pixels,
+        max_pixels=processor.max_pixels,
+        num_token_rows=processor.mask_id + 1,
+    )
+
+
+def asking(picture: Image.Image) -> Item:
+    """A picture and what is asked of it."""
+    return Item(f"{IMAGE_SLOT}\n{ASKED}", (picture,))
+
+
+def stage_module(
+    kind: str, overrides: Sequence[str], backbone: Backbone, processor: Processor, budget: int
+) -> StageModule:
+    """A stage's module as its config has it, ready for steps outside of a trainer.
+
+    Args:
+        budget: tokens of a batch.
+    """
+    cfg = compose_overrides("train", overrides)
+    (stage,) = (stage for stage in build_stages(cfg) if stage.name == kind)
+    stage = replace(stage, token_budget=budget)
+    device = backbone.device
+    module: Any = stage.make_module(build(cfg.adapter)(backbone), processor, steps=1, seed=0)
+    module.to(device).manual_backward = lambda loss: loss.backward()
+    return module
+
+
+def optimizer_of(module: nn.Module) -> torch.optim.AdamW:
+    """The same on both sides; on weights that train."""
+    weights = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    return torch.optim.AdamW(weights, lr=LR, fused=True)
+
+
+def gradients_of(module: nn.Module) -> list[torch.Tensor]:
+    """In the order of names, which all ways to wrap a model give to its parts alike."""
+    found = {}
+    for name, parameter in module.named_parameters():
+        places = [name.find(part) for part in ("visual.", "language_model.") if part in name]
+        if parameter.grad is not None:
+            found[name[min(places) :]] = parameter.grad
+    return [found[name] for name in sorted(found)]
