@@ -286,10 +286,11 @@ def test_other_sites_names_are_refused(index: ImageIndex, client: Any) -> None:
         ({}, True, True),  # of no browser
         ({"Origin": "http://localhost", "Sec-Fetch-Site": "same-origin"}, True, True),
         ({"Origin": "http://localhost"}, True, True),
-        ({"Sec-Fetch-Site": "none", "Sec-Fetch-Mode": "navigate"}, True, True),  # typed
-        ({"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"}, False, True),  # a link
-        ({"Sec-Fetch-Site": "same-site", "Sec-Fetch-Mode": "navigate"}, False, True),
-        ({"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors"}, False, False),
+        ({"Sec-Fetch-Site": "none", "Sec-Fetch-Dest": "document"}, True, True),  # typed
+        ({"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Dest": "document"}, False, True),  # a link
+        ({"Sec-Fetch-Site": "same-site", "Sec-Fetch-Dest": "document"}, False, True),
+        ({"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Dest": "image"}, False, False),
+        ({"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Dest": "iframe"}, False, False),
         ({"Origin": "http://evil.example"}, False, False),
         ({"Origin": "http://localhost:3000"}, False, False),
         ({"Origin": "null"}, False, False),

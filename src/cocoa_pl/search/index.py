@@ -117,23 +117,19 @@ class ImageIndex:
         """
         self.progress = (0, 0)
         try:
-            return self._update()
+            files, _ = self._looked = look(existing(self.folder))
+            self._show()
+            new = [key for key in files if key not in self.kept.place and key not in self._refused]
+            paths = [self.folder / files[key] for key in new]
+            with some_threads(self.threads) as pool:
+                reasons = map_ahead(pool, _refusal, paths, ahead=256)
+                found = zip(new, reasons, strict=True)
+                self._refused |= {key: why for key, why in found if why is not None}
+            while todo := [k for k in new if k not in self.kept.place and k not in self._refused]:
+                self._embed(todo)
         finally:
             self.progress = None
             self._show()
-
-    def _update(self) -> int:
-        files, _ = self._looked = look(existing(self.folder))
-        self._show()
-        new = [key for key in files if key not in self.kept.place and key not in self._refused]
-        with some_threads(self.threads) as pool:
-            reasons = map_ahead(
-                pool, _refusal, [self.folder / files[key] for key in new], ahead=256
-            )
-            found = zip(new, reasons, strict=True)
-            self._refused |= {key: why for key, why in found if why is not None}
-        while todo := [k for k in new if k not in self.kept.place and k not in self._refused]:
-            self._embed(todo)
         return sum(key in self.kept.place for key in new)
 
     def search(self, query: NDArray[np.float32], top: int, *, skip: int = 0) -> list[Found]:

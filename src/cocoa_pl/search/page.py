@@ -112,7 +112,8 @@ def page(keeper: Keeper, *, instruction: str | None, top: int, hosts: Sequence[s
         if hosts and re.sub(r":\d*$", "", request.host).strip("[]") not in hosts:
             flask.abort(403)
         site = request.headers.get("Sec-Fetch-Site", "none")
-        is_link = request.method == "GET" and request.headers.get("Sec-Fetch-Mode") == "navigate"
+        # A link that is followed; frames, pictures and scripts of another page have other uses.
+        is_link = request.method == "GET" and request.headers.get("Sec-Fetch-Dest") == "document"
         origin = request.headers.get("Origin")  # of browsers without Sec-Fetch
         is_own = origin is None or origin.partition("//")[2] == request.host
         if (site not in ("same-origin", "none") and not is_link) or not is_own:
