@@ -16,27 +16,19 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from cocoa_pl.distributed.strategies import FullySharded, trained_state
 from cocoa_pl.errors import UserError
-from cocoa_pl.models.adapters import LowRank, check_trained
+from cocoa_pl.models.adapters import check_trained
 from cocoa_pl.models.backbone import Backbone
 from cocoa_pl.models.loading import Loaded
 from cocoa_pl.stages import checkpoint
 from cocoa_pl.stages.checkpoint import LastCheckpoint
+from tests.adapters import low_rank
 
 LoadTiny = Callable[..., Loaded]
 
 
 def adapted(load_tiny: LoadTiny) -> Backbone:
     """A backbone with adapters that look trained."""
-    adapter = LowRank(
-        lean_dora=False,
-        dropout_on_base=True,
-        rank=2,
-        alpha=4,
-        dropout=0.0,
-        init="gaussian",
-        use_dora=False,
-        target_modules=[r".*language_model.*\.(q|v)_proj"],
-    )
+    adapter = low_rank(alpha=4, use_dora=False, target_modules=[r".*language_model.*\.(q|v)_proj"])
     backbone = adapter(load_tiny().backbone)
     for name, parameter in backbone.named_parameters():
         if "lora_B" in name:

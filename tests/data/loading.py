@@ -4,14 +4,12 @@ from typing import Any
 
 from torch import Tensor
 
-from cocoa_pl.attention import Plan, Policy, make_plan
+from cocoa_pl.attention import Plan, make_plan
 from cocoa_pl.data.batch import Collator
 from cocoa_pl.data.datamodule import StageData
 from cocoa_pl.data.processor import Processor
 from cocoa_pl.data.sampler import Mixing
-
-EVERYTHING = ("context", "bottleneck", "target")
-POLICY = Policy("bidirectional", EVERYTHING, EVERYTHING, EVERYTHING, causal=False)
+from tests.attention.oracle import OURS
 
 
 def mixing(**changes: Any) -> Mixing:
@@ -21,7 +19,7 @@ def mixing(**changes: Any) -> Mixing:
 
 
 def plan(segment_lengths: Tensor, grids: Tensor) -> tuple[Plan, dict[str, Any]]:
-    return make_plan(POLICY, segment_lengths), {}
+    return make_plan(OURS["bidirectional"], segment_lengths), {}
 
 
 COLLATOR = Collator(plan, token_budget=10**6)  # one batch a step

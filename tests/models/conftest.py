@@ -7,40 +7,14 @@ import pytest
 import torch
 
 from cocoa_pl.data.batch import Batch, Sample
-from cocoa_pl.models.adapters import LowRank
 from cocoa_pl.models.backbone import Backbone
 from cocoa_pl.models.loading import Loaded
-
-# All linear layers of both towers, in every family.
-TARGETS = (
-    r".*language_model\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj",
-    r".*visual\.blocks\.\d+\.(attn\.qkv|mlp\.(linear_)?fc\d|mlp\.(gate|up|down)_proj)",
-)
+from tests.adapters import low_rank
 
 
 @pytest.fixture
 def batch(make_samples: Callable[..., list[Sample]], packed: Callable[..., Batch]) -> Batch:
     return packed(make_samples((1, 0, 2)))
-
-
-@pytest.fixture(scope="session")
-def low_rank() -> Callable[..., LowRank]:
-    """A `LowRank` of rank 2; any argument can be replaced."""
-
-    def make(**changes: Any) -> LowRank:
-        values: dict[str, Any] = {
-            "rank": 2,
-            "alpha": 8,
-            "dropout": 0.0,
-            "init": "gaussian",
-            "use_dora": True,
-            "target_modules": TARGETS,
-            "lean_dora": False,
-            "dropout_on_base": True,
-        }
-        return LowRank(**(values | changes))
-
-    return make
 
 
 @pytest.fixture(scope="session")
@@ -63,7 +37,6 @@ def after_training() -> Callable[[Any], Any]:
 @pytest.fixture(scope="session")
 def adapted(
     load_tiny: Callable[..., Loaded],
-    low_rank: Callable[..., LowRank],
     after_training: Callable[[Any], Any],
 ) -> Callable[..., Backbone]:
     """A tiny model with a `low_rank` adapter, new or as after some training."""

@@ -14,12 +14,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cocoa_pl.data.batch import Batch
 from cocoa_pl.models import dora
-from cocoa_pl.models.adapters import LowRank, merged
+from cocoa_pl.models.adapters import merged
 from cocoa_pl.models.backbone import Backbone
 from cocoa_pl.models.dora import LeanDora, make_lean, row_norms, shared_norms
+from tests.adapters import low_rank
 
 FAN_IN, FAN_OUT, RANK, TOKENS = 24, 40, 2, 7
-MakeLowRank = Callable[..., LowRank]
 Adapted = Callable[..., Backbone]
 
 
@@ -145,7 +145,7 @@ class Copies(TorchDispatchMode):
 @pytest.mark.parametrize("dropout", [0.0, 0.5])  # whose 1 / (1 - p) rounding leaves as they are
 @pytest.mark.parametrize("kind", ["lora", "dora", "dora, dropout_on_base=false", "peft's dora"])
 def test_in_bfloat16_no_adapter_but_pefts_own_dora_copies_its_input_to_float32(
-    kind: str, dropout: float, low_rank: MakeLowRank
+    kind: str, dropout: float
 ) -> None:
     """And what the others give is the same, to the bit, as with such a copy."""
     torch.manual_seed(0)

@@ -17,13 +17,8 @@ from cocoa_pl.models.backbone import Backbone
 from cocoa_pl.stages.base import Optimization, StageModule
 from cocoa_pl.stages.contrastive import ContrastiveModule
 from cocoa_pl.stages.reconstruction import ReconstructionModule
+from tests.attention.oracle import OURS
 
-ALL = ("context", "bottleneck", "target")
-FULL = Policy("bidirectional", ALL, ALL, ALL, causal=False)
-CAUSAL = Policy("causal", ALL, ALL, ALL, causal=True)
-BRIDGE = Policy(
-    "eos_bridge", ("context", "bottleneck"), ALL, ("bottleneck", "target"), causal=False
-)
 CAPTIONS: dict[str, Any] = {
     "text_ratio": None,
     "text_segment": "context",
@@ -31,20 +26,20 @@ CAPTIONS: dict[str, Any] = {
     "patch_weight": 0.0,
 }
 STAGES: dict[str, tuple[type[StageModule], Policy, dict[str, Any]]] = {
-    "pretrain": (ReconstructionModule, CAUSAL, CAPTIONS),
+    "pretrain": (ReconstructionModule, OURS["causal"], CAPTIONS),
     "warmup": (
         ReconstructionModule,
-        FULL,
+        OURS["bidirectional"],
         {"text_ratio": 0.3, "text_segment": "context", "patch_ratio": 0.5, "patch_weight": 0.5},
     ),
     "reconstruct": (
         ReconstructionModule,
-        BRIDGE,
+        OURS["eos_bridge"],
         {"text_ratio": 0.7, "text_segment": "target", "patch_ratio": 0.0, "patch_weight": 0.0},
     ),
     "contrast": (
         ContrastiveModule,
-        FULL,
+        OURS["bidirectional"],
         {
             "temperature": 0.1,
             "learn_temperature": True,

@@ -14,10 +14,10 @@ from cocoa_pl.data.items import Item
 from cocoa_pl.data.processor import Processor
 from cocoa_pl.errors import UserError
 from cocoa_pl.models import dora
-from cocoa_pl.models.adapters import LowRank
 from cocoa_pl.models.dora import LeanDora
 from cocoa_pl.models.loading import Loaded
 from cocoa_pl.stages.contrastive import MAX_SCALE, ContrastiveModule, Temperature
+from tests.adapters import TEXT, low_rank
 from tests.stages.steps import Found, Rows, assert_close, batches_of, make_module, step
 
 Make = Callable[..., ContrastiveModule]
@@ -42,16 +42,7 @@ def make(load_tiny: Callable[..., Loaded], processor: Processor) -> Make:
 
     def module(*, lean: bool = False, **choices: Any) -> ContrastiveModule:
         torch.manual_seed(0)
-        adapter = LowRank(
-            rank=4,
-            alpha=8,
-            dropout=0.3,
-            init="gaussian",
-            use_dora=True,
-            target_modules=[r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"],
-            lean_dora=lean,
-            dropout_on_base=True,
-        )
+        adapter = low_rank(rank=4, dropout=0.3, target_modules=[TEXT], lean_dora=lean)
         backbone = adapter(load_tiny().backbone)
         choices = {"matryoshka_dims": (8, 16), "token_budget": 32} | choices
         made: ContrastiveModule = make_module("contrast", backbone, processor, **choices)

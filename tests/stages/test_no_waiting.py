@@ -17,10 +17,11 @@ from torch import Tensor
 from cocoa_pl.data.items import Item
 from cocoa_pl.data.processor import Processor
 from cocoa_pl.distributed.collectives import clip_gradients, sum_gradients
-from cocoa_pl.models.adapters import FullTuning, LowRank
+from cocoa_pl.models.adapters import FullTuning
 from cocoa_pl.models.backbone import Backbone
 from cocoa_pl.models.loading import FAMILIES, Loaded
 from cocoa_pl.stages.base import StageModule
+from tests.adapters import TEXT, low_rank
 from tests.stages.steps import STAGES, Rows, batches_of, make_module, make_rows
 
 # Of the other families' towers each stage reads the same.
@@ -32,16 +33,7 @@ every_case = pytest.mark.parametrize(
 
 ADAPTERS: dict[str, Callable[[Backbone], Backbone]] = {
     "full": FullTuning(),
-    "dora": LowRank(
-        rank=2,
-        alpha=4,
-        dropout=0.1,
-        init="gaussian",
-        use_dora=True,
-        target_modules=[r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"],
-        lean_dora=True,
-        dropout_on_base=True,
-    ),
+    "dora": low_rank(alpha=4, dropout=0.1, target_modules=[TEXT], lean_dora=True),
 }
 
 

@@ -10,23 +10,15 @@ from torch import Tensor
 
 from cocoa_pl.data.items import Item
 from cocoa_pl.data.processor import Processor
-from cocoa_pl.models.adapters import FullTuning, LowRank
+from cocoa_pl.models.adapters import FullTuning
 from cocoa_pl.models.backbone import Backbone
 from cocoa_pl.models.loading import Loaded
+from tests.adapters import TEXT, low_rank
 from tests.stages.steps import Rows, batches_of, make_module, make_rows
 
 
 def dora(backbone: Backbone) -> Backbone:
-    adapter = LowRank(
-        lean_dora=False,
-        dropout_on_base=True,
-        rank=4,
-        alpha=8,
-        dropout=0.0,
-        init="gaussian",
-        use_dora=True,
-        target_modules=[r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"],
-    )
+    adapter = low_rank(rank=4, target_modules=[TEXT])
     torch.manual_seed(0)
     return adapter(backbone)
 

@@ -19,9 +19,9 @@ from cocoa_pl.data.items import Item, Pair
 from cocoa_pl.data.processor import Processor
 from cocoa_pl.data.sources import PairSource
 from cocoa_pl.errors import Interrupted, UserError
-from cocoa_pl.models.adapters import LowRank
 from cocoa_pl.models.backbone import Backbone
 from cocoa_pl.stages import checkpoint
+from tests.adapters import low_rank
 from tests.stages.lab import Lab, Row, Weights, equal, read_metrics, weights_of
 
 STEPS = 5
@@ -205,16 +205,7 @@ def test_a_finished_run_resumes_to_itself(
 
 @pytest.mark.slow
 def test_dropout_of_adapters_goes_on_too(tmp_path: Path, lab: Lab) -> None:
-    adapter = LowRank(
-        lean_dora=False,
-        dropout_on_base=True,
-        rank=2,
-        alpha=4,
-        dropout=0.5,
-        init="gaussian",
-        use_dora=True,
-        target_modules=[r".*language_model.*\.(q|k|v|o)_proj"],
-    )
+    adapter = low_rank(alpha=4, dropout=0.5, target_modules=[r".*language_model.*\.(q|k|v|o)_proj"])
     stages = lab.stages("stage.order=[reconstruct,contrast]", steps=STEPS)
 
     def run(name: str, seed: int, **values: Any) -> Backbone:
