@@ -191,8 +191,3 @@ def blocks(count: int, size: int) -> Iterator[slice]:
 def evenly_spaced(length: int, *, count: int) -> Ints:
     """Up to `count` of `length` places, evenly spaced from the first to the last."""
     return np.linspace(0, length - 1, num=min(count, length)).round().astype(int)
-
-
-def read(vectors: Floats, rows: slice | Ints) -> NDArray[np.float32]:
-    """Some vectors as float32: [n, D]."""
-    return to_float32(vectors[rows])
