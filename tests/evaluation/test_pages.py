@@ -20,7 +20,7 @@ from cocoa_pl.evaluation.results import Results, SubsetScore
 from cocoa_pl.evaluation.vectors import encode_once
 
 ALL = ("context", "bottleneck", "target")
-NAMES = ("scene_i2t", "a subset whose name is long", "vqa")
+NAMES = ("scene_i2t", "a subset <b>whose</b> [name] is long", "vqa")
 
 
 @pytest.fixture(scope="module")

@@ -203,9 +203,6 @@ def test_a_store_holds_each_models_own_vectors(
         ("float16", (9, 32)),
         ("float32", (9, 32)),
     ]
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"store .*file cannot be used: "):
-        embedded(embedder, [own], VectorSettings(store=tmp_path / "file"))
 
 
 @pytest.mark.parametrize("keep", [False, True], ids=["memory", "store"])

@@ -63,7 +63,7 @@ def embedded(model: Embedder, subsets: Sequence[EvalSubset], settings: VectorSet
     with its share of every subset.
 
     Raises:
-        UserError: for an item that cannot be embedded, or a store that cannot be used.
+        UserError: for an item that cannot be embedded, or a kept file that is damaged.
     """
     given: Any = {"batch_tokens": settings.batch_tokens, "threads": settings.threads}
     if settings.store is None:
@@ -81,12 +81,9 @@ def embedded(model: Embedder, subsets: Sequence[EvalSubset], settings: VectorSet
                 vectors[places] = some
         return vectors
 
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for subset in subsets:
-            fill(folder, subset, encode, rank=rank(), world_size=world_size())
-    except OSError as error:
-        raise UserError(f"store {settings.store} cannot be used: {error}") from error
+    folder.mkdir(parents=True, exist_ok=True)
+    for subset in subsets:
+        fill(folder, subset, encode, rank=rank(), world_size=world_size())
     all_objects("done")  # scoring waits until every process has embedded its share
     return (kept(folder, subset) for subset in subsets)
 
@@ -108,7 +105,7 @@ def fill(
     else:
         log.info("%s: embedding %s items into %s", subset.name, f"{len(share):,}", folder)
         vectors = _encoded(encode, subset, share)
-        draft = path.with_suffix(f".{os.getpid()}.part")
+        draft = path.with_suffix(".part")  # what a killed run left of one is written over
         try:
             save_file({"vectors": vectors}, draft)
             with draft.open("rb") as file:
