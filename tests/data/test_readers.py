@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -163,47 +162,7 @@ def test_a_json_array_may_begin_with_a_byte_order_mark(tmp_path: Path, read: Rea
     assert texts(read(path)) == [GOOD["positive"]]
 
 
-# --- A sequence ------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def pairs(tmp_path: Path, pair_source: MakeSource) -> Pairs:
-    """Subsets A, B and A again in two splits; a picture in the rows of B."""
-    for subset, split in (("A", "one"), ("B", "one"), ("A", "two")):
-        (tmp_path / subset).mkdir(exist_ok=True)
-        image = {"bytes": b"png", "path": None} if subset == "B" else ""
-        rows = [
-            {
-                "qry": f"{'<image>' * (subset == 'B')}{subset} {n}",
-                "qry_image_path": image,
-                "pos_text": f"{split} {n}",
-                "pos_image_path": "",
-            }
-            for n in range(3)
-        ]
-        table = pa.Table.from_pylist(rows if split == "one" else [*rows, rows[0]])
-        pq.write_table(table, tmp_path / subset / f"{split}-0.parquet")
-    root = str(tmp_path)
-    options: dict[str, Any] = {"root": root, "image_root": root, "caption_subsets": []}
-    parts = [
-        pair_source("mmeb", subsets=[subset], split=split, **options).train_pairs()
-        for subset, split in (("A", "one"), ("B", "one"), ("A", ["one", "two"]))
-    ]
-    return Pairs.joined(parts)
-
-
-def test_slices_and_selections_are_the_same_rows(pairs: Pairs) -> None:
-    whole = [pairs[row] for row in range(len(pairs))]
-    names = [pair.row_id for pair in whole]
-    assert names[:6] == [f"{subset} row {n}" for subset in "AB" for n in range(3)]
-    assert names[6:] == [f"A ({split}) row {n}" for split in ("one", "two") for n in range(3)]
-    assert list(pairs) == whole
-    assert [pairs[row] for row in (-1, 3)] == [whole[-1], whole[3]]
-    assert list(pairs[1:7][::-2]) == whole[1:7][::-2]
-    assert list(pairs.select(np.array([4, 0, 0]))) == [whole[row] for row in (4, 0, 0)]
-    assert list(pickle.loads(pickle.dumps(pairs))) == whole
-    with pytest.raises(IndexError):
-        pairs[len(pairs)]
+# --- What rows cost, and their fingerprint ------------------------------------------------------
 
 
 def test_a_row_costs_a_few_bytes(tmp_path: Path, read: Read) -> None:
@@ -223,9 +182,6 @@ def test_a_row_costs_a_few_bytes(tmp_path: Path, read: Read) -> None:
     assert kept / count < 40
     assert pa.total_allocated_bytes() - arrow < 1e6  # rows are on disk
     assert len(pickle.dumps(pairs)) / count < 40
-
-
-# --- Fingerprint -----------------------------------------------------------------------------
 
 
 def test_a_fingerprint_is_of_content_order_and_mapping(tmp_path: Path, read: Read) -> None:

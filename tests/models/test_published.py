@@ -1,12 +1,10 @@
 """The published architectures on the meta device: sizes, reserved rows, and what adapters hit."""
 
 import re
-from collections import Counter
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 import yaml
@@ -40,12 +38,6 @@ DEPTHS = {
     "Qwen/Qwen3-VL-4B-Instruct": (36, 24),
     "Qwen/Qwen3-VL-8B-Instruct": (36, 27),
 }
-# Parameters of DoRA at rank 8, by hand for one model: 28 text layers and 32 vision blocks.
-DORA_2B = 28 * (
-    8 * (2 * (1536 + 1536) + 2 * (1536 + 256) + 3 * (1536 + 8960))
-    + (2 * 1536 + 2 * 256 + 2 * 8960 + 1536)
-) + 32 * (8 * ((1280 + 3840) + 2 * (1280 + 5120)) + (3840 + 5120 + 1280))
-
 everywhere = pytest.mark.parametrize("name", KNOWN)
 
 
@@ -105,24 +97,6 @@ def test_adapters_hit_exactly_the_layers_meant(name: str) -> None:
 
 def family(name: str) -> str:
     return str(KNOWN[name].config().model_type)
-
-
-def test_peft_adapts_what_the_expressions_match() -> None:
-    name = "Qwen/Qwen2-VL-2B-Instruct"
-    config = KNOWN[name].config()
-    adapter = adapter_of("dora")
-    hit = modules_hit(model_of(name), adapter)
-    with torch.device("meta"):
-        adapted = peft.get_peft_model(meta_model(config), adapter.config)  # type: ignore[arg-type]
-    found = Counter(
-        parameter.removeprefix("base_model.model.").split(".lora_")[0]
-        for parameter, value in adapted.named_parameters()
-        if value.requires_grad
-    )
-    assert set(found) == hit
-    assert set(found.values()) == {3}  # A, B and the magnitudes
-    trained = sum(value.numel() for value in adapted.parameters() if value.requires_grad)
-    assert trained == DORA_2B
 
 
 # --- Where a configuration comes from --------------------------------------------------------
