@@ -170,7 +170,7 @@ def test_stages_with_data_of_their_own_are_checked_apart(
     captions = write_jsonl(
         tmp_path / "captions.jsonl",
         [{"query_image": f"images/{n}.png", "positive": f"picture {n}"} for n in range(7)]
-        + [{"query_image": "images/gone.png", "positive": "nothing"}],
+        + [{"query_image": name, "positive": "nothing"} for name in ("gone.png", "\ud800.png")],
     )
     own = ["root", "subsets", "caption_subsets", "validation_fraction"]
     contrast = [o for o in mmeb(healthy) if o.partition("=")[0] in {f"data.{key}" for key in own}]
@@ -182,7 +182,8 @@ def test_stages_with_data_of_their_own_are_checked_apart(
         *("data=paper", "stage.order=[warmup,reconstruct,contrast]", *others, "workers=0", *SMALL),
         *(override.replace("data.", "data.stages.contrast.", 1) for override in contrast),
     )
-    missing = {finding["part"]: finding["row_id"] for finding in found.findings("missing_image")}
-    assert set(missing) == {"train (warmup)", "train (reconstruct)"}
-    assert set(missing.values()) == {f"{captions} line 8"}
+    missing = found.findings("missing_image")
+    assert {one["part"] for one in missing} == {"train (warmup)", "train (reconstruct)"}
+    assert {one["row_id"] for one in missing} == {f"{captions} line {line}" for line in (8, 9)}
+    assert missing[1]["file"].endswith("\ud800.png")
     assert found.report["rows"]["train (contrast)"] == 8

@@ -7,7 +7,7 @@ an image counts by the content of its file, so that a copy under another name is
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import partial
@@ -71,7 +71,7 @@ class Checkup:
     def __post_init__(self) -> None:
         self.found: list[tuple[str, UserError]] = []  # the part of the data, and what is wrong
         self.sources: list[Source] = []
-        self.exam, self.subsets = "", list[EvalSubset]()  # the benchmark
+        self.benchmark, self.subsets = "", list[EvalSubset]()  # the benchmark
         self.lengths: list[dict[str, Any]] = []  # see `length_facts`
         self.visual_tokens = np.empty(0, np.int64)  # of each image that can be read
 
@@ -101,15 +101,15 @@ class Checkup:
             train, validation = (Pairs.joined([part[at] for part in parts]) for at in (0, 1))
             self.sources.append(Source(suffix, stages, source.caption_subsets, train, validation))
 
-    def read_exam(self, name: str, pieces: Sequence[Any]) -> None:
+    def read_benchmark(self, name: str, pieces: Sequence[Any]) -> None:
         """Read the rows of a benchmark, as a whole or each subset alone."""
-        self.exam = name
+        self.benchmark = name
         self.subsets = [*chain(*self._read(name, pieces, lambda piece: piece.subsets()))]
 
     def _read(self, part: str, pieces: Sequence[Any], get: Callable[[Any], Any]) -> list[Any]:
         """What can be had of the pieces."""
         values = []
-        for piece in pieces:
+        for piece in self.watch(pieces, f"files of {part}", len(pieces)):
             try:
                 values.append(get(piece))
             except UserError as error:
@@ -126,7 +126,7 @@ class Checkup:
         Args:
             processors: for training and for evaluation; none if the model is not at hand.
         """
-        processor, exam_processor = processors or (None, None)
+        processor, eval_processor = processors or (None, None)
         items = (item for _, _, sides in self._rows() for _, item in sides)
         self.images = Images(items, workers=self.workers, watch=self.watch)
         if processor:
@@ -136,7 +136,8 @@ class Checkup:
         count += sum(len(subset.queries) + len(subset.candidates) for subset in self.subsets)
         for part, row_id, sides in self.watch(self._rows(), "rows", count):
             for role, item in sides:
-                for error in self._faults(item, exam_processor if part == self.exam else processor):
+                used = eval_processor if part == self.benchmark else processor
+                for error in self._faults(item, used):
                     error.row_id, error.role = row_id, role
                     self.found.append((part, error))
         for source in self.sources:
@@ -153,8 +154,8 @@ class Checkup:
     def num_rows(self) -> dict[str, int]:
         """How many rows of each part can be used."""
         counts = {part: len(pairs) for part, pairs in self._parts()}
-        if self.exam:
-            counts[self.exam] = sum(len(subset.row_ids) for subset in self.subsets)
+        if self.benchmark:
+            counts[self.benchmark] = sum(len(subset.row_ids) for subset in self.subsets)
         return counts
 
     def _rows(self) -> Iterator[tuple[str, str, list[tuple[str, Item]]]]:
@@ -169,9 +170,9 @@ class Checkup:
                 query_rows[subset.query_index[row]] = row
                 candidate_rows[subset.candidate_index[row]] = row
             for row, item in zip(query_rows.tolist(), subset.queries, strict=True):
-                yield self.exam, subset.row_ids[row], [("query", item)]
+                yield self.benchmark, subset.row_ids[row], [("query", item)]
             for row, item in zip(candidate_rows.tolist(), subset.candidates, strict=True):
-                yield self.exam, subset.row_ids[row], [("candidate", item)]
+                yield self.benchmark, subset.row_ids[row], [("candidate", item)]
 
     def _faults(self, item: Item, processor: Processor | None) -> Iterator[UserError]:
         """What is wrong with one side of a row."""
@@ -227,9 +228,12 @@ class Checkup:
     def _compare(self) -> None:
         """Hard negatives that are positives, training rows in an evaluation, several positives."""
         evaluated: dict[tuple[str, int], str] = {}  # kind and content -> the first row with it
-        held_out = [(f"validation{source.suffix}", source.validation) for source in self.sources]
-        for part, rows in [*held_out, *((self.exam, right_answers(one)) for one in self.subsets)]:
-            for pair in rows:
+        held_out: list[tuple[str, Iterable[Pair]]] = [
+            *((f"validation{one.suffix}", one.validation) for one in self.sources),
+            *((self.benchmark, right_answers(subset)) for subset in self.subsets),
+        ]
+        for part, answers in held_out:
+            for pair in answers:
                 for kind, content, _ in self._contents(pair):
                     evaluated.setdefault((kind, content), f"{part}, {pair.row_id}")
         for source in self.sources:

@@ -69,7 +69,7 @@ def check(cfg: DictConfig, console: Console) -> int:
         # The validation rows are read anyway; mteb alone reads those of its tasks.
         if benchmark is not None and not isinstance(benchmark, HeldOutBenchmark | MtebBenchmark):
             names = list(benchmark.table) if isinstance(benchmark, MmebBenchmark) else []
-            checkup.read_exam(benchmark.name, _one_by_one(cfg.benchmark, names) or [benchmark])
+            checkup.read_benchmark(benchmark.name, _one_by_one(cfg.benchmark, names) or [benchmark])
         processors, reason = _processors(cfg, checkup)
         checkup.check(processors)
     not_checked = [reason] if reason else []
@@ -79,7 +79,9 @@ def check(cfg: DictConfig, console: Console) -> int:
     facts = facts_of(checkup, findings, not_checked)
     print_report(console, facts, findings)
     file = out / "doctor.json"
-    file.write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
+    content = json.dumps(facts, indent=1, ensure_ascii=False) + "\n"
+    # What is no Unicode, such as a half of a pair in a file's name, becomes an escape of JSON.
+    file.write_text(content, encoding="utf-8", errors="backslashreplace")
     console.print(f"written: {file}", soft_wrap=True, highlight=False)
     return WOULD_STOP if facts["stops_training"] else 0
 

@@ -60,7 +60,8 @@ def findings_of(checkup: Checkup) -> pd.DataFrame:
         (e.kind if e.kind in KINDS else "bad_row", part, e.row_id, e.role, e.file, str(e))
         for part, e in checkup.found
     ]
-    table = pd.DataFrame(rows, columns=["kind", "part", "row_id", "role", "file", "message"])
+    columns = ["kind", "part", "row_id", "role", "file", "message"]
+    table = pd.DataFrame(rows, columns=columns, dtype=object)  # Arrow's texts are Unicode alone
     table["kind"] = table["kind"].astype(pd.CategoricalDtype([*KINDS]))
     return table.sort_values("kind", kind="stable")
 
