@@ -283,8 +283,7 @@ def score(
     console.print(report.score_table(results))
     if beside:
         console.print(report.published_table(results, beside))
-    said = f"report: {run_dir / 'report.html'}"
-    console.print(said, soft_wrap=True, markup=False, highlight=False)
+    console.print(report.shown(f"report: {run_dir / 'report.html'}"), soft_wrap=True)
 
 
 def _trained_widths(path: str, lineage: Sequence[Mapping[str, Any]]) -> list[int]:

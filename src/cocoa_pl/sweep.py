@@ -19,6 +19,7 @@ from rich.table import Table
 from cocoa_pl.config.folders import claim_sweep
 from cocoa_pl.config.process import guarded
 from cocoa_pl.evaluation.compare import Run, read_sweep, write_summary
+from cocoa_pl.evaluation.report import shown
 
 
 class SweepSummary(Callback):
@@ -57,7 +58,7 @@ class SweepSummary(Callback):
             folder, table = self._write(config, self.subsets)
             console.print(table)
             said = f"summary: {folder}/summary.md and summary.csv, summary.png beside it"
-            console.print(said, soft_wrap=True, markup=False, highlight=False)
+            console.print(shown(said), soft_wrap=True)
 
     def _write(self, config: DictConfig, subsets: Sequence[str]) -> tuple[Path, Table]:
         """Of the runs in the sweep's folder, and those expected that left none."""

@@ -29,7 +29,7 @@ from rich.table import Table
 
 from cocoa_pl.errors import UserError, typed
 from cocoa_pl.evaluation.figures import read_panels
-from cocoa_pl.evaluation.report import UNSEEN, markdown, percent, plain_table, write_page
+from cocoa_pl.evaluation.report import UNSEEN, markdown, percent, plain_table, shown, write_page
 from cocoa_pl.evaluation.results import (
     CONFIDENCE,
     Results,
@@ -358,7 +358,7 @@ def run(arguments: Sequence[str], console: Console) -> int:
     title = "scores in %; those with + or - differ from the first"
     rows = zip(*comparison.table(keys, marked=True), strict=True)  # there are few runs
     console.print(plain_table(title, rows, comparison.missing))
-    console.print(f"report: {out}", soft_wrap=True, markup=False, highlight=False)
+    console.print(shown(f"report: {out}"), soft_wrap=True)
     return 0
 
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from cocoa_pl.config.bounds import Count
 from cocoa_pl.embedder import Embedder
 from cocoa_pl.errors import UserError, extra
-from cocoa_pl.evaluation.report import percent, plain_table
+from cocoa_pl.evaluation.report import percent, plain_table, shown
 from cocoa_pl.evaluation.results import Results, TaskScore
 from cocoa_pl.evaluation.vectors import VectorSettings
 
@@ -121,7 +121,7 @@ class MtebBenchmark:
         rows = [[task.name, task.metric, percent(task.score)] for task in tasks]
         console.print(plain_table("main scores in %", [["task", "metric", "score"], *rows]))
         for said in (f"every split and metric: {kept}", f"results: {run_dir / 'results.json'}"):
-            console.print(said, soft_wrap=True, markup=False, highlight=False)
+            console.print(shown(said), soft_wrap=True)
         return results
 
 
