@@ -47,7 +47,7 @@ MTEB = Results(
     "results",
     [
         Results("digits", "runs/1", (replace(SUBSET, widths={"16": 0.4, "64": 0.6}), RICH)),
-        Results("mmeb", "a path that is no \udcff UTF-8", (RICH,), is_partial=True),
+        Results("mmeb", "no \udcff UTF-8", (replace(RICH, name="\udcff"),), is_partial=True),
         MTEB,
     ],
     ids=["whole", "partial", "mteb"],
@@ -84,9 +84,10 @@ def test_a_file_of_an_earlier_version_is_read(tmp_path: Path) -> None:
     [
         ({"subsets": None}, "'NoneType' object has no attribute"),
         ({"subsets": {"a": {"precision_at_1": 0.5}}}, "it lacks 'group'"),
-        ({"subsets": {"a": {**SUBSET.to_json(), "chance": "0.1", "recall_at_5": 2}}}, "a has a"),
+        ({"subsets": {"a": {**SUBSET.to_json(), "recall_at_5": 2}}}, "a has a"),
         ({"subsets": {"a": {**SUBSET.to_json(), "precision_at_1": "0.5"}}}, "not supported"),
         ({"subsets": {"a": {**SUBSET.to_json(), "precision_at_1": float("nan")}}}, "is none"),
+        ({"subsets": {"a": {**SUBSET.to_json(), "num_queries": 0}}}, "a has a score that is none"),
         ({"subsets": {"a": {"group": "STS", "metric": "x"}}}, "it lacks 'score'"),
         ({"subsets": {"a": {"metric": "x", "score": float("nan")}}}, "a has a score that is none"),
         ({"benchmark": ...}, "it lacks 'benchmark'"),

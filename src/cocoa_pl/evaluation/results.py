@@ -83,8 +83,9 @@ class SubsetScore:
         given |= {key: content[key] for key in own[NEVER_LACKING:] if key in content}
         more = {key: value for key, value in content.items() if "_at_" in key and key not in own}
         found = cls(name, more=more, **given)
-        scores = (found.precision_at_1, found.precision_at_1_strict, *more.values())
-        if not all(0 <= score <= 1 for score in (*scores, *found.widths.values())):
+        scores = [found.precision_at_1, found.precision_at_1_strict, found.chance, *more.values()]
+        scores += found.widths.values()
+        if not all(0 <= score <= 1 for score in scores) or not found.num_queries > 0:
             raise ValueError(f"{name} has a score that is none")
         return found
 
@@ -283,7 +284,9 @@ def score_interval(subsets: Sequence[SubsetScore]) -> Interval:
     """
     resampled = []  # for each subset [RESAMPLES] scores of as many rows drawn with replacement
     for one in subsets:
-        random = np.random.default_rng(int.from_bytes(one.name.encode(), "little"))
+        random = np.random.default_rng(
+            int.from_bytes(one.name.encode(errors="surrogatepass"), "little")
+        )
         drawn = random.binomial(one.num_queries, one.precision_at_1, size=RESAMPLES)
         resampled.append(drawn / one.num_queries)
     tail = (1 - CONFIDENCE) / 2
