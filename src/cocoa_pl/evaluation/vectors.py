@@ -199,12 +199,12 @@ def _encoded(encode: Encode, subset: EvalSubset, items: Sequence[Item]) -> Float
         if error.item is None:
             raise
         bad = items[error.item].key
-        queries, candidates = subset.queries, subset.candidates
-        for row, query in enumerate(subset.query_index):
-            if queries[query].key == bad:
-                error.row_id, error.role = subset.row_ids[row], "query"
-                raise
-        (place,) = (number for number, item in enumerate(candidates) if item.key == bad)
-        row = next(row for row, index in enumerate(subset.candidate_index) if place in index)
-        error.row_id, error.role = subset.row_ids[row], "candidate"
+        rows = zip(subset.row_ids, subset.query_index, subset.candidate_index, strict=True)
+        for row_id, query, index in rows:
+            sides = [("query", subset.queries[query])]
+            sides += [("candidate", subset.candidates[place]) for place in index]
+            for role, item in sides:
+                if item.key == bad:
+                    error.row_id, error.role = row_id, role
+                    raise
         raise
