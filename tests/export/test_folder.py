@@ -17,6 +17,7 @@ from torch.nn.functional import normalize
 from transformers import AutoModelForImageTextToText, AutoTokenizer, Qwen2VLImageProcessorPil
 
 from cocoa_pl.attention import Policy
+from cocoa_pl.config.saved import _settings
 from cocoa_pl.data.items import IMAGE_SLOT, Item
 from cocoa_pl.data.processor import Processor
 from cocoa_pl.embedder import Embedder
@@ -260,11 +261,25 @@ def test_the_same_files_that_give_other_vectors_are_refused(value: float, copy: 
         Embedder.load(str(copy), device="cpu")
 
 
-@pytest.mark.parametrize("content", ["", "{", "{}", "[1]", '{"format": 1}'])
-def test_a_damaged_cocoa_json_is_named(content: str, copy: Path) -> None:
-    (copy / "cocoa.json").write_text(content)
-    with pytest.raises(UserError, match=r"cocoa\.json"):
-        Embedder.load(str(copy), device="cpu")
+def test_a_damaged_or_edited_cocoa_json_is_named_whoever_reads_it(copy: Path) -> None:
+    path = copy / "cocoa.json"
+    whole = json.loads(path.read_text())
+    edits: list[Any] = [{**whole, name: value} for name in whole for value in (None, 3, "x", [3])]
+    edits += [{name: value for name, value in whole.items() if name != left} for left in whole]
+    contents = [json.dumps(edited) for edited in edits if edited != whole]
+    contents += ["", "{", "{}", "[1]", "null", '{"format": 1, "lineage": 3}', "[" * 100_000, "\0"]
+    for content in contents:
+        path.write_text(content)
+        for read in (lineage_of, Embedder.load, _settings):
+            with pytest.raises(UserError, match=r"cocoa\.json"):
+                read(str(copy))
+
+
+def test_an_editor_may_have_saved_cocoa_json_otherwise(copy: Path) -> None:
+    """With a byte order mark, in other lines."""
+    described = json.loads((copy / "cocoa.json").read_text())
+    (copy / "cocoa.json").write_text("\ufeff" + json.dumps(described), encoding="utf-8")
+    assert Embedder.load(str(copy), device="cpu").policy.name
 
 
 def test_a_model_of_others_is_not_an_embedder(tiny_folder: Path) -> None:

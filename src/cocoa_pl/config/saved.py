@@ -6,7 +6,6 @@ model. An exported folder, also that of a run, has them in its cocoa.json.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,7 +26,7 @@ from cocoa_pl.config.folders import run_of
 from cocoa_pl.errors import UserError, first_line, typed
 from cocoa_pl.evaluation.results import read_config
 from cocoa_pl.models.adapters import base_path
-from cocoa_pl.models.exported import DESCRIPTION
+from cocoa_pl.models.exported import DESCRIPTION, described_in
 from cocoa_pl.models.loading import ADAPTER_CONFIG, find_folder
 from cocoa_pl.models.published import KNOWN, find_config
 
@@ -147,7 +146,7 @@ def settled(cfg: DictConfig) -> DictConfig:
 def _settings(init_from: str) -> tuple[dict[str, Any], str] | None:
     """The settings of a model and where they are from; None without those of this version."""
     described = _file_of(init_from, DESCRIPTION)
-    known = json.loads(described.read_text()).get("settings") if described else None
+    known = described_in(described.parent).get("settings") if described else None
     if not known or "stage" not in known:
         return None
     place = {"_target_": "cocoa_pl.models.loading.PretrainedSource", "path": init_from}

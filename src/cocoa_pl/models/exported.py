@@ -82,8 +82,6 @@ def read_description(folder: Path) -> dict[str, Any]:
             f"{path} is of format 1, which knows no digests of the model's files: export it again, "
             "python train.py resume=RUN evaluate=false"
         )
-    if described["format"] != FORMAT:
-        raise UserError(f"{path}: format {described['format']} is not {FORMAT}; update cocoa_pl")
     for name, what in differences(folder, described):
         if name not in described["others"]:
             raise UserError(f"{folder / name} {what}; export the model again")
@@ -91,12 +89,7 @@ def read_description(folder: Path) -> dict[str, Any]:
 
 
 def differences(folder: Path, described: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Names of files that are not as they were exported, and `CHANGED` or `MISSING`; of a changed
-    `cocoa.json` nothing else is known.
-    """
-    if described.get("digest") != _digest(described):
-        yield DESCRIPTION, CHANGED
-        return
+    """Names of files that are not as they were exported, and `CHANGED` or `MISSING`."""
     for name, digest in {**described["files"], **described["others"]}.items():
         if not (folder / name).is_file():
             yield name, MISSING
@@ -105,19 +98,28 @@ def differences(folder: Path, described: Mapping[str, Any]) -> Iterator[tuple[st
 
 
 def described_in(folder: Path) -> dict[str, Any]:
-    """The content of `cocoa.json` in any format, unchecked; empty for a folder without one.
+    """The content of `cocoa.json` in this format or the one before; empty for a folder without one.
 
     Raises:
-        UserError: if it is damaged.
+        UserError: if it is damaged, was edited, or is of another format.
     """
     path = folder / DESCRIPTION
     if not path.is_file():
         return {}
     try:
-        described: dict[str, Any] = json.loads(path.read_text())
-        described["format"], described["lineage"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} does not describe a model exported by cocoa_pl") from error
+        described: dict[str, Any] = json.loads(path.read_bytes())
+        number = described["format"]
+        is_as_written = number != FORMAT or described["digest"] == _digest(described)
+        for stage in described["lineage"]:
+            stage["stage"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{path} describes no model; export it again") from error
+    if number not in (1, FORMAT):
+        raise UserError(f"{path}: format {number} is not {FORMAT}; update cocoa_pl")
+    if not is_as_written:
+        raise UserError(
+            f"{path} {CHANGED}; put back what it was, move it elsewhere, or export the model again"
+        )
     return described
 
 
