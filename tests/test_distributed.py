@@ -1,5 +1,5 @@
-"""Two processes on the CPU give in one step what one process gives on the whole batch, and three
-gather rows of unequal numbers; whole runs are in `test_parallel_runs.py`.
+"""Two processes on the CPU give in one step what one process gives on the whole batch; whole
+runs, also of four, are in `test_parallel_runs.py`.
 """
 
 from __future__ import annotations
@@ -139,23 +139,19 @@ def work(index: int, folder: Path) -> None:
     with one_of(WORLD, index, folder):
         with (folder / "task.pkl").open("rb") as file:
             task: Task = pickle.load(file)
-        found = primitives() | stage_steps(task, SHARES[index]) | gatherings_of(index, WORLD)
+        found = primitives() | stage_steps(task, SHARES[index]) | gatherings_of(index)
         torch.save(found, folder / f"{index}.pt")
 
 
 # Rows of every rank: different numbers, the same, and none on one of them.
-GATHERED = {
-    2: {"unequal": [1, 3], "equal": [2, 2], "none": [0, 2]},
-    3: {"unequal": [2, 1, 4], "equal": [3, 3, 3], "none": [1, 0, 2]},
-}
+GATHERED = {"unequal": [1, 3], "equal": [2, 2], "none": [0, 2]}
 
 
-def gatherings_of(index: int, world: int) -> Found:
+def gatherings_of(index: int) -> Found:
     """Gathers rows that say whose they are; the loss weighs every row differently on every rank."""
-    kinds = GATHERED[world]
-    counts = exchange_counts([sizes[index] for sizes in kinds.values()], CPU)
+    counts = exchange_counts([sizes[index] for sizes in GATHERED.values()], CPU)
     found: Found = {}
-    for kind, sizes in zip(kinds, counts(), strict=True):
+    for kind, sizes in zip(GATHERED, counts(), strict=True):
         rows = (10.0 * index + torch.arange(float(sizes[index]))).requires_grad_()
         gathered = gather_rows(rows, sizes)
         weight = (index + 1) * torch.arange(1.0, len(gathered) + 1)
@@ -167,12 +163,6 @@ def gatherings_of(index: int, world: int) -> Found:
             "gradient": rows.grad,
         }
     return found
-
-
-def gather(index: int, world: int, folder: Path) -> None:
-    """One of three processes."""
-    with one_of(world, index, folder):
-        torch.save(gatherings_of(index, world), folder / f"{index}.pt")
 
 
 @pytest.fixture(scope="module")
@@ -215,35 +205,21 @@ def whole(task: Task) -> Found:
     return stage_steps(task, slice(None))
 
 
-@pytest.fixture(scope="module", params=[WORLD, pytest.param(3, marks=pytest.mark.slow)])
-def gatherings(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> list[Found]:
-    """What each of two or three processes gathered."""
-    if (world := request.param) == WORLD:
-        found: list[Found] = request.getfixturevalue("ranks")
-        return found
-    folder = tmp_path_factory.mktemp("gatherings")
-    start_ranks(gather, world, folder, world=world)
-    return [torch.load(folder / f"{index}.pt", weights_only=False) for index in range(world)]
-
-
 @pytest.mark.parametrize("kind", ["unequal", "equal", "none"])
-def test_gathered_rows_are_those_of_all_ranks_in_order(kind: str, gatherings: list[Found]) -> None:
-    sizes = GATHERED[len(gatherings)][kind]
+def test_gathered_rows_are_those_of_all_ranks_in_order(kind: str, ranks: list[Found]) -> None:
+    sizes = GATHERED[kind]
     expected = [10.0 * index + row for index, size in enumerate(sizes) for row in range(size)]
-    for found in (part[kind] for part in gatherings):
+    for found in (part[kind] for part in ranks):
         assert found["counts"] == sizes
         assert found["rows"].tolist() == found["numbers"].tolist() == expected
         assert found["numbers"].dtype == torch.int64
 
 
 @pytest.mark.parametrize("kind", ["unequal", "equal", "none"])
-def test_a_gathered_row_gets_the_gradient_of_all_ranks(kind: str, gatherings: list[Found]) -> None:
-    world = len(gatherings)
-    all_ranks = sum(range(1, world + 1))  # rank r weighs everything r + 1 times
-    expected = torch.arange(1.0, sum(GATHERED[world][kind]) + 1) * all_ranks
-    found = torch.cat([part[kind]["gradient"] for part in gatherings])
+def test_a_gathered_row_gets_the_gradient_of_all_ranks(kind: str, ranks: list[Found]) -> None:
+    all_ranks = sum(range(1, WORLD + 1))  # rank r weighs everything r + 1 times
+    expected = torch.arange(1.0, sum(GATHERED[kind]) + 1) * all_ranks
+    found = torch.cat([part[kind]["gradient"] for part in ranks])
     assert torch.equal(found, expected)
 
 
@@ -285,6 +261,16 @@ def test_ranks_hide_different_numbers_of_tokens(task: Task) -> None:
     """Otherwise a mean of the ranks' means would pass too."""
     sizes = [sum(row[0].segment_lengths[2] for row in task.captions[share]) for share in SHARES]
     assert sizes[0] != sizes[1]
+
+
+def test_gradients_go_in_pieces_of_one_type_and_bounded_size(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(collectives, "BUCKET_BYTES", 40)
+    parameters = [nn.Parameter(torch.zeros(size)) for size in (4, 4, 4, 20, 1)]
+    parameters.append(nn.Parameter(torch.zeros(2, dtype=torch.float64)))
+    buckets = list(collectives._buckets(parameters))
+    assert [[p.numel() for p in bucket] for bucket in buckets] == [[4, 4], [4], [20], [1], [2]]
 
 
 def test_only_an_exchange_that_failed_is_a_lost_peer(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -104,6 +104,7 @@ def test_a_tilde_is_the_home_folder(start: Start) -> None:
         (["hydra/sweeper=optuna"], "needs a package: pip install hydra-optuna-sweeper"),
         (["++experiment=ablatoin"], "force-add of config groups is not supported"),
         (["contrast"], "contrast: write key=value"),
+        (["a key=3"], "a key=3: write key=value"),
         (["data=pairs", "data.path=a,b"], "-m runs one by one; one is written 'data.path=\"a,b\"'"),
         (["data.subsets=[数据]"], "'data.subsets=[\"数据\"]' for a list or 'data.subsets="),
         (["--config-dir", "nowhere"], "Additional config directory '"),

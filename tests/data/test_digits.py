@@ -192,6 +192,12 @@ def test_splits_share_no_picture(data: DigitsData, subsets: dict[str, EvalSubset
     assert sum(map(len, parts)) == len(set.union(*parts))
 
 
+def test_validation_has_the_same_tasks_with_and_without_candidates(data: DigitsData) -> None:
+    names = {pair.subset for pair in data.train_pairs()}
+    assert {pair.subset for pair in data.validation_pairs()} == names
+    assert {subset.name for subset in data.validation_subsets()} == names
+
+
 def test_training_and_evaluation_ask_in_the_same_words(
     data: DigitsData, subsets: dict[str, EvalSubset]
 ) -> None:

@@ -274,6 +274,16 @@ def test_arrays_of_an_item_are_one_picture_or_several() -> None:
     assert len(as_item(array[0, ..., 0]).media) == 1
 
 
+def test_an_item_s_images_are_a_tuple_however_they_are_written() -> None:
+    path = Path("a.png")
+    for images in ([path], path, iter([path])):
+        item = Item(S, images)  # type: ignore[arg-type]
+        assert item == Item(S, (path,))
+        assert hash(item) == hash(Item(S, (path,)))
+    with pytest.raises(ValueError, match=r"paths \(Path\), bytes or PIL images, not"):
+        Item(S, ["a.png"])  # type: ignore[arg-type]
+
+
 def test_pictures_of_other_meaning_are_other_items() -> None:
     grey = Image.new("P", (4, 6), 0)
     red = grey.copy()

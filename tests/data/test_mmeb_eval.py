@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,8 @@ def test_row_is_read_to_the_letter(root: Path) -> None:
         Item(f"{SLOT}\nRepresent the crop", (root / name,)) for name in REFCOCO["tgt_img_path"]
     ]
     assert subset.row_ids == ["Set row 0"]
+    with pytest.raises(UserError, match="group 'ranking' is not one of classification, vqa"):
+        replace(subset, group="ranking")
 
 
 def test_every_distinct_side_occurs_once_and_rows_keep_their_candidates(root: Path) -> None:

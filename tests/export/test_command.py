@@ -142,6 +142,11 @@ def test_a_damaged_file_of_a_run_is_refused(name: str, run_folder: Path, console
     assert not (run_folder / "hf").exists()
 
 
+def test_a_hub_id_needs_a_place(console: Console) -> None:
+    with pytest.raises(UserError, match="--out"):
+        command.run(["user/some-model", "--to", "hf"], console)
+
+
 def test_without_sentence_transformers_it_is_reported_as_not_computed(
     run_folder: Path, console: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,11 +17,9 @@ from torch import Tensor
 from cocoa_pl.data.items import Item
 from cocoa_pl.data.processor import Processor
 from cocoa_pl.distributed.collectives import clip_gradients, sum_gradients
-from cocoa_pl.models.adapters import FullTuning
-from cocoa_pl.models.backbone import Backbone
 from cocoa_pl.models.loading import FAMILIES, Loaded
 from cocoa_pl.stages.base import StageModule
-from tests.adapters import TEXT, low_rank
+from tests.adapters import low_rank
 from tests.stages.steps import STAGES, Rows, batches_of, make_module, make_rows
 
 # Of the other families' towers each stage reads the same.
@@ -30,11 +28,6 @@ CASES += [(family, "warmup") for family in sorted(FAMILIES) if family != "qwen2_
 every_case = pytest.mark.parametrize(
     ("family", "stage"), CASES, indirect=["family"], scope="session"
 )
-
-ADAPTERS: dict[str, Callable[[Backbone], Backbone]] = {
-    "full": FullTuning(),
-    "dora": low_rank(alpha=4, dropout=0.1, target_modules=[TEXT], lean_dora=True),
-}
 
 
 class Nowhere(torch.autocast):
@@ -48,11 +41,13 @@ class Nowhere(torch.autocast):
 def make(
     load_tiny: Callable[..., Loaded], processor: Processor, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., StageModule]:
-    def module(stage: str, adapter: str) -> Any:
+    """Of a stage with DoRA in both towers."""
+    adapter = low_rank(dropout=0.1, lean_dora=True)
+
+    def module(stage: str) -> Any:
         monkeypatch.setattr(torch, "autocast", Nowhere)
         monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
-        backbone = ADAPTERS[adapter](load_tiny().backbone)
-        return make_module(stage, backbone, processor, token_budget=40)
+        return make_module(stage, adapter(load_tiny().backbone), processor, token_budget=40)
 
     return module
 
@@ -62,14 +57,11 @@ def rows(processor: Processor, make_item: Callable[..., Item]) -> dict[str, Rows
     return {stage: make_rows(stage, 5, processor, make_item, images=2) for stage in STAGES}
 
 
-@pytest.mark.parametrize(
-    "adapter", [pytest.param(one, marks=[pytest.mark.slow] * (one == "full")) for one in ADAPTERS]
-)
 @every_case
 def test_a_training_step_is_queued_without_a_wait(
-    stage: str, adapter: str, make: Callable[..., StageModule], rows: dict[str, Rows]
+    stage: str, make: Callable[..., StageModule], rows: dict[str, Rows]
 ) -> None:
-    module = make(stage, adapter).train()
+    module = make(stage).train()
     batches = batches_of(module, rows[stage])
     assert len(batches) > 2
     module.to("meta")
@@ -85,7 +77,7 @@ def test_a_training_step_is_queued_without_a_wait(
 def test_neither_does_validation_wait(
     stage: str, make: Callable[..., StageModule], rows: dict[str, Rows]
 ) -> None:
-    module = make(stage, "full").eval()
+    module = make(stage).eval()
     batches = batches_of(module, rows[stage], validating=True)
     module.to("meta")
     with torch.no_grad():
