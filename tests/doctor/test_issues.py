@@ -200,3 +200,4 @@ def test_a_stage_that_finds_no_captions_is_named_and_the_others_are_measured(
     found = check_up(*mmeb(tmp_path), "stage.contrast.batch_size=5")
     message = found.findings("too_few_rows")[-1]["message"]
     assert message.startswith("stage contrast: the training data has 4 rows, fewer than one batch")
+    assert [one["stages"] for one in found.report["lengths"]] == [["contrast"]]

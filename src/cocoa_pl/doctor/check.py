@@ -197,19 +197,18 @@ class Checkup:
         Args:
             seed: of the stage, as in training.
         """
-        part, rows = f"train{source.suffix}", source.train
+        part, usable, rows = f"train{source.suffix}", source.train, None
         try:
             if stage.describing:
-                rows = rows.describing(source.caption_subsets)
+                usable = usable.describing(source.caption_subsets)
                 if source.validation:
                     source.validation.describing(source.caption_subsets)
-            rows = rows.first_of_each_subset(stage.max_rows_per_subset)
+            rows = usable.first_of_each_subset(stage.max_rows_per_subset)
             make_order(rows, stage.mixing, batch_size=stage.batch_size, seed=0)
             check_contrast(rows, stage.make_samples, batch_size=stage.batch_size)
         except UserError as error:
             self._tell(part, f"stage {stage.name}: {error}", kind="too_few_rows")
-            return
-        if not processor:
+        if not rows or not processor:
             return
         count = partial(count_tokens, rows, stage.make_samples, processor, self.images, seed)
         counted = in_workers(count, range(len(rows)), workers=self.workers)
