@@ -19,6 +19,7 @@ from benchmarks.__main__ import main, page, short
 from benchmarks.measure import (
     BENCHMARKS,
     SIZES,
+    TABLE,
     Task,
     agreed,
     alternate,
@@ -28,6 +29,7 @@ from benchmarks.measure import (
     matrix_product_ceiling,
 )
 from cocoa_pl.attention.command import load_policy
+from cocoa_pl.config.command_line import compose_overrides
 
 CPU = torch.device("cpu")
 EVERY = pytest.mark.parametrize("name", BENCHMARKS)
@@ -93,6 +95,15 @@ def test_half_precision_is_compared_in_float32_first(name: str) -> None:
             assert exact[size]["dtype"] == "float32"
         if values.get("dropout"):
             assert exact[size]["dropout"] == 0
+
+
+def test_rows_of_every_size_fit_its_model() -> None:
+    for benchmark in BENCHMARKS.values():
+        for values in benchmark["sizes"].values():
+            if "model" in values:
+                model = compose_overrides("train", TABLE["models"][values["model"]]).model
+                assert values["side"] ** 2 <= model.max_pixels
+                assert (values["side"] / 28) ** 2 + 100 <= model.max_length  # and words
 
 
 @pytest.mark.slow
@@ -268,25 +279,25 @@ def test_an_error_ends_one_benchmark_and_loses_no_other(
 
 
 @pytest.mark.parametrize(
-    "arguments",
-    [["nonsense"], [], ["dora", "--pairs", "0"], ["dora", "--size", "huge"], ["page", "gone.json"]],
-    ids=["name", "nothing", "pairs", "size", "file"],
+    ("arguments", "message"),
+    [
+        (["nonsense"], "invalid choice: 'nonsense'"),
+        (["dora", "--pairs", "0"], "--pairs must be at least 1"),
+        (["page", "gone.json"], "gone.json does not exist; write it with"),
+        (["dora", "--device", "cuda"], "torch sees no CUDA device here"),
+    ],
 )
 def test_a_mistake_is_one_sentence_and_status_2(
-    arguments: list[str], capsys: pytest.CaptureFixture[str]
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit) as caught:
         main(arguments)
     assert caught.value.code == 2
-    assert "error:" in capsys.readouterr().err.splitlines()[-1]
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_no_gpu_is_invented(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as caught:
-        main(["dora", "--device", "cuda"])
-    assert caught.value.code == 2
-    assert "sees no CUDA device" in capsys.readouterr().err
+    assert message in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_the_page_holds_the_figures_of_each_machine_and_says_what_is_missing() -> None:

@@ -4,7 +4,6 @@ rehearsal of all of it on the CPU.
 
 from __future__ import annotations
 
-import ast
 import json
 import os
 import re
@@ -200,23 +199,6 @@ def test_a_summary_becomes_a_section_of_the_results() -> None:
 
 
 # --- A bare machine ----------------------------------------------------------------------------
-
-
-def needs(node: ast.AST) -> list[str]:
-    """Packages that an import statement asks for, and modules of this project that need mteb."""
-    names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-    names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-    tops = [n.split(".")[0] for n in names if n.split(".")[0] in MISSING]
-    return tops + [n for n in names if n.startswith("cocoa_pl.for_mteb")]
-
-
-def test_optional_packages_are_imported_behind_importorskip() -> None:
-    """Else no GPU test runs on a bare machine: a module that cannot be imported stops them all."""
-    for file in sorted(ROOT.glob("tests/**/*.py")):
-        skips = False
-        for node in ast.parse(file.read_text()).body:
-            skips = skips or "pytest.importorskip(" in ast.unparse(node)
-            assert skips or not needs(node), f"{file}, line {node.lineno}"
 
 
 @pytest.mark.slow
