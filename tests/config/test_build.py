@@ -263,3 +263,10 @@ def test_a_model_is_scored_where_it_was_trained(
     assert scoring_device(composed(f"trainer={trainer}")) == device
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert scoring_device(composed(f"trainer={trainer}")) == "cpu"
+
+
+def test_what_a_constructor_refuses_keeps_its_kind() -> None:
+    node = {"_target_": "cocoa_pl.data.images.resolve_image", "relative": "/a.png", "root": "."}
+    with pytest.raises(UserError, match="is absolute") as caught:
+        build(node)
+    assert (caught.value.kind, caught.value.file) == ("path_outside_root", "/a.png")

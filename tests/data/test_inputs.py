@@ -293,3 +293,10 @@ def test_pictures_of_other_meaning_are_other_items() -> None:
     images = [grey, red, Image.new("P", (6, 4), 0), Image.new("L", (4, 6), 0), turned]
     assert len({Item(S, (image,)).key for image in images}) == len(images)
     assert Item(S, (grey,)).key == Item(S, (grey.copy(),)).key
+
+
+def test_an_item_is_of_valid_unicode_and_its_files_have_any_name() -> None:
+    with pytest.raises(UserError, match="the text is not valid Unicode"):
+        Item("a \ud800")
+    odd, plain = (Item(IMAGE_SLOT, (Path(name),)) for name in ("a\udcff.png", "a.png"))
+    assert odd.key == Item(IMAGE_SLOT, (Path("a\udcff.png"),)).key != plain.key

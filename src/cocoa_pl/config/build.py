@@ -179,7 +179,9 @@ def build(node: Any) -> Any:
     try:
         return instantiate(node, _convert_="all")
     except InstantiationException as error:
-        if isinstance(error.__cause__, ValueError):  # UserError is one
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from error
+        if isinstance(error.__cause__, ValueError):
             raise UserError(str(error.__cause__)) from error
         if str(error).startswith("Error locating target"):
             message = first_line(error).partition(",")[0]

@@ -118,10 +118,6 @@ def _item(value: Input) -> Item:
     text = "" if _is_missing(text) else text
     if not isinstance(text, str):
         raise UserError(f"an item's text is a string, not {type(text).__name__}; {_instead(text)}")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:  # half of a surrogate pair
-        raise UserError(f"the text is not valid Unicode ({error}); fix it") from error
     images = tuple(map(as_source, _pictures(value.get("image"))))
     if not text and not images:
         raise UserError("an item needs a text or an image; this one is empty")

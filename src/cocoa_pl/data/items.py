@@ -6,6 +6,7 @@ Media stay what the data gave (a path, bytes, an opened picture) until a worker 
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -35,6 +36,7 @@ class Item:
     """One thing to embed: a text in which each `IMAGE_SLOT` stands for the medium of the same rank.
 
     Raises:
+        UserError: for half of a surrogate pair in the text, as JSON can hold it.
         ValueError: if the number of slots differs from the number of media, or a medium is none.
     """
 
@@ -51,6 +53,10 @@ class Item:
                     "an Item's media are paths (Path), bytes or PIL images, "
                     f"not {type(medium).__name__}"
                 )
+        try:
+            self.text.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"the text is not valid Unicode ({error}); fix it") from error
         slots = self.text.count(IMAGE_SLOT)
         if slots != len(self.media):
             raise ValueError(
@@ -118,7 +124,7 @@ def as_key(digest: bytes) -> int:
 
 def _source_bytes(medium: Medium) -> bytes:
     if isinstance(medium, Path):
-        return str(medium).encode()
+        return os.fsencode(medium)  # a name need not be text
     if isinstance(medium, bytes):
         return medium
     # The same bytes are another picture in another shape, with other colours of their palette, or

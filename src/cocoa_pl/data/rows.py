@@ -185,10 +185,6 @@ def _check_side(text: object, images: Sequence[object], *, is_placed: bool) -> N
             f"these), empty for none; found {kind}"
         )
     text = text or ""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:  # half of a surrogate pair, from JSON
-        raise UserError(f"the text is not valid Unicode ({error}); fix it") from error
     if not images and not text.strip():
         raise UserError("it is empty: it has neither text nor an image", kind="empty_text")
     if images and is_placed and not _ANY_PLACEHOLDER.search(text):
