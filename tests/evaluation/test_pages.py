@@ -20,6 +20,8 @@ from cocoa_pl.evaluation.results import Results, SubsetScore
 from cocoa_pl.evaluation.vectors import encode_once
 
 ALL = ("context", "bottleneck", "target")
+OPEN_ALL = "document.querySelectorAll('details').forEach(d => d.open = true)"
+METRICS = "stage,step,name,value\ns,0,train/loss,2\ns,9,train/loss,1\ns,9,val/loss,1\n"
 NAMES = ("scene_i2t", "a subset <b>whose</b> [name] is long", "vqa")
 
 
@@ -59,7 +61,7 @@ def results(
 @pytest.fixture
 def opened(results: Results, chromium: Any, tmp_path: Path) -> Any:
     metrics = tmp_path / "metrics.csv"
-    metrics.write_text("stage,step,name,value\ns,0,train/loss,2\ns,9,train/loss,1\n")
+    metrics.write_text(METRICS)
     provenance = Provenance(
         facts={"seed": 1},
         policies={"contrast": Policy("all", ALL, ALL, ALL, causal=False)},
@@ -84,6 +86,12 @@ def visible(browser: Any, selector: str) -> int:
     return sum(e.is_displayed() for e in browser.find_elements("css selector", selector))
 
 
+def assert_fits(browser: Any) -> None:
+    for width in (400, 1280):
+        resize(browser, width)
+        assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+
+
 def choose(browser: Any, label: str) -> None:
     for choice in browser.find_elements("css selector", ".choice"):
         if choice.text == label:
@@ -92,7 +100,7 @@ def choose(browser: Any, label: str) -> None:
     raise AssertionError(label)
 
 
-def test_a_subset_can_be_chosen(opened: Any) -> None:
+def test_a_subset_and_hits_or_misses_can_be_chosen(opened: Any) -> None:
     assert opened.get_log("browser") == []
     assert visible(opened, "figure[data-subset]") == 3
     everything = visible(opened, ".point")
@@ -103,10 +111,7 @@ def test_a_subset_can_be_chosen(opened: Any) -> None:
     assert 3 * visible(opened, ".point") == everything == 48
     choose(opened, "all")
     assert visible(opened, "figure[data-subset]") == 3
-
-
-def test_hits_or_misses_can_be_chosen(opened: Any) -> None:
-    opened.execute_script("document.querySelectorAll('details').forEach(d => d.open = true)")
+    opened.execute_script(OPEN_ALL)
     hits, misses = visible(opened, ".verdict.hit"), visible(opened, ".verdict.miss")
     assert hits
     assert misses
@@ -116,7 +121,7 @@ def test_hits_or_misses_can_be_chosen(opened: Any) -> None:
     assert (visible(opened, ".verdict.hit"), visible(opened, ".verdict.miss")) == (0, misses)
 
 
-def test_pointing_at_a_point_shows_its_picture(opened: Any) -> None:
+def test_pointing_at_a_point_shows_its_picture_and_the_page_fits(opened: Any) -> None:
     from selenium.webdriver.common.action_chains import ActionChains
 
     assert visible(opened, ".about") == 0
@@ -129,6 +134,8 @@ def test_pointing_at_a_point_shows_its_picture(opened: Any) -> None:
     assert about.find_element("css selector", "img").is_displayed()
     assert "what? 30" in about.text
     assert f"query · {NAMES[0]} row 3" in about.text
+    opened.execute_script(OPEN_ALL)
+    assert_fits(opened)
 
 
 @pytest.mark.slow
@@ -155,14 +162,6 @@ def test_keys_lead_everywhere(opened: Any) -> None:
     assert {"a", "subset", "point", "verdict", "summary"} <= set(reached)
 
 
-@pytest.mark.parametrize("width", [1280, 400])
-def test_the_page_fits(width: int, opened: Any) -> None:
-    resize(opened, width)
-    opened.execute_script("document.querySelectorAll('details').forEach(d => d.open = true)")
-    assert opened.execute_script("return document.documentElement.scrollWidth") <= width
-    resize(opened, 1280)
-
-
 # --- Several runs ---
 
 
@@ -181,9 +180,7 @@ def scored(folder: Path, shares: list[float], *, rate: str, seed: int = 0) -> Pa
     (folder / "config.yaml").write_text(
         f"seed: {seed}\noptimization:\n  lr: {rate}\n{stage}names: [a, '<b>']\n"
     )
-    (folder / "metrics.csv").write_text(
-        "stage,step,name,value\ns,0,train/loss,2\ns,9,train/loss,1\ns,9,val/loss,1\n"
-    )
+    (folder / "metrics.csv").write_text(METRICS)
     (folder / "report.html").write_text("its own")
     return folder
 
@@ -200,7 +197,9 @@ def side_by_side(chromium: Any, tmp_path: Path) -> Any:
     return chromium
 
 
-def test_scores_and_differences_stand_side_by_side(side_by_side: Any) -> None:
+def test_scores_and_differences_stand_side_by_side_and_rows_can_be_hidden(
+    side_by_side: Any,
+) -> None:
     rows = texts(side_by_side, "#score-table tr")
     (row,) = [row for row in rows if row.startswith("scene_i2t")]
     reach = 196 * (0.5 * 0.5 / 400 + 0.7 * 0.3 / 400) ** 0.5
@@ -220,9 +219,7 @@ def test_scores_and_differences_stand_side_by_side(side_by_side: Any) -> None:
     assert "first train 1" in legend
     assert "other <b> #1 100% ? \ufffd train 1" in legend
     assert side_by_side.get_log("browser") == []
-
-
-def test_rows_that_do_not_differ_can_be_hidden(side_by_side: Any) -> None:
+    assert_fits(side_by_side)
     assert visible(side_by_side, "#score-table tr.subset") == 3
     choose(side_by_side, "rows that differ")
     assert visible(side_by_side, "#score-table tr.subset") == 2
@@ -241,10 +238,3 @@ def test_configs_that_differ_are_shown_and_names_lead_to_reports(side_by_side: A
     assert [link.text for link in links] == ["first", "other <b> #1 100% ? \ufffd"]
     side_by_side.get(links[1].get_attribute("href"))
     assert side_by_side.find_element("css selector", "body").text == "its own"
-
-
-@pytest.mark.parametrize("width", [1280, 400])
-def test_the_comparison_fits(width: int, side_by_side: Any) -> None:
-    resize(side_by_side, width)
-    assert side_by_side.execute_script("return document.documentElement.scrollWidth") <= width
-    resize(side_by_side, 1280)

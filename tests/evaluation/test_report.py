@@ -23,24 +23,6 @@ from cocoa_pl.evaluation.vectors import encode_once
 
 EVIL = '<script>alert("x")</script><img src=x onerror=alert(1)> 5'
 ALL = ("context", "bottleneck", "target")
-POLICIES = {
-    "warmup": Policy("bidirectional", ALL, ALL, ALL, causal=False),
-    "contrast": Policy("bidirectional", ALL, ALL, ALL, causal=False),
-    "reconstruct": Policy(
-        "bridge", ("context", "bottleneck"), ALL, ("bottleneck", "target"), causal=False
-    ),
-}
-LINEAGE = [
-    {
-        "stage": "contrast",
-        "steps": 7,
-        "batch_size": 4,
-        "lr": 1e-4,
-        "policy": "bidirectional",
-        "seed": 3,
-        "validation": {"loss": 0.25},
-    }
-]
 METRICS = """stage,step,name,value
 warmup,0,train/loss_mntp,2.5
 warmup,1,train/loss_mntp,nan
@@ -74,8 +56,11 @@ def page(results: Results, tmp_path: Path) -> str:
         date="2026-01-02",
         provenance=Provenance(
             facts={"attention": "bidirectional", "note": "<b>bold</b>"},
-            lineage=LINEAGE,
-            policies=POLICIES,
+            lineage=[
+                {"stage": "contrast", "steps": 7, "batch_size": 4, "lr": 1e-4, "seed": 3}
+                | {"policy": "bidirectional", "validation": {"loss": 0.25}}
+            ],
+            policies={"contrast": Policy("bidirectional", ALL, ALL, ALL, causal=False)},
             config="seed: 1\nname: <i>x</i>\n",
             metrics_csv=tmp_path / "metrics.csv",
         ),
@@ -83,14 +68,13 @@ def page(results: Results, tmp_path: Path) -> str:
     return (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
-class Tags(HTMLParser):
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.feed(page)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
+def tags(page: str) -> list[tuple[str, dict[str, str | None]]]:
+    """Names and attributes."""
+    found = []
+    parser = HTMLParser()
+    parser.handle_starttag = lambda tag, attrs: found.append((tag, dict(attrs)))  # type: ignore[method-assign]
+    parser.feed(page)
+    return found
 
 
 def test_report_holds_the_numbers_of_results_json(page: str, results: Results) -> None:
@@ -108,7 +92,7 @@ def test_report_holds_the_numbers_of_results_json(page: str, results: Results) -
 
 def test_report_is_one_file_that_loads_and_runs_nothing(page: str) -> None:
     assert not re.search(r"https?:|url\(|@import", page)
-    for tag, attributes in Tags(page).tags:
+    for tag, attributes in tags(page):
         assert tag not in ("script", "link", "iframe", "object", "embed", "base")
         assert not any(name.startswith("on") for name in attributes)
         for name in ("src", "href", "srcset", "data"):
@@ -128,24 +112,28 @@ def test_hits_are_words_and_images_have_a_text_and_a_size(page: str) -> None:
     assert "✓ Hit" in page
     assert "✗ Miss: the positive is number 2 of 2" in page
     assert page.count('<li class="positive') == len(re.findall("· right", page)) == 4
-    images = [attributes for tag, attributes in Tags(page).tags if tag == "img"]
+    images = [attributes for tag, attributes in tags(page) if tag == "img"]
     assert all(image["alt"] for image in images)
     sizes = {(image["width"], image["height"]) for image in images}
     assert sizes == {("168", "84"), ("56", "28")}  # the gallery's, and the map's
 
 
-def test_report_without_metrics_or_gallery_leaves_them_out(
+def test_what_there_is_nothing_of_is_left_out_and_no_character_that_a_page_may_not_hold_is_in_it(
     results: Results, tmp_path: Path
 ) -> None:
-    path = tmp_path / "r.html"
     bare = replace(results, gallery=(), space=None)
-    write_report(path, bare, title="t", date="d", provenance=Provenance())
-    for absent in ("gallery", "map", "training", "provenance"):
-        assert f'id="{absent}"' not in path.read_text()
-    assert "<img" not in path.read_text()
+    provenance = Provenance(config="a\0b\x1b[2J\x85\udcff\ufffe\t\n")
+    write_report(tmp_path / "r.html", bare, title="t", date="d", provenance=provenance)
+    page = (tmp_path / "r.html").read_text(encoding="utf-8")
+    for absent in ("gallery", "map", "training"):
+        assert f'id="{absent}"' not in page
+    assert "<img" not in page
+    assert "a\ufffdb\ufffd[2J\ufffd\ufffd\ufffd\t\n" in page
 
 
-def test_a_choice_of_subsets_has_no_means(results: Results, tmp_path: Path) -> None:
+def test_terminal_and_page_have_every_score_and_means_unless_subsets_are_a_choice(
+    results: Results, tmp_path: Path
+) -> None:
     path = tmp_path / "r.html"
     texts = []
     for partial in (False, True):
@@ -157,13 +145,8 @@ def test_a_choice_of_subsets_has_no_means(results: Results, tmp_path: Path) -> N
     assert ["overall" in text for text in texts] == [True, True, False, False]
     assert ["mean over" in text for text in texts] == [False, True, False, False]
     assert all("scene_i2t" in text for text in texts)
-
-
-def test_no_character_that_a_page_may_not_hold_is_in_it(results: Results, tmp_path: Path) -> None:
-    config = "a\0b\x1b[2J\x85\udcff\ufffe\t\n"
-    path = tmp_path / "r.html"
-    write_report(path, results, title="t", date="d", provenance=Provenance(config=config))
-    assert "a\ufffdb\ufffd[2J\ufffd\ufffd\ufffd\t\n" in path.read_text(encoding="utf-8")
+    for word in ("retrieval", "vqa", "in distribution", "66.7", "83.3"):
+        assert word in texts[0]
 
 
 def test_small_pictures_keep_their_pixels_and_large_ones_shrink() -> None:
@@ -195,11 +178,3 @@ def test_long_curves_are_thinned_to_means_and_other_columns_refused(tmp_path: Pa
         file.write_text(text)
         with pytest.raises(UserError, match="expected the columns stage,step,name,value"):
             read_panels({"": file})
-
-
-def test_terminal_table_has_every_subset_group_and_mean(results: Results) -> None:
-    console = Console(width=120, record=True, file=io.StringIO())
-    console.print(score_table(results))
-    text = console.export_text()
-    for word in ("scene_i2t", "retrieval", "vqa", "in distribution", "overall", "66.7", "83.3"):
-        assert word in text

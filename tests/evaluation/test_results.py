@@ -30,16 +30,8 @@ RICH = replace(
     num_queries_without_choice=3,
     more={"recall_at_5": 0.8, "ndcg_at_10_strict": 0.5},
     widths={"16": 0.2, "64": 0.3},
-    positive_similarities=(0, 4, 6),
-    hardest_negative_similarities=(5, 0, 5),
-)
-MTEB = Results(
-    "mteb",
-    "runs/1",
-    (),
-    is_partial=True,
-    tasks=(TaskScore("STS", "STS", "cosine_spearman", -0.2),),
-    about={"mteb_version": "2"},
+    positive_similarities=[0, 4, 6],
+    hardest_negative_similarities=[5, 0, 5],
 )
 
 
@@ -48,26 +40,23 @@ MTEB = Results(
     [
         Results("digits", "runs/1", (replace(SUBSET, widths={"16": 0.4, "64": 0.6}), RICH)),
         Results("mmeb", "no \udcff UTF-8", (replace(RICH, name="\udcff"),), is_partial=True),
-        MTEB,
     ],
-    ids=["whole", "partial", "mteb"],
+    ids=["whole", "partial"],
 )
 def test_what_is_written_is_read(results: Results, tmp_path: Path) -> None:
     results.write_json(tmp_path / "results.json")
-    found = read_results(tmp_path / "results.json")
+    assert read_results(tmp_path / "results.json") == results
+
+
+def test_mteb_has_the_same_schema_and_no_means(tmp_path: Path) -> None:
+    task = TaskScore("STS", "STS", "cosine_spearman", -0.2)
+    results = Results("mteb", "x", (), is_partial=True, tasks=(task,), about={"mteb_version": "2"})
+    results.write_json(tmp_path / "results.json")
+    assert read_results(tmp_path / "results.json") == replace(results, about={})
     written = json.loads((tmp_path / "results.json").read_text())
-    assert json.loads(json.dumps({**found.to_json(), **results.about})) == written
-    assert (found.benchmark, found.is_partial) == (results.benchmark, results.is_partial)
-    assert found.means.keys() == results.means.keys()
-
-
-def test_mteb_has_the_same_schema_and_no_means() -> None:
-    content = MTEB.to_json()
-    assert content.keys() >= Results("b", "c", (SUBSET,)).to_json().keys()
-    assert content["subsets"] == {
-        "STS": {"group": "STS", "metric": "cosine_spearman", "score": -0.2}
-    }
-    assert content["overall"] is None
+    assert written.keys() == {*Results("b", "c", (SUBSET,)).to_json(), "mteb_version"}
+    assert written["subsets"]["STS"].keys() == {"group", "metric", "score"}
+    assert (written["overall"], written["mteb_version"]) == (None, "2")
 
 
 def test_a_file_of_an_earlier_version_is_read(tmp_path: Path) -> None:
@@ -86,7 +75,7 @@ def test_a_file_of_an_earlier_version_is_read(tmp_path: Path) -> None:
         ({"subsets": {"a": {"precision_at_1": 0.5}}}, "it lacks 'group'"),
         ({"subsets": {"a": {**SUBSET.to_json(), "recall_at_5": 2}}}, "a has a"),
         ({"subsets": {"a": {**SUBSET.to_json(), "precision_at_1": "0.5"}}}, "not supported"),
-        ({"subsets": {"a": {**SUBSET.to_json(), "precision_at_1": float("nan")}}}, "is none"),
+        ({"subsets": {"a": {**SUBSET.to_json(), "chance": float("nan")}}}, "is none"),
         ({"subsets": {"a": {**SUBSET.to_json(), "num_queries": 0}}}, "a has a score that is none"),
         ({"subsets": {"a": {"group": "STS", "metric": "x"}}}, "it lacks 'score'"),
         ({"subsets": {"a": {"metric": "x", "score": float("nan")}}}, "a has a score that is none"),
@@ -128,12 +117,13 @@ def test_intervals_are_those_of_drawing_rows() -> None:
 
 
 def test_a_subset_has_the_same_interval_in_any_choice_of_them() -> None:
-    whole = Results("b", "c", (SUBSET, OTHER)).to_json()["intervals"]
+    content = Results("b", "c", (SUBSET, OTHER)).to_json()
+    whole = content["intervals"]
     few = Results("b", "c", (OTHER,), is_partial=True).to_json()["intervals"]
     assert few["subsets"]["scene_t2i"] == whole["subsets"]["scene_t2i"]
     assert few["overall"] is None
     assert few["groups"] == {"retrieval": None}
-    assert whole["out_of_distribution"] is None
+    assert whole["out_of_distribution"] is content["out_of_distribution"] is None  # and not NaN
     low, high = whole["overall"]
     assert low < 0.55 < high
     assert whole["confidence"] == 0.95

@@ -24,7 +24,6 @@ from cocoa_pl.evaluation.scoring import (
     Ranks,
     check_embeddings,
     metrics,
-    not_below,
     rank_positives,
 )
 
@@ -87,7 +86,7 @@ def test_ranks_in_blocks_are_those_of_the_definition(
 ) -> None:
     monkeypatch.setattr(scoring, "ROWS", rows_at_once)
     monkeypatch.setattr(scoring, "BLOCK", block)
-    for seed in range(4):
+    for seed in range(2):
         corpus = Corpus(seed, dtype=dtype, nan=nan)
         rows, index = corpus.rows(), corpus.query_index
         found = rank_positives(
@@ -100,17 +99,6 @@ def test_ranks_in_blocks_are_those_of_the_definition(
         np.testing.assert_allclose(found.hardest, expected.hardest, atol=1e-5)
         np.testing.assert_array_equal(found.official == 1, argmax)
         assert 0 < (found.strict == 1).sum() < argmax.sum() < len(rows)
-
-
-@pytest.mark.parametrize("dimensions", [7, 64, 1536])
-def test_equal_candidates_tie_whatever_the_matrix_product_rounds(dimensions: int) -> None:
-    rng = np.random.default_rng(dimensions)
-    queries = unit(rng.normal(size=(50, dimensions)))
-    candidates = np.repeat(queries, 3, axis=0)  # three copies of every query's answer
-    rows = [np.array([3 * row + copy for copy in (row % 3, (row + 1) % 3)]) for row in range(50)]
-    ranks = rank_positives(queries, candidates, query_index=np.arange(50), candidate_index=rows)
-    assert (ranks.official == 1).all()
-    assert (ranks.strict == 2).all()
 
 
 def test_memory_is_bounded_by_the_block_and_not_by_the_corpus(
@@ -130,26 +118,6 @@ def test_memory_is_bounded_by_the_block_and_not_by_the_corpus(
     whole = count * width * 4
     fixed = 24 * count  # places of candidates, and for each row its ranks
     assert peak < fixed + 16 * block * 4 < whole / 2
-
-
-@pytest.mark.parametrize(
-    ("scores", "official", "strict"),
-    [
-        ([0.9, 0.5, 0.1], True, True),
-        ([0.5, 0.9, 0.1], False, False),
-        ([0.9, 0.9, 0.1], True, False),
-        ([0.3, 0.3, 0.3], True, False),
-        ([np.nan, np.nan, np.nan], True, False),
-        ([0.9, np.nan, 0.1], False, False),
-        ([np.inf, 0.5, 0.1], True, False),
-    ],
-    ids=["hit", "miss", "tie", "collapsed", "all nan", "one nan", "inf"],
-)
-def test_official_rule_is_argmax_zero_and_strict_rule_wants_a_lead(
-    scores: list[float], official: bool, strict: bool
-) -> None:
-    ahead, level = not_below(np.array(scores[1:]), np.array(scores[:1]))
-    assert (not ahead.any(), not level.any()) == (official, strict)
 
 
 def test_metrics_of_ranks_are_those_of_torchmetrics_on_scores() -> None:
@@ -190,61 +158,37 @@ def test_a_tie_goes_to_the_positive_and_by_the_strict_rule_against_it() -> None:
 
 # --- Embeddings that are refused ---
 
-GOOD = np.eye(4, dtype=np.float32)
+GOOD = unit(np.random.default_rng(0).normal(size=(1000, 4)))
 
 
-def broken(row: int, value: object) -> np.ndarray:
-    embeddings = GOOD.copy()
-    embeddings[row] = value
-    return embeddings
-
-
-@pytest.mark.parametrize(
-    ("embeddings", "message"),
-    [
-        (broken(2, np.nan), r"i2t queries: 1 of 4 embeddings \(first: number 2\) have NaN or inf"),
-        (broken(1, np.inf), r"first: number 1\) have NaN or inf"),
-        (broken(3, 0.0), r"first: number 3\) have a length other than 1 \(worst 0\)"),
-        (GOOD * 1.5, r"4 of 4 embeddings .* length other than 1 \(worst 1.5\)"),
-        (np.repeat(GOOD[:1], 4, axis=0), "all 4 embeddings are the same vector"),
-    ],
-    ids=["nan", "inf", "zero", "not unit", "collapsed"],
-)
-def test_broken_embeddings_are_an_error_that_names_them(
-    embeddings: np.ndarray, message: str
+@pytest.mark.parametrize("row", [0, 499, 999])
+def test_broken_embeddings_are_an_error_that_names_them_in_every_block(
+    row: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(UserError, match=message):
-        check_embeddings(embeddings, name="i2t queries")
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_a_collapse_that_is_not_quite_exact_is_still_one(dtype: str) -> None:
-    noise = np.random.default_rng(0).normal(size=(100, 64)) * 1e-6
-    with pytest.raises(UserError, match="collapsed"):
-        check_embeddings(unit(np.ones((100, 64)) + noise).astype(dtype), name="x")
-
-
-@pytest.mark.parametrize("row", [0, 4999, 9999])
-def test_embeddings_are_checked_in_every_block(row: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scoring, "BLOCK", 100)
-    embeddings = unit(np.random.default_rng(0).normal(size=(10_000, 4)))
-    check_embeddings(embeddings, name="x")
-    for value, message in ((np.nan, "NaN or inf"), (3.0, "length other than 1")):
-        wrong = embeddings.copy()
+    for value, message in (
+        (np.nan, "NaN or inf"),
+        (np.inf, "NaN or inf"),
+        (0.0, r"a length other than 1 \(worst 0\)"),
+        (3.0, r"a length other than 1 \(worst 6\)"),
+    ):
+        wrong = GOOD.copy()
         wrong[row] = value
-        with pytest.raises(
-            UserError, match=rf"1 of 10000 .*first: number {row}\) have .*{message}"
-        ):
-            check_embeddings(wrong, name="x")
-    same = np.repeat(embeddings[:1], 10_000, axis=0)
-    with pytest.raises(UserError, match="collapsed"):
+        whole = rf"^i2t queries: 1 of 1000 embeddings \(first: number {row}\) have {message}"
+        with pytest.raises(UserError, match=whole):
+            check_embeddings(wrong, name="i2t queries")
+    same = np.repeat(GOOD[1:2], 1000, axis=0)
+    with pytest.raises(UserError, match="all 1000 embeddings are the same vector"):
         check_embeddings(same, name="x")
-    same[row] = embeddings[1]
+    same[row] = GOOD[2]
     check_embeddings(same, name="x")
 
 
-def test_rounding_to_half_precision_and_a_single_embedding_pass() -> None:
-    embeddings = unit(np.random.default_rng(0).normal(size=(100, 64)))
-    check_embeddings(embeddings.astype(np.float16), name="x")
+def test_rounding_is_no_break_and_no_cover_for_a_collapse() -> None:
+    noise = np.random.default_rng(0).normal(size=(100, 64)) * 1e-6
+    for dtype in ("float32", "float16"):
+        check_embeddings(GOOD.astype(dtype), name="x")
+        with pytest.raises(UserError, match="collapsed"):
+            check_embeddings(unit(np.ones((100, 64)) + noise).astype(dtype), name="x")
     check_embeddings(GOOD * np.float32(1.004), name="x")  # as of bfloat16
     check_embeddings(GOOD[:1], name="x")
