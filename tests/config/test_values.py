@@ -56,7 +56,7 @@ OTHERS = {
     ],
     "plan": [
         ("gpus=0", "a whole number of at least 1 or null"),
-        ("mfu=0", "a number above 0, at most 1"),
+        ("lengths.text=2.5", "a whole number of at least 0"),
         ("hardware.memory_gib=0", "a number above 0"),
     ],
     "doctor": [("workers=-1", "a whole number of at least 0 or null")],

@@ -56,12 +56,12 @@ VALUES: dict[str, Any] = {
     **{"batch_tokens": Count, "threads": Whole, "store_dtype": Literal["float16", "float32"]},
     **{"negatives": Count, "max_of_positive": ShareAboveZero, "keep": bool},  # of mine
     "workers": Whole | None,  # of doctor
-    **{"gpus": Count | None, "mfu": ShareAboveZero, "lengths.rows": Count | None},  # of plan
-    "lengths.image_tokens": Count | None,
-    **{f"lengths.{of}": NotNegative for of in ("text", "negatives", "row_bytes", "image_kib")},
+    **{"gpus": Count | None, "lengths.rows": Count | None},  # of plan
+    **{"lengths.image_tokens": Count | None, "lengths.text": Whole, "lengths.negatives": Whole},
     **{f"lengths.images_per_{of}": NotNegative for of in ("query", "positive")},
     **{"assume.context_gib": NotNegative, "assume.slack": NotNegative},
     **{"hardware.memory_gib": Positive, "hardware.tflops": Mapping[str, Positive]},
+    "hardware.bandwidth": Positive,
 }
 
 

@@ -11,11 +11,17 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PretrainedConfig,
+)
 
 from cocoa_pl.attention import TEXT_ATTENTION
 from cocoa_pl.errors import UserError, first_line, typed
 from cocoa_pl.models.backbone import Backbone, NoVocabularyHead
+from cocoa_pl.models.published import find_config
 from cocoa_pl.models.qwen_vl import Qwen2VLBackbone, Qwen3VLBackbone, Qwen25VLBackbone
 from cocoa_pl.models.tiny import Texts
 
@@ -39,6 +45,10 @@ class PretrainedSource:
 
     def folder(self, texts: Texts) -> Path:
         return find_folder(self.path)
+
+    def config(self) -> PretrainedConfig:
+        """The architecture, without the weights and without a download."""
+        return find_config(self.path)
 
 
 @dataclass(frozen=True)
@@ -122,10 +132,15 @@ def load(folder: Path, *, kernel: str, dtype: str, gradient_checkpointing: bool)
             f"{folder}: weights do not fit the config, first {wrong[0]} of {len(wrong)}"
         )
     if gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.enable_input_require_grads()
+        save_memory(model)
     backbone = inputs.family(model, inputs.image_processor, kernel=kernel)
     return Loaded(**vars(inputs), backbone=backbone, folder=folder)
+
+
+def save_memory(model: Any) -> None:
+    """Compute the blocks' inner states again in the backward pass instead of keeping them."""
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
 
 
 def load_inputs(folder: Path) -> Inputs:
@@ -137,11 +152,7 @@ def load_inputs(folder: Path) -> Inputs:
     """
     with _naming(folder):
         config = AutoConfig.from_pretrained(folder)
-    if config.model_type not in FAMILIES:
-        raise UserError(
-            f"{folder} is a {config.model_type} model; supported are {', '.join(sorted(FAMILIES))}"
-        )
-    family = FAMILIES[config.model_type]
+    family = family_of(config, where=folder)
     with _naming(folder):
         tokenizer = AutoTokenizer.from_pretrained(folder)
         image_processor = family.image_processor.from_pretrained(folder)
@@ -149,6 +160,18 @@ def load_inputs(folder: Path) -> Inputs:
     if tokenizer.convert_tokens_to_ids("<|image_pad|>") != config.image_token_id:
         raise UserError(f"{folder}: the tokenizer is missing or does not fit the config")
     return Inputs(family, tokenizer, image_processor, config.get_text_config().vocab_size)
+
+
+def family_of(config: Any, *, where: Path | str) -> type[Backbone]:
+    """What wraps models of this configuration.
+
+    Raises:
+        UserError: for a family that is not supported.
+    """
+    if config.model_type not in FAMILIES:
+        known = ", ".join(sorted(FAMILIES))
+        raise UserError(f"{where} is a {config.model_type} model; supported are {known}")
+    return FAMILIES[config.model_type]
 
 
 @contextmanager

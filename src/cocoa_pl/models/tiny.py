@@ -15,7 +15,12 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+)
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.utils.constants import (
     IMAGENET_STANDARD_MEAN,
@@ -114,27 +119,37 @@ class TinySource:
                     os.rename(Path(scratch) / "model", folder)
         return folder
 
-    def _build(self, folder: Path, texts: Sequence[str]) -> None:
-        tokenizer = train_tokenizer(texts, vocabulary_size=self.vocabulary_size)
-        token: Any = tokenizer.convert_tokens_to_ids
-        # Rows are counted from the size asked for, so that the shape does not depend on the texts.
-        rows = self.vocabulary_size + self.reserved_rows
-        twin = TWINS[self.family]
-        config: Any = AutoConfig.for_model(
+    def config(self, token: Callable[[str], Any] = lambda _: 0) -> PretrainedConfig:
+        """The architecture, which needs no texts.
+
+        Args:
+            token: ids of special tokens, by name.
+        """
+        config: PretrainedConfig = AutoConfig.for_model(
             self.family,
             text_config={
                 **self.text,
-                "vocab_size": rows,
+                # Counted from the size asked for, so that the shape does not depend on the texts.
+                "vocab_size": self.vocabulary_size + self.reserved_rows,
                 "bos_token_id": token("<|endoftext|>"),
                 "eos_token_id": token("<|im_end|>"),
             },
-            vision_config={**self.vision, twin.output_field: self.text["hidden_size"]},
+            vision_config={
+                **self.vision,
+                TWINS[self.family].output_field: self.text["hidden_size"],
+            },
             image_token_id=token("<|image_pad|>"),
             video_token_id=token("<|video_pad|>"),
             vision_start_token_id=token("<|vision_start|>"),
             vision_end_token_id=token("<|vision_end|>"),
             tie_word_embeddings=True,
         )
+        return config
+
+    def _build(self, folder: Path, texts: Sequence[str]) -> None:
+        tokenizer = train_tokenizer(texts, vocabulary_size=self.vocabulary_size)
+        config: Any = self.config(tokenizer.convert_tokens_to_ids)
+        twin = TWINS[self.family]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             AutoModelForImageTextToText.from_config(config).save_pretrained(folder)

@@ -3,35 +3,47 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import DictConfig, OmegaConf
+from rich import box
 from rich.console import Console
-from transformers import AutoConfig, PretrainedConfig
+from rich.markup import escape
+from rich.table import Table
 
 from cocoa_pl.config.build import build
-from cocoa_pl.config.command_line import CONFIGS, compose_overrides, run_app
+from cocoa_pl.config.command_line import compose_overrides, run_app
 from cocoa_pl.config.saved import settled
 from cocoa_pl.errors import UserError
-from cocoa_pl.models.adapters import LowRank
+from cocoa_pl.models.loading import DTYPES
 from cocoa_pl.models.published import find_config
-from cocoa_pl.models.tiny import TWINS
-from cocoa_pl.planning.families import model_shape
-from cocoa_pl.planning.memory import Setup
-from cocoa_pl.planning.plan import Plan
-from cocoa_pl.planning.samples import Lengths, grid_of, grid_of_tokens
-from cocoa_pl.planning.shapes import ModelShape
-from cocoa_pl.planning.stage_plan import StagePlan
-from cocoa_pl.planning.table import print_plan
-from cocoa_pl.planning.tuning import Adapter
-from cocoa_pl.planning.verdict import Hardware, remedies
+from cocoa_pl.planning.counting import ACTIVATIONS
+from cocoa_pl.planning.step import (
+    GRADIENTS,
+    OPTIMIZER,
+    WEIGHTS,
+    Lengths,
+    as_on_gpu,
+    make_step,
+    open_model,
+    run_step,
+)
 from cocoa_pl.run import build_stages
+from cocoa_pl.stages.base import StageModule
 from cocoa_pl.stages.recipe import Stage
 from cocoa_pl.stages.trainer import checked_precision
 
-WIDTHS = {"float32": 4, "bfloat16": 2}
+GIB = 2**30
+FLOAT32 = 4  # bytes of what trains, of its gradient and of each of AdamW's two moments
+
+
+Plan = dict[str, Any]  # what goes into `json`: bytes, floating-point operations, seconds, hours
 
 
 def run(words: Sequence[str], console: Console) -> int:
@@ -40,165 +52,257 @@ def run(words: Sequence[str], console: Console) -> int:
         words = [*words, "hardware=cpu"]
 
     def task(cfg: DictConfig) -> int:
-        plan = make_plan(settled(cfg))
+        cfg = settled(cfg)
+        plan = make_plan(cfg)
+        plan["remedy"] = [] if plan["fits"] else find_remedy(cfg)
         print_plan(plan, console)
         if cfg.json is not None:
-            Path(cfg.json).write_text(json.dumps(plan.to_dict(), indent=1))
+            Path(cfg.json).write_text(json.dumps(plan, indent=1))
             console.print(f"json: {cfg.json}", soft_wrap=True)
-        return 0 if plan.fits else 1
+        return 0 if plan["fits"] else 1
 
     return run_app("plan", task, words)
 
 
+def find_remedy(cfg: DictConfig) -> list[str]:
+    """The first words with which a run fits that does not; none if there are no such.
+
+    Each of three is tried alone, then all together: gradient checkpointing, half the token budget,
+    and FSDP2 where there are several GPUs, or adapters where all weights train.
+    """
+    changes: dict[str, tuple[str, Any]] = {}  # words, and the key and value that they set
+    if not cfg.model.gradient_checkpointing:
+        changes["model.gradient_checkpointing=true"] = ("model.gradient_checkpointing", True)
+    budget = max(stage.token_budget for stage in build_stages(cfg)) // 2
+    changes[f"stage.token_budget={budget}"] = ("stage.token_budget", budget)
+    if _gpus(cfg) > 1 and cfg.trainer.strategy != "fsdp":
+        changes["trainer=fsdp"] = ("trainer.strategy", "fsdp")
+    elif "rank" not in cfg.adapter:
+        lora = compose_overrides("train", ["adapter=lora"]).adapter
+        changes["adapter=lora"] = ("adapter", lora)
+    for words in [*([word] for word in changes), list(changes)]:
+        changed = cfg.copy()
+        for word in words:
+            OmegaConf.update(changed, *changes[word], merge=False)
+        if make_plan(changed)["fits"]:
+            return words
+    return []
+
+
 def make_plan(cfg: DictConfig) -> Plan:
-    """The plan of a composed config, with remedies if it does not fit.
+    """The plan of a composed config: a step of each stage is run.
 
     Raises:
         UserError: for what cannot be planned.
     """
-    config, title = _model(cfg)
-    shape = model_shape(config)
-    setup = _setup(cfg, shape)
-    lengths = _lengths(cfg, shape)
-    hardware = _hardware(cfg, cfg.hardware)
-    stages = [
-        StagePlan(stage, setup, lengths, cfg.model.max_length, _rows(cfg, stage))
-        for stage in build_stages(cfg)
-    ]
-    found = []
-    if not all(hardware.fits(stage) for stage in stages):
-        files = [OmegaConf.load(path) for path in (CONFIGS / "hardware").glob("*.yaml")]
-        others = sorted((_hardware(cfg, file) for file in files), key=lambda gpu: gpu.memory_gib)
-        found = remedies(stages, hardware, lora=_lora(), others=others)
-    known = [rows for stage in stages if (rows := stage.rows_of_epoch) is not None]
-    return Plan(
-        title=title,
-        setup=setup,
-        stages=stages,
-        hardware=hardware,
-        mfu=cfg.mfu,
-        lengths=lengths,
-        rows=max(known, default=None),
-        workers=cfg.num_workers,
-        remedies=found,
-    )
-
-
-def _model(cfg: DictConfig) -> tuple[PretrainedConfig, str]:
-    """The architecture, and what to call it; nothing is downloaded."""
-    source = cfg.model.source
+    gpus, on_gpu = _gpus(cfg), cfg.trainer.accelerator != "cpu"
+    sharded = gpus > 1 and cfg.trainer.strategy == "fsdp"
+    precision = checked_precision(cfg.trainer.precision, cfg.model.dtype)
+    config, name = build(cfg.model.source).config(), cfg.model.source.get("path")
     if cfg.init_from is not None:
         exported = Path(cfg.init_from) / "model"
-        path = str(exported) if exported.is_dir() else cfg.init_from
-        return find_config(path), path
-    if "path" in source:
-        return find_config(source.path), source.path
-    values: dict[str, Any] = build(source).values  # it refuses a family that it cannot make
-    output = TWINS[values["family"]].output_field
-    config: PretrainedConfig = AutoConfig.for_model(
-        values["family"],
-        text_config={
-            **values["text"],
-            "vocab_size": values["vocabulary_size"] + values["reserved_rows"],
-            "bos_token_id": 0,
-            "eos_token_id": 0,
-        },
-        vision_config={**values["vision"], output: values["text"]["hidden_size"]},
-        tie_word_embeddings=True,
-    )
-    return config, f"a small {values['family']} with random weights"
-
-
-def _setup(cfg: DictConfig, shape: ModelShape) -> Setup:
-    precision, dtype = cfg.trainer.precision, cfg.model.dtype
-    if checked_precision(precision, dtype) != checked_precision(None, dtype):
-        raise UserError(
-            f"trainer.precision={precision} cannot be planned with model.dtype={dtype}; leave it "
-            "at null, which follows model.dtype"
+        name = str(exported) if exported.is_dir() else cfg.init_from
+        config = find_config(name)
+    lengths = Lengths(**{key: value for key, value in cfg.lengths.items() if key != "rows"})
+    stages = build_stages(cfg)
+    steps = {stage.name: _steps(cfg, stage) for stage in stages}
+    found, heads = {}, 0
+    with as_on_gpu() if on_gpu else nullcontext():
+        backbone, processor, own = open_model(
+            config,
+            build(cfg.adapter),
+            kernel=cfg.model.kernel,
+            dtype=cfg.model.dtype,
+            compute_dtype=torch.float32 if precision == "32-true" else torch.bfloat16,
+            gradient_checkpointing=cfg.model.gradient_checkpointing,
+            **{key: cfg.model[key] for key in ("max_length", "min_pixels", "max_pixels")},
         )
-    gpus = _gpus(cfg)
-    strategy = str(cfg.trainer.strategy)
-    if gpus > 1 and strategy == "auto":
-        raise UserError(f"gpus={gpus} needs a trainer for several: trainer=ddp or trainer=fsdp")
-    on_gpu, kernel = cfg.trainer.accelerator != "cpu", cfg.model.kernel
-    if kernel == "auto":  # every GPU of conf/hardware has flash attention
-        kernel = "varlen" if on_gpu and cfg.model.dtype == "bfloat16" else "sdpa"
-    return Setup(
-        shape=shape,
-        adapter=_adapter(build(cfg.adapter)),
-        width=WIDTHS[cfg.model.dtype],
-        checkpointing=cfg.model.gradient_checkpointing,
-        sharded=strategy == "fsdp" and gpus > 1,
-        gpus=gpus,
-        kernel=kernel,
-        on_gpu=on_gpu,
-    )
+        for stage in stages:
+            share = math.ceil(stage.batch_size / gpus)
+            module, batches = make_step(stage, backbone, processor, lengths, rows=share)
+            step = run_step(module, batches, weights=_gathered_type(module) if sharded else None)
+            memory = _sharded(module, step.working, gpus) if sharded else step.memory
+            gaps = round(cfg.assume.slack * memory[ACTIVATIONS])
+            context = round(cfg.assume.context_gib * GIB)
+            seconds = step.count.seconds(cfg.hardware.tflops, cfg.hardware.bandwidth)
+            found[stage.name] = {
+                "steps": steps[stage.name],
+                "tokens_per_step": gpus * sum(batch.num_tokens for batch in batches),
+                "chunks_per_gpu": len(batches),
+                "memory_bytes": memory | {"context (assumed)": context, "gaps (assumed)": gaps},
+                **{f"{k}_per_step_and_gpu": n for k, n in step.count.total._asdict().items()},
+                "operators": {k: c._asdict() for k, c in step.count.by_operator().items()},
+                "seconds_per_step": seconds,
+                "hours": steps[stage.name] * seconds / 3600,
+            }
+            heads = max(heads, _numel(module.parameters()) - _numel(backbone.parameters()))
+    adapters = _numel(backbone.parameters()) - own
+    trained = _numel(p for p in backbone.parameters() if p.requires_grad)
+    hours = math.fsum(stage["hours"] for stage in found.values())
+    fullest = max(sum(stage["memory_bytes"].values()) for stage in found.values())
+    saves = "with" if cfg.model.gradient_checkpointing else "without"
+    return {
+        "model": name or f"a small {config.model_type} with random weights",
+        "setup": f"{gpus} x {cfg.hardware.name} "
+        f"({'FSDP2' if sharded else 'replicated' if gpus > 1 else 'one process'}), "
+        f"{'adapters train' if adapters else 'full fine-tuning'}, {precision}, "
+        f"{saves} gradient checkpointing",
+        "fits": fullest <= cfg.hardware.memory_gib * GIB,
+        "hardware": cfg.hardware.name,
+        "hardware_memory_gib": cfg.hardware.memory_gib,
+        "gpus": gpus,
+        "parameters": {"model": own, "adapters": adapters, "trainable": trained, "heads": heads},
+        "stages": found,
+        "hours": hours,
+        "gpu_hours": gpus * hours,
+        "disk_bytes": {
+            # Weights and both moments; the new file is whole before the old one goes.
+            "checkpoints": 2 * 3 * (trained + heads) * FLOAT32,
+            "exported model": own * DTYPES[cfg.model.dtype].itemsize,
+        },
+        "assumed": asdict(lengths),
+    }
+
+
+def _gathered_type(module: StageModule) -> torch.dtype | None:
+    """In which type `StageModule.configure_model` has weights gathered; None for their own."""
+    half = module.backbone.compute_dtype != torch.float32
+    everything_trains = all(p.requires_grad for p in module.backbone.parameters())
+    return module.backbone.compute_dtype if half and everything_trains else None
+
+
+def _sharded(module: StageModule, working: int, gpus: int) -> dict[str, int]:
+    """Memory with FSDP2, which cannot run on tensors without values: ranks tell each other how many
+    batches each has. What is split is divided by the GPUs. Whole are the weights in no block and
+    three blocks (one runs, one arrives, the buffer that it arrives in), and a block's gradients
+    before and while they are reduced.
+
+    Args:
+        module: its weights in the type in which they are gathered.
+        working: bytes of activations and of a batch.
+    """
+    parameters, blocks = list(module.parameters()), module.backbone.blocks
+    trained = FLOAT32 * _numel(p for p in parameters if p.requires_grad)
+    frozen = sum(p.nbytes for p in parameters if not p.requires_grad)
+    sizes = [sum(p.nbytes for p in block.parameters()) for block in blocks]
+    learnt = [[p for p in block.parameters() if p.requires_grad] for block in blocks]
+    reduced = max(sum(p.nbytes + p.numel() * FLOAT32 for p in own) for own in learnt)
+    outside = sum(p.nbytes for p in parameters) - sum(sizes)
+    return {
+        WEIGHTS: (frozen + trained) // gpus,
+        GRADIENTS: trained // gpus,
+        OPTIMIZER: 2 * trained // gpus,
+        ACTIVATIONS: working,
+        "gathered blocks (assumed)": outside + 3 * max(sizes) + reduced,
+    }
+
+
+def _numel(parameters: Iterable[torch.Tensor]) -> int:
+    return sum(p.numel() for p in parameters)
 
 
 def _gpus(cfg: DictConfig) -> int:
     """`gpus`, or what the trainer says."""
-    if cfg.gpus is None:
-        devices = cfg.trainer.devices
-        if not isinstance(devices, int):
-            raise UserError(f"how many GPUs? trainer.devices is {devices}; write gpus=8")
-        return devices * int(cfg.trainer.num_nodes)
-    return int(cfg.gpus)
+    if cfg.gpus is None and not isinstance(cfg.trainer.devices, int):
+        raise UserError(f"how many GPUs? trainer.devices is {cfg.trainer.devices}; write gpus=8")
+    gpus = int(cfg.gpus or cfg.trainer.devices * cfg.trainer.num_nodes)
+    if gpus > 1 and str(cfg.trainer.strategy) == "auto":
+        raise UserError(f"gpus={gpus} needs a trainer for several: trainer=ddp or trainer=fsdp")
+    return gpus
 
 
-def _adapter(made: Any) -> Adapter | None:
-    if not isinstance(made, LowRank):
-        return None
-    return Adapter(
-        rank=made.config.r,
-        dropout=made.config.lora_dropout,
-        use_dora=made.config.use_dora,
-        lean=made.lean_dora,
-        dropout_on_base=made.dropout_on_base,
-        targets=made.target_modules,
-    )
-
-
-def _lora() -> Adapter:
-    adapter = _adapter(build(compose_overrides("train", ["adapter=lora"]).adapter))
-    assert adapter is not None
-    return adapter
-
-
-def _lengths(cfg: DictConfig, shape: ModelShape) -> Lengths:
-    values, vision = cfg.lengths, shape.vision
-    grid = grid_of(cfg.model.max_pixels, token_side=vision.patch_size * vision.merge_size)
-    if values.image_tokens is not None:
-        grid = grid_of_tokens(values.image_tokens)
-    return Lengths(
-        text=values.text,
-        images_per_query=values.images_per_query,
-        images_per_positive=values.images_per_positive,
-        negatives=values.negatives,
-        grid=grid,
-        row_bytes=values.row_bytes,
-        image_bytes=round(values.image_kib * 1024),
-    )
-
-
-def _hardware(cfg: DictConfig, values: Any) -> Hardware:
-    return Hardware(
-        name=values.name,
-        memory_gib=values.memory_gib,
-        tflops=dict(values.tflops),
-        context_gib=cfg.assume.context_gib,
-        slack=cfg.assume.slack,
-    )
-
-
-def _rows(cfg: DictConfig, stage: Stage) -> int | None:
-    """Training rows of a stage, at most: what the data's own limits and the stage's allow."""
-    if cfg.lengths.rows is not None:
-        return int(cfg.lengths.rows)
+def _steps(cfg: DictConfig, stage: Stage) -> int:
+    """Optimizer steps, for at most as many rows as the data's own limits and the stage's allow."""
+    rows = cfg.lengths.rows
     parts = cfg.data.get("stages")
     data = cfg.data if parts is None else parts.get(stage.name)
-    if data is None or OmegaConf.is_missing(data, "subsets") or not data.get("subsets"):
-        return None
-    captions = data.get("caption_subsets") if stage.describing else None
-    subsets = data.subsets if captions is None else captions
-    limits = [n for n in (data.get("max_rows"), stage.max_rows_per_subset) if n is not None]
-    return len(subsets) * min(limits) if limits else None
+    if rows is None and data is not None and not OmegaConf.is_missing(data, "subsets"):
+        captions = data.get("caption_subsets") if stage.describing else None
+        subsets = data.get("subsets") if captions is None else captions
+        limits = [n for n in (data.get("max_rows"), stage.max_rows_per_subset) if n is not None]
+        rows = len(subsets) * min(limits) if subsets and limits else None
+    if stage.steps is None and rows is None:
+        raise UserError(
+            f"stage {stage.name} counts epochs; say of how many rows: lengths.rows=100000"
+        )
+    return stage.count_steps(rows or 0)
+
+
+# ---- for a terminal of 80 columns ----
+
+
+def print_plan(plan: Plan, console: Console) -> None:
+    """Print the whole plan, the verdict last."""
+    console.print(f"[bold]{escape(plan['model'])}[/bold]", soft_wrap=True)
+    console.print(plan["setup"], highlight=False)
+    parameters, stages, gpus = plan["parameters"], plan["stages"], plan["gpus"]
+    table = _table("Parameters", ["millions", "share"])
+    for part, number in parameters.items():
+        if not number:
+            continue
+        table.add_row(part, f"{number / 1e6:,.2f}", f"{number / parameters['model']:.2%}")
+    console.print(table)
+
+    memory = {name: stage["memory_bytes"] for name, stage in stages.items()}
+    sums = {name: sum(kinds.values()) / GIB for name, kinds in memory.items()}
+    table = _table("Memory of each GPU at the fullest moment, GiB", stages)
+    for kind in dict.fromkeys(kind for kinds in memory.values() for kind in kinds):
+        table.add_row(kind, *(_number(kinds.get(kind, 0) / GIB) for kinds in memory.values()))
+    table.add_section()
+    table.add_row("all", *map(_number, sums.values()))
+    console.print(table)
+
+    def row(label: str, key: str, unit: float | None = None, last: str = "") -> None:
+        values = [stage[key] if unit is None else stage[key] / unit for stage in stages.values()]
+        table.add_row(label, *map(_number, values), last)
+
+    table = _table("A step on each GPU, and the run, at the least", [*stages, "all"])
+    row("tokens of all GPUs", "tokens_per_step")
+    row("batches", "chunks_per_gpu")
+    row("TFLOP", "flops_per_step_and_gpu", 1e12)
+    row("GB read and written", "bytes_per_step_and_gpu", 1e9)
+    row("kernels", "kernels_per_step_and_gpu")
+    row("seconds", "seconds_per_step")
+    row("steps", "steps")
+    row("hours", "hours", None, _number(plan["hours"]))
+    row("GPU hours", "hours", 1 / gpus, _number(plan["gpu_hours"]))
+    console.print(table)
+
+    for part, size in plan["disk_bytes"].items():
+        console.print(f"Disk for {part}: {size / GIB:.2f} GiB", highlight=False)
+    assumed = plan["assumed"]
+    visual = assumed["image_tokens"] or "as many as model.max_pixels allows"
+    console.print(
+        f"Assumed: {assumed['text']} text tokens a side, {assumed['images_per_query']:g} images a "
+        f"query and {assumed['images_per_positive']:g} a positive, visual tokens of an image: "
+        f"{visual}, {assumed['negatives']} hard negatives; all rows alike (lengths.*).\n"
+        "Hours are a lower bound: each operation at the data sheet's peak of its type or of the "
+        "memory, whichever takes longer, one after the other; no exchange between GPUs, no "
+        "waiting for data, no validation (docs/plan.md).",
+        highlight=False,
+    )
+    name, needed = max(sums.items(), key=lambda pair: pair[1])
+    verdict = "[green]It fits[/green]" if plan["fits"] else "[red]It does not fit[/red]"
+    limit = plan["hardware_memory_gib"]
+    console.print(f"{verdict}: {needed:.1f} of {limit:g} GiB in {name}, the fullest stage.")
+    if plan["remedy"]:
+        console.print(f"It would with  [bold]{' '.join(plan['remedy'])}[/bold]", highlight=False)
+    elif not plan["fits"]:
+        console.print("Checkpointing, half the token budget, FSDP2 or adapters are not enough.")
+
+
+def _table(title: str, columns: Sequence[str]) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE)
+    table.add_column("")
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table
+
+
+def _number(value: float) -> str:
+    """Three significant digits, whole numbers in full, and nothing for what is not there."""
+    if value == 0:
+        return ""
+    if value >= 100 or isinstance(value, int):
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if value >= 10 else f"{value:.2f}" if value >= 0.01 else "< 0.01"

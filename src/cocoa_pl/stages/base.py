@@ -239,19 +239,24 @@ class StageModule(L.LightningModule, ABC):
         optimizer: Any = self.optimizers()
         scheduler: Any = self.lr_schedulers()
         optimizer.zero_grad()
-        # Losses are float32 whatever `trainer.precision` is, which only the backbone follows.
-        with torch.autocast(self.device.type, enabled=False):
-            metrics = self.accumulate(batches)
-        targets = metrics.pop("targets")
-        sum_gradients(self.parameters())
-        norm = clip_gradients(self.parameters(), self.optimization.clip_norm)
-        metrics |= {"gradient_norm": norm, "lr": torch.tensor(scheduler.get_last_lr()[0])}
+        metrics = self.gradients(batches)
+        targets, norm = metrics.pop("targets"), metrics["gradient_norm"]
+        metrics["lr"] = torch.tensor(scheduler.get_last_lr()[0])
         self._judge_last_step()  # now that this one is queued
         row_ids = list(dict.fromkeys(row_id for batch in batches for row_id in batch.row_ids))
         self._finite.guard(optimizer.optimizer, norm, targets, (self.global_step, row_ids))
         optimizer.step()
         scheduler.step()
         self.log_dict({f"train/{name}": value for name, value in metrics.items()})
+
+    def gradients(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
+        """Run a step up to its optimizer, and return its metrics."""
+        # Losses are float32 whatever `trainer.precision` is, which only the backbone follows.
+        with torch.autocast(self.device.type, enabled=False):
+            metrics = self.accumulate(batches)
+        sum_gradients(self.parameters())
+        norm = clip_gradients(self.parameters(), self.optimization.clip_norm)
+        return metrics | {"gradient_norm": norm}
 
     def validation_step(self, batches: Sequence[Batch], batch_idx: int) -> None:
         with torch.autocast(self.device.type, enabled=False):
