@@ -165,7 +165,9 @@ def test_runs_and_exports_of_an_earlier_version_do_not_tell_their_settings(
             settled_by(f"init_from={folder}")
 
 
-@pytest.mark.parametrize("content", ["a: [", "[1]"])
+@pytest.mark.parametrize(
+    "content", ["a: [", "[1]", "stage: 3", "stage: {order: []}", "data: null", "model: {source: 3}"]
+)
 def test_a_damaged_config_of_a_run_is_refused(content: str, tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(content)
     given = [f"resume={tmp_path}"]

@@ -72,6 +72,12 @@ def load_config(run_dir: Path) -> DictConfig:
         UserError: if it is damaged.
     """
     config = read_config(run_dir)
+    saved = OmegaConf.create(config)
+    for key in ("model", "model.source", "stage", "data", "adapter"):
+        if key.partition(".")[0] in config and not OmegaConf.is_dict(OmegaConf.select(saved, key)):
+            raise UserError(f"{run_dir / 'config.yaml'} is damaged: {key} must be a section")
+    if "stage" in config and not config["stage"].get("order"):
+        raise UserError(f"{run_dir / 'config.yaml'} is damaged: stage.order names no stage")
     for stage in config.get("stage", {}).values():
         if isinstance(stage, dict) and "policy" in stage:
             stage["policy"] = with_current_names(stage["policy"])
