@@ -42,20 +42,16 @@ def assert_same(vectors: Vectors) -> None:
     np.testing.assert_allclose(vectors, vectors[:1].repeat(len(vectors), axis=0), atol=1e-5)
 
 
-def test_vectors_are_float32_and_of_unit_length(vectors: Vectors, embedder: Embedder) -> None:
+def test_vectors_are_float32_of_unit_length_and_do_not_depend_on_the_order(
+    vectors: Vectors, items: list[Item], embedder: Embedder
+) -> None:
     assert vectors.shape == (7, embedder.dim)
     assert vectors.dtype == np.float32
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
     assert np.ptp(vectors, axis=0).max() > 0.1  # not all the same
+    np.testing.assert_allclose(embedder.encode(items[::-1])[::-1], vectors, atol=1e-5)
     nothing = embedder.encode([])
     assert (nothing.shape, nothing.dtype) == ((0, embedder.dim), np.float32)
-
-
-def test_vectors_do_not_depend_on_order_or_neighbours(
-    embedder: Embedder, items: list[Item], vectors: Vectors
-) -> None:
-    np.testing.assert_allclose(embedder.encode(items[::-1])[::-1], vectors, atol=1e-5)
-    np.testing.assert_allclose(embedder.encode([*items, *items])[7:], vectors, atol=1e-5)
 
 
 def test_a_picture_may_be_a_path_bytes_an_array_or_opened(
@@ -119,12 +115,9 @@ def test_a_bar_is_shown_if_progress_is_true(
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ("", "needs a text or an image"),
-        ({"text": None, "image": []}, "needs a text or an image"),
         ({"text": "a", "picture": 1}, "keys text and image, not.*picture.*; rename"),
         ({"image": 3}, "a path, bytes, a PIL image or an array, not int; open it"),
         ({"image": ""}, "path is empty; leave the image out"),
-        ({"image": (one for one in ())}, r"not in a generator; write list\(images\)"),
         ({"image": {"a.png", "b.png"}}, r"a set has no order; write sorted\(items\)"),
         (np.zeros((4, 4, 3)), r"uint8 of height x width x 3.*not float64 of 4 x 4 x 3; .*astype"),
         (np.zeros((4, 4, 4), np.uint8), "not uint8 of 4 x 4 x 4; .* drop alpha"),
@@ -134,7 +127,6 @@ def test_a_bar_is_shown_if_progress_is_true(
         ({"image": "https://host/a.png"}, "image https:/host/a.png is an address; download it"),
         ({"image": f"data:image/png;base64,{'A' * 5000}"}, "AAA[.]{3} is a data URL; .*b64decode"),
         (Path("/dev/zero"), "image /dev/zero is no file; check the path"),
-        ({"text": "a <|image_1|>"}, "but names no image"),
         ({"text": 7}, "text is a string"),
         ({"text": b"words"}, r"text is a string, not bytes; write text.decode\(\)"),
         ("a \ud800", "the text is not valid Unicode.*; fix it"),
@@ -150,29 +142,6 @@ def test_what_cannot_be_embedded_is_refused_with_a_remedy(
     with pytest.raises(UserError, match=f"^item 0: .*{message}") as caught:
         embedder.encode([value])
     assert len(str(caught.value)) < 300
-
-
-@pytest.mark.parametrize("name", ["truncate_dim", "batch_tokens", "threads"])
-@pytest.mark.parametrize("value", [-1, "64", 8.0, True, np.True_, [8], float("nan")])
-def test_what_is_no_whole_number_is_refused(name: str, value: Any, embedder: Embedder) -> None:
-    with pytest.raises(UserError) as caught:
-        embedder.encode(["a dog"], **{name: value})
-    assert str(caught.value).startswith(f"{name} is a whole number ")
-    assert str(caught.value).endswith(f", not {value!r}")
-
-
-def test_leading_components_are_at_most_all(embedder: Embedder) -> None:
-    with pytest.raises(UserError, match=f"a whole number from 1 to {embedder.dim}, not 0"):
-        embedder.encode([], truncate_dim=0)
-    with pytest.raises(UserError, match=f"from 1 to {embedder.dim}, not {embedder.dim + 1}"):
-        embedder.encode([], truncate_dim=embedder.dim + 1)
-
-
-@pytest.mark.parametrize("instruction", [["Find it:"], 3, b"Find it:", Path("Find it:")])
-def test_an_instruction_is_one_string(instruction: Any, embedder: Embedder) -> None:
-    kind = type(instruction).__name__
-    with pytest.raises(UserError, match=f"^an instruction is one string for all items, not {kind}"):
-        embedder.encode(["a dog"], instruction=instruction)
 
 
 def test_a_long_text_is_cut_without_talk_of_indexing_errors(
@@ -200,33 +169,47 @@ def test_a_copy_gives_the_same_vectors_and_works_alone(
     assert other.identity() == embedder.identity()
 
 
-@pytest.mark.parametrize("path", ["", None, 3, "x" * 5000])
-def test_what_is_no_path_of_a_model_is_refused(path: Any) -> None:
-    with pytest.raises(UserError, match=r"opens a folder or a hub id, not|File name too long"):
-        Embedder.load(path)
+@pytest.mark.parametrize("name", ["truncate_dim", "batch_tokens", "threads"])
+def test_what_is_no_whole_number_is_refused(name: str, embedder: Embedder) -> None:
+    for value in (-1, "64", 8.0, True, np.True_, [8], float("nan")):
+        with pytest.raises(UserError) as caught:
+            embedder.encode(["a dog"], **{name: value})
+        assert str(caught.value).startswith(f"{name} is a whole number ")
+        assert str(caught.value).endswith(f", not {value!r}")
 
 
-@pytest.mark.parametrize("device", [None, True, 0])
-def test_what_names_no_device_is_refused(device: Any) -> None:
-    with pytest.raises(UserError, match=f"^device is auto, cpu, cuda or cuda:1, not {device}"):
-        Embedder.load("no such folder", device=device)
+def test_leading_components_are_at_most_all(embedder: Embedder) -> None:
+    for dim in (0, embedder.dim + 1):
+        message = f"a whole number from 1 to {embedder.dim}, not {dim}"
+        with pytest.raises(UserError, match=message):
+            embedder.encode([], truncate_dim=dim)
 
 
-@pytest.mark.parametrize("device", ["gpu", "mps", "meta", "", "cuda:99", "cpu:x"])
-def test_a_device_that_is_not_here_is_refused_before_a_model_is_opened(device: str) -> None:
-    with pytest.raises(UserError, match=f"^device={device} is not here; there are auto, cpu"):
-        Embedder.load("no such folder", device=device)
+@pytest.mark.parametrize(
+    ("path", "device", "message"),
+    [
+        *((path, "cpu", "opens a folder or a hub id, not ") for path in ("", None, 3)),
+        ("x" * 5000, "cpu", "File name too long"),
+        *(("x", one, f"^device is auto, cpu, cuda .*, not {one}") for one in (None, True, 0)),
+        *(
+            ("x", one, f"^device={one} is not here; there are auto, cpu")  # the path is not tried
+            for one in ("gpu", "mps", "meta", "", "cuda:99", "cpu:x")
+        ),
+    ],
+)
+def test_what_names_no_model_or_device_is_refused(path: Any, device: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Embedder.load(path, device=device)
 
 
-def test_one_string_is_not_a_list_of_letters(embedder: Embedder) -> None:
-    for single in ("two boats", {"text": "two boats"}, np.zeros((4, 4, 3), np.uint8)):
-        with pytest.raises(UserError, match=r"write \[(item|array)\]"):
-            embedder.encode(single)
-        with pytest.raises(UserError, match=r"write \[(item|array)\]"):
-            embedder.stream(single)
-
-
-def test_a_bad_item_is_named_by_its_place(embedder: Embedder, tmp_path: Path) -> None:
+def test_a_mistake_of_all_items_names_none_and_a_bad_item_its_place(
+    embedder: Embedder, tmp_path: Path
+) -> None:
+    for encode in (embedder.encode, embedder.stream):
+        with pytest.raises(UserError, match=r"^items come in a list; write \[item\]"):
+            encode("two boats")
+        with pytest.raises(UserError, match=r"^an instruction is one string for all items, not "):
+            encode(["a dog"], instruction=["Find it:"])  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"^item 1: image .*none\.png does not exist"):
         embedder.encode(["two boats", {"image": tmp_path / "none.png"}, ""])
     with pytest.raises(UserError, match="item 2: an item needs a text or an image"):

@@ -24,14 +24,11 @@ from cocoa_pl.models.exported import FINGERPRINT_TOLERANCE, take_fingerprint
 from cocoa_pl.models.loading import Loaded
 
 
-@pytest.fixture(scope="session")
-def full(policies: dict[str, Policy]) -> Policy:
-    return policies["bidirectional"]
-
-
 @pytest.fixture
-def embedder(load_tiny: Callable[..., Loaded], processor: Processor, full: Policy) -> Embedder:
-    return Embedder(load_tiny().backbone, processor, full)
+def embedder(
+    load_tiny: Callable[..., Loaded], processor: Processor, policies: dict[str, Policy]
+) -> Embedder:
+    return Embedder(load_tiny().backbone, processor, policies["bidirectional"])
 
 
 @pytest.fixture(scope="module")
@@ -56,14 +53,14 @@ def test_vectors_are_those_of_items_one_by_one_to_the_bit_for_any_number_of_thre
     np.testing.assert_array_equal(found[0], found[2])
 
 
-def test_a_stream_hands_over_each_item_once(embedder: Embedder, items: list[Item]) -> None:
+def test_a_stream_hands_over_each_item_once_by_cost(embedder: Embedder, items: list[Item]) -> None:
     expected = embedder.encode(items, batch_tokens=70)
     places: list[int] = []
     for numbers, vectors in embedder.stream(items, batch_tokens=70):
         np.testing.assert_array_equal(vectors, expected[numbers])
         places += numbers.tolist()
     assert sorted(places) == list(range(len(items)))
-    assert places != sorted(places)  # by cost
+    assert places != sorted(places)
 
 
 @pytest.mark.parametrize("threads", [0, 4])
@@ -153,24 +150,15 @@ def test_a_tokenizer_is_used_by_one_thread_at_a_time_and_a_cut_is_logged_once(
 
     monkeypatch.setattr(processor, "tokenizer", Watched())
     monkeypatch.setattr(processing, "MAX_KNOWN_TEXTS", 5)  # what is known is forgotten all the time
+    monkeypatch.setattr(processing, "MAX_KNOWN_TOKENS", 20)
     texts = [f"the {'dog ' * (n % 7)}near {n % 11} cats" for n in range(200)]
     expected = [original(text, add_special_tokens=False).input_ids for text in texts]
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(processor._text_ids, texts)) == expected
         list(pool.map(lambda t: processor(Item(t), None, key=0, row_id="toy"), texts))
     assert most == 1
+    assert 0 < sum(map(len, processor._known_texts.values())) <= 20
     assert caplog.text.count("said once") == 1
-
-
-def test_what_a_processor_remembers_is_bounded_in_tokens(
-    make_processor: Callable[..., Processor], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(processing, "MAX_KNOWN_TOKENS", 100)
-    processor = make_processor()
-    for number in range(50):
-        processor.count_text_tokens(f"the dog sleeps near {number}")
-        assert sum(map(len, processor._known_texts.values())) <= 100
-    assert processor._known_texts
 
 
 def test_a_long_call_logs_its_progress(
@@ -182,6 +170,8 @@ def test_a_long_call_logs_its_progress(
     caplog.set_level(logging.INFO)
     embedder.encode(items, batch_tokens=70)
     assert "embedded" not in caplog.text
+    durations = [embedder_module._duration(seconds) for seconds in (0.4, 89, 600, 12_240)]
+    assert durations == ["0 s", "89 s", "10 min", "3.4 h"]
     monkeypatch.setattr(embedder_module, "EVERY_SECONDS", 0.0)
     embedder.encode(items, batch_tokens=70)
     lines = [record.message for record in caplog.records if "embedded" in record.message]
@@ -190,14 +180,8 @@ def test_a_long_call_logs_its_progress(
     assert len(lines) > 3
 
 
-@pytest.mark.parametrize(
-    ("seconds", "expected"), [(0.4, "0 s"), (89, "89 s"), (600, "10 min"), (12_240, "3.4 h")]
-)
-def test_durations_have_a_readable_unit(seconds: float, expected: str) -> None:
-    assert embedder_module._duration(seconds) == expected
-
-
 def test_identity_is_the_same_for_the_same_model_and_changes_with_all_that_vectors_depend_on(
+    embedder: Embedder,
     load_tiny: Callable[..., Loaded],
     make_processor: Callable[..., Processor],
     policies: dict[str, Policy],
@@ -209,35 +193,33 @@ def test_identity_is_the_same_for_the_same_model_and_changes_with_all_that_vecto
         del found["fingerprint"], found["tolerance"]
         return found
 
-    loaded = load_tiny()
-    mine = identity(Embedder(loaded.backbone, make_processor(), full))
-    other = Embedder(load_tiny().backbone, make_processor(), full)
-    other.encode(["two boats"])
-    assert identity(other) == mine
+    mine = identity(embedder)
+    other = load_tiny().backbone
+    assert identity(Embedder(other, make_processor(), full)) == mine
     changed = {
-        "max_length": Embedder(loaded.backbone, make_processor(max_length=64), full),
-        "max_pixels": Embedder(loaded.backbone, make_processor(max_pixels=3136), full),
-        "policy": Embedder(loaded.backbone, make_processor(), policies["causal"]),
-        "weights": Embedder(load_tiny().backbone, make_processor(), full),
+        "max_length": Embedder(embedder.backbone, make_processor(max_length=64), full),
+        "max_pixels": Embedder(embedder.backbone, make_processor(max_pixels=3136), full),
+        "policy": Embedder(embedder.backbone, make_processor(), policies["causal"]),
+        "weights": Embedder(other, make_processor(), full),
     }
     with torch.no_grad():
-        weight = next(changed["weights"].backbone.parameters())
+        weight = next(other.parameters())
         weight.view(-1)[0] = torch.nextafter(weight.view(-1)[0], torch.tensor(9.0))  # one bit
-    for name, embedder in changed.items():
-        differing = {key for key, value in identity(embedder).items() if value != mine[key]}
+    for name, changed_one in changed.items():
+        differing = {key for key, value in identity(changed_one).items() if value != mine[key]}
         assert differing == {name}
 
 
 @pytest.mark.gpu
 def test_on_a_gpu_batches_go_over_from_pinned_memory_and_vectors_are_those_of_the_cpu(
-    load_tiny: Callable[..., Loaded], processor: Processor, items: list[Item], full: Policy
+    load_tiny: Callable[..., Loaded], embedder: Embedder, items: list[Item]
 ) -> None:
     """To a tenth of what an exported folder is opened with; TF32, which cuDNN's convolutions have
     by default, moves these vectors by 4e-4.
     """
     assert torch.get_float32_matmul_precision() == "highest"
-    on_cpu = Embedder(load_tiny().backbone, processor, full)
-    embedder = Embedder(load_tiny().backbone.cuda(), processor, full)
+    processor, on_cpu = embedder.processor, embedder
+    embedder = Embedder(load_tiny().backbone.cuda(), processor, on_cpu.policy)
     atol = FINGERPRINT_TOLERANCE["float32"] / 10
     batch = embedder._pack([processor(item, None, key=0, row_id="toy") for item in items[:3]])
     assert batch.input_ids.is_pinned()
