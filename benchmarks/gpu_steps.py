@@ -23,9 +23,8 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from benchmarks import write_json
-from benchmarks.counting import Run, count
 from benchmarks.gpu_check import NO_TIME, Found
-from benchmarks.measure import environment, matrix_product_ceiling, timed
+from benchmarks.measure import count, environment, matrix_product_ceiling, timed
 from benchmarks.whole import draw_rows, exported, optimizer_of, stage_module
 from cocoa_pl.attention import TEXT_ATTENTION
 from cocoa_pl.attention.command import load_policy
@@ -37,6 +36,7 @@ from cocoa_pl.models.loading import load_inputs
 from cocoa_pl.models.published import KNOWN
 from cocoa_pl.stages.base import StageModule
 
+Run = Callable[[], object]
 GIB = 2**30
 CUDA = sys.argv[4:5] == ["cuda"]  # a process is for one device
 DEVICE = torch.device("cuda:0" if CUDA else "cpu")
@@ -143,7 +143,7 @@ def step(name: str, ceiling: float) -> Found:
         torch.cuda.reset_peak_memory_stats(DEVICE)
     seconds = median(timed(run, DEVICE) for _ in range(3))
     peak = torch.cuda.max_memory_allocated(DEVICE) if CUDA else 0
-    counted = count(run, device=DEVICE)
+    counted = count(run)
     return {
         "samples": len(samples),
         "tokens": sum(sample.num_tokens for sample in samples),

@@ -12,6 +12,7 @@ import platform
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import date
 from importlib.metadata import distributions
@@ -26,7 +27,7 @@ import yaml
 from torch import Tensor, nn
 
 from benchmarks import commit_of
-from benchmarks.counting import count
+from cocoa_pl.planning.counting import Counting
 
 PACKAGES = ("torch", "transformers", "sentence-transformers", "peft", "mteb", "numpy", "pillow")
 SIZES = ("cpu", "cuda", "test")
@@ -51,7 +52,7 @@ class Task:
     Attributes:
         samples: how many of the benchmark's `noun` a run works on.
         ours, peer: return what must be equal, by name; nothing where dropout draws differ.
-        models: of ours and the peer's, whose passes are counted; see `counting.count`.
+        models: of ours and the peer's, whose passes are counted; see `count`.
     """
 
     samples: int
@@ -98,9 +99,7 @@ def measure(
     try:
         task = agreed(benchmark, size, device)
         if benchmark["counted"]:
-            own, theirs = task.models
-            ours = count(task.ours, device=device, model=own)
-            peer = count(task.peer, device=device, model=theirs)
+            ours, peer = count(task.ours, task.models[0]), count(task.peer, task.models[1])
             record["counts"] = {
                 name: {"ours": ours[name], "peer": peer[name], "ratio": peer[name] / ours[name]}
                 for name in ours
@@ -154,6 +153,31 @@ def assert_equal(ours: Results, peer: Results, *, dtype: torch.dtype) -> None:
         assert error <= TOLERANCE[dtype] * scale, (
             f"{name} differs by {error / scale:.2g} of its norm, more than {TOLERANCE[dtype]:.0e}"
         )
+
+
+def count(run: Callable[[], object], model: nn.Module | None = None) -> dict[str, float]:
+    """Counts of one call, the same on any machine of a kind.
+
+    Args:
+        model: whose passes are counted; it takes `inputs_embeds`, (B, N, D).
+
+    Returns:
+        `flops` of matrix products and attention, forward and backward; `kernels`; `moved_bytes`
+        that these read and write; `peak_bytes`, the most memory that tensors made in the call take
+        at any time; and of a model `passes` and `token_slots`, tokens with their padding.
+    """
+    slots: list[int] = []
+
+    def watch(_: nn.Module, args: Any, inputs: dict[str, Any]) -> None:
+        slots.append(inputs["inputs_embeds"].shape[:2].numel())
+
+    hook = model.register_forward_pre_hook(watch, with_kwargs=True) if model else nullcontext()
+    with hook, Counting() as counting:
+        run()
+    total = counting.result.total
+    found = {"flops": total.flops, "kernels": total.kernels, "moved_bytes": total.bytes}
+    passes = {"passes": len(slots), "token_slots": sum(slots)} if model else {}
+    return {**found, "peak_bytes": counting.peak, **passes}
 
 
 # --- Time --------------------------------------------------------------------------------------

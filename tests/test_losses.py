@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
-from benchmarks.counting import LiveBytes
 from cocoa_pl.losses import (
     info_nce,
     masked_next_token,
@@ -16,6 +15,7 @@ from cocoa_pl.losses import (
     rebuilt_patches,
     same_content,
 )
+from cocoa_pl.planning.counting import Counting
 
 T, D, V = 12, 6, 9
 
@@ -132,7 +132,7 @@ def test_row_blocks_keep_one_block_in_memory() -> None:
     task = make_task(n, m, dtype=torch.float32)
     peaks = []
     for size in (n, block):
-        with LiveBytes() as live:
+        with Counting() as live:
             gradients(task, solve(task, masked=True, block=size)[0])
         peaks.append(live.peak)
     assert peaks[0] > 4 * n * m  # the table

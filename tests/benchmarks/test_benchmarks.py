@@ -196,9 +196,7 @@ def test_counts_of_a_call_are_those_of_its_operations() -> None:
     for context in (torch.enable_grad(), torch.inference_mode()):
         with context:
             found = count(
-                lambda: [layer(inputs_embeds=torch.ones(2, 3, 5)) for _ in range(4)],
-                device=CPU,
-                model=layer,
+                lambda: [layer(inputs_embeds=torch.ones(2, 3, 5)) for _ in range(4)], layer
             )
         assert found["flops"] == 4 * 2 * (2 * 3) * 5 * 7
         assert (found["passes"], found["token_slots"]) == (4, 4 * 2 * 3)

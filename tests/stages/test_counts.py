@@ -16,12 +16,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import cocoa_pl
-from benchmarks.counting import LiveBytes
 from cocoa_pl import losses
 from cocoa_pl.data.batch import Batch
 from cocoa_pl.data.items import Item
 from cocoa_pl.data.processor import Processor
 from cocoa_pl.models.loading import Loaded
+from cocoa_pl.planning.counting import Counting
 from cocoa_pl.stages.base import StageModule
 from tests.stages.steps import STAGES, Rows, batches_of, make_module, make_rows
 
@@ -103,7 +103,7 @@ def test_operations_grow_with_the_tokens_and_not_faster(
 def peak(module: StageModule, rows: Rows) -> int:
     batches = batches_of(module, rows)
     module.accumulate(batches)  # gradients are there from now on
-    with LiveBytes() as live:
+    with Counting() as live:
         module.accumulate(batches)
     return live.peak
 

@@ -25,6 +25,8 @@ ACTIVATIONS = "activations"  # what nobody has said another kind of
 HOST_VALUES = "host_values"
 aten, varlen = torch.ops.aten, torch.ops.torch_attn
 
+# Of several operations, which come one by one unless in inference mode.
+WHOLE = {aten.linear, aten.matmul, aten.scaled_dot_product_attention, aten.conv3d}
 # They make no kernel run, although their schemas do not say so.
 FREE = {aten._unsafe_view, aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty}
 READ_IN_PART = {aten.index_select, aten.embedding, aten.gather}  # as much as they write
@@ -125,6 +127,11 @@ class Counting(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> object:
         kwargs = kwargs or {}
+        if func._overloadpacket in WHOLE:
+            with self:  # in inference mode a layer's operator comes whole
+                result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
         result = func(*args, **kwargs)
         inputs, outputs = _tensors((args, kwargs)), _tensors(result)
         known = {id(tensor.untyped_storage()) for tensor in inputs}
