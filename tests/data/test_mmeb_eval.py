@@ -221,6 +221,17 @@ def test_many_candidates_cost_little_memory(root: Path) -> None:
     assert peak < 3.2e6  # as many Items would be 16 MB and more
 
 
+def test_a_damaged_page_is_named_by_its_file(root: Path) -> None:
+    row = {"qry_text": "q", "qry_img_path": "", "tgt_text": ["a"], "tgt_img_path": [""]}
+    write(root, "A", [{**row, "qry_text": f"{number}" * 999} for number in range(9)])
+    path = root / "A" / "test-00000-of-00001.parquet"
+    content = path.read_bytes()
+    path.write_bytes(content[:40] + b"\0" * 200 + content[240:])  # the footer is whole
+    own = benchmark(root, table={"A": {"group": "vqa", "in_distribution": True}})
+    with pytest.raises(UserError, match=rf"{path}: cannot be read as parquet .*download it again"):
+        own.subsets()
+
+
 # --- V2: one row of each meta-task ---------------------------------------------------------------
 
 

@@ -19,7 +19,7 @@ from cocoa_pl.data.images import embedded
 from cocoa_pl.data.items import GROUPS, PLACEHOLDER, EvalSubset, Item
 from cocoa_pl.data.readers import find_files
 from cocoa_pl.data.rows import OnBadRow, log_left_out, make_item
-from cocoa_pl.errors import UserError
+from cocoa_pl.errors import UserError, first_line
 
 
 class SubsetInfo(TypedDict):
@@ -277,21 +277,21 @@ def _rows(
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     number = 0
     for path in files:
-        try:
-            file = pq.ParquetFile(path)
+        try:  # a page may be damaged behind a footer that is whole
+            with pq.ParquetFile(path) as file:
+                if missing := [name for name in columns if name not in file.schema_arrow.names]:
+                    has = ", ".join(file.schema_arrow.names)
+                    raise UserError(f"{path}: no column {', '.join(missing)} (it has {has})")
+                # 16 rows x 1000 candidates are a few megabytes of strings.
+                for batch in file.iter_batches(batch_size=16, columns=columns):
+                    for row in batch.to_pylist():
+                        yield f"{subset} row {number}", row
+                        number += 1
         except (pa.ArrowException, OSError) as error:
             raise UserError(
-                f"{path}: cannot be read as parquet ({error}); download it again"
+                f"{path}: cannot be read as parquet ({first_line(error):.200}); download it again",
+                file=path,
             ) from error
-        if missing := [name for name in columns if name not in file.schema_arrow.names]:
-            has = ", ".join(file.schema_arrow.names)
-            raise UserError(f"{path}: no column {', '.join(missing)} (it has {has})")
-        with file:
-            # 16 rows x 1000 candidates are a few megabytes of strings.
-            for batch in file.iter_batches(batch_size=16, columns=columns):
-                for row in batch.to_pylist():
-                    yield f"{subset} row {number}", row
-                    number += 1
 
 
 def _checked(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import numpy as np
 import yaml
 
 from cocoa_pl.data.items import Item
-from cocoa_pl.errors import UserError
+from cocoa_pl.errors import UserError, system_error
 from cocoa_pl.evaluation.figures import Space
 
 CONFIDENCE = 0.95
@@ -249,7 +249,9 @@ def read_results(path: Path) -> Results:
     """
     try:
         return Results.from_json(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except OSError as error:
+        raise UserError(system_error(error), file=path) from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         what = f"it lacks {error}" if isinstance(error, KeyError) else error
         raise UserError(f"{path} is damaged ({what}); score the model again") from error
 
@@ -265,7 +267,9 @@ def read_config(folder: Path) -> dict[str, Any]:
         return {}
     try:
         return dict(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
-    except (yaml.YAMLError, ValueError, TypeError, OSError) as error:
+    except OSError as error:
+        raise UserError(system_error(error), file=path) from error
+    except (yaml.YAMLError, ValueError, TypeError) as error:
         raise UserError(f"{path} is damaged: {' '.join(str(error).split())}") from error
 
 

@@ -132,7 +132,7 @@ def kept(folder: Path, subset: EvalSubset) -> tuple[Floats, Floats]:
     for file in files:
         try:
             shares.append(load_file(file)["vectors"])
-        except (SafetensorError, OSError, KeyError) as error:
+        except (SafetensorError, KeyError) as error:
             raise UserError(
                 f"{file} is damaged ({error}); delete it and run the same command again"
             ) from error
