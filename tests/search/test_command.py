@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from cocoa_pl.cli import COMMANDS
 from cocoa_pl.config.process import guarded
 from cocoa_pl.embedder import Embedder
 from cocoa_pl.errors import UserError
@@ -40,10 +39,6 @@ def run(embedder: Embedder, monkeypatch: pytest.MonkeyPatch) -> Run:
     return say
 
 
-def test_it_is_a_command() -> None:
-    assert f"cocoa_pl.{COMMANDS['search'][0]}" == command.__name__
-
-
 def test_the_best_come_first_with_their_scores(run: Run, folder: Path) -> None:
     for name in ("broken.png", "c.png"):
         (folder / name).write_bytes(b"no picture")
@@ -55,7 +50,9 @@ def test_the_best_come_first_with_their_scores(run: Run, folder: Path) -> None:
     assert rows[0][1:] == ["1.000", str(folder / "1.png")]
 
 
-def test_a_name_is_shown_as_it_is_but_controls_no_terminal(run: Run, folder: Path) -> None:
+def test_names_control_no_terminal_and_in_json_paths_open(
+    run: Run, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     lines = run(folder, "two boats", "--top", READABLE).splitlines()[2:]
     shown = {line.split(maxsplit=2)[2] for line in lines}
     escaped = str(folder / r"\udcff\x1b[31m\n.png")
@@ -63,19 +60,14 @@ def test_a_name_is_shown_as_it_is_but_controls_no_terminal(run: Run, folder: Pat
     assert escaped in shown
     assert shown - {escaped} < names
     assert len(shown) == READABLE
-
-
-def test_json_holds_paths_that_open(
-    run: Run, folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
     output = run(folder, "two boats", "--json", "--top", 100)
     assert output.isascii()
-    lines = [json.loads(line) for line in output.splitlines()]
-    assert len(lines) == READABLE
-    assert lines[0].keys() == {"file", "score"}
-    scores = [line["score"] for line in lines]
+    found = [json.loads(line) for line in output.splitlines()]
+    assert len(found) == READABLE
+    assert found[0].keys() == {"file", "score"}
+    scores = [one["score"] for one in found]
     assert scores == sorted(scores, reverse=True)
-    paths = {os.fsencode(line["file"]) for line in lines}
+    paths = {os.fsencode(one["file"]) for one in found}
     assert os.fsencode(folder) + b"/" + NO_TEXT in paths
     assert all(map(os.path.isfile, paths))
     assert f"{READABLE} images" in capsys.readouterr().err
@@ -89,19 +81,21 @@ def test_text_image_and_instruction_all_count(run: Run, folder: Path) -> None:
     assert "0 of them new" in run(folder)  # without a query it indexes
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
+def test_a_mistake_is_one_sentence(run: Run, folder: Path) -> None:
+    for arguments, message in (
         (["--top", "0"], "--top is a whole number of at least 1, not 0"),
         (["--threads", "-1"], "--threads is a whole number of at least 0, not -1"),
         (["--image", "nowhere.png"], "nowhere.png does not exist"),
-    ],
-)
-def test_a_mistake_is_one_sentence(
-    arguments: list[str], message: str, run: Run, folder: Path
-) -> None:
-    with pytest.raises(UserError, match=message):
-        run(folder, "two boats", *arguments)
+    ):
+        with pytest.raises(UserError, match=message):
+            run(folder, "two boats", *arguments)
+    with pytest.raises(UserError, match="nowhere is no folder"):  # before a model is looked for
+        command.run(["nowhere", "two boats", "--model", "no/model"], Console())
+    pytest.importorskip("waitress")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=f"--port {port}"):
+            run(folder, "--serve", "--port", port)
 
 
 def test_a_folder_without_pictures_says_what_is_left_out(
@@ -111,21 +105,6 @@ def test_a_folder_without_pictures_says_what_is_left_out(
     with pytest.raises(UserError, match="holds no image that can be read"):
         run(tmp_path, "two boats", "--json")
     assert "left out: a.heic: HEIC is not read" in capsys.readouterr().err
-
-
-def test_a_wrong_folder_is_refused_before_a_model_is_loaded() -> None:
-    with pytest.raises(UserError, match="nowhere is no folder"):
-        command.run(["nowhere", "two boats", "--model", "no/model"], Console())
-
-
-def test_a_port_that_is_taken_is_reported(run: Run, folder: Path) -> None:
-    pytest.importorskip("waitress")
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        with pytest.raises(UserError, match=f"--port {port}"):
-            run(folder, "--serve", "--port", port)
 
 
 def test_the_page_is_served_on_this_machine_until_a_signal(
