@@ -139,7 +139,8 @@ def load(folder: Path, *, kernel: str, dtype: str, gradient_checkpointing: bool)
 
 def save_memory(model: Any) -> None:
     """Compute the blocks' inner states again in the backward pass instead of keeping them."""
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    older = model.gradient_checkpointing_enable  # its name in transformers 5.17
+    getattr(model, "activation_checkpointing_enable", older)({"use_reentrant": False})
     model.enable_input_require_grads()
 
 
