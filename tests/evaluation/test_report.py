@@ -1,4 +1,6 @@
-"""report.html and the score table show what Results hold."""
+"""report.html and the score table show what Results hold, and published scores beside a whole
+benchmark.
+"""
 
 import io
 import re
@@ -6,19 +8,31 @@ from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 from rich.console import Console
+from rich.table import Table
 
 from cocoa_pl.attention import Policy
 from cocoa_pl.data.items import IMAGE_SLOT, EvalSubset, Item
 from cocoa_pl.errors import UserError
 from cocoa_pl.evaluation.benchmark import score_subsets
 from cocoa_pl.evaluation.figures import read_panels
-from cocoa_pl.evaluation.report import Provenance, picture, score_table, write_report
-from cocoa_pl.evaluation.results import Results
+from cocoa_pl.evaluation.report import (
+    COLUMNS,
+    OWN,
+    Provenance,
+    picture,
+    published_rows,
+    published_table,
+    score_table,
+    write_report,
+)
+from cocoa_pl.evaluation.results import Results, SubsetScore
 from cocoa_pl.evaluation.vectors import encode_once
 
 EVIL = '<script>alert("x")</script><img src=x onerror=alert(1)> 5'
@@ -68,6 +82,12 @@ def page(results: Results, tmp_path: Path) -> str:
     return (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
+def printed(table: Table) -> str:
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(table)
+    return console.export_text()
+
+
 def tags(page: str) -> list[tuple[str, dict[str, str | None]]]:
     """Names and attributes."""
     found = []
@@ -90,7 +110,7 @@ def test_report_holds_the_numbers_of_results_json(page: str, results: Results) -
     assert "3 queries · 2 candidates" in page
 
 
-def test_report_is_one_file_that_loads_and_runs_nothing(page: str) -> None:
+def test_report_is_one_file_that_loads_and_runs_nothing_and_all_text_is_escaped(page: str) -> None:
     assert not re.search(r"https?:|url\(|@import", page)
     for tag, attributes in tags(page):
         assert tag not in ("script", "link", "iframe", "object", "embed", "base")
@@ -98,10 +118,6 @@ def test_report_is_one_file_that_loads_and_runs_nothing(page: str) -> None:
         for name in ("src", "href", "srcset", "data"):
             assert (attributes.get(name) or "data:").startswith(("data:", "#"))
     assert "default-src 'none'" in page
-
-
-def test_all_text_is_escaped(page: str) -> None:
-    assert "<script" not in page
     assert "&lt;script&gt;alert(&#34;x&#34;)&lt;/script&gt;" in page
     assert "<b>bold" not in page
     assert "runs/&lt;1&gt;" in page
@@ -138,10 +154,8 @@ def test_terminal_and_page_have_every_score_and_means_unless_subsets_are_a_choic
     texts = []
     for partial in (False, True):
         some = replace(results, is_partial=partial)
-        console = Console(width=120, record=True, file=io.StringIO())
-        console.print(score_table(some))
         write_report(path, some, title="t", date="d", provenance=Provenance())
-        texts += [console.export_text().lower(), path.read_text().lower()]
+        texts += [printed(score_table(some)).lower(), path.read_text().lower()]
     assert ["overall" in text for text in texts] == [True, True, False, False]
     assert ["mean over" in text for text in texts] == [False, True, False, False]
     assert all("scene_i2t" in text for text in texts)
@@ -178,3 +192,76 @@ def test_long_curves_are_thinned_to_means_and_other_columns_refused(tmp_path: Pa
         file.write_text(text)
         with pytest.raises(UserError, match="expected the columns stage,step,name,value"):
             read_panels({"": file})
+
+
+# --- Beside published scores ---
+
+CONF = Path(__file__).parents[2] / "conf" / "benchmark"
+ROWS: list[dict[str, Any]] = yaml.safe_load((CONF / "mmeb_v1.yaml").read_text())["published"]
+MORE = dict.fromkeys(COLUMNS.keys() - {"precision_at_1", "precision_at_1_strict", "chance"}, 0.95)
+SCORES = (
+    ("classification", True, 0.8),
+    ("vqa", False, 0.5),
+    ("retrieval", True, 0.6),
+    ("grounding", False, 0.9),
+)
+SUBSETS = tuple(
+    SubsetScore(group, group, known, score, score, 100, 10, 0.1, more=MORE)
+    for group, known, score in SCORES
+)
+RESULTS = Results("mmeb_v1", "runs/1", SUBSETS)
+
+
+def test_the_runs_own_line_is_last_and_holds_its_means() -> None:
+    """And what is only a part, or was scored by other rules, stands beside nothing."""
+    *others, own = published_rows(RESULTS, ROWS)
+    assert [model for model, _ in others] == [row["model"] for row in ROWS]
+    assert own == (OWN, pytest.approx((0.8, 0.5, 0.6, 0.9, 0.7, 0.7, 0.7)))
+    paper = dict(others)["CoCoA Qwen2-VL 2B"]
+    assert paper == pytest.approx((0.63, 0.574, 0.696, 0.858, 0.702, 0.607, 0.66))
+    assert published_rows(replace(RESULTS, is_partial=True), ROWS) == []
+    of_v2 = yaml.safe_load((CONF / "mmeb_v2.yaml").read_text())["published"]
+    assert published_rows(RESULTS, of_v2) == []
+
+
+def test_published_means_agree_with_their_own_groups() -> None:
+    """MMEB has 10, 10, 12 and 4 subsets, 20 of them in distribution: a misprint shows, and one does
+    (see the config).
+    """
+    for row in ROWS:
+        if row["model"] == "VLM2Vec Qwen2-VL 2B":
+            mean = (row["in_distribution"] + row["out_of_distribution"]) / 2
+            assert mean == pytest.approx(row["overall"])
+            continue
+        groups = ("classification", "vqa", "retrieval", "grounding")
+        by_group = sum(n * row[name] for n, name in zip((10, 10, 12, 4), groups, strict=True)) / 36
+        assert by_group == pytest.approx(row["overall"], abs=0.2), row["model"]  # CoCoA 2B: 66.2
+        by_split = (20 * row["in_distribution"] + 16 * row["out_of_distribution"]) / 36
+        assert by_split == pytest.approx(row["overall"], abs=0.15), row["model"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"vqa": None}, "vqa of X is None"),
+        ({"vqa": 0.5 * 1000}, "vqa of X is 500.0, not a percentage"),
+        ({"more": 1}, "the row of X must have .*; see more"),
+    ],
+)
+def test_a_row_that_does_not_fit_is_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        published_rows(RESULTS, [{**ROWS[0], "model": "X", **change}])
+
+
+def test_terminal_and_report_show_the_same(tmp_path: Path) -> None:
+    beside = published_rows(RESULTS, ROWS)
+    shown = printed(published_table(RESULTS, beside))
+    page = tmp_path / "report.html"
+    given: dict[str, Any] = {"title": "t", "date": "d", "provenance": Provenance()}
+    write_report(page, RESULTS, **given, published=beside)
+    html = page.read_text()
+    for text in (OWN, "70.0", "66.0", "60.7", "CoCoA Qwen2-VL 2B", "MoCa Qwen2.5-VL 7B"):
+        assert text in shown
+        assert text in html
+    write_report(page, RESULTS, **given)
+    assert "Beside published" not in page.read_text()
