@@ -89,42 +89,33 @@ def test_what_stops_the_model_stops_the_threads(
     assert embedder.encode(items[:2]).shape == (2, embedder.dim)  # it can be used again
 
 
-def test_several_threads_may_use_one_embedder(embedder: Embedder, items: list[Item]) -> None:
+def test_several_threads_may_use_one_embedder_and_never_in_training_mode(
+    embedder: Embedder, items: list[Item], monkeypatch: pytest.MonkeyPatch
+) -> None:
     expected = embedder.encode(items)
-    embedder.backbone.train()
-    embedder.backbone.stock.model.visual.eval()  # a part of it is frozen
-    modes = {name: module.training for name, module in embedder.backbone.named_modules()}
+    backbone, in_training = embedder.backbone, []
+    backbone.add_module("extra", nn.Dropout().train())  # below a model in evaluation, as peft's are
+    backbone.stock.train()
+    backbone.stock.model.visual.eval()  # a part of it is frozen
+    modes = {name: module.training for name, module in backbone.named_modules()}
+    original = backbone.embed
 
-    def embed(seed: int) -> None:
+    def watched(*args: Any, **kwargs: Any) -> torch.Tensor:
+        in_training.append(any(module.training for module in backbone.modules()))
+        return original(*args, **kwargs)
+
+    def encode(seed: int) -> None:
         order = np.random.default_rng(seed).permutation(len(items))
         found = embedder.encode([items[n] for n in order], batch_tokens=50, threads=2)
         np.testing.assert_allclose(found, expected[order], atol=1e-5)
 
+    monkeypatch.setattr(backbone, "embed", watched)
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(embed, range(8)))
-    after = {name: module.training for name, module in embedder.backbone.named_modules()}
-    assert after == modes
-    assert len(set(modes.values())) == 2
-
-
-def test_a_model_never_embeds_in_training_mode(
-    embedder: Embedder, items: list[Item], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    embedder.backbone.add_module("extra", nn.Dropout())  # in training mode, as peft's are
-    embedder.backbone.eval()
-    embedder.backbone.extra.train()
-    seen: list[bool] = []
-    original = embedder.backbone.embed
-
-    def embed(*args: Any, **kwargs: Any) -> torch.Tensor:
-        seen.append(any(module.training for module in embedder.backbone.modules()))
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(embedder.backbone, "embed", embed)
-    embedder.encode(items, batch_tokens=70)
-    assert seen
-    assert not any(seen)
-    assert embedder.backbone.extra.training
+        list(pool.map(encode, range(8)))
+    assert set(in_training) == {False}
+    assert {name: module.training for name, module in backbone.named_modules()} == modes
+    assert not modes[""]
+    assert modes["extra"]
 
 
 def test_a_tokenizer_is_used_by_one_thread_at_a_time_and_a_cut_is_logged_once(
