@@ -93,7 +93,7 @@ def test_several_threads_may_use_one_embedder_and_never_in_training_mode(
     embedder: Embedder, items: list[Item], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = embedder.encode(items)
-    backbone, in_training = embedder.backbone, []
+    backbone, in_training, busy = embedder.backbone, [], threading.Lock()
     backbone.add_module("extra", nn.Dropout().train())  # below a model in evaluation, as peft's are
     backbone.stock.train()
     backbone.stock.model.visual.eval()  # a part of it is frozen
@@ -101,8 +101,11 @@ def test_several_threads_may_use_one_embedder_and_never_in_training_mode(
     original = backbone.embed
 
     def watched(*args: Any, **kwargs: Any) -> torch.Tensor:
+        assert busy.acquire(blocking=False)  # one thread at a time
         in_training.append(any(module.training for module in backbone.modules()))
-        return original(*args, **kwargs)
+        vectors = original(*args, **kwargs)
+        busy.release()
+        return vectors
 
     def encode(seed: int) -> None:
         order = np.random.default_rng(seed).permutation(len(items))

@@ -52,29 +52,27 @@ def by_definition(
     return Ranks(*(np.array(column) for column in columns)), np.array(argmax)
 
 
-class Corpus:
-    """Vectors among which some are equal, some nearly equal and, where asked for, some NaN."""
+def corpus(
+    seed: int, dtype: str, nan: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[np.ndarray]]:
+    """Queries, candidates, and of each row its query and its candidates.
 
-    def __init__(self, seed: int, *, dtype: str = "float32", nan: bool = False) -> None:
-        rng = np.random.default_rng(seed)
-        self.rng = rng
-        candidates = unit(rng.normal(size=(60, 24)))
-        candidates[20:30] = candidates[:10]
-        candidates[30:40] = unit(candidates[:10] + 3e-7 * rng.normal(size=(10, 24)))
-        queries = unit(np.concatenate([candidates[:20], rng.normal(size=(30, 24))]))
-        if nan:
-            candidates[7], queries[3] = np.nan, np.nan
-            candidates[11, 0], candidates[12, 0] = np.inf, -np.inf
-        self.queries, self.candidates = queries.astype(dtype), candidates.astype(dtype)
-        self.query_index = rng.integers(50, size=120)
-
-    def rows(self, count: int = 120) -> list[np.ndarray]:
-        """Ragged, with duplicates, half of them with the query's own answer in front."""
-        rows = [self.rng.integers(60, size=self.rng.integers(1, 15)) for _ in range(count)]
-        return [
-            np.append(query % 20, row) if place % 2 else row
-            for place, (query, row) in enumerate(zip(self.query_index, rows, strict=True))
-        ]
+    Some vectors are equal, some nearly equal and, where asked for, some NaN. Rows are ragged, with
+    duplicates, half of them with the query's own answer in front.
+    """
+    rng = np.random.default_rng(seed)
+    candidates = unit(rng.normal(size=(60, 24)))
+    candidates[20:30] = candidates[:10]
+    candidates[30:40] = unit(candidates[:10] + 3e-7 * rng.normal(size=(10, 24)))
+    queries = unit(np.concatenate([candidates[:20], rng.normal(size=(30, 24))]))
+    if nan:
+        candidates[7], queries[3] = np.nan, np.nan
+        candidates[11, 0], candidates[12, 0] = np.inf, -np.inf
+    index = rng.integers(50, size=120)
+    rows = [rng.integers(60, size=rng.integers(1, 15)) for _ in index]
+    for place in range(1, 120, 2):
+        rows[place] = np.append(index[place] % 20, rows[place])
+    return queries.astype(dtype), candidates.astype(dtype), index, rows
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")
@@ -87,12 +85,9 @@ def test_ranks_in_blocks_are_those_of_the_definition(
     monkeypatch.setattr(scoring, "ROWS", rows_at_once)
     monkeypatch.setattr(scoring, "BLOCK", block)
     for seed in range(2):
-        corpus = Corpus(seed, dtype=dtype, nan=nan)
-        rows, index = corpus.rows(), corpus.query_index
-        found = rank_positives(
-            corpus.queries, corpus.candidates, query_index=index, candidate_index=rows
-        )
-        expected, argmax = by_definition(corpus.queries, corpus.candidates, index, rows)
+        queries, candidates, index, rows = corpus(seed, dtype, nan)
+        found = rank_positives(queries, candidates, query_index=index, candidate_index=rows)
+        expected, argmax = by_definition(queries, candidates, index, rows)
         np.testing.assert_array_equal(found.official, expected.official)
         np.testing.assert_array_equal(found.strict, expected.strict)
         np.testing.assert_allclose(found.positive, expected.positive, atol=1e-5)
