@@ -29,6 +29,12 @@ def test_row_and_role_come_before_the_message() -> None:
     assert str(error) == f"toy row 5: {SENTENCE}"
 
 
+def test_what_data_hold_acts_on_no_terminal_and_stops_no_log() -> None:
+    error = UserError("image \ud800\x1b[2J.png is absolute", file="\ud800\x1b[2J.png")
+    assert str(error) == r"image \ud800\x1b[2J.png is absolute"
+    assert error.file == "\ud800\x1b[2J.png"  # for programs
+
+
 @pytest.mark.parametrize(
     "copied", [copy.copy, copy.deepcopy, lambda error: pickle.loads(pickle.dumps(error))]
 )

@@ -51,7 +51,7 @@ class UserError(ValueError):
     def __str__(self) -> str:
         name = self.row_id or ("" if self.item is None else f"item {self.item}")
         place = ", ".join(part for part in (name, self.role) if part)
-        return f"{place}: {self.message}" if place else self.message
+        return visible(f"{place}: {self.message}" if place else self.message)
 
 
 class Interrupted(BaseException):
@@ -60,6 +60,15 @@ class Interrupted(BaseException):
     No Exception, which others catch and go on, and no KeyboardInterrupt, at which Lightning ends
     the process by itself.
     """
+
+
+def visible(text: object) -> str:
+    """A text for the eye: what would act on a terminal, or is in no encoding, as an escape."""
+    return re.sub(
+        r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]",
+        lambda match: match[0].encode("unicode_escape").decode(),
+        str(text),
+    )
 
 
 def nearest(name: str, options: Iterable[str]) -> str:

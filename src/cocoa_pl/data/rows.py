@@ -15,7 +15,7 @@ from typing import Any, Literal, cast
 
 from cocoa_pl.data.images import embedded, resolve_image
 from cocoa_pl.data.items import PLACEHOLDER, Item, Medium, Pair, placed
-from cocoa_pl.errors import UserError
+from cocoa_pl.errors import UserError, visible
 
 OnBadRow = Literal["fail", "skip"]
 Repeated = Literal["bad", "drop"]
@@ -217,7 +217,7 @@ def log_left_out(errors: Sequence[UserError], *, source: str) -> None:
         some = [str(e) for e in errors if (e.kind == "repeated_row") == (what == "repeated")]
         if some:
             shown = "; ".join(some[:_SHOWN_ROWS]) + ("; ..." if some[_SHOWN_ROWS:] else "")
-            log.log(level, "%s: skipped %d %s row(s): %s", source, len(some), what, shown)
+            log.log(level, "%s: skipped %d %s row(s): %s", visible(source), len(some), what, shown)
 
 
 def _negatives(row: Mapping[str, object], columns: Columns) -> list[tuple[object, object]]:

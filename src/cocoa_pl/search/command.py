@@ -13,9 +13,9 @@ from rich.console import Console
 
 from cocoa_pl.data.item_batches import whole_number
 from cocoa_pl.embedder import Embedder
-from cocoa_pl.errors import UserError, extra
+from cocoa_pl.errors import UserError, extra, visible
 from cocoa_pl.search.index import ImageIndex, existing
-from cocoa_pl.search.page import LOCAL, Keeper, page, shown
+from cocoa_pl.search.page import LOCAL, Keeper, page
 
 TOP, TOP_OF_A_PAGE = 10, 24
 REASONS = 10  # why files are left out, of which the first is named
@@ -58,7 +58,7 @@ def run(arguments: Sequence[str], console: Console) -> int:
             if parsed.json:  # for programs: the very name, with escapes for what is no text
                 line = json.dumps({"file": str(path), "score": round(one.score, 6)})
             else:
-                line = f"{rank:>3}  {one.score:.3f}  {shown(path)}"
+                line = f"{rank:>3}  {one.score:.3f}  {visible(path)}"
             console.out(line, highlight=False)
     return 0
 
@@ -96,7 +96,7 @@ def _tell_left_out(index: ImageIndex, log: Console) -> None:
         files.setdefault(why, []).append(file)
     for why, some in list(files.items())[:REASONS]:
         more = f" and {len(some) - 1:,} more" if len(some) > 1 else ""
-        log.out(f"left out: {shown(some[0])}{more}: {why}", highlight=False)
+        log.out(f"left out: {visible(some[0])}{more}: {why}", highlight=False)
     if rest := sum(map(len, list(files.values())[REASONS:])):
         log.out(f"left out: {rest:,} more, for other reasons", highlight=False)
 

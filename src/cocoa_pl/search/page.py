@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cocoa_pl.data.images import open_image
-from cocoa_pl.errors import UserError, extra
+from cocoa_pl.errors import UserError, extra, visible
 from cocoa_pl.search.index import ImageIndex, is_inside
 
 THUMBNAIL = 320  # pixels of the longer side
@@ -130,10 +130,12 @@ def page(keeper: Keeper, *, instruction: str | None, top: int, hosts: Sequence[s
     def html(status: int = 200, **said: Any) -> Any:
         flask.g.nonce = secrets.token_urlsafe(16)
         given = {
-            "folder": shown(index.folder),
+            "folder": visible(index.folder),
             "count": len(index.files),
             "num_left_out": len(index.left_out),
-            "left_out": [(shown(file), why) for file, why in sorted(index.left_out.items())[:100]],
+            "left_out": [
+                (visible(file), why) for file, why in sorted(index.left_out.items())[:100]
+            ],
             "progress": how_far(index.progress),
             "wrong": keeper.trouble,
             "nonce": flask.g.nonce,
@@ -178,7 +180,7 @@ def page(keeper: Keeper, *, instruction: str | None, top: int, hosts: Sequence[s
         except UserError as error:
             return html(400, wrong=f"That cannot be searched: {error.message}", **asked)
         found = index.search(vector, top + 1, skip=(number - 1) * top)
-        results = [(one.key, shown(one.file), one.score) for one in found[:top]]
+        results = [(one.key, visible(one.file), one.score) for one in found[:top]]
         return html(results=results, first=(number - 1) * top, more=len(found) > top, **asked)
 
     def upload() -> Any:
@@ -251,12 +253,3 @@ def how_far(progress: tuple[int, int] | None) -> str:
     if not of:
         return "Looking at the folder."
     return f"Indexing: {done:,} of {of:,} new images. A search finds those that are done."
-
-
-def shown(path: Path) -> str:
-    """A name for the eye: what would control a terminal, or is no text, is written as an escape."""
-    return re.sub(
-        r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]",
-        lambda match: match[0].encode("unicode_escape").decode(),
-        str(path),
-    )
