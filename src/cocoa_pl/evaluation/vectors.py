@@ -24,6 +24,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from cocoa_pl.data.images import file_state
 from cocoa_pl.data.items import EvalSubset, Item, numbered
 from cocoa_pl.distributed.collectives import all_objects, rank, world_size
 from cocoa_pl.embedder import Embedder
@@ -145,19 +146,16 @@ def kept(folder: Path, subset: EvalSubset) -> tuple[Floats, Floats]:
 def _stem(subset: EvalSubset, items: Sequence[Item]) -> str:
     """What a subset's files are called: another item, or a changed image file, is another name.
 
-    The time of change counts beside that of modification, which archives and `cp -p` set back, and
-    which files swapped for each other keep. A missing file has a state too: embedding it raises.
+    A missing file has a state too: embedding it raises.
     """
     digest = hashlib.blake2b(digest_size=8)
     for item in items:
         digest.update(item.key.to_bytes(8, "little"))
         for path in (medium for medium in item.media if isinstance(medium, Path)):
             try:
-                state = path.stat()
+                digest.update(f"{file_state(path.stat())} ".encode())
             except OSError:
                 digest.update(b"missing")
-                continue
-            digest.update(f"{state.st_size} {state.st_mtime_ns} {state.st_ctime_ns} ".encode())
     return f"{re.sub(r'[^A-Za-z0-9_-]', '_', subset.name)[:60]}-{digest.hexdigest()}"
 
 

@@ -23,7 +23,7 @@ from PIL import UnidentifiedImageError
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
-from cocoa_pl.data.images import image_size
+from cocoa_pl.data.images import file_state, image_size
 from cocoa_pl.data.item_batches import map_ahead, some_threads
 from cocoa_pl.data.items import IMAGE_SLOT, Item, as_key
 from cocoa_pl.embedder import Embedder
@@ -293,13 +293,9 @@ def look(folder: Path) -> tuple[dict[int, Path], dict[Path, str]]:
 
 
 def _key(file: Path, state: os.stat_result) -> int:
-    """63 bits of a name, which need not be text, and of what changes with the content.
-
-    The time of change counts beside that of modification, which archives and `cp -p` set back, and
-    which files swapped for each other keep.
-    """
+    """63 bits of a name, which need not be text, and of what changes with the content."""
     digest = hashlib.blake2b(os.fsencode(file.as_posix()), digest_size=8)
-    digest.update(f"\0{state.st_size} {state.st_mtime_ns} {state.st_ctime_ns}".encode())
+    digest.update(f"\0{file_state(state)}".encode())
     return as_key(digest.digest())
 
 

@@ -145,9 +145,7 @@ class StageModule(L.LightningModule, ABC):
     label: str  # "2/4 warmup": the recipe's, for callbacks
     measures: tuple[str, ...]  # what it logs under `validation/`, as far as rows allow
     masking: Masking | None = None  # what hides parts of samples, in the data workers
-    dims: Sequence[
-        int
-    ] = ()  # of the embedding, if it trains leading ones too; the last is the full
+    dims: Sequence[int] = ()  # widths of the embedding that it trains, the full one last
     exchanges = False  # TARGETs are validated behind other samples' CONTEXTs too
 
     def __init__(
