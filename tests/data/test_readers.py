@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import pickle
@@ -16,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from cocoa_pl.data.pairs import Pairs
+from cocoa_pl.data.rows import KEPT, RowErrors
 from cocoa_pl.data.sources import PairSource
 from cocoa_pl.errors import UserError
 
@@ -100,6 +102,37 @@ def test_a_bad_row_stops_or_is_left_out_and_counted(
         pairs = read(path, on_bad_row="skip")
     assert [pair.row_id for pair in pairs] == [f"{path} line 1", f"{path} line 3"]
     assert f"skipped 1 bad row(s): {path} line 2" in caplog.text
+
+
+def test_a_thousand_errors_of_a_kind_are_kept_and_all_are_counted(
+    tmp_path: Path, pair_source: MakeSource, caplog: pytest.LogCaptureFixture
+) -> None:
+    def num_errors() -> int:
+        gc.collect()
+        return sum(isinstance(one, UserError) for one in gc.get_objects())
+
+    gone = [GOOD | {"query_image": f"{n}.png"} for n in range(KEPT + 200)]
+    path = write(tmp_path / "a.jsonl", *gone, *[GOOD] * (KEPT + 300), {"query": "a"})
+    source = pair_source(
+        "pairs",
+        path=str(path),
+        image_root=str(tmp_path),
+        on_bad_row="skip",
+        repeated="drop",
+    )
+    before = num_errors()
+    with caplog.at_level(logging.INFO):
+        assert len(source.train_pairs()) == 1
+    assert num_errors() - before == len(source.left_out) == 2 * KEPT + 1
+    counts = {"missing_image": KEPT + 200, "repeated_row": KEPT + 299, "empty_text": 1}
+    assert source.left_out.counts == counts
+    assert "skipped 1201 bad row(s): " in caplog.text
+    assert "skipped 1299 repeated row(s): " in caplog.text
+    both = RowErrors()
+    for _ in range(2):
+        both.extend(source.left_out)
+    assert both.counts == {kind: 2 * count for kind, count in counts.items()}
+    assert len(both) == 2 * KEPT + 2
 
 
 def damaged(path: Path) -> None:

@@ -17,7 +17,7 @@ from cocoa_pl.data.processor import Processor
 from cocoa_pl.data.sampler import mix
 from cocoa_pl.doctor.check import Checkup
 from cocoa_pl.doctor.measure import NUM_BINS, Images, count_tokens, in_workers, length_facts
-from cocoa_pl.doctor.report import LISTED, facts_of, findings_of
+from cocoa_pl.doctor.report import KEPT, facts_of, findings_of
 from cocoa_pl.errors import UserError
 
 from .conftest import noise
@@ -102,16 +102,16 @@ def test_images_are_known_by_content(tmp_path: Path) -> None:
 
 def facts(*found: UserError) -> dict[str, Any]:
     checkup = Checkup([], 0, 0, unwatched)
-    checkup.found = [("train", error) for error in found]
+    checkup.found["train"].extend(found)
     checkup.images = images_of([])
     return facts_of(checkup, findings_of(checkup), [])
 
 
 def test_findings_beyond_the_limit_are_counted() -> None:
-    many = [UserError("a", kind="image_tag", row_id=f"row {n}") for n in range(LISTED + 7)]
+    many = [UserError("a", kind="image_tag", row_id=f"row {n}") for n in range(KEPT + 7)]
     found = facts(*many)
-    assert found["kinds"]["image_tag"]["count"] == LISTED + 7
-    assert found["kinds"]["image_tag"]["listed"] == len(found["findings"]) == LISTED
+    assert found["kinds"]["image_tag"]["count"] == KEPT + 7
+    assert found["kinds"]["image_tag"]["listed"] == len(found["findings"]) == KEPT
     assert not found["stops_training"]
     assert facts(*many, UserError("b", kind="empty_text"))["stops_training"]
 

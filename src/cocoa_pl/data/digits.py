@@ -49,7 +49,7 @@ from cocoa_pl.data.items import EvalSubset, Pair
 from cocoa_pl.data.mmeb_eval import MmebBenchmark
 from cocoa_pl.data.pairs import Pairs, read_files
 from cocoa_pl.data.readers import find_files
-from cocoa_pl.data.rows import OnBadRow, RowFormat
+from cocoa_pl.data.rows import OnBadRow, RowErrors, RowFormat
 from cocoa_pl.data.sources import distinct_texts
 from cocoa_pl.errors import UserError
 
@@ -113,7 +113,7 @@ class DigitsData:
     on_bad_row: OnBadRow
 
     def __post_init__(self) -> None:
-        self.left_out: list[UserError] = []
+        self.left_out = RowErrors()
 
     def prepare(self) -> Path:
         """The data folder, written first if it is not there."""

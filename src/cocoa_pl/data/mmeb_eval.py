@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from cocoa_pl.data.images import embedded
 from cocoa_pl.data.items import GROUPS, PLACEHOLDER, EvalSubset, Item
 from cocoa_pl.data.readers import find_files
-from cocoa_pl.data.rows import OnBadRow, log_left_out, make_item
+from cocoa_pl.data.rows import OnBadRow, RowErrors, make_item
 from cocoa_pl.errors import UserError, first_line
 
 
@@ -179,7 +179,7 @@ class MmebBenchmark:
         self.is_partial = len(self.table) < len(table)
         self.published = published
         self.on_bad_row = on_bad_row
-        self.left_out: list[UserError] = []  # of each row that is not used, when it was read
+        self.left_out = RowErrors()  # of each row that is not used, when it was read
 
     def subsets(self) -> list[EvalSubset]:
         """The subsets in the table's order; one that is missing is an error.
@@ -189,7 +189,7 @@ class MmebBenchmark:
         Raises:
             UserError: no such folder, file or column, no usable row, or a bad row (`on_bad_row`).
         """
-        self.left_out.clear()
+        self.left_out = RowErrors()
         return [self._read(subset, info) for subset, info in self.table.items()]
 
     def _read(self, subset: str, info: SubsetInfo) -> EvalSubset:
@@ -200,7 +200,7 @@ class MmebBenchmark:
         row_ids: list[str] = []
         query_index: list[np.ndarray] = []
         candidate_index: list[np.ndarray] = []
-        start_of_these = len(self.left_out)
+        errors = RowErrors()
         columns = ["qry_text", "qry_img_path", "tgt_text", "tgt_img_path"]
         files = find_files(self.root, f"{subset}/{self.split}-*.parquet", source=subset)
         for row_id, row in _rows(files, subset, reader.columns if reader else columns):
@@ -217,16 +217,17 @@ class MmebBenchmark:
                 error.row_id, error.kind = row_id, error.kind or "bad_row"
                 if self.on_bad_row == "fail":
                     raise
-                self.left_out.append(copy(error))  # without its frames, which hold the row
+                errors.append(copy(error))  # without its frames, which hold the row
                 continue
             row_ids.append(row_id)
             query_index.append(queries.numbers(query))
             candidate_index.append(candidates.numbers(targets))
-        skipped = self.left_out[start_of_these:]
-        log_left_out(skipped, source=subset)
+        errors.log(source=subset)
+        self.left_out.extend(errors)
         if not row_ids:
             where = self.root / subset
-            raise UserError(f"{subset}: no usable row in {where} ({len(skipped)} skipped)")
+            count = errors.counts.total()
+            raise UserError(f"{subset}: no usable row in {where} ({count} skipped)")
         return EvalSubset(
             name=subset,
             group=info["group"],

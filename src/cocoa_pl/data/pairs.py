@@ -22,7 +22,7 @@ import xxhash
 
 from cocoa_pl.data.items import IMAGE_SLOT, Item, Pair
 from cocoa_pl.data.readers import as_row, open_file
-from cocoa_pl.data.rows import RowFormat, log_left_out
+from cocoa_pl.data.rows import RowErrors, RowFormat
 from cocoa_pl.errors import UserError
 
 _BLOCK = 100  # rows in memory together; they may hold images
@@ -201,7 +201,7 @@ def read_files(
     *,
     subset: str,
     max_rows: int | None,
-    left_out: list[UserError],
+    left_out: RowErrors,
 ) -> Pairs:
     """The good rows of a subset.
 
@@ -224,7 +224,7 @@ def read_files(
     return read(parts, source=", ".join(files), left_out=left_out)
 
 
-def read(parts: Sequence[FileRows], *, source: str, left_out: list[UserError]) -> Pairs:
+def read(parts: Sequence[FileRows], *, source: str, left_out: RowErrors) -> Pairs:
     """Look at every row of a subset once, and keep which of them are pairs.
 
     Args:
@@ -233,7 +233,7 @@ def read(parts: Sequence[FileRows], *, source: str, left_out: list[UserError]) -
     Raises:
         UserError: for a bad row, if its format says so, or no usable row at all.
     """
-    form, start_of_these, identities = parts[0].form, len(left_out), array("q")
+    form, errors, identities = parts[0].form, RowErrors(), array("q")
 
     def known() -> Iterator[tuple[Any, ...]]:
         start = 0
@@ -243,7 +243,7 @@ def read(parts: Sequence[FileRows], *, source: str, left_out: list[UserError]) -
                     continue
                 pair = form.checked(row, row_id=part.row_id(number), subset=part.subset)
                 if isinstance(pair, UserError):
-                    left_out.append(pair)
+                    errors.append(pair)
                     continue
                 identities.append(hash(_keys(pair)[:2]))
                 yield start + number, 0, *_known(pair)
@@ -258,12 +258,14 @@ def read(parts: Sequence[FileRows], *, source: str, left_out: list[UserError]) -
         if form.repeated == "bad":
             message += "; remove one, or set on_bad_row=skip"
             kind = "duplicate_pair"
-        left_out.append(UserError(message, kind=kind, row_id=pairs[row].row_id))
+        error = UserError(message, kind=kind, row_id=pairs[row].row_id)
         if (form.repeated, form.on_bad_row) == ("bad", "fail"):
-            raise left_out[-1]
-    log_left_out(left_out[start_of_these:], source=source)
+            raise error
+        errors.append(error)
+    errors.log(source=source)
+    left_out.extend(errors)
     if not pairs:
-        count = len(left_out) - start_of_these
+        count = errors.counts.total()
         raise UserError(f"{source}: no usable row ({count} skipped); training needs data")
     return pairs.select(is_new)
 

@@ -6,7 +6,8 @@ import ast
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,6 +24,7 @@ Columns = Mapping[str, Any]
 
 _ANY_PLACEHOLDER = re.compile(r"<\|image_\d+\|>|<image>")
 _SHOWN_ROWS = 3
+KEPT = 1000  # errors of a kind
 
 log = logging.getLogger(__name__)
 
@@ -209,15 +211,41 @@ def _medium(value: Any, root: Path, is_known: bool) -> Medium:
     return resolve_image(value, root=root)
 
 
-def log_left_out(errors: Sequence[UserError], *, source: str) -> None:
-    """One line for all rows of `source` that cannot be used, and one for those that repeat another,
-    with the first few spelt out.
+class RowErrors(list[UserError]):
+    """What is wrong with rows: of each kind the first 1000 errors, and the number of all.
+
+    An error takes 600 bytes, and a corpus may lack a million images.
     """
-    for what, level in (("bad", logging.WARNING), ("repeated", logging.INFO)):
-        some = [str(e) for e in errors if (e.kind == "repeated_row") == (what == "repeated")]
-        if some:
-            shown = "; ".join(some[:_SHOWN_ROWS]) + ("; ..." if some[_SHOWN_ROWS:] else "")
-            log.log(level, "%s: skipped %d %s row(s): %s", visible(source), len(some), what, shown)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()  # of each kind
+
+    def append(self, error: UserError) -> None:
+        self.counts[error.kind] += 1
+        if self.counts[error.kind] <= KEPT:
+            super().append(error)
+
+    def extend(self, errors: Iterable[UserError]) -> None:
+        for error in errors:
+            self.append(error)
+        if isinstance(errors, RowErrors):
+            self.counts.update({kind: n - KEPT for kind, n in errors.counts.items() if n > KEPT})
+
+    def log(self, *, source: str) -> None:
+        """One line for all rows of `source` that cannot be used, and one for those that repeat
+        another, with the first few spelt out.
+        """
+        num_repeated = self.counts["repeated_row"]
+        num_bad = self.counts.total() - num_repeated
+        for what, count, level in (
+            ("bad", num_bad, logging.WARNING),
+            ("repeated", num_repeated, logging.INFO),
+        ):
+            some = [e for e in self if (e.kind == "repeated_row") == (what == "repeated")]
+            if count:
+                shown = "; ".join(map(str, some[:_SHOWN_ROWS])) + "; ..." * (count > _SHOWN_ROWS)
+                log.log(level, "%s: skipped %d %s row(s): %s", visible(source), count, what, shown)
 
 
 def _negatives(row: Mapping[str, object], columns: Columns) -> list[tuple[object, object]]:

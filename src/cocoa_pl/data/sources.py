@@ -26,7 +26,7 @@ from cocoa_pl.config.bounds import Count, Seed, ShareBelowOne, Whole
 from cocoa_pl.data.items import IMAGE_SLOT, EvalSubset, Pair, numbered
 from cocoa_pl.data.pairs import FileRows, Pairs, read, read_files
 from cocoa_pl.data.readers import HUB_ID, find_files, open_stream
-from cocoa_pl.data.rows import Columns, OnBadRow, Repeated, RowFormat
+from cocoa_pl.data.rows import Columns, OnBadRow, Repeated, RowErrors, RowFormat
 from cocoa_pl.data.stream import PairStream
 from cocoa_pl.errors import UserError, absent, first_line, typed
 
@@ -99,7 +99,7 @@ class PairSource:
                 "data.validation_path and data.validation_fraction are both set; "
                 "set the fraction to 0 to validate on the file"
             )
-        self.left_out: list[UserError] = []  # of each row that is not used, when it was read
+        self.left_out = RowErrors()  # of each row that is not used, when it was read
         self.place = str(self.root if self.path is None else self.path)
         self.form = RowFormat(
             columns=self.columns,

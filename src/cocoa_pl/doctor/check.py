@@ -7,6 +7,7 @@ an image counts by the content of its file, so that a copy under another name is
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from cocoa_pl.data.examples import check_contrast
 from cocoa_pl.data.items import EvalSubset, Item, Pair
 from cocoa_pl.data.pairs import Pairs
 from cocoa_pl.data.processor import Processor
+from cocoa_pl.data.rows import RowErrors
 from cocoa_pl.data.sampler import make_order, mix
 from cocoa_pl.data.sources import PairSource, source_of
 from cocoa_pl.doctor.measure import Images, Watch, count_tokens, file_name, in_workers, length_facts
@@ -69,7 +71,7 @@ class Checkup:
     watch: Watch
 
     def __post_init__(self) -> None:
-        self.found: list[tuple[str, UserError]] = []  # the part of the data, and what is wrong
+        self.found = defaultdict[str, RowErrors](RowErrors)  # part of the data -> what is wrong
         self.sources: list[Source] = []
         self.benchmark, self.subsets = "", list[EvalSubset]()  # the benchmark
         self.lengths: list[dict[str, Any]] = []  # see `length_facts`
@@ -114,11 +116,11 @@ class Checkup:
                 values.append(get(piece))
             except UserError as error:
                 self._tell(part, str(error), kind="unreadable_source", file=error.file)
-            self.found += [(part, error) for error in piece.left_out]
+            self.found[part].extend(piece.left_out)
         return values
 
     def _tell(self, part: str, message: str, **about: Any) -> None:
-        self.found.append((part, UserError(message, **about)))
+        self.found[part].append(UserError(message, **about))
 
     def check(self, processors: Sequence[Processor]) -> None:
         """Check what was read.
@@ -139,7 +141,7 @@ class Checkup:
                 used = eval_processor if part == self.benchmark else processor
                 for error in self._faults(item, used):
                     error.row_id, error.role = row_id, role
-                    self.found.append((part, error))
+                    self.found[part].append(error)
         for source in self.sources:
             for index, stage in source.stages if source.train else ():  # else its error is there
                 self._check_stage(stage, source, processor, seed=mix(self.seed, index))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -12,11 +13,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from cocoa_pl.data.rows import KEPT
 from cocoa_pl.doctor.check import Checkup
 from cocoa_pl.doctor.measure import spread
 
 FORMAT_VERSION = 1
-LISTED = 1000  # findings of a kind that doctor.json lists; the rest is counted
 SHOWN_ROWS = 3
 
 _LEGEND = "tokens of a sample; samples cut; tokens of a step over all GPUs, in passes"
@@ -54,24 +55,34 @@ KINDS = {
 
 
 def findings_of(checkup: Checkup) -> pd.DataFrame:
-    """A row for each finding, kind after kind: kind, part, row_id, role, file and message."""
+    """A row for each finding that was kept, kind after kind: kind, part, row_id, role, file and
+    message.
+    """
     rows = [
-        # A source of one's own may hand over an error of no kind.
-        (e.kind if e.kind in KINDS else "bad_row", part, e.row_id, e.role, e.file, str(e))
-        for part, e in checkup.found
+        (_known(e.kind), part, e.row_id, e.role, e.file, str(e))
+        for part, errors in checkup.found.items()
+        for e in errors
     ]
     columns = ["kind", "part", "row_id", "role", "file", "message"]
     table = pd.DataFrame(rows, columns=columns, dtype=object)  # Arrow's texts are Unicode alone
     table["kind"] = table["kind"].astype(pd.CategoricalDtype([*KINDS]))
-    return table.sort_values("kind", kind="stable")
+    return table.sort_values("kind", kind="stable").groupby("kind", observed=True).head(KEPT)
+
+
+def _known(kind: str) -> str:
+    """A source of one's own may hand over an error of no kind."""
+    return kind if kind in KINDS else "bad_row"
 
 
 def facts_of(
     checkup: Checkup, findings: pd.DataFrame, not_checked: Sequence[str]
 ) -> dict[str, Any]:
     """What doctor.json holds: counts of every kind, the first findings of each in full."""
-    every = findings["kind"].value_counts(sort=False)
-    counts = {str(kind): int(count) for kind, count in every.items() if count}
+    every = Counter[str]()
+    for errors in checkup.found.values():
+        for kind, count in errors.counts.items():
+            every[_known(kind)] += count
+    counts = {kind: every[kind] for kind in KINDS if every[kind]}
     sizes = checkup.images.sizes
     visual = checkup.visual_tokens
     images = {"width": sizes[:, 0], "height": sizes[:, 1], "visual_tokens": visual}
@@ -83,11 +94,11 @@ def facts_of(
             kind: {
                 **dict(zip(("severity", "title", "advice"), KINDS[kind], strict=True)),
                 "count": count,
-                "listed": min(count, LISTED),
+                "listed": min(count, KEPT),
             }
             for kind, count in counts.items()
         },
-        "findings": findings.groupby("kind", observed=True).head(LISTED).to_dict("records"),
+        "findings": findings.to_dict("records"),
         "images": {
             "count": len(checkup.images),
             "unreadable": len(checkup.images) - len(sizes),
@@ -113,7 +124,7 @@ def print_report(console: Console, facts: dict[str, Any], findings: pd.DataFrame
     if lengths:
         print_line("", _length_table(lengths))
         print_line(f"[dim]{_LEGEND}[/]")
-    print_line("", _summary(findings))
+    print_line("", _summary(facts["kinds"], findings))
     for sentence in facts["not_checked"]:
         print_line(f"[yellow]not checked[/]: {escape(sentence)}")
     totals = dict.fromkeys(SEVERITIES, 0)
@@ -149,14 +160,15 @@ def _length_table(lengths: Sequence[dict[str, Any]]) -> Table:
     return table
 
 
-def _summary(findings: pd.DataFrame) -> Table:
+def _summary(kinds: dict[str, dict[str, Any]], findings: pd.DataFrame) -> Table:
     """Of each kind how many there are, what to do, and the first rows."""
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_header=False)
     table.add_column(justify="right", no_wrap=True)
     table.add_column(overflow="fold")
     before = ""
     for kind, some in findings.groupby("kind", observed=True):
-        severity, title, advice = KINDS[str(kind)]
+        about = kinds[str(kind)]
+        severity = about["severity"]
         words, colour = SEVERITIES[severity]
         if severity != before:
             table.add_row("", f"[bold {colour}]{words}[/]")
@@ -165,6 +177,6 @@ def _summary(findings: pd.DataFrame) -> Table:
         # Where no row is meant, the first message.
         examples = ", ".join(rows[:SHOWN_ROWS]) or some["message"].iloc[0]
         examples += ", ..." if rows[SHOWN_ROWS:] else ""
-        told = f"{title} [dim]({escape(advice)})[/]\n[dim]{escape(examples)}[/]"
-        table.add_row(f"[{colour}]{len(some):,}[/]", told)
+        told = f"{about['title']} [dim]({escape(about['advice'])})[/]\n[dim]{escape(examples)}[/]"
+        table.add_row(f"[{colour}]{about['count']:,}[/]", told)
     return table
