@@ -151,7 +151,7 @@ def gatherings_of(index: int) -> Found:
     """Gathers rows that say whose they are; the loss weighs every row differently on every rank."""
     counts = exchange_counts([sizes[index] for sizes in GATHERED.values()], CPU)
     found: Found = {}
-    for kind, sizes in zip(GATHERED, counts(), strict=True):
+    for kind, sizes in zip(GATHERED, counts, strict=True):
         rows = (10.0 * index + torch.arange(float(sizes[index]))).requires_grad_()
         gathered = gather_rows(rows, sizes)
         weight = (index + 1) * torch.arange(1.0, len(gathered) + 1)

@@ -145,7 +145,6 @@ def test_a_training_step_reaches_its_loss_in_six_frames_of_three_files(
     monkeypatch.setattr(module, "optimizers", MagicMock())
     monkeypatch.setattr(module, "lr_schedulers", MagicMock())
     monkeypatch.setattr(module, "log_dict", lambda metrics: None)
-    monkeypatch.setattr(module, "_finite", MagicMock(look_back=lambda: None))
     monkeypatch.setattr(type(module), "global_step", 0)
     module.training_step(batches, 0)
     assert seen

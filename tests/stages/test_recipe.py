@@ -297,11 +297,15 @@ def test_a_gradient_that_is_not_finite_names_its_rows(tmp_path: Path, lab: Lab) 
     backbone = lab.fresh()
     for parameter in backbone.stock.model.language_model.norm.parameters():
         parameter.data.fill_(torch.nan)
+    before = {name: w for name, w in weights_of(backbone).items() if w.isfinite().all()}
     with pytest.raises(UserError, match=r"step 0: the gradient is nan; .*train\.jsonl line \d+, "):
         lab.train(tmp_path, lab.stages(), backbone)
     bad = (tmp_path / "bad_batch.txt").read_text().splitlines()
     assert len(bad) == len(set(bad)) == lab.stages()[0].batch_size
     assert all("train.jsonl line " in row_id for row_id in bad)
+    after = backbone.state_dict()
+    assert before
+    assert all(torch.equal(after[name], value) for name, value in before.items())  # not even decay
 
 
 def test_a_stage_counts_its_steps_or_its_epochs(lab: Lab) -> None:

@@ -3,7 +3,7 @@
 Gradients are summed (never averaged), because every loss is already divided by a global count.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -31,39 +31,19 @@ def global_sum(value: Tensor) -> Tensor:
     return total
 
 
-def exchange_counts(mine: Sequence[int], device: torch.device) -> Callable[[], list[list[int]]]:
-    """Start to exchange how many rows of each kind every rank holds, while other work goes on.
-
-    Started with a step and read where the numbers are needed, it is over by then: neither the host
-    nor the stream that computes waits for it before.
+def exchange_counts(mine: Sequence[int], device: torch.device) -> list[list[int]]:
+    """How many rows of each kind every rank holds: a list for each kind, in rank order.
 
     Args:
         mine: rows of this rank, by kind; as many kinds on all ranks.
         device: what the process group exchanges on.
-
-    Returns:
-        What waits for the counts: a list for each kind, in rank order.
     """
     if world_size() == 1:
-        return lambda: [[count] for count in mine]
+        return [[count] for count in mine]
     table = torch.zeros(len(mine), world_size(), dtype=torch.int64, device=device)
-    for kind, count in enumerate(mine):
-        table[kind, rank()] = count
-    work: Any = dist.all_reduce(table, async_op=True)
-    on_host, wait = table, work.wait
-    if device.type == "cuda":
-        aside = torch.cuda.Stream(device)
-        with torch.cuda.stream(aside):
-            work.wait()  # makes this stream wait, not the host
-            on_host = table.to("cpu", non_blocking=True)  # into pinned memory
-        table.record_stream(aside)  # its memory is in use until it has been copied
-        wait = aside.record_event().synchronize
-
-    def counts() -> list[list[int]]:
-        wait()
-        return on_host.tolist()
-
-    return counts
+    table[:, rank()] = torch.tensor(mine, device=device)
+    found: list[list[int]] = global_sum(table).tolist()
+    return found
 
 
 def gather_rows(rows: Tensor, counts: Sequence[int]) -> Tensor:

@@ -80,54 +80,6 @@ class Optimization:
             )
 
 
-class FiniteSteps:
-    """Skips steps of an optimizer on gradients that are not finite, without waiting for their
-    norms.
-
-    To look at a norm is to wait for the device. So the device itself skips such a step, and all
-    that follow, by the switch that torch's own gradient scaler uses (`found_inf` of fused
-    optimizers); and the host looks at each norm one step later, when it is long there.
-    """
-
-    def __init__(self) -> None:
-        self._failed: Tensor | None = None  # () bool on the device: some step until now was bad
-        self._last: tuple[Tensor, torch.cuda.Event | None, Any] | None = None
-
-    def guard(
-        self, optimizer: torch.optim.Optimizer, norm: Tensor, targets: Tensor, facts: Any
-    ) -> None:
-        """Make the optimizer skip its next step if that, or one before it, is not finite.
-
-        Args:
-            optimizer: a fused one; others do not know the switch.
-            norm: () of all gradients.
-            targets: () float, how much there was to learn from.
-            facts: what `look_back` returns of the step.
-        """
-        assert all(group["fused"] for group in optimizer.param_groups)
-        failed = ~norm.isfinite()
-        self._failed = failed if self._failed is None else self._failed | failed
-        optimizer.found_inf = self._failed.float()  # type: ignore[attr-defined]
-        numbers, copied = torch.stack([norm.detach(), targets]), None
-        if numbers.is_cuda:
-            numbers = numbers.to("cpu", non_blocking=True)  # into pinned memory
-            copied = torch.cuda.current_stream().record_event()
-        self._last = numbers, copied, facts
-
-    def look_back(self) -> tuple[float, float, Any] | None:
-        """Norm, targets and facts of the step that was guarded since the last look; waits for it.
-
-        The step was not taken if its norm is not finite.
-        """
-        if self._last is None:
-            return None
-        (numbers, copied, facts), self._last = self._last, None
-        if copied is not None:
-            copied.synchronize()
-        norm, targets = numbers.tolist()
-        return norm, targets, facts
-
-
 class StageModule(L.LightningModule, ABC):
     """A backbone with a stage's objective.
 
@@ -170,7 +122,6 @@ class StageModule(L.LightningModule, ABC):
         self.steps = steps
         self.seed = seed
         self._totals: dict[str, Tensor] = {}  # of validation, on this rank
-        self._finite = FiniteSteps()
         self._has_learnt = self._said_empty = False
         self._dummies: tuple[Batch, Batch] | None = None  # see `aligned`
 
@@ -238,14 +189,31 @@ class StageModule(L.LightningModule, ABC):
         scheduler: Any = self.lr_schedulers()
         optimizer.zero_grad()
         metrics = self.gradients(batches)
-        targets, norm = metrics.pop("targets"), metrics["gradient_norm"]
         metrics["lr"] = torch.tensor(scheduler.get_last_lr()[0])
-        self._judge_last_step()  # now that this one is queued
-        row_ids = list(dict.fromkeys(row_id for batch in batches for row_id in batch.row_ids))
-        self._finite.guard(optimizer.optimizer, norm, targets, (self.global_step, row_ids))
+        # The one wait for the device, when all but the optimizer's work is queued.
+        targets, norm = torch.stack([metrics.pop("targets"), metrics["gradient_norm"]]).tolist()
+        if not math.isfinite(norm):
+            raise self._bad_gradient(norm, batches)
+        self._has_learnt |= targets > 0
+        if not (targets or self._said_empty):
+            self._said_empty = True
+            log.warning("step %d: %s (said once)", self.global_step, self.empty)
         optimizer.step()
         scheduler.step()
         self.log_dict({f"train/{name}": value for name, value in metrics.items()})
+
+    def _bad_gradient(self, norm: float, batches: Sequence[Batch]) -> UserError:
+        """What to say of a step that is not taken; all its rows are written to `bad_batch.txt`."""
+        row_ids = [row_id for batch in batches for row_id in batch.row_ids]
+        ids = list(dict.fromkeys(row_id for part in all_objects(row_ids) for row_id in part))
+        shown = ", ".join(ids[:SHOWN_ROWS]) + (", ..." if len(ids) > SHOWN_ROWS else "")
+        path = Path(self.trainer.default_root_dir) / "bad_batch.txt"
+        if rank() == 0:
+            path.write_text("".join(f"{row_id}\n" for row_id in ids))
+        return UserError(
+            f"step {self.global_step}: the gradient is {norm}; the batch had the rows {shown} "
+            f"(all {len(ids)} in {path}). The weights are as before this step"
+        )
 
     def gradients(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
         """Run a step up to its optimizer, and return its metrics."""
@@ -262,18 +230,13 @@ class StageModule(L.LightningModule, ABC):
         for name, value in sums.items():
             self._totals[name] = self._totals.get(name, 0) + value
 
-    def on_validation_start(self) -> None:
-        self._judge_last_step()
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._judge_last_step()
         checkpoint["has_learnt"] = self._has_learnt
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._has_learnt = checkpoint.get("has_learnt", True)  # older ones do not say
 
     def on_train_end(self) -> None:
-        self._judge_last_step()
         if not self._has_learnt and self.global_step >= self.steps:
             raise UserError(f"the stage has learnt nothing: in all of its steps {self.empty}")
 
@@ -333,25 +296,3 @@ class StageModule(L.LightningModule, ABC):
         rows = ("bottleneck_rows", "keys", "roles", "pools", "places")
         unread = {name: getattr(text, name)[:0] for name in rows}
         return replace(text, **unread, row_ids=()), image
-
-    def _judge_last_step(self) -> None:
-        """Stop at a gradient that is not finite, and warn of a step without targets."""
-        step = self._finite.look_back()
-        if step is None:
-            return
-        norm, targets, (number, row_ids) = step
-        if math.isfinite(norm):
-            self._has_learnt |= targets > 0
-            if not (targets or self._said_empty):
-                self._said_empty = True
-                log.warning("step %d: %s (said once)", number, self.empty)
-            return
-        ids = [row_id for part in all_objects(row_ids) for row_id in part]
-        shown = ", ".join(ids[:SHOWN_ROWS]) + (", ..." if len(ids) > SHOWN_ROWS else "")
-        path = Path(self.trainer.default_root_dir) / "bad_batch.txt"
-        if rank() == 0:
-            path.write_text("".join(f"{row_id}\n" for row_id in ids))
-        raise UserError(
-            f"step {number}: the gradient is {norm}; the batch had the rows {shown} "
-            f"(all {len(ids)} in {path}). The weights are as before this step"
-        )

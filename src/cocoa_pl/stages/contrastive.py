@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -145,11 +145,10 @@ class ContrastiveModule(StageModule):
 
     def accumulate(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
         """`targets` counts queries that have a negative."""
-        counts = self._counts(batches)  # exchanged while batches are embedded
+        num_queries, num_candidates = self._counts(batches)
         with shared_norms(self.backbone):
             cache = GradientCache(self._embed, self.aligned(batches))
             queries, others, keys, _ = self._sides(cache.embeddings, batches)
-            num_queries, num_candidates = counts()
             n, scale = len(queries), self.temperature()
             losses, hits, compared = self._losses(
                 queries, others, keys, num_candidates, scale, self.dims
@@ -174,12 +173,11 @@ class ContrastiveModule(StageModule):
         """Among the positives and hard negatives of all ranks at the full width, as in training;
         and, once all rows are seen, among the positives of each row's subset.
         """
-        counts = self._counts(batches)
+        _, num_candidates = self._counts(batches)
         queries, others, keys, pools = self._sides(self._embeddings(batches), batches)
         n = len(queries)
         pools = on_device(pools, self.device)
         self.precision.update(queries, others[:n], keys[0], keys[1][:n], pools)
-        _, num_candidates = counts()
         losses, hits, compared = self._losses(
             queries, others, keys, num_candidates, self.temperature(), self.dims[-1:]
         )
@@ -196,8 +194,8 @@ class ContrastiveModule(StageModule):
     def _embeddings(self, batches: Sequence[Batch]) -> Tensor:
         return torch.cat([self._embed(batch) for batch in self.aligned(batches)])
 
-    def _counts(self, batches: Sequence[Batch]) -> Callable[[], list[list[int]]]:
-        """Queries and candidates of every rank, once they are exchanged."""
+    def _counts(self, batches: Sequence[Batch]) -> list[list[int]]:
+        """Queries and candidates of every rank."""
         queries = sum(batch.num_rows for batch in batches)
         samples = sum(batch.num_samples for batch in batches)
         return exchange_counts([queries, samples - queries], self.device)
