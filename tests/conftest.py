@@ -16,18 +16,19 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is looked up on the network
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="cocoa_pl-tests-")
 
+import logging
 import random
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from cocoa_pl.data.items import IMAGE_SLOT, Item
+from tests.files import noise
 
 # transformers takes seconds to import, so only the fixtures that need it do.
 if TYPE_CHECKING:
@@ -98,6 +99,16 @@ def pytest_collection_finish() -> None:
     """Millions of objects of imported modules stay: the garbage collector need not visit them."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def logging_as_before() -> Iterator[None]:
+    """Commands set up logging for themselves."""
+    root = logging.getLogger()
+    level, handlers = root.level, root.handlers[:]
+    yield
+    root.setLevel(level)
+    root.handlers[:] = handlers
 
 
 @pytest.fixture(scope="session")
@@ -246,13 +257,7 @@ def processor(make_processor: Callable[..., Processor]) -> Processor:
 
 @pytest.fixture(scope="session")
 def make_image() -> Callable[..., Image.Image]:
-    """Noise of a given size: no two pixels alike, so nothing can be swapped unseen."""
-
-    def make(size: tuple[int, int], *, seed: int = 0) -> Image.Image:
-        pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3))
-        return Image.fromarray(pixels.astype(np.uint8))
-
-    return make
+    return noise
 
 
 @pytest.fixture(scope="session")

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import multiprocessing
 import runpy
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +27,6 @@ def start_ranks(work: Callable[..., None], *arguments: Any, world: int) -> None:
     """Run `work(rank, *arguments)` in processes that import the libraries once for all."""
     multiprocessing.set_forkserver_preload(["cocoa_pl.run"])
     start_processes(work, args=arguments, nprocs=world, start_method="forkserver")
-
-
-@contextmanager
-def logging_restored() -> Iterator[None]:
-    """Commands set up logging for themselves."""
-    root = logging.getLogger()
-    level, handlers = root.level, root.handlers[:]
-    try:
-        yield
-    finally:
-        root.setLevel(level)
-        root.handlers[:] = handlers
 
 
 def children_of(pid: int) -> list[int]:

@@ -6,7 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +20,8 @@ from cocoa_pl.config.command_line import CONFIGS
 from cocoa_pl.data.digits import DigitsBenchmark
 from cocoa_pl.errors import UserError
 from cocoa_pl.run import open_embedder, score
-from tests.processes import logging_restored, run_script
+from tests.files import write_rows
+from tests.processes import run_script
 from tests.small import SMALL_BENCHMARK, SMALL_DIGITS, SMALL_TRAINING, STAGES
 
 ROOT = CONFIGS.parent
@@ -61,9 +62,7 @@ def command(script: str, *arguments: str, cwd: Path) -> Ended:
 
 
 @pytest.fixture
-def run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Iterator[Run]:
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     """The same in this process, which has everything imported."""
 
     def in_process(script: str, *arguments: str) -> Ended:
@@ -71,8 +70,7 @@ def run(
         status = run_script(ROOT / script, arguments, monkeypatch)
         return Ended(status, *capsys.readouterr())
 
-    with logging_restored():
-        yield in_process
+    return in_process
 
 
 @pytest.fixture(scope="module")
@@ -275,7 +273,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
 def files(tmp_path: Path) -> None:
     """What the mistakes are made with."""
     rows = [{"query_image": "none.png", "positive": f"caption {number}"} for number in range(8)]
-    (tmp_path / "bad.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    write_rows(tmp_path / "bad.jsonl", rows)
     (tmp_path / "folder").mkdir()
     (tmp_path / "stopped").mkdir()
     (tmp_path / "stopped" / "config.yaml").write_text("seed: 0\n")

@@ -5,7 +5,6 @@ losses and the same weights.
 from __future__ import annotations
 
 import csv
-import json
 import os
 import shutil
 import signal
@@ -29,6 +28,7 @@ from cocoa_pl.stages.checkpoint import read, read_chosen, read_weights
 from cocoa_pl.stages.contrastive import ContrastiveModule
 from cocoa_pl.stages.recipe import Interrupted
 from tests.configs import composed
+from tests.files import write_rows
 from tests.processes import start_ranks
 
 STAGES = ("warmup", "reconstruct", "contrast")
@@ -115,11 +115,11 @@ def compose_run(
         text = " ".join([*["a"] * (number // 2), words[number % 8], words[number // 3]])
         query = {"query_image": f"{number}.png"} if number % 3 else {"query": f"the {number}"}
         rows.append(query | {"positive": text})
-    (folder / "pairs.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    write_rows(folder / "pairs.jsonl", rows)
     texts = [
         {"query": f"the {number}", "positive": row["positive"]} for number, row in enumerate(rows)
     ]
-    (folder / "texts.jsonl").write_text("\n".join(json.dumps(row) for row in texts))
+    write_rows(folder / "texts.jsonl", texts)
     paths = {
         "untied": [f"init_from={untied_folder}"],
         "texts": [f"data.path={folder}/texts.jsonl"],

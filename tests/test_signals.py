@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import multiprocessing
 import os
 import signal
@@ -23,7 +22,7 @@ from cocoa_pl.config.process import guarded
 from cocoa_pl.distributed.processes import STOPPING
 from cocoa_pl.embedder import Embedder
 from cocoa_pl.export.folder import export
-from tests.processes import logging_restored, run_script
+from tests.processes import run_script
 from tests.small import SMALL_BENCHMARK, SMALL_DIGITS, SMALL_TRAINING
 
 ROOT = CONFIGS.parent
@@ -146,16 +145,15 @@ def test_training_can_be_stopped_in_every_phase_and_resumed(
     monkeypatch.chdir(tmp_path)
     few = [o for o in SMALL_TRAINING if "epochs" not in o and ("steps" not in o or "contrast" in o)]
     words = [*few, *SMALL_DIGITS, *SMALL_BENCHMARK, cache, "stage=contrast", "hydra.run.dir=run"]
-    with logging_restored():
-        for where, number in PHASES:
-            signal_in(where, number, monkeypatch)
-            assert run_script(ROOT / "train.py", words, monkeypatch) == 130, where
-            said = f"interrupted by {signal.Signals(number).name}\n"
-            if "validation" in where:
-                said = "stopped in contrast at step 2 of 2\n"
-            assert capsys.readouterr().err == said
-            words = ["resume=run"]
-        assert run_script(ROOT / "train.py", words, monkeypatch) == 0
+    for where, number in PHASES:
+        signal_in(where, number, monkeypatch)
+        assert run_script(ROOT / "train.py", words, monkeypatch) == 130, where
+        said = f"interrupted by {signal.Signals(number).name}\n"
+        if "validation" in where:
+            said = "stopped in contrast at step 2 of 2\n"
+        assert capsys.readouterr().err == said
+        words = ["resume=run"]
+    assert run_script(ROOT / "train.py", words, monkeypatch) == 0
     assert (tmp_path / "run" / "results.json").is_file()
 
 
@@ -169,17 +167,16 @@ def test_other_long_commands_can_be_stopped(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(logging.getLogger(), "handlers", [])  # of commands in earlier tests
     export(embedder, tmp_path / "model", lineage=[], settings={})
     capsys.readouterr()
     embed = "cocoa_pl.embedder.Embedder.encode"
-    with logging_restored():
-        signal_in(embed, signal.SIGUSR1, monkeypatch)
-        if command == "mine":
-            status = cocoa(["mine", "model", *SMALL_DIGITS, cache, "out=mined"])
-        else:
-            words = ["ckpt=model", *SMALL_BENCHMARK, cache]
-            status = run_script(ROOT / "evaluate.py", words, monkeypatch)
+    signal_in(embed, signal.SIGUSR1, monkeypatch)
+    if command == "mine":
+        status = cocoa(["mine", "model", *SMALL_DIGITS, cache, "out=mined"])
+    else:
+        status = run_script(
+            ROOT / "evaluate.py", ["ckpt=model", *SMALL_BENCHMARK, cache], monkeypatch
+        )
     assert status == 130
     assert capsys.readouterr().err == "interrupted by SIGUSR1\n"
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes import logging_restored, run_script
+from tests.processes import run_script
 
 SCRIPT = """
 import pathlib, hydra
@@ -42,8 +42,7 @@ def sweep(folder: Path, monkeypatch: pytest.MonkeyPatch, *overrides: str) -> int
     (folder / "config.yaml").write_text(json.dumps(CONFIG))
     monkeypatch.chdir(folder)
     monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)  # as another command may have left it
-    with logging_restored():
-        return run_script(folder / "script.py", overrides, monkeypatch)
+    return run_script(folder / "script.py", overrides, monkeypatch)
 
 
 def test_a_sweep_ends_with_one_summary(

@@ -7,15 +7,14 @@ import shutil
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 from cocoa_pl.embedder import Embedder
 from cocoa_pl.evaluation.results import Results, SubsetScore
 from cocoa_pl.export.folder import export
+from tests.files import write_noise, write_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -71,18 +70,17 @@ def test_the_wheel_holds_what_the_repository_has(installed: Path) -> None:
 
 @pytest.mark.slow
 def test_every_command_runs_from_the_wheel(
-    installed: Path, embedder: Embedder, make_image: Callable[..., Image.Image], tmp_path: Path
+    installed: Path, embedder: Embedder, tmp_path: Path
 ) -> None:
     export(embedder, tmp_path / "run/model", lineage=[])
     for run in ("run", "other"):
         (tmp_path / run).mkdir(exist_ok=True)
         subset = SubsetScore("scene", "Retrieval", True, 0.5, 0.25, 40, 40, 0.1)
         Results("digits", run, (subset,), ()).write_json(tmp_path / run / "results.json")
-    (tmp_path / "pictures").mkdir()
-    rows = [f'{{"query_image": "{n}.png", "positive": "dog {n}"}}\n' for n in range(12)]
-    for number in range(len(rows)):
-        make_image((56, 28), seed=number).save(tmp_path / f"pictures/{number}.png")
-    (tmp_path / "rows.jsonl").write_text("".join(rows))
+    rows = [{"query_image": f"{n}.png", "positive": f"dog {n}"} for n in range(12)]
+    for number, row in enumerate(rows):
+        write_noise(tmp_path / "pictures" / row["query_image"], (56, 28), seed=number)
+    write_rows(tmp_path / "rows.jsonl", rows)
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(COMMANDS), installed],
         cwd=tmp_path,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -12,16 +12,9 @@ from omegaconf import DictConfig
 
 from cocoa_pl.config.command_line import CONFIGS, run_app
 from cocoa_pl.errors import UserError, typed
-from tests.processes import logging_restored
 
 ROOT = CONFIGS.parent
 Start = Callable[..., list[DictConfig]]
-
-
-@pytest.fixture(autouse=True)
-def logging_as_before() -> Iterator[None]:
-    with logging_restored():
-        yield
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ from cocoa_pl.config.command_line import compose_overrides
 from cocoa_pl.data.items import IMAGE_SLOT, EvalSubset, Item
 from cocoa_pl.data.mmeb_eval import READERS, MmebBenchmark
 from cocoa_pl.errors import UserError
+from tests.files import write_rows
 
 SLOT = IMAGE_SLOT
 CONFIGS = Path(__file__).parents[2] / "conf" / "benchmark"
@@ -57,8 +58,7 @@ def benchmark(root: Path, **changes: Any) -> MmebBenchmark:
 
 
 def write(root: Path, subset: str, rows: list[dict[str, Any]]) -> None:
-    (root / subset).mkdir(exist_ok=True)
-    pq.write_table(pa.Table.from_pylist(rows), root / subset / "test-00000-of-00001.parquet")
+    write_rows(root / subset / "test-00000-of-00001.parquet", rows)
 
 
 def read(

@@ -20,6 +20,7 @@ from cocoa_pl.data.pairs import Pairs
 from cocoa_pl.data.rows import KEPT, RowErrors
 from cocoa_pl.data.sources import PairSource
 from cocoa_pl.errors import UserError
+from tests.files import write_rows
 
 MakeSource = Callable[..., PairSource]
 Read = Callable[..., Pairs]
@@ -43,14 +44,7 @@ def read(tmp_path: Path, pair_source: MakeSource) -> Read:
 
 
 def write(path: Path, *rows: Any) -> Path:
-    if path.suffix == ".parquet":
-        names = dict.fromkeys(name for row in rows for name in row)
-        pq.write_table(pa.table({name: [row.get(name) for row in rows] for name in names}), path)
-    elif path.suffix == ".json":
-        path.write_text(json.dumps(rows))
-    else:
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    return write_rows(path, rows)
 
 
 def texts(pairs: Pairs) -> list[str]:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
@@ -18,6 +15,7 @@ from PIL import Image
 from cocoa_pl.data import sources
 from cocoa_pl.data.sources import DataOfStages, PairSource, local_folder, source_of
 from cocoa_pl.errors import UserError
+from tests.files import write_rows
 
 DataConfig = Callable[[str], dict[str, Any]]
 MakeSource = Callable[..., PairSource]
@@ -38,8 +36,7 @@ def row(number: int, **changes: str) -> dict[str, str]:
 
 
 def write(root: Path, subset: str, rows: list[dict[str, Any]], *, file: str = "original-0") -> None:
-    (root / subset).mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.Table.from_pylist(rows), root / subset / f"{file}.parquet")
+    write_rows(root / subset / f"{file}.parquet", rows)
 
 
 @pytest.fixture
@@ -59,8 +56,7 @@ def own(tmp_path: Path, pair_source: MakeSource) -> MakeSource:
     """`data=pairs` with these rows."""
 
     def make(rows: list[dict[str, Any]], *, name: str = "dogs.jsonl", **changes: Any) -> PairSource:
-        path = tmp_path / name
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        path = write_rows(tmp_path / name, rows)
         return pair_source("pairs", path=str(path), image_root=str(tmp_path), **changes)
 
     return make
@@ -120,7 +116,7 @@ def test_repeated_rows_are_left_out_and_counted(
 def test_arrays_of_a_folder_are_subsets(tmp_path: Path, pair_source: MakeSource) -> None:
     rows = [{"image_path": "a.png", "caption": f"caption {n}", "id": n} for n in (0, 0, 1, 2)]
     for name in ("more", "captions"):
-        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+        write_rows(tmp_path / f"{name}.json", rows)
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
     root = str(tmp_path)
     data = pair_source("cocoa_json", root=root, image_root=root, max_rows=3)

@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from torch import Tensor, nn
@@ -28,6 +26,7 @@ from cocoa_pl.data.sources import PairSource
 from cocoa_pl.data.stream import PairStream
 from cocoa_pl.errors import UserError
 from tests.data.loading import COLLATOR, mixing, stage_data
+from tests.files import write_rows
 
 MakeStream = Callable[..., PairSource]
 A_ROWS, B_ROWS = 23, 17
@@ -139,9 +138,7 @@ def test_generative_stage_passes_over_rows_of_two_images(
     image = {"pos_text": "<|image_1|>", "pos_image_path": "images/A1.png"}
     row = {"qry": "<|image_1|>", "qry_image_path": "images/A0.png"}
     caption = {"pos_text": "a caption", "pos_image_path": ""}
-    (tmp_path / "A").mkdir()
-    table = pa.Table.from_pylist([row | image, row | caption])
-    pq.write_table(table, tmp_path / "A/original-0.parquet")
+    write_rows(tmp_path / "A/original-0.parquet", [row | image, row | caption])
     stream = make_stream(path=str(tmp_path), subsets=["A"]).train_pairs()
     assert texts(reader(stream.describing(None)), 3) == ["a caption"] * 3
     assert len(set(texts(reader(stream), 2))) == 2

@@ -4,19 +4,14 @@ so that commands which name them can be run.
 
 from __future__ import annotations
 
-import json
 import random
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-from PIL import Image
-
 from cocoa_pl.config.build import build
 from cocoa_pl.config.command_line import compose_overrides
 from cocoa_pl.data.mmeb_eval import READERS
+from tests.files import write_noise, write_rows
 
 ROWS, IMAGES = 20, 24
 PLACEHOLDER = "<|image_1|>"
@@ -27,11 +22,11 @@ def write_published(folder: Path) -> None:
     mmeb = compose_overrides("train", ["data=mmeb", "data.root=x"]).data.subsets
     _images(folder / "MMEB-train" / "images")
     for subset in mmeb:
-        _table(folder / "MMEB-train" / subset / "original-0.parquet", _pairs(subset, "images"))
+        write_rows(folder / "MMEB-train" / subset / "original-0.parquet", _pairs(subset, "images"))
     moca = compose_overrides("train", ["data=moca_cl", "data.root=x"]).data.subsets
     _images(folder / "IMAGES" / "images")
     for subset in moca:
-        _table(folder / "MoCa-CL-Pairs" / subset / "train-0.parquet", _pairs(subset, "images"))
+        write_rows(folder / "MoCa-CL-Pairs" / subset / "train-0.parquet", _pairs(subset, "images"))
     for name, root, pictures in (
         ("mmeb_v1", "MMEB-eval", "MMEB-eval/eval_images/x"),
         ("mmeb_v2", "MMEB_Test_Instruct", "MMEB-V2/image-tasks/x"),
@@ -43,11 +38,11 @@ def write_published(folder: Path) -> None:
             slots = "" if "reader" in about else PLACEHOLDER
             sees = READERS[about.reader].query == "image" if "reader" in about else True
             rows = _tasks(subset, slots=slots, sees=sees)
-            _table(folder / root / subset / "test-0.parquet", rows)
+            write_rows(folder / root / subset / "test-0.parquet", rows)
     _images(folder / "MY_EVAL" / "x")
     for subset in ("RefCOCO", "Manuals"):
         rows = _tasks(subset, slots=PLACEHOLDER, sees=True)
-        _table(folder / "MY_EVAL" / subset / "test-0.parquet", rows)
+        write_rows(folder / "MY_EVAL" / subset / "test-0.parquet", rows)
     for name, keys in (
         ("CAPTIONS", ("image_path", "caption")),
         ("QUERIES", ("qry_image_path", "pos_text")),
@@ -58,7 +53,7 @@ def write_published(folder: Path) -> None:
         if name == "QUERIES":
             rows = [{"qry": f"{PLACEHOLDER}\nsay it", **row} for row in rows]
         _images(folder / name / "images")
-        (folder / name / "part.json").write_text(json.dumps(rows))
+        write_rows(folder / name / "part.json", rows)
 
 
 def write_models(folder: Path, *, texts: list[str]) -> dict[str, Path]:
@@ -76,15 +71,8 @@ def write_models(folder: Path, *, texts: list[str]) -> dict[str, Path]:
 
 
 def _images(folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     for number in range(IMAGES):
-        pixels = np.random.default_rng(number).integers(0, 256, (56, 56, 3))
-        Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{number}.png")
-
-
-def _table(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.Table.from_pylist(rows), path)
+        write_noise(folder / f"{number}.png", (56, 56), seed=number)
 
 
 def _pairs(subset: str, images: str) -> list[dict[str, str]]:

@@ -24,7 +24,8 @@ from cocoa_pl.embedder import Embedder
 from cocoa_pl.models.loading import FAMILIES, Loaded, load
 from tests.docs.pages import HERE, PAGES, PYTHON, ROOT
 from tests.docs.published import write_models, write_published
-from tests.processes import logging_restored, run_script
+from tests.files import write_noise
+from tests.processes import run_script
 from tests.small import SMALL_BENCHMARK, SMALL_DIGITS, SMALL_TRAINING, STAGES
 
 
@@ -42,9 +43,7 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "docs").symlink_to(ROOT / "docs")
     dogs = [f"images/dogs/{number}.jpg" for number in range(40)]
     for number, path in enumerate(("scene.png", "pictures/a.png", "pictures/b.png", *dogs)):
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        pixels = np.random.default_rng(number).integers(0, 256, (56, 56, 3))
-        Image.fromarray(pixels.astype(np.uint8)).save(folder / path)
+        write_noise(folder / path, (56, 56), seed=number)
     row = re.search(r'^{"query_image": "dogs/7.jpg".*}$', PAGES[0].read_text(), re.MULTILINE)
     assert row
     rows = [row[0].replace("7", str(n)).replace("sofa", f"sofa {n}") for n in range(40)]
@@ -65,8 +64,7 @@ def as_before(sandbox: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.chdir(sandbox)
     monkeypatch.setattr("cocoa_pl.for_mteb.digits.CACHE_DIR", str(sandbox / ".cache"))
     families = dict(FAMILIES)
-    with logging_restored():
-        yield
+    yield
     FAMILIES.clear()
     FAMILIES.update(families)
 

@@ -9,14 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from rich.console import Console
 
-COLUMNS = ("qry", "qry_image_path", "pos_text", "pos_image_path", "neg_text", "neg_image_path")
+from tests.files import write_noise, write_rows
+
 MAX_LENGTH = 18  # tokens: an image of 112 x 112 takes 19 with its marks and EOS
 
 # Small enough for a dozen rows, and small files of a model that is built at once.
@@ -47,14 +45,6 @@ class Checkup:
         return [finding for finding in self.report["findings"] if finding["kind"] == kind]
 
 
-def noise(path: Path, size: tuple[int, int], *, seed: int) -> Path:
-    """A picture that no other seed gives."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3))
-    Image.fromarray(pixels.astype(np.uint8)).save(path)
-    return path
-
-
 def row(image: str = "", caption: str = "a dog", **changes: Any) -> dict[str, Any]:
     """A healthy row: an image with a question, and its caption."""
     return {
@@ -68,13 +58,9 @@ def row(image: str = "", caption: str = "a dog", **changes: Any) -> dict[str, An
     }
 
 
-def write_rows(root: Path, rows: list[dict[str, Any]], *, subset: str = "Set") -> Path:
+def write_set(root: Path, rows: list[dict[str, Any]]) -> Path:
     """Training rows in MMEB's layout."""
-    (root / subset).mkdir(parents=True, exist_ok=True)
-    schema = pa.schema([(name, pa.string()) for name in COLUMNS])
-    pq.write_table(
-        pa.Table.from_pylist(rows, schema=schema), root / subset / "original-00000-of-1.parquet"
-    )
+    write_rows(root / "Set/original-00000-of-1.parquet", rows)
     return root
 
 
@@ -82,14 +68,14 @@ def issues(root: Path) -> dict[str, dict[str, Any]]:
     """Issue -> the row that has it; files are written below `root`."""
     images = root / "images"
     for number in range(12):
-        noise(images / f"{number}.png", (28, 28), seed=number)
-    noise(root.parent / "outside.png", (28, 28), seed=100)
+        write_noise(images / f"{number}.png", seed=number)
+    write_noise(root.parent / "outside.png", seed=100)
     (images / "corrupt.png").write_bytes(b"not a picture at all")
     whole = io.BytesIO()
     Image.open(images / "1.png").resize((200, 200)).save(whole, "JPEG")
     (images / "cut.jpg").write_bytes(whole.getvalue()[:700])
-    noise(images / "long.png", (1, 300), seed=101)
-    noise(images / "large.png", (112, 112), seed=102)
+    write_noise(images / "long.png", (1, 300), seed=101)
+    write_noise(images / "large.png", (112, 112), seed=102)
     (images / "copy.png").write_bytes((images / "0.png").read_bytes())
     return {
         "healthy": row("images/0.png", "a red dog"),

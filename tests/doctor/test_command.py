@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from cocoa_pl import cli
 from cocoa_pl.config.process import MISTAKE
 from cocoa_pl.errors import UserError
+from tests.files import write_noise, write_rows
 
-from .conftest import SMALL, Checkup, mmeb, noise, row, write_rows
+from .conftest import SMALL, Checkup, mmeb, row, write_set
 
 FEW_DIGITS = (
     *("data.scenes=60", "data.task_rows=20", "data.validation_rows=60"),
@@ -28,13 +25,8 @@ def healthy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of eight healthy rows."""
     root = tmp_path_factory.mktemp("healthy")
     for number in range(8):
-        noise(root / f"images/{number}.png", (28, 28), seed=number)
-    return write_rows(root, [row(f"images/{n}.png", f"dog number {n}") for n in range(8)])
-
-
-def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
-    path.write_text("".join(json.dumps(content) + "\n" for content in rows))
-    return path
+        write_noise(root / f"images/{number}.png", seed=number)
+    return write_set(root, [row(f"images/{n}.png", f"dog number {n}") for n in range(8)])
 
 
 def test_digits_are_healthy(check_up: Callable[..., Checkup]) -> None:
@@ -103,14 +95,14 @@ def test_validation_rows_that_are_trained_on_are_found(
 ) -> None:
     """By content: the same picture under another name is the same picture."""
     for number in range(6):
-        noise(tmp_path / f"{number}.png", (28, 28), seed=number)
+        write_noise(tmp_path / f"{number}.png", seed=number)
     for number in range(3):
         (tmp_path / f"copy{number}.png").write_bytes((tmp_path / f"{number}.png").read_bytes())
-    train = write_jsonl(
+    train = write_rows(
         tmp_path / "train.jsonl",
         [{"query_image": f"{n}.png", "query": "Name it", "positive": f"dog {n}"} for n in range(6)],
     )
-    held_out = write_jsonl(
+    held_out = write_rows(
         tmp_path / "held_out.jsonl",
         [
             {"query_image": "copy0.png", "query": "Name it", "positive": "dog 0"},
@@ -134,7 +126,7 @@ def test_rows_of_the_benchmark_that_are_trained_on_are_found(
     healthy: Path, tmp_path: Path, check_up: Callable[..., Checkup]
 ) -> None:
     """The right answer of a row counts, wrong candidates do not; bad rows stop the evaluation."""
-    noise(tmp_path / "new.png", (28, 28), seed=50)
+    write_noise(tmp_path / "new.png", seed=50)
     (tmp_path / "old.png").write_bytes((healthy / "images/2.png").read_bytes())
     question = "<|image_1|>\nName it"
     rows = [
@@ -146,10 +138,9 @@ def test_rows_of_the_benchmark_that_are_trained_on_are_found(
         {"qry_text": question, "qry_img_path": image, "tgt_text": texts, "tgt_img_path": ["", ""]}
         for image, texts in rows
     ]
-    for subset in ("Broken", "Exam"):
-        (tmp_path / subset).mkdir()
+    (tmp_path / "Broken").mkdir()
     (tmp_path / "Broken/test-0.parquet").write_text("no table")
-    pq.write_table(pa.Table.from_pylist(content), tmp_path / "Exam/test-0.parquet")
+    write_rows(tmp_path / "Exam/test-0.parquet", content)
     found = check_up(
         *(o for o in mmeb(healthy) if not o.startswith("evaluate")),
         *("benchmark=mmeb", f"benchmark.root={tmp_path}"),
@@ -167,7 +158,7 @@ def test_rows_of_the_benchmark_that_are_trained_on_are_found(
 def test_stages_with_data_of_their_own_are_checked_apart(
     healthy: Path, tmp_path: Path, check_up: Callable[..., Checkup]
 ) -> None:
-    captions = write_jsonl(
+    captions = write_rows(
         tmp_path / "captions.jsonl",
         [{"query_image": f"images/{n}.png", "positive": f"picture {n}"} for n in range(7)]
         + [{"query_image": name, "positive": "nothing"} for name in ("gone.png", "\ud800.png")],

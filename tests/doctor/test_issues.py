@@ -17,8 +17,9 @@ from cocoa_pl.errors import UserError
 from cocoa_pl.models.qwen_vl import Qwen2VLBackbone
 from tests.configs import composed
 from tests.docs.pages import pattern_of, troubles
+from tests.files import write_noise
 
-from .conftest import MAX_LENGTH, Checkup, issues, mmeb, noise, row, write_rows
+from .conftest import MAX_LENGTH, Checkup, issues, mmeb, row, write_set
 
 # Kind -> the rows that have it, by their names in `issues`, with role and file of the first one;
 # kinds that are not here are absent.
@@ -47,7 +48,7 @@ EXPECTED = {
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a row of each issue."""
     root = tmp_path_factory.mktemp("issues") / "root"
-    return write_rows(root, list(issues(root).values()))
+    return write_set(root, list(issues(root).values()))
 
 
 @pytest.fixture(scope="module")
@@ -157,16 +158,16 @@ def test_a_row_stops_training_exactly_if_it_is_reported_so(
     alone = tmp_path / "root"
     stopped = set()
     for name, content in issues(alone).items():
-        if stops(write_rows(alone, [content])):
+        if stops(write_set(alone, [content])):
             stopped.add(numbers[name])
     assert stopped == expected
 
 
 def test_healthy_rows_are_healthy(tmp_path: Path, check_up: Callable[..., Checkup]) -> None:
     for number in range(6):
-        noise(tmp_path / f"images/{number}.png", (28, 56), seed=number)
+        write_noise(tmp_path / f"images/{number}.png", (28, 56), seed=number)
     rows = [row(f"images/{number}.png", f"dog {number}") for number in range(6)]
-    healthy = check_up(*mmeb(write_rows(tmp_path, rows)))
+    healthy = check_up(*mmeb(write_set(tmp_path, rows)))
     assert healthy.status == 0
     assert healthy.report["kinds"] == {}
     assert "nothing would stop training" in healthy.text
@@ -188,11 +189,11 @@ def test_a_stage_that_finds_no_captions_is_named_and_the_others_are_measured(
 ) -> None:
     rows = []
     for number in range(4):
-        noise(tmp_path / f"images/{number}.png", (28, 28), seed=number)
-        noise(tmp_path / f"images/{number}b.png", (28, 28), seed=number + 10)
+        write_noise(tmp_path / f"images/{number}.png", seed=number)
+        write_noise(tmp_path / f"images/{number}b.png", seed=number + 10)
         both = {"pos_image_path": f"images/{number}b.png"}
         rows.append(row(f"images/{number}.png", f"<|image_1|> of dog {number}", **both))
-    found = check_up(*mmeb(write_rows(tmp_path, rows)))
+    found = check_up(*mmeb(write_set(tmp_path, rows)))
     stages = [finding["message"].partition(":")[0] for finding in found.findings("too_few_rows")]
     assert stages == ["stage pretrain", "stage warmup", "stage reconstruct"]
     assert [one["stages"] for one in found.report["lengths"]] == [["contrast"]]

@@ -19,8 +19,7 @@ from cocoa_pl.doctor.check import Checkup
 from cocoa_pl.doctor.measure import NUM_BINS, Images, count_tokens, in_workers, length_facts
 from cocoa_pl.doctor.report import KEPT, facts_of, findings_of
 from cocoa_pl.errors import UserError
-
-from .conftest import noise
+from tests.files import write_noise
 
 
 def unwatched(values: Any, label: str, total: int) -> Any:
@@ -37,7 +36,7 @@ def random_pairs(folder: Path, count: int) -> list[Pair]:
     pairs = []
     for number in range(count):
         sizes = rng.integers(10, 130, (2, 2)).tolist()
-        image = noise(folder / f"{number}.png", tuple(sizes[0]), seed=number)
+        image = write_noise(folder / f"{number}.png", tuple(sizes[0]), seed=number)
         words = " ".join(rng.choice(["a", "dog", "boats", "sleeping"], rng.integers(1, 9)))
         query = Item(f"look {IMAGE_SLOT} {words}", (image,)) if number % 3 else Item(words)
         pairs.append(Pair(query, Item(f"{words} {number}"), (), "Set", f"Set row {number}"))
@@ -86,7 +85,7 @@ def _die(numbers: list[int]) -> list[int]:
 
 
 def test_images_are_known_by_content(tmp_path: Path) -> None:
-    path = noise(tmp_path / "a.png", (20, 30), seed=0)
+    path = write_noise(tmp_path / "a.png", (20, 30), seed=0)
     content = path.read_bytes()
     media = (path, content, bytes(content), b"no picture", tmp_path / "none.png")
     items = [Item(IMAGE_SLOT, (image,)) for image in media]

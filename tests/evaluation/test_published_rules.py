@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
@@ -22,6 +20,7 @@ from cocoa_pl.data.items import IMAGE_SLOT, Item
 from cocoa_pl.data.mmeb_eval import MmebBenchmark
 from cocoa_pl.evaluation.benchmark import score_subsets
 from cocoa_pl.evaluation.vectors import encode_once
+from tests.files import write_rows
 
 PLACEHOLDER = "<|image_1|>"
 DISTINCT = 9  # vectors: far fewer than items, so that many tie
@@ -52,8 +51,7 @@ def encode(items: Sequence[Item]) -> Vector:
 
 def scored(root: Path, rows: list[dict[str, Any]], **listed: Any) -> float:
     """Precision@1 of a benchmark whose only subset has these rows."""
-    (root / "A").mkdir()
-    pq.write_table(pa.Table.from_pylist(rows), root / "A" / "test-00000-of-00001.parquet")
+    write_rows(root / "A" / "test-00000-of-00001.parquet", rows)
     benchmark = MmebBenchmark(
         name="mmeb",
         root=str(root),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +16,11 @@ from cocoa_pl.evaluation.results import Results, SubsetScore, TaskScore
 from cocoa_pl.export import command
 from cocoa_pl.export.folder import export
 from cocoa_pl.export.parity import Compared, images_only
-from tests.processes import logging_restored
 
 STAGE = {"stage": "contrast", "steps": 7, "batch_size": 4, "lr": 1e-4, "policy": "all", "seed": 3}
 SCORES = Results(
     "digits", "run", (SubsetScore("scene", "Retrieval", True, 0.5, 0.25, 40, 40, 0.1),), ()
 )
-
-
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    with logging_restored():
-        yield
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 
 import pytest
@@ -12,6 +11,7 @@ from cocoa_pl.config.build import build
 from cocoa_pl.data.processor import Processor
 from cocoa_pl.models.loading import Loaded
 from tests.configs import composed
+from tests.files import write_rows
 from tests.stages.lab import Lab
 
 COLOURS = ("red", "green", "two", "old")
@@ -36,7 +36,7 @@ def lab(
             {"query": "what is it", "query_image": f"{number}.png", "positive": caption},
         )
     for name, part in (("train", rows[:TRAINING_ROWS]), ("validation", rows[TRAINING_ROWS:])):
-        (root / f"{name}.jsonl").write_text("\n".join(json.dumps(row) for row in part))
+        write_rows(root / f"{name}.jsonl", part)
     overrides = [
         *("data=pairs", f"data.path={root}/train.jsonl", f"data.image_root={root}"),
         *(f"data.validation_path={root}/validation.jsonl", "data.validation_fraction=0"),

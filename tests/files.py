@@ -1,0 +1,42 @@
+"""Files that tests write."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+
+def noise(size: tuple[int, int], *, seed: int = 0) -> Image.Image:
+    """No two pixels alike, so nothing can be swapped unseen, and no other seed gives it.
+
+    Args:
+        size: width and height.
+    """
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3))
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+def write_noise(path: Path, size: tuple[int, int] = (28, 28), *, seed: int = 0) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    noise(size, seed=seed).save(path)
+    return path
+
+
+def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
+    """As the suffix says: a line of JSON each, one array, or parquet."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".parquet":
+        names = dict.fromkeys(name for row in rows for name in row)
+        pq.write_table(pa.table({name: [row.get(name) for row in rows] for name in names}), path)
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows))
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
