@@ -62,11 +62,17 @@ class Interrupted(BaseException):
     """
 
 
-def visible(text: object) -> str:
-    """A text for the eye: what would act on a terminal, or is in no encoding, as an escape."""
+def visible(text: object, *, lines: bool = False) -> str:
+    """A text for the eye: what would act on a terminal, is in no encoding or may be in no page, as
+    an escape; with `lines`, tabs and line ends stay.
+    """
     return re.sub(
-        r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]",
-        lambda match: match[0].encode("unicode_escape").decode(),
+        r"[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]",
+        lambda found: (
+            found[0]
+            if lines and found[0] in "\t\r\n"
+            else found[0].encode("unicode_escape").decode()
+        ),
         str(text),
     )
 

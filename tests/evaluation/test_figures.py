@@ -1,16 +1,18 @@
-"""The map of a report and its histograms, on vectors whose places are known."""
+"""Figures of a report: a map of vectors whose places are known, curves, and grids of policies."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from cocoa_pl.attention import Policy
 from cocoa_pl.data.items import EvalSubset, Item
+from cocoa_pl.errors import UserError
 from cocoa_pl.evaluation.benchmark import score_subsets
-from cocoa_pl.evaluation.figures import EDGES, Mapped, binned, flattened, histogram, sample
+from cocoa_pl.evaluation.figures import Mapped, flattened, read_panels, sample
 from cocoa_pl.evaluation.report import Provenance
 from cocoa_pl.evaluation.vectors import encode_once
 
@@ -63,21 +65,39 @@ def test_rows_are_spread_over_every_subset(
     assert [place.subset for place in space.places] == ["a"] * 20 + ["b"] * 20
 
 
-def test_histograms_count_rows_by_cosine_and_bars_are_those_of_the_filled_bins() -> None:
-    positive = binned(np.array([1.0000001, 0.99, 0.52, -1], np.float32))
-    assert len(positive) == len(EDGES) - 1 == 40
-    bins = {(EDGES[n], count) for n, count in enumerate(positive) if count}
-    assert bins == {(0.95, 2), (0.5, 1), (-1.0, 1)}
-    hardest = binned(np.array([0.5, np.nan, -np.inf, 0.01], np.float32))
-    assert sum(hardest) == 2  # a row with one candidate has no negative
-    bars = histogram(positive, hardest)
-    assert (bars["low"], bars["high"]) == (-1, 1)
-    assert [height for _, _, height in bars["positive"]] == [50, 50, 100]
-    assert bars["hardest"] == [(150, 7.5, 50), (225, 7.5, 50)]
-    bars = histogram([0, 0, 4, 0, 1, 0], [0, 2, 0, 0, 0, 0])
-    assert (bars["low"], bars["high"]) == (EDGES[1], EDGES[5])
-    assert bars["positive"] == [(75, 75, 100), (225, 75, 25)]
-    assert bars["hardest"] == [(0, 75, 50)]
+METRICS = """stage,step,name,value
+warmup,0,train/loss_mntp,2.5
+warmup,1,train/loss_mntp,nan
+warmup,2,train/loss_mntp,1.5
+warmup,2,val/loss_mntp,1.75
+warmup,2,train/tokens_per_second,900
+contrast,0,train/loss,4.85
+contrast,1,train/loss,-0.5
+"""
+
+
+def test_panels_gather_losses_by_stage_and_skip_what_is_not_finite(tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").write_text(METRICS)
+    mntp, contrast = read_panels({"": tmp_path / "metrics.csv"})
+    assert (mntp.stage, mntp.name, mntp.left_out) == ("warmup", "loss_mntp", 1)
+    assert mntp.curves == {"train": [[0, 2.5], [2, 1.5]], "val": [[2, 1.75]]}
+    assert mntp[3:7] == (0, 2, 0, 2.5)  # steps, and values from zero
+    assert contrast.low == -0.5
+    (_, alone) = read_panels({"a": tmp_path / "metrics.csv"}, only="train")
+    assert list(alone.curves) == ["a train"]
+
+
+def test_long_curves_are_thinned_to_means_and_other_columns_refused(tmp_path: Path) -> None:
+    file = tmp_path / "m.csv"
+    lines = [f"s,{step},train/loss,{step % 2}" for step in range(1000)]
+    file.write_text("stage,step,name,value\n" + "\n".join(lines))
+    (panel,) = read_panels({"": file})
+    assert len(panel.curves["train"]) == 200
+    assert panel.curves["train"][:2] == [[4, 0.4], [9, 0.6]]
+    for text in ("step,loss\n1,2\n", "stage,step,name,value\ns,0,loss,much\n", ""):
+        file.write_text(text)
+        with pytest.raises(UserError, match="expected the columns stage,step,name,value"):
+            read_panels({"": file})
 
 
 def test_grids_show_each_policy_once_and_who_uses_it() -> None:

@@ -217,7 +217,7 @@ def test_scores_and_differences_stand_side_by_side_and_rows_can_be_hidden(
     assert len(side_by_side.find_elements("css selector", "polyline")) == 2  # of training
     (legend,) = texts(side_by_side, ".legend")
     assert "first train 1" in legend
-    assert "other <b> #1 100% ? \ufffd train 1" in legend
+    assert r"other <b> #1 100% ? \udcff train 1" in legend
     assert side_by_side.get_log("browser") == []
     assert_fits(side_by_side)
     assert visible(side_by_side, "#score-table tr.subset") == 3
@@ -235,6 +235,6 @@ def test_configs_that_differ_are_shown_and_names_lead_to_reports(side_by_side: A
         "stage.first.lr 2 –",  # noqa: RUF001
     ]
     links = side_by_side.find_elements("css selector", ".headline a")
-    assert [link.text for link in links] == ["first", "other <b> #1 100% ? \ufffd"]
+    assert [link.text for link in links] == ["first", r"other <b> #1 100% ? \udcff"]
     side_by_side.get(links[1].get_attribute("href"))
     assert side_by_side.find_element("css selector", "body").text == "its own"

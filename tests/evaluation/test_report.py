@@ -21,7 +21,6 @@ from cocoa_pl.attention import Policy
 from cocoa_pl.data.items import IMAGE_SLOT, EvalSubset, Item
 from cocoa_pl.errors import UserError
 from cocoa_pl.evaluation.benchmark import score_subsets
-from cocoa_pl.evaluation.figures import read_panels
 from cocoa_pl.evaluation.report import (
     COLUMNS,
     OWN,
@@ -144,7 +143,7 @@ def test_what_there_is_nothing_of_is_left_out_and_no_character_that_a_page_may_n
     for absent in ("gallery", "map", "training"):
         assert f'id="{absent}"' not in page
     assert "<img" not in page
-    assert "a\ufffdb\ufffd[2J\ufffd\ufffd\ufffd\t\n" in page
+    assert r"a\x00b\x1b[2J\x85\udcff\ufffe" + "\t\n" in page
 
 
 def test_terminal_and_page_have_every_score_and_means_unless_subsets_are_a_choice(
@@ -169,29 +168,6 @@ def test_small_pictures_keep_their_pixels_and_large_ones_shrink() -> None:
     assert (small.width, small.height, small.pixelated) == (56, 112, True)
     assert (large.width, large.height, large.pixelated) == (112, 2, False)
     assert large.uri.startswith("data:image/jpeg;base64,")
-
-
-def test_panels_gather_losses_by_stage_and_skip_what_is_not_finite(tmp_path: Path) -> None:
-    (tmp_path / "metrics.csv").write_text(METRICS)
-    mntp, contrast = read_panels({"": tmp_path / "metrics.csv"})
-    assert (mntp.stage, mntp.name, mntp.left_out) == ("warmup", "loss_mntp", 1)
-    assert [(curve.label, curve.last) for curve in mntp.curves] == [("train", 1.5), ("val", 1.75)]
-    assert (mntp.low, mntp.high, mntp.last_step) == (0.0, 2.5, 2)
-    assert mntp.curves[0].points == "0.0,0.0 300.0,40.0"
-    assert contrast.low == -0.5
-
-
-def test_long_curves_are_thinned_to_means_and_other_columns_refused(tmp_path: Path) -> None:
-    file = tmp_path / "m.csv"
-    lines = [f"s,{step},train/loss,{step % 2}" for step in range(1000)]
-    file.write_text("stage,step,name,value\n" + "\n".join(lines))
-    (panel,) = read_panels({"": file})
-    assert len(panel.curves[0].points.split()) == 200
-    assert (panel.first_step, panel.last_step) == (0, 999)
-    for text in ("step,loss\n1,2\n", "stage,step,name,value\ns,0,loss,much\n", ""):
-        file.write_text(text)
-        with pytest.raises(UserError, match="expected the columns stage,step,name,value"):
-            read_panels({"": file})
 
 
 # --- Beside published scores ---
@@ -240,16 +216,9 @@ def test_published_means_agree_with_their_own_groups() -> None:
         assert by_split == pytest.approx(row["overall"], abs=0.15), row["model"]
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"vqa": None}, "vqa of X is None"),
-        ({"vqa": 0.5 * 1000}, "vqa of X is 500.0, not a percentage"),
-        ({"more": 1}, "the row of X must have .*; see more"),
-    ],
-)
-def test_a_row_that_does_not_fit_is_refused(change: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=message):
+@pytest.mark.parametrize("change", [{"vqa": None}, {"vqa": 500}, {"more": 1}])
+def test_a_row_that_does_not_fit_is_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="the row of X must have model and, in percent, classif"):
         published_rows(RESULTS, [{**ROWS[0], "model": "X", **change}])
 
 

@@ -22,6 +22,7 @@ from cocoa_pl.evaluation.scoring import (
     CUTS,
     TIE,
     Ranks,
+    binned,
     check_embeddings,
     metrics,
     rank_positives,
@@ -149,6 +150,12 @@ def test_a_tie_goes_to_the_positive_and_by_the_strict_rule_against_it() -> None:
     assert (found["recall_at_5"], found["recall_at_5_strict"]) == (1, 0)
     assert found["ndcg_at_10"] == pytest.approx(1 / np.log2(4))
     assert found["ndcg_at_10_strict"] == pytest.approx(1 / np.log2(7))
+
+
+def test_cosines_are_counted_in_forty_bins() -> None:
+    counts = binned(np.array([1.0000001, 0.99, 0.52, -1, np.nan, -np.inf], np.float32))
+    assert {n: count for n, count in enumerate(counts) if count} == {0: 1, 30: 1, 39: 2}
+    assert len(counts) == 40
 
 
 # --- Embeddings that are refused ---

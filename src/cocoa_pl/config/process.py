@@ -55,6 +55,7 @@ HARMLESS = (
     "It is recommended to use .*sync_dist=True",  # values are summed over ranks before
     "You're resuming from a checkpoint that ended before",  # the sampler counts steps, not epochs
     "Checkpoint directory .* exists and is not empty",  # last.ckpt is there
+    "Image size .* could be decompression bomb",  # twice that size is refused
     "FSDP2-wrapped module .* returned a view tensor",  # nothing writes into the states it returns
 )
 

@@ -14,11 +14,12 @@ import torch
 
 from cocoa_pl.data.items import EvalSubset
 from cocoa_pl.errors import UserError
-from cocoa_pl.evaluation.figures import MAPPED_ROWS, Mapped, binned, flattened, sample
+from cocoa_pl.evaluation.figures import MAPPED_ROWS, Mapped, flattened, sample
 from cocoa_pl.evaluation.results import GalleryRow, RankedCandidate, Results, SubsetScore
 from cocoa_pl.evaluation.scoring import (
     Floats,
     Ranks,
+    binned,
     check_embeddings,
     evenly_spaced,
     metrics,

@@ -10,7 +10,6 @@ import argparse
 import base64
 import datetime
 import io
-import json
 import math
 import os
 import textwrap
@@ -19,17 +18,16 @@ from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from statistics import NormalDist
-from typing import IO, Any, NamedTuple
+from typing import IO, NamedTuple
 from urllib.parse import quote
 
 import pandas as pd
-import yaml
 from rich.console import Console
 from rich.table import Table
 
-from cocoa_pl.errors import UserError, typed
+from cocoa_pl.errors import UserError, typed, visible
 from cocoa_pl.evaluation.figures import read_panels
-from cocoa_pl.evaluation.report import UNSEEN, markdown, percent, plain_table, shown, write_page
+from cocoa_pl.evaluation.report import markdown, percent, plain_table, shown, write_page
 from cocoa_pl.evaluation.results import (
     CONFIDENCE,
     Results,
@@ -37,6 +35,7 @@ from cocoa_pl.evaluation.results import (
     mean_score,
     read_config,
     read_results,
+    read_yaml,
 )
 
 MOST_CURVES = 6  # more cannot be distinguished
@@ -45,8 +44,7 @@ MARKS = {"": "", "above": "+", "below": "-"}
 Key = tuple[str, str]  # `mean`, `width`, `group`, `subset` or `task`, and its name
 
 
-@dataclass(frozen=True)
-class Run:
+class Run(NamedTuple):
     """A run folder, what was overridden for it and, unless `missing` says why not, its results."""
 
     folder: Path
@@ -54,24 +52,17 @@ class Run:
     results: Results | None
     missing: str = ""
 
-    @property
-    def words(self) -> str:
-        return " ".join(f"{k}={v}" for k, v in self.overrides.items()) or str(self.folder)
-
 
 def read_run(folder: Path) -> Run:
     """A run with what Hydra kept of its command line."""
     overrides: dict[str, str] = {}
     try:
-        words = folder / ".hydra" / "overrides.yaml"
-        typed_words = yaml.safe_load(words.read_text(encoding="utf-8")) if words.is_file() else []
-        pairs = (word.lstrip("+").partition("=") for word in typed_words or [])
+        words = read_yaml(folder / ".hydra" / "overrides.yaml") or []
+        pairs = (word.lstrip("+").partition("=") for word in words)
         overrides = {k: v for k, _, v in pairs if not k.startswith(("hydra.", "hydra/"))}
         if not (folder / "results.json").is_file():
             return Run(folder, overrides, None, f"no results.json in {folder.name}")
         return Run(folder, overrides, read_results(folder / "results.json"))
-    except yaml.YAMLError:
-        return Run(folder, {}, None, f"overrides.yaml in {folder.name} is damaged")
     except UserError as error:
         return Run(folder, overrides, None, str(error))
 
@@ -97,27 +88,30 @@ def by_overrides(runs: Sequence[Run]) -> list[str]:
 
 def by_folders(runs: Sequence[Run]) -> list[str]:
     """The configuration of each run: the folders of all whose config.yaml differs in nothing but
-    the seed. Where that leaves nothing to compare, each run stands for itself.
+    seeds. Where that leaves nothing to compare, each run stands for itself.
     """
     resolved = [run.folder.resolve() for run in runs]
     by_depth = (["/".join(path.parts[-depth:]) for path in resolved] for depth in count(1))
     names = next(some for some in by_depth if len(set(some)) == len(some))
-    configs = [_flat(read_config(run.folder)) for run in runs]
-    labels = []
-    for name, config in zip(names, configs, strict=True):
-        alike = [n for n, other in zip(names, configs, strict=True) if _alike(config, other)]
-        labels.append(", ".join(alike) if config else name)
+    table = settings(runs).filter(regex=r"^(?!(.*\.)?seed$)")
+    values = [
+        tuple(row) if any(row) else name for name, row in zip(names, table.values, strict=True)
+    ]
+    labels = [
+        ", ".join(name for name, other in zip(names, values, strict=True) if other == own)
+        for own in values
+    ]
     return labels if len(set(labels)) > 1 else names
 
 
-def _alike(one: Mapping[str, str], other: Mapping[str, str]) -> bool:
-    """Whether what differs is the seed, also where another key follows it."""
-    seeds = one.get("seed"), other.get("seed")
-    return all(
-        key.rpartition(".")[2] == "seed" and (one.get(key), other.get(key)) == seeds
-        for key in one.keys() | other.keys()
-        if one.get(key) != other.get(key)
-    )
+def settings(runs: Sequence[Run]) -> pd.DataFrame:
+    """A row for each run: the values of its config.yaml as text, below dotted keys; empty for none.
+
+    Raises:
+        UserError: for a config.yaml that is damaged.
+    """
+    rows = [pd.json_normalize([read_config(run.folder)]).astype(str) for run in runs]
+    return pd.concat(rows, ignore_index=True).fillna("")
 
 
 # --- Scores ------------------------------------------------------------------------------------
@@ -168,25 +162,17 @@ class Comparison:
     cells: Mapping[Key, Sequence[Cell]]
 
     @property
-    def runs(self) -> list[Run]:
-        return [run for runs in self.members.values() for run in runs]
-
-    @property
     def missing(self) -> list[str]:
         """Runs without results, and why."""
-        return [f"{run.words}: {run.missing}" for run in self.runs if run.missing]
-
-    @staticmethod
-    def titles(keys: Sequence[Key]) -> list[str]:
-        """What columns are called."""
-        names = (f"overall at {name}" if kind == "width" else name for kind, name in keys)
-        return [name.translate(UNSEEN) for name in names]
+        found = [run for runs in self.members.values() for run in runs if run.missing]
+        words = [" ".join(f"{k}={v}" for k, v in run.overrides.items()) for run in found]
+        return [f"{w or run.folder}: {run.missing}" for w, run in zip(words, found, strict=True)]
 
     def table(self, keys: Sequence[Key], *, marked: bool = False) -> list[list[str]]:
         """Titles, and of each configuration its name, how many runs it has, and its scores; a mark
         tells what differs from the first one.
         """
-        rows = [["configuration", "runs", *self.titles(keys)]]
+        rows = [["configuration", "runs", *map(title, keys)]]
         for place, (label, runs) in enumerate(self.members.items()):
             finished = sum(not run.missing for run in runs)
             number = f"{finished}" if finished == len(runs) else f"{finished} of {len(runs)}"
@@ -194,6 +180,12 @@ class Comparison:
             texts = [cell.text + (MARKS[cell.differs] if marked else "") for cell in cells]
             rows.append([label, number, *texts])
         return rows
+
+
+def title(key: Key) -> str:
+    """What a score's column is called."""
+    kind, name = key
+    return visible(f"overall at {name}" if kind == "width" else name)
 
 
 def compared(runs: Sequence[Run], labels: Sequence[str]) -> Comparison:
@@ -204,7 +196,7 @@ def compared(runs: Sequence[Run], labels: Sequence[str]) -> Comparison:
     they could be. The variance of a mean over several runs counts too.
     """
     members: dict[str, list[Run]] = {}
-    labels = [label.translate(UNSEEN) for label in labels]  # pandas and files hold UTF-8 alone
+    labels = [*map(visible, labels)]  # pandas and files hold UTF-8 alone
     for label, run in zip(labels, runs, strict=True):
         members.setdefault(label, []).append(run)
     tables = [{} if run.results is None else _scores(run.results) for run in runs]
@@ -260,74 +252,60 @@ def write_summary(folder: Path, runs: Sequence[Run], *, subsets: Sequence[str]) 
     keys = [key for key in comparison.cells if key in plotted or key[0] in ("group", "task")]
     for one in runs:
         known = {} if one.results is None else _scores(one.results)
-        absent = [name for kind, name in keys if (kind, name) not in known]
+        absent = [key for key in keys if key not in known]
         if absent and not one.missing:
             raise UserError(
-                f"{one.folder / 'results.json'}: no score {', '.join(absent)}; "
+                f"{one.folder / 'results.json'}: no score {', '.join(map(title, absent))}; "
                 "summarise only runs of the same benchmark, and only subsets it has"
             )
     members = comparison.members.values()
     stats = pd.DataFrame(index=list(comparison.members))
     stats["runs"] = [sum(not run.missing for run in some) for some in members]
     stats["missing"] = [sum(bool(run.missing) for run in some) for some in members]
-    for key, title in zip(keys, comparison.titles(keys), strict=True):
-        stats[f"{title}_mean"] = [cell.score for cell in comparison.cells[key]]
-        stats[f"{title}_std"] = [cell.deviation for cell in comparison.cells[key]]
+    for key in keys:
+        stats[f"{title(key)}_mean"] = [cell.score for cell in comparison.cells[key]]
+        stats[f"{title(key)}_std"] = [cell.deviation for cell in comparison.cells[key]]
     stats.to_csv(folder / "summary.csv", index_label="configuration")
     rows = comparison.table(keys)
     lines = [f"| {' | '.join(map(markdown, row))} |" for row in rows]
     lines.insert(1, f"| --- | {' | '.join('---:' for _ in rows[0][1:])} |")
     if comparison.missing:
         lines += ["", "Missing runs:", "", *(f"- {markdown(one)}" for one in comparison.missing)]
-    said = "Precision@1 in %, mean ± sample deviation over runs."
-    (folder / "summary.md").write_text("\n".join([said, "", *lines, ""]), encoding="utf-8")
+    said = "precision@1 in %, mean ± sample deviation over runs"
+    (folder / "summary.md").write_text("\n".join([f"{said}:", "", *lines, ""]), encoding="utf-8")
     if stats["runs"].any():
         with (folder / "summary.png").open("wb") as file:
             plot(file, comparison, [key for key in keys if key in plotted] or keys)
-    title = "precision@1 in %, mean ± deviation over runs"
-    return plain_table(title, rows, comparison.missing)
+    return plain_table(said, rows, comparison.missing)
 
 
 def plot(file: IO[bytes], comparison: Comparison, keys: Sequence[Key]) -> None:
     """Horizontal bars of the mean, a whisker of one deviation to each side, a dot for every run."""
     # Imported here: only a plot needs it, and it takes a second to load.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    labels = [textwrap.fill(label, 44) for label in comparison.members]
-    places = range(len(labels))
+    labels = [textwrap.fill(label, 32) for label in comparison.members]
     across = min(len(keys), PANELS)
     down = math.ceil(len(keys) / across)
-    size = (
-        min(4.5, 0.4 + 0.085 * max(map(len, comparison.members))) + 2.6 * across,
-        0.4 + (0.8 + 0.5 * len(labels)) * down,
-    )
+    size = (2.6 + 2.4 * across, (0.8 + 0.5 * len(labels)) * down)
     figure = Figure(figsize=size, dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(down, across, sharey=True, squeeze=False).flat
-    for axes, key, title in zip(panels, keys, comparison.titles(keys), strict=False):
-        cells = comparison.cells[key]
-        means = [0 if math.isnan(cell.score) else 100 * cell.score for cell in cells]
-        axes.barh(places, means, height=0.62, color="#d9bfa9")
-        whisker = {"xerr": [100 * c.deviation for c in cells], "ecolor": "#22201d", "capsize": 3}
-        axes.errorbar(means, [place - 0.12 for place in places], fmt="none", **whisker)
-        for place, cell in enumerate(cells):
+    panels = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False).flat
+    for axes, key in zip(panels, keys, strict=False):
+        for place, cell in enumerate(comparison.cells[key]):
+            error = {"xerr": 100 * cell.deviation, "ecolor": "#22201d", "capsize": 3}
+            axes.barh(place, 100 * cell.score, height=0.62, color="#d9bfa9", **error)
             dots = [100 * score for score in cell.runs]
-            axes.scatter(dots, [place + 0.14] * len(dots), s=12, color="#8a5a3c", zorder=3)
-            beside = {"xycoords": ("axes fraction", "data"), "va": "center", "size": 8}
-            axes.annotate(cell.text, (1.02, place), **beside)
-        axes.set_title(title, size=10, loc="left", parse_math=False)
-        axes.set_xlim(0, 100)
-        axes.tick_params(labelsize=8, length=0)
+            axes.scatter(dots, [place + 0.16] * len(dots), s=12, color="#8a5a3c", zorder=3)
+        axes.set_title(title(key), size=10, loc="left", parse_math=False)
         axes.grid(axis="x", color="#e4dfd7")
         axes.set_axisbelow(True)
         axes.spines[["top", "right", "left"]].set_visible(False)
     for axes in panels[len(keys) :]:
         axes.set_visible(False)
-    panels[0].set_yticks(places, labels, parse_math=False)
+    panels[0].set_xlim(0, 100)
+    panels[0].set_yticks(range(len(labels)), labels, size=8, parse_math=False)
     panels[0].invert_yaxis()
-    said = "scores in %: mean, one deviation, and every run"
-    figure.supxlabel(said, size=8, color="#6a645c")
+    figure.supxlabel("scores in %: mean, one deviation, and every run", size=8)
     figure.savefig(file, format="png")
 
 
@@ -352,12 +330,11 @@ def run(arguments: Sequence[str], console: Console) -> int:
     parsed = parser.parse_args(arguments)
     comparison, out = open_runs([Path(folder) for folder in parsed.runs]), Path(parsed.out)
     keys = [key for key in comparison.cells if key[0] != "subset"] or list(comparison.cells)
-    plotted = [key for key in keys if key[0] in ("group", "task") or key[1] == "overall"] or keys
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_comparison(out, comparison, plotted, date=datetime.date.today().isoformat())
-    title = "scores in %; those with + or - differ from the first"
+    write_comparison(out, comparison, keys, date=datetime.date.today().isoformat())
+    said = "scores in %; those with + or - differ from the first"
     rows = zip(*comparison.table(keys, marked=True), strict=True)  # there are few runs
-    console.print(plain_table(title, rows, comparison.missing))
+    console.print(plain_table(said, rows, comparison.missing))
     console.print(shown(f"report: {out}"), soft_wrap=True)
     return 0
 
@@ -369,25 +346,18 @@ def open_runs(folders: Sequence[Path]) -> Comparison:
         UserError: for fewer than two, the same twice, one that was not scored, or runs of different
             benchmarks.
     """
-    runs = []
-    if len(folders) == 1 and not (folders[0] / "results.json").exists():
-        runs = read_sweep(folders[0])
-    labels = by_overrides(runs)
-    if not runs:
-        if len({folder.resolve() for folder in folders}) < len(folders):
-            raise UserError("a run is named twice")
-        for folder in folders:
-            if not (folder / "results.json").is_file():
-                raise UserError(
-                    f"{folder} holds no results.json: score it first, python evaluate.py "
-                    + typed("ckpt", folder)
-                )
-            runs.append(read_run(folder))
-            if runs[-1].missing:
-                raise UserError(runs[-1].missing)
-        labels = by_folders(runs)
-    if len(runs) < 2:
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise UserError("a run is named twice")
+    runs = [read_run(folder) for folder in folders]
+    of_sweep = read_sweep(folders[0]) if len(folders) == 1 and runs[0].missing else []
+    for run in () if of_sweep else runs:
+        if run.missing:
+            how = f"score it with python evaluate.py {typed('ckpt', run.folder)}"
+            raise UserError(f"{run.folder}: {run.missing}; {how}")
+    if len(runs) < 2 and len(of_sweep) < 2:
         raise UserError("2 runs or more are compared, not 1")
+    labels = by_overrides(of_sweep) if of_sweep else by_folders(runs)
+    runs = of_sweep or runs
     benchmarks = {run.results.benchmark for run in runs if run.results}
     if len(benchmarks) != 1:
         named = ", ".join(sorted(benchmarks)) or "none of them was scored"
@@ -396,50 +366,30 @@ def open_runs(folders: Sequence[Path]) -> Comparison:
 
 
 def write_comparison(path: Path, comparison: Comparison, keys: Sequence[Key], *, date: str) -> None:
-    """Write the page; `keys` are those that its plot shows."""
-    first = {label: runs[0].folder for label, runs in comparison.members.items()}
-    configs = [_flat(read_config(folder)) for folder in first.values()]
-    settings = {
-        key: [config.get(key, "") for config in configs]
-        for key in dict.fromkeys(key for config in configs for key in config)
-    }
-    losses = {label: folder / "metrics.csv" for label, folder in first.items()}
+    """Write the page; its plot shows those of `keys` that are means over groups or over all."""
+    first = {label: runs[0] for label, runs in comparison.members.items()}
+    runs = [run for some in comparison.members.values() for run in some]
+    losses = {label: run.folder / "metrics.csv" for label, run in first.items()}
     losses = {label: file for label, file in losses.items() if file.is_file()}
-    drawn = io.BytesIO()
-    plot(drawn, comparison, keys)
+    plotted = [key for key in keys if key[0] in ("group", "task") or key[1] == "overall"] or keys
+    plot(drawn := io.BytesIO(), comparison, plotted)
+    config = settings([*first.values()])
     write_page(
         path,
         "comparison.html.j2",
         comparison=comparison,
-        benchmark=next(one.results.benchmark for one in comparison.runs if one.results),
+        num_runs=len(runs),
+        benchmark=next(run.results.benchmark for run in runs if run.results),
         date=date,
         reports={
-            one.folder: link(one.folder / "report.html", path.parent)
-            for one in comparison.runs
-            if (one.folder / "report.html").is_file()
+            # Whatever characters its name has.
+            run.folder: quote(os.fsencode(os.path.relpath(report, path.parent)))
+            for run in runs
+            if (report := run.folder / "report.html").is_file()
         },
-        changed={key: values for key, values in settings.items() if len(set(values)) > 1},
+        changed={key: [*column] for key, column in config.items() if column.nunique() > 1},
         plot=f"data:image/png;base64,{base64.b64encode(drawn.getvalue()).decode()}",
-        panels=[  # with validation there would be twice the curves
-            panel._replace(curves=curves)
-            for panel in (read_panels(losses) if 0 < len(losses) <= MOST_CURVES else [])
-            if (curves := [curve for curve in panel.curves if curve.label.endswith(" train")])
-        ],
+        # With validation there would be twice the curves.
+        panels=read_panels(losses, only="train") if 0 < len(losses) <= MOST_CURVES else [],
         confidence=CONFIDENCE,
     )
-
-
-def link(file: Path, page: Path) -> str:
-    """The address of a file from a page in the folder `page`, whatever characters its name has."""
-    return quote(os.fsencode(os.path.relpath(file, page)))
-
-
-def _flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Dotted keys, and their values as text."""
-    found: dict[str, str] = {}
-    for key, value in node.items():
-        if isinstance(value, dict):
-            found |= _flat(value, f"{prefix}{key}.")
-        else:
-            found[prefix + key] = json.dumps(value) if isinstance(value, list) else str(value)
-    return found

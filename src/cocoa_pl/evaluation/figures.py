@@ -1,14 +1,11 @@
-"""Figures of the report: loss curves, histograms of similarities, and a map of vectors.
-
-Curves and histograms are drawn as inline SVG of `WIDTH` x `HEIGHT` units, which the page stretches.
-"""
+"""Figures of the report: loss curves, and a map of vectors."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -17,38 +14,32 @@ from cocoa_pl.data.items import EvalSubset, Item
 from cocoa_pl.errors import UserError
 from cocoa_pl.evaluation.scoring import Floats, evenly_spaced, to_float32
 
-WIDTH, HEIGHT = 300.0, 100.0
-EDGES = tuple(round(-1 + 0.05 * number, 2) for number in range(41))  # of cosines
 MAPPED_ROWS = 160  # of all subsets together
 MOST_POINTS = 200  # of a curve
 COLUMNS = {"stage": str, "step": float, "name": str, "value": float}  # of metrics.csv
 
-
 # --- Loss curves -------------------------------------------------------------------------------
 
 
-class Curve(NamedTuple):
-    """One line of a panel: `points` is the `points` attribute of an SVG polyline."""
-
-    label: str
-    points: str
-    last: float
-
-
 class Panel(NamedTuple):
-    """All curves of one loss in one stage, e.g. train and validation, over the same axes."""
+    """All curves of one loss in one stage, e.g. train and validation, over the same axes.
+
+    Attributes:
+        curves: label -> its points, step and value.
+        left_out: values that are NaN or inf.
+    """
 
     stage: str
     name: str
-    curves: list[Curve]
-    first_step: int
-    last_step: int
+    curves: Mapping[str, Sequence[tuple[float, float]]]
+    first_step: float
+    last_step: float
     low: float
     high: float
-    left_out: int  # values that are NaN or inf
+    left_out: int
 
 
-def read_panels(files: Mapping[str, Path]) -> list[Panel]:
+def read_panels(files: Mapping[str, Path], *, only: str = "") -> list[Panel]:
     """One panel per stage and metric whose name holds "loss", in the files' order.
 
     metrics.csv is long: a row `stage,step,name,value` per logged number, with names like
@@ -56,6 +47,7 @@ def read_panels(files: Mapping[str, Path]) -> list[Panel]:
 
     Args:
         files: metrics.csv of each run, by what its curves are called; `""` for a run alone.
+        only: what names begin with.
 
     Raises:
         UserError: if a file lacks a column, or a step or value is not a number.
@@ -70,60 +62,26 @@ def read_panels(files: Mapping[str, Path]) -> list[Panel]:
                 f"value ({error})"
             ) from error
         parts = table.pop("name").str.rpartition("/")
-        tables.append(table.assign(curve=f"{run} " + parts[0], metric=parts[2]))
+        tables.append(table.assign(curve=f"{run} " + parts[0], metric=parts[2], part=parts[0]))
     rows = pd.concat(tables)
-    losses = rows[rows["metric"].str.contains("loss")].groupby(["stage", "metric"], sort=False)
-    return [_panel(str(stage), str(metric), some) for (stage, metric), some in losses]
+    losses = rows[rows["metric"].str.contains("loss") & rows["part"].str.startswith(only)]
+    by_metric = losses.groupby(["stage", "metric"], sort=False)
+    return [_panel(str(stage), str(metric), some) for (stage, metric), some in by_metric]
 
 
 def _panel(stage: str, name: str, rows: pd.DataFrame) -> Panel:
     finite = rows[np.isfinite(rows["value"])]
-    drawn = {}
+    curves = {}
     for label, points in finite.groupby("curve", sort=False):
         # At most MOST_POINTS, each the mean of its stretch of steps, placed at its last step.
         stretch = np.arange(len(points)) // math.ceil(len(points) / MOST_POINTS)
-        drawn[str(label).strip()] = points.groupby(stretch).agg({"step": "last", "value": "mean"})
-    left, right = (finite["step"].min(), finite["step"].max()) if drawn else (0.0, 0.0)
-    low = min([0.0, *(points["value"].min() for points in drawn.values())])
-    high = max([low, *(points["value"].max() for points in drawn.values())])
-    curves = []
-    for label, points in drawn.items():
-        across = (points["step"] - left) / ((right - left) or 1) * WIDTH
-        down = HEIGHT - (points["value"] - low) / ((high - low) or 1) * HEIGHT
-        line = " ".join(f"{x:.1f},{y:.1f}" for x, y in zip(across, down, strict=True))
-        curves.append(Curve(label, line, float(points["value"].iloc[-1])))
+        thinned = points.groupby(stretch).agg({"step": "last", "value": "mean"})
+        curves[str(label).strip()] = thinned.to_numpy().tolist()
+    drawn = [point for points in curves.values() for point in points] or [(0.0, 0.0)]
+    steps, values = zip(*drawn, strict=True)
+    low, high = min(0.0, *values), max(0.0, *values)
     left_out = len(rows) - len(finite)
-    return Panel(stage, name, curves, int(left), int(right), float(low), float(high), left_out)
-
-
-# --- Similarities ------------------------------------------------------------------------------
-
-
-def binned(cosines: Floats) -> tuple[int, ...]:
-    """Rows of each bin of `EDGES`; what is not finite is in none."""
-    finite = cosines[np.isfinite(cosines)]
-    counts = np.histogram(np.clip(finite, -1, 1), bins=np.array(EDGES))[0]  # rounding goes past 1
-    return tuple(counts.tolist())
-
-
-def histogram(positive: Sequence[int], hardest: Sequence[int]) -> dict[str, Any]:
-    """Two histograms as they are drawn, on one scale: `low` and `high`, the cosines where the bins
-    that hold a row begin and end, and by name their bars (left, width, height).
-    """
-    both = np.array([positive, hardest])
-    filled = np.flatnonzero(both.any(axis=0))
-    first, last = (int(filled[0]), int(filled[-1])) if len(filled) else (0, len(positive) - 1)
-    both = both[:, first : last + 1]
-    width = WIDTH / both.shape[1]
-    bars = [
-        [
-            (round(place * width, 2), round(width, 2), round(HEIGHT * float(share), 2))
-            for place, share in enumerate(counts / max(1, both.max()))
-            if share
-        ]
-        for counts in both
-    ]
-    return {"low": EDGES[first], "high": EDGES[last + 1], "positive": bars[0], "hardest": bars[1]}
+    return Panel(stage, name, curves, min(steps), max(steps), low, high, left_out)
 
 
 # --- Map ---------------------------------------------------------------------------------------
@@ -151,15 +109,13 @@ class Space(NamedTuple):
 
 def sample(subset: EvalSubset, queries: Floats, candidates: Floats, *, rows: int) -> list[Mapped]:
     """Some rows, at least one, spread evenly over the subset."""
-    rows_shown = evenly_spaced(len(subset.query_index), count=max(rows, 1))
-    query = subset.query_index[rows_shown]
-    positive = np.array([subset.candidate_index[row][0] for row in rows_shown])
-    both = to_float32(queries[query]), to_float32(candidates[positive])
-    vectors = np.stack(both, axis=1)  # (rows, 2, D)
-    return [
-        Mapped(subset.name, subset.row_ids[row], subset.queries[q], subset.candidates[p], at)
-        for row, q, p, at in zip(rows_shown, query, positive, vectors, strict=True)
-    ]
+    found = []
+    for row in evenly_spaced(len(subset.query_index), count=max(rows, 1)):
+        query, positive = subset.query_index[row], subset.candidate_index[row][0]
+        at = to_float32(np.stack([queries[query], candidates[positive]]))  # (2, D)
+        items = subset.queries[query], subset.candidates[positive]
+        found.append(Mapped(subset.name, subset.row_ids[row], *items, at))
+    return found
 
 
 def flattened(mapped: Sequence[Mapped]) -> Space | None:

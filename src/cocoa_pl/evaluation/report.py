@@ -23,8 +23,8 @@ from rich.text import Text
 
 from cocoa_pl.attention import Policy, dense_mask, segment_letters
 from cocoa_pl.data.images import ImageSource, open_image
-from cocoa_pl.errors import UserError
-from cocoa_pl.evaluation.figures import histogram, read_panels
+from cocoa_pl.errors import UserError, visible
+from cocoa_pl.evaluation.figures import read_panels
 from cocoa_pl.evaluation.results import (
     MEANS,
     GalleryRow,
@@ -36,7 +36,6 @@ from cocoa_pl.evaluation.results import (
 )
 
 QUERY_BOX, CANDIDATE_BOX, MAP_BOX = 168, 112, 96  # CSS pixels
-TEXT_LIMIT = 320  # characters of an item shown in the gallery
 GRID_LENGTHS = (4, 1, 3)  # CONTEXT, BOTTLENECK, TARGET of the sample that grids show
 OWN = "this run"
 # Scores by their names in results.json, and what tables call them; those at 1 are precision@1.
@@ -49,15 +48,6 @@ COLUMNS = {
     "ndcg_at_10": "nDCG@10",
     "chance": "chance",
 }
-# Controls, halves of surrogate pairs and noncharacters: no page may hold them, and some drive a
-# terminal. Tab and line ends stay.
-UNSEEN = dict.fromkeys(
-    (
-        *(code for code in range(32) if code not in (9, 10, 13)),
-        *(*range(0x7F, 0xA0), *range(0xD800, 0xE000), *range(0xFDD0, 0xFDF0), 0xFFFE, 0xFFFF),
-    ),
-    "\N{REPLACEMENT CHARACTER}",
-)
 ModelScores = tuple[str, tuple[float, ...]]  # a model's means in [0, 1], in the order of `columns`
 
 
@@ -128,11 +118,6 @@ def write_report(
         results=results,
         columns=COLUMNS,
         numbers={subset.name: number for number, subset in enumerate(results.subsets)},
-        histograms={
-            one.name: histogram(one.positive_similarities, one.hardest_negative_similarities)
-            for one in results.subsets
-            if one.positive_similarities
-        },
         published=published,
         published_columns=columns(results),
         gallery={
@@ -149,9 +134,7 @@ def write_report(
 
 
 def write_page(path: Path, template: str, **values: Any) -> None:
-    """Write a page of a template of this package; all text is escaped, and what no page may hold
-    is shown as a replacement character.
-    """
+    """Write a page of a template of this package; in all text nothing is markup or acts."""
     environment = Environment(
         loader=PackageLoader("cocoa_pl", "evaluation"),
         autoescape=True,
@@ -165,21 +148,20 @@ def write_page(path: Path, template: str, **values: Any) -> None:
         "interval": score_interval,
         "mean": mean_score,
         "number": "{:.3g}".format,
-        "shorten": _shorten,
         "heading": _heading,
     }
     page = environment.get_template(template).render(values)
-    path.write_text(page.translate(UNSEEN), encoding="utf-8")
+    path.write_text(visible(page, lines=True), encoding="utf-8")
 
 
 def shown(name: object) -> Text:
     """A name for a terminal as it stands: its brackets are no markup, and nothing in it acts."""
-    return Text(str(name).translate(UNSEEN))
+    return Text(visible(name, lines=True))
 
 
 def markdown(text: str) -> str:
     """A name for a cell or a line of Markdown as it stands: nothing in it is markup."""
-    line = " ".join(text.translate(UNSEEN).split())
+    line = " ".join(visible(text, lines=True).split())
     return re.sub(r"[\\`*<\[|~]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", line)
 
 
@@ -226,24 +208,20 @@ def published_rows(results: Results, published: Sequence[Mapping[str, Any]]) -> 
         published: rows with `model`, and every column in percent, as papers have them.
 
     Raises:
-        UserError: if a row lacks a column or has one more.
+        UserError: if a row lacks a column or has one more, or a score is no percentage.
     """
     if results.is_partial or not published:
         return []
     names = columns(results)
     found = []
     for row in published:
-        if different := set(row) ^ {"model", *names}:
+        scores = [row.get(name) for name in names]
+        in_percent = all(isinstance(x, int | float) and 0 <= x <= 100 for x in scores)
+        if set(row) != {"model", *names} or not in_percent:
             raise UserError(
-                f"benchmark.published: the row of {row.get('model')} must have model, "
-                f"{', '.join(names)}; see {', '.join(sorted(different))}"
+                f"benchmark.published: the row of {row.get('model')} must have model and, in "
+                f"percent, {', '.join(names)}"
             )
-        for name in names:
-            if not isinstance(row[name], int | float) or not 0 <= row[name] <= 100:
-                raise UserError(
-                    f"benchmark.published: {name} of {row['model']} is {row[name]!r}, not a "
-                    "percentage"
-                )
         found.append((str(row["model"]), tuple(row[name] / 100 for name in names)))
     own = tuple(mean_score(results.averages[name]) for name in names)
     return [*found, (OWN, own)]
@@ -284,13 +262,15 @@ def picture(source: ImageSource, *, box: int, where: str) -> Picture:
     """A small image is enlarged by a whole factor, pixels kept; a large one becomes a JPEG."""
     image = open_image(source, where=where)
     longest = max(image.size)
-    if longest <= box:
-        factor = box // longest
-        size = (image.width * factor, image.height * factor)
-        return Picture(_data_uri(image, "png"), *size, pixelated=True)
-    size = (max(1, image.width * box // longest), max(1, image.height * box // longest))
-    dense = image.resize((size[0] * 2, size[1] * 2), Image.Resampling.LANCZOS, reducing_gap=2.0)
-    return Picture(_data_uri(dense, "jpeg"), *size, pixelated=False)
+    is_small, kind = longest <= box, "png"
+    times, parts = (box // longest, 1) if is_small else (box, longest)
+    width, height = (max(1, side * times // parts) for side in image.size)
+    if not is_small:
+        dense, kind = (width * 2, height * 2), "jpeg"
+        image = image.resize(dense, Image.Resampling.LANCZOS, reducing_gap=2.0)
+    image.save(buffer := io.BytesIO(), format=kind, optimize=True, quality=82)
+    uri = f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return Picture(uri, width, height, pixelated=is_small)
 
 
 def percent(score: float) -> str:
@@ -303,15 +283,5 @@ def between(interval: Interval) -> str:
     return f"{percent(low)} to {percent(high)}"
 
 
-def _data_uri(image: Image.Image, kind: str) -> str:
-    buffer = io.BytesIO()
-    image.save(buffer, format=kind, optimize=True, quality=82)
-    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
 def _heading(label: str) -> str:
     return label.upper() if len(label) <= 3 else label[:1].upper() + label[1:]
-
-
-def _shorten(text: str) -> str:
-    return text if len(text) <= TEXT_LIMIT else text[: TEXT_LIMIT - 1].rstrip() + "…"

@@ -34,8 +34,8 @@ class SubsetScore:
             says.
         more: other metrics of `scoring.metrics`, by name.
         widths: precision@1 of the leading components, by their number.
-        positive_similarities, hardest_negative_similarities: rows of each bin of `figures.EDGES`,
-            by the cosine of their query with its positive, and with the nearest of its other
+        positive_similarities, hardest_negative_similarities: rows of each of `scoring.BINS`, by
+            the cosine of their query with its positive, and with the nearest of its other
             candidates; empty where they were not counted.
     """
 
@@ -262,14 +262,22 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: if it is damaged.
     """
-    path = folder / "config.yaml"
+    return dict(read_yaml(folder / "config.yaml") or {})
+
+
+def read_yaml(path: Path) -> Any:
+    """The content of a file; None for none.
+
+    Raises:
+        UserError: if it is damaged.
+    """
     if not path.is_file():
-        return {}
+        return None
     try:
-        return dict(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(system_error(error), file=path) from error
-    except (yaml.YAMLError, ValueError, TypeError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{path} is damaged: {' '.join(str(error).split())}") from error
 
 

@@ -34,6 +34,7 @@ ROWS = 128
 # Components of vectors that are float32 at once: 64 MiB.
 BLOCK = 1 << 24
 CUTS = (1, 5, 10)  # the k of recall@k and nDCG@k
+BINS = 40  # of cosines from -1 to 1
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,12 @@ def metrics(official: Ints, strict: Ints) -> dict[str, float]:
             found[f"recall_at_{k}{suffix}"] = float((ranks <= k).mean())
             found[f"ndcg_at_{k}{suffix}"] = float(np.where(ranks <= k, gains, 0).mean())
     return found
+
+
+def binned(cosines: Floats) -> tuple[int, ...]:
+    """Rows of each of `BINS` bins; what is not finite is in none."""
+    inside = np.clip(cosines[np.isfinite(cosines)], -1, 1)  # rounding goes past 1
+    return tuple(np.histogram(inside, BINS, (-1, 1))[0].tolist())
 
 
 def check_embeddings(embeddings: Floats, *, name: str) -> None:
