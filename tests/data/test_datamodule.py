@@ -81,9 +81,6 @@ def assert_same(first: list[Batch], second: list[Batch]) -> None:
         assert torch.equal(one.plan.cu_seqlens_k, other.plan.cu_seqlens_k)
 
 
-# --- Rows ------------------------------------------------------------------------------------
-
-
 # --- Loading ---------------------------------------------------------------------------------
 
 
@@ -94,6 +91,14 @@ def test_batches_do_not_depend_on_the_number_of_workers(
     shared = bridge_data(pairs, processor, num_workers=2)
     assert_same(loaded(alone.train_dataloader()), loaded(shared.train_dataloader()))
     assert_same(validation(alone), validation(shared))
+
+
+def test_batch_that_ranks_cannot_share_is_refused(
+    pairs: list[Pair], processor: Processor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cocoa_pl.data.datamodule.world_size", lambda: 3)
+    with pytest.raises(UserError, match="a batch of 4 cannot be shared by 3 ranks"):
+        bridge_data(pairs, processor).train_dataloader()
 
 
 @pytest.mark.parametrize("start", [2, 5])

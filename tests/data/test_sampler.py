@@ -10,27 +10,19 @@ import pytest
 from cocoa_pl.config.command_line import CONFIGS
 from cocoa_pl.data.items import Item, Pair
 from cocoa_pl.data.pairs import Pairs
-from cocoa_pl.data.sampler import (
-    AllRows,
-    Index,
-    MixedSubsets,
-    Mixing,
-    StepSampler,
-    draw_subsets,
-    make_order,
-    mix,
-)
+from cocoa_pl.data.sampler import Index, Mixing, StepSampler, draw_subsets, mix
 from cocoa_pl.errors import UserError
 from cocoa_pl.run import build_stages
 from tests.configs import composed
 from tests.data.loading import mixing
 
-NAMES = ["big", "middle", "small"]
-SIZES = np.array([500, 160, 48])
-BY_NAME = dict(zip(NAMES, SIZES.tolist(), strict=True))
-CODES = np.repeat(np.arange(3), SIZES)[np.random.default_rng(0).permutation(SIZES.sum())]
+BY_NAME = {"big": 500, "middle": 160, "small": 48}
+CODES = np.random.default_rng(0).permutation(np.repeat(np.arange(3), [*BY_NAME.values()]))
+PAIRS = Pairs.of(
+    [Pair(Item("q"), Item("p"), (), [*BY_NAME][code], f"row {n}") for n, code in enumerate(CODES)]
+)
 
-
+ALL_ROWS = mixing()
 COMPOSITIONS = {
     "shuffled": mixing(exponent=0.5),
     "one_subset": mixing(composition="one_subset"),
@@ -38,68 +30,44 @@ COMPOSITIONS = {
 }
 
 
-def order(chosen: Mixing, *, batch_size: int = 16, seed: int = 0) -> MixedSubsets:
-    return MixedSubsets(NAMES, CODES, chosen, batch_size=batch_size, seed=seed)
+def batches(chosen: Mixing, stop: int, start: int = 0, **changes: Any) -> list[list[Index]]:
+    values: dict[str, Any] = {"batch_size": 16, "seed": 0, "rank": 0, "world_size": 1}
+    return list(StepSampler(PAIRS, chosen, steps=stop, start_step=start, **(values | changes)))
 
 
-def batches(chosen: Mixing, start: int, stop: int, **options: Any) -> list[list[Index]]:
-    return [list(batch) for batch in order(chosen, **options).batches(start, stop)]
+# --- All ways alike ----------------------------------------------------------------------------
 
 
-# --- All rows ----------------------------------------------------------------------------------
+@pytest.mark.parametrize("chosen", [ALL_ROWS, *COMPOSITIONS.values()])
+@pytest.mark.parametrize("start", [1, 63, 65, 200])
+def test_resumed_run_draws_what_was_left(chosen: Mixing, start: int) -> None:
+    assert batches(chosen, 200, start) == batches(chosen, 200)[start:]
 
 
-def steps_of(
-    *,
-    num_rows: int = 23,
-    batch: int = 6,
-    steps: int = 10,
-    start_step: int = 0,
-    seed: int = 0,
-    rank: int = 0,
-    world_size: int = 1,
-) -> list[list[Index]]:
-    order = AllRows(num_rows, batch_size=batch, seed=seed)
-    return list(
-        StepSampler(order, steps=steps, start_step=start_step, rank=rank, world_size=world_size)
-    )
+@pytest.mark.parametrize("chosen", [ALL_ROWS, *COMPOSITIONS.values()])
+def test_ranks_share_every_batch_and_sub_batch(chosen: Mixing) -> None:
+    whole = batches(chosen, 20, 3)
+    for world_size in (2, 4):
+        shares = [batches(chosen, 20, 3, rank=n, world_size=world_size) for n in range(world_size)]
+        for batch, mine in zip(whole, zip(*shares, strict=True), strict=True):
+            assert {len(rows) for rows in mine} == {16 // world_size}
+            assert sorted(index for rows in mine for index in rows) == sorted(batch)
+            if chosen.composition != "shuffled":
+                assert len({tuple(sorted(subsets_of(rows))) for rows in mine}) == 1
+
+
+@pytest.mark.parametrize("chosen", [ALL_ROWS, *COMPOSITIONS.values()])
+def test_seeds_have_orders_of_their_own(chosen: Mixing) -> None:
+    assert batches(chosen, 20) == batches(chosen, 20) != batches(chosen, 20, seed=1)
 
 
 def test_epoch_shows_a_row_at_most_once_and_leaves_out_less_than_a_batch() -> None:
-    steps = steps_of(steps=9)
-    for step in steps:
-        assert len(step) == len(set(step)) == 6
-        assert all(0 <= row < 23 for _, row in step)
-    for epoch in range(3):
-        rows = [row for step in steps for e, row in step if e == epoch]
-        assert len(rows) == len(set(rows)) == 18
-
-
-def test_epochs_and_seeds_have_orders_of_their_own() -> None:
-    steps = steps_of(num_rows=24, steps=8)
-    orders = [[row for step in steps[i : i + 4] for _, row in step] for i in (0, 4)]
-    orders.append([row for step in steps_of(num_rows=24, steps=4, seed=1) for _, row in step])
-    assert len({tuple(order) for order in orders}) == 3
-    assert orders[0] != list(range(24))
-
-
-@pytest.mark.parametrize("start", [1, 4, 10])
-def test_resumed_run_draws_what_the_whole_run_would_have_drawn(start: int) -> None:
-    assert steps_of(start_step=start) == steps_of()[start:]
-
-
-@pytest.mark.parametrize("world_size", [2, 3, 6])
-def test_ranks_partition_the_global_batch(world_size: int) -> None:
-    shares = [steps_of(rank=rank, world_size=world_size) for rank in range(world_size)]
-    for step, whole in enumerate(steps_of()):
-        mine = [share[step] for share in shares]
-        assert {len(rows) for rows in mine} == {6 // world_size}
-        assert sorted(index for rows in mine for index in rows) == sorted(whole)
-
-
-def test_batch_that_ranks_cannot_share_is_refused() -> None:
-    with pytest.raises(UserError, match="a batch of 6 cannot be shared by 4 ranks"):
-        steps_of(world_size=4)
+    steps = batches(ALL_ROWS, 88)
+    assert all(len(step) == 16 for step in steps)
+    rows = [[row for step in steps for e, row in step if e == epoch] for epoch in (0, 1)]
+    assert [len(set(one)) for one in rows] == [len(one) for one in rows] == [704, 704]
+    assert rows[0] != rows[1]
+    assert max(rows[0]) < len(PAIRS) == 708
 
 
 # --- Shares ----------------------------------------------------------------------------------
@@ -144,13 +112,13 @@ def subsets_of(batch: list[Index]) -> list[int]:
 
 
 def test_batch_of_one_subset() -> None:
-    found = batches(COMPOSITIONS["one_subset"], 0, 100)
+    found = batches(COMPOSITIONS["one_subset"], 100)
     assert all(len(set(subsets_of(batch))) == 1 for batch in found)
     assert {subsets_of(batch)[0] for batch in found} == {0, 1, 2}
 
 
 def test_interleaved_batch_has_equal_runs_of_one_subset_each() -> None:
-    found = batches(COMPOSITIONS["interleaved"], 0, 100)
+    found = batches(COMPOSITIONS["interleaved"], 100)
     runs = [subsets_of(batch)[i : i + 4] for batch in found for i in (0, 4, 8, 12)]
     assert all(len(set(run)) == 1 for run in runs)
     assert any(len(set(subsets_of(batch))) > 1 for batch in found)
@@ -158,8 +126,8 @@ def test_interleaved_batch_has_equal_runs_of_one_subset_each() -> None:
 
 @pytest.mark.parametrize("chosen", COMPOSITIONS.values(), ids=COMPOSITIONS)
 def test_row_is_used_again_only_after_all_of_its_subset(chosen: Mixing) -> None:
-    found = [index for batch in batches(chosen, 0, 300) for index in batch]
-    for code, size in enumerate(SIZES):
+    found = [index for batch in batches(chosen, 300) for index in batch]
+    for code, size in enumerate(BY_NAME.values()):
         mine = [index for index in found if CODES[index[1]] == code]
         assert len(mine) > 2 * size
         for start in range(0, len(mine) - size, size):
@@ -170,24 +138,8 @@ def test_row_is_used_again_only_after_all_of_its_subset(chosen: Mixing) -> None:
 
 @pytest.mark.parametrize("chosen", COMPOSITIONS.values(), ids=COMPOSITIONS)
 def test_batch_shows_no_row_twice_even_between_epochs(chosen: Mixing) -> None:
-    for batch in batches(chosen, 0, 600):
+    for batch in batches(chosen, 600):
         assert len({row for _, row in batch}) == len(batch) == 16
-
-
-@pytest.mark.parametrize("chosen", COMPOSITIONS.values(), ids=COMPOSITIONS)
-@pytest.mark.parametrize("start", [63, 65])
-def test_resumed_run_draws_what_was_left(chosen: Mixing, start: int) -> None:
-    assert batches(chosen, start, 200) == batches(chosen, 0, 200)[start:]
-
-
-@pytest.mark.parametrize("name", ["one_subset", "interleaved"])
-def test_ranks_share_every_sub_batch(name: str) -> None:
-    shares = [
-        StepSampler(order(COMPOSITIONS[name]), steps=20, start_step=3, rank=rank, world_size=4)
-        for rank in range(4)
-    ]
-    for mine in zip(*shares, strict=True):
-        assert len({tuple(sorted(subsets_of(rows))) for rows in mine}) == 1
 
 
 def test_every_composition_is_a_config_that_any_stage_can_choose() -> None:
@@ -213,26 +165,18 @@ def test_sub_batches_are_for_interleaved_batches(changes: Any) -> None:
     ("changes", "batch_size", "message"),
     [
         ({"exponent": 1e6}, 16, "mixing.exponent or mixing.weights are too large"),
-        ({"weights": {"huge": 1}}, 16, "names huge, but the stage's data has big, middle, small"),
-        ({"weights": dict.fromkeys(NAMES, 0)}, 16, "are all 0"),
+        ({"weights": {"huge": 1}}, 16, "names huge, but the stage's data has .*middle"),
+        ({"weights": dict.fromkeys(BY_NAME, 0)}, 16, "are all 0"),
         ({"composition": "interleaved", "sub_batches": 3}, 16, "cannot be cut into 3 equal"),
         ({"composition": "one_subset"}, 64, r"small has 48 rows, fewer than one sub-batch of 64"),
+        ({}, 709, "has 708 rows, fewer than one batch of 709; lower"),
     ],
 )
 def test_mixing_that_does_not_fit_the_data_is_refused(
     changes: Any, batch_size: int, message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
-        order(mixing(**changes), batch_size=batch_size)
-
-
-def test_data_smaller_than_a_batch_are_refused() -> None:
-    pairs = Pairs.of([Pair(Item(f"q{n}"), Item("p"), (), "a", f"a row {n}") for n in range(5)])
-    assert isinstance(make_order(pairs, mixing(), batch_size=5, seed=0), AllRows)
-    mixed = mixing(composition="one_subset")
-    assert isinstance(make_order(pairs, mixed, batch_size=5, seed=0), MixedSubsets)
-    with pytest.raises(UserError, match=r"has 5 rows, fewer than one batch of 6; lower"):
-        make_order(pairs, mixing(), batch_size=6, seed=0)
+        batches(mixing(**changes), 0, batch_size=batch_size)
 
 
 def test_mix_folds_any_integers_into_63_bits() -> None:

@@ -23,7 +23,7 @@ from cocoa_pl.data.items import Pair
 from cocoa_pl.data.masking import Masking
 from cocoa_pl.data.pairs import Pairs
 from cocoa_pl.data.processor import Processor
-from cocoa_pl.data.sampler import Index, Mixing, StepSampler, check_shareable, make_order, mix
+from cocoa_pl.data.sampler import Index, Mixing, StepSampler, mix
 from cocoa_pl.data.stream import PairStream
 from cocoa_pl.distributed.collectives import all_objects, rank, world_size
 from cocoa_pl.distributed.processes import end_with_parent
@@ -179,7 +179,9 @@ def check_mixing(train: Pairs | PairStream, mixing: Mixing, *, batch_size: int) 
     if isinstance(train, PairStream):
         mixing.subsets(train.sizes, batch_size=batch_size, steps=0, seed=0)
     else:
-        make_order(train, mixing, batch_size=batch_size, seed=0)
+        StepSampler(
+            *(train, mixing, batch_size), seed=0, steps=0, start_step=0, rank=0, world_size=1
+        )
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -226,8 +228,11 @@ class StageData(L.LightningDataModule):
         self._lanes: list[Places] = [{}] * max(1, self.num_workers)
 
     def train_dataloader(self) -> DataLoader[Any]:
+        if self.batch_size % world_size():
+            raise UserError(
+                f"a batch of {self.batch_size} cannot be shared by {world_size()} ranks"
+            )
         if isinstance(self.train, PairStream):
-            check_shareable(self.batch_size, world_size())
             batches = StreamBatches(
                 self.train,
                 self.mixing.subsets(
@@ -244,7 +249,10 @@ class StageData(L.LightningDataModule):
             return self._loader(batches, batch_size=None)
         rows = RowSamples(self.train, self.make_row, self.seed)
         sampler = StepSampler(
-            make_order(self.train, self.mixing, batch_size=self.batch_size, seed=self.seed),
+            self.train,
+            self.mixing,
+            batch_size=self.batch_size,
+            seed=self.seed,
             steps=self.steps,
             start_step=self.start_step,
             rank=rank(),

@@ -14,23 +14,22 @@ Example = tuple[Item, str | None]  # CONTEXT, and TARGET where a text is to be r
 MakeSamples = Callable[[Pair, np.random.Generator], tuple[Example, ...]]
 
 
-def sides(pair: Pair) -> tuple[Item, str] | None:
-    """The side with the image and the text that describes it; None where both sides hold images.
+def sides(pair: Pair) -> tuple[Item, str]:
+    """The side with the image and the text that describes it; of two texts the query comes first.
 
-    A pair of two texts counts its query as the first side.
+    Pairs with images on both sides are left out before, by `describing`.
     """
     if not pair.positive.media:
         return pair.query, pair.positive.text
-    if not pair.query.media:
-        return pair.positive, pair.query.text
-    return None
+    assert not pair.query.media
+    return pair.positive, pair.query.text
 
 
 class CaptionExamples:
     """Image and text as one CONTEXT: warm-up and plain captioning."""
 
     def __call__(self, pair: Pair, rng: np.random.Generator) -> tuple[Example, ...]:
-        image, text = _sides(pair)
+        image, text = sides(pair)
         return ((Item(f"{image.text}\n{text}", image.media), None),)
 
 
@@ -56,7 +55,7 @@ class BridgeExamples:
         self.query_share = sources["query"]
 
     def __call__(self, pair: Pair, rng: np.random.Generator) -> tuple[Example, ...]:
-        image, text = _sides(pair)
+        image, text = sides(pair)
         from_query = rng.random() < self.query_share
         return ((image if from_query else Item(text), text),)
 
@@ -89,17 +88,12 @@ def check_contrast(
     if not isinstance(make_samples, PairExamples):
         return
     rows = pairs if isinstance(pairs, Pairs) else ()  # those of a stream are not known
-
-    def all_share(role: str) -> bool:
+    alike = "a batch has one row" if batch_size == 1 else ""
+    for role in ("positive", "query"):
         keys = (getattr(pair, role).key for pair in rows)
-        first = next(keys, None)
-        return first is not None and all(key == first for key in keys)  # up to the first that isn't
-
-    alike = ""
-    if batch_size == 1:
-        alike = "a batch has one row"
-    elif shared := next(filter(all_share, ("positive", "query")), ""):
-        alike = f"all {len(rows)} rows have the same {shared}"
+        first = next(keys, None) if not alike else None
+        if first is not None and all(key == first for key in keys):  # up to the first other one
+            alike = f"all {len(rows)} rows have the same {role}"
     if not alike:  # without looking for negatives: there may be millions of rows without any
         return
     has_negatives = not rows or any(pair.negatives for pair in rows)
@@ -108,9 +102,3 @@ def check_contrast(
             f"{alike}, and there are no hard negatives: no query has a wrong answer; "
             "raise the stage's batch_size, or give other rows or hard negatives"
         )
-
-
-def _sides(pair: Pair) -> tuple[Item, str]:
-    found = sides(pair)
-    assert found is not None, "pairs are filtered by `describing`"
-    return found

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -24,7 +23,6 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")  # with a branch, tag or com
 # another shape than its neighbours, or of no JSON at all, is a bad row and not a bad file.
 _JSON = datasets.Features({"a row as JSON": datasets.Value("large_string")})
 _JSON_COLUMN = next(iter(_JSON))
-NUMBER = "number of a row"  # a column beside those of streamed rows
 _SHOWN_FILES = 12
 _VIEWS = {pa.string_view(): pa.large_string(), pa.binary_view(): pa.large_binary()}  # of Polars
 _LINES = {
@@ -110,21 +108,6 @@ def open_stream(
     form.columns_of(dict.fromkeys(names), file=f"{source}: {', '.join(patterns)} of {root}")
     # Images in columns stay bytes.
     return rows.select_columns([n for n in names if n in form.names]).decode(False)
-
-
-def shuffled(rows: datasets.IterableDataset, *, window: int, seed: int) -> datasets.IterableDataset:
-    """Streamed rows with their numbers, each `window` of them in a random order.
-
-    `datasets`' own shuffling loses what is in its buffer when it is resumed; this way it knows the
-    place to the row.
-    """
-
-    def permuted(columns: dict[str, list[Any]], numbers: list[int]) -> dict[str, list[Any]]:
-        order = np.random.default_rng([seed, numbers[0]]).permutation(len(numbers)).tolist()
-        columns = columns | {NUMBER: numbers}
-        return {name: [values[at] for at in order] for name, values in columns.items()}
-
-    return rows.map(permuted, with_indices=True, batched=True, batch_size=window)
 
 
 def _open_parquet(path: Path, form: RowFormat) -> datasets.Dataset:

@@ -6,7 +6,7 @@ uninterrupted run would have drawn.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -120,93 +120,88 @@ def draw_subsets(shares: np.ndarray, *, count: int, seed: int) -> np.ndarray:
     return np.concatenate(cycles)[:count]
 
 
-def make_order(pairs: Pairs, mixing: Mixing, *, batch_size: int, seed: int) -> Order:
-    """The order in which a stage sees these pairs.
+@dataclass
+class StepSampler:
+    """A batch sampler: this rank's rows of every step.
+
+    Where every row is as likely as any other, each epoch is a fresh permutation of all, whole
+    batches only. Otherwise sub-batches come from subsets by their shares, and each subset has
+    epochs of its own: every row is used once before any is used again, and a batch shows no row
+    twice, unless a subset has fewer than three batches of rows.
+
+    Args:
+        batch_size: rows of a step over all ranks.
+        steps: of the whole run.
+        start_step: where a resumed run goes on.
 
     Raises:
         UserError: if there are fewer pairs than a batch or sub-batch has, or the mixing does not
             fit the data.
     """
-    if len(pairs) < batch_size:
-        raise UserError(
-            f"the training data has {len(pairs)} rows, fewer than one batch of "
-            f"{batch_size}; lower the stage's batch_size"
-        )
-    if mixing.by_rows:
-        return AllRows(len(pairs), batch_size=batch_size, seed=seed)
-    names, codes = pairs.subset_codes()
-    return MixedSubsets(names, codes, mixing, batch_size=batch_size, seed=seed)
 
-
-@dataclass
-class AllRows:
-    """A fresh permutation of all rows each epoch, whole batches only."""
-
-    num_rows: int
+    pairs: Pairs
+    mixing: Mixing
     batch_size: int
     seed: int
+    steps: int
+    start_step: int
+    rank: int
+    world_size: int
 
-    def batches(self, start: int, stop: int) -> Iterator[list[Index]]:
-        """The global batches of the steps from `start` to before `stop`."""
-        per_epoch = self.num_rows // self.batch_size
-        epoch, order = -1, torch.empty(0)
-        for step in range(start, stop):
-            if step // per_epoch != epoch:
-                epoch = step // per_epoch
-                generator = torch.Generator().manual_seed(mix(self.seed, epoch))
-                order = torch.randperm(self.num_rows, generator=generator)
-            first = step % per_epoch * self.batch_size
-            yield [(epoch, row) for row in order[first : first + self.batch_size].tolist()]
-
-
-class MixedSubsets:
-    """Sub-batches from subsets by their shares; each subset has epochs of its own.
-
-    Every row of a subset is used once before any is used again. A batch shows no row twice, unless
-    a subset has fewer than three batches of rows.
-
-    Args:
-        names: of the subsets.
-        codes: [N], each row's place among them.
-    """
-
-    def __init__(
-        self, names: Sequence[str], codes: np.ndarray, mixing: Mixing, *, batch_size: int, seed: int
-    ) -> None:
+    def __post_init__(self) -> None:
+        if len(self.pairs) < self.batch_size:
+            raise UserError(
+                f"the training data has {len(self.pairs)} rows, fewer than one batch of "
+                f"{self.batch_size}; lower the stage's batch_size"
+            )
+        if self.mixing.by_rows:
+            return
+        names, codes = self.pairs.subset_codes()
         self._rows = [np.flatnonzero(codes == code) for code in range(len(names))]
-        self._sizes = dict(zip(names, map(len, self._rows), strict=True))
-        self.mixing, self.batch_size, self.seed = mixing, batch_size, seed
-        each = mixing.sub_batch_rows(batch_size)
-        for (name, size), share in zip(
-            self._sizes.items(), mixing.shares(self._sizes), strict=True
-        ):
-            if share and size < each:
+        self._sizes = {name: len(rows) for name, rows in zip(names, self._rows, strict=True)}
+        each = self.mixing.sub_batch_rows(self.batch_size)
+        for name, share in zip(names, self.mixing.shares(self._sizes), strict=True):
+            if share and self._sizes[name] < each:
                 raise UserError(
-                    f"{name} has {size} rows, fewer than one sub-batch of {each}; "
+                    f"{name} has {self._sizes[name]} rows, fewer than one sub-batch of {each}; "
                     "raise mixing.sub_batches, lower the stage's batch_size, "
                     f"or set mixing.weights.{name}=0"
                 )
-        self._orders: dict[int, tuple[int, np.ndarray]] = {}  # subset -> its epoch at hand
 
-    def batches(self, start: int, stop: int) -> Iterator[list[Index]]:
-        """The global batches of the steps from `start` to before `stop`."""
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self) -> Iterator[list[Index]]:
+        for batch in self._all_rows() if self.mixing.by_rows else self._mixed_subsets():
+            # Every world_size-th row: ranks share each sub-batch.
+            yield batch[self.rank :: self.world_size]
+
+    def _all_rows(self) -> Iterator[list[Index]]:
+        per_epoch = len(self.pairs) // self.batch_size
+        epoch, order = -1, torch.empty(0)
+        for step in range(self.start_step, self.steps):
+            if step // per_epoch != epoch:
+                epoch = step // per_epoch
+                generator = torch.Generator().manual_seed(mix(self.seed, epoch))
+                order = torch.randperm(len(self.pairs), generator=generator)
+            first = step % per_epoch * self.batch_size
+            yield [(epoch, row) for row in order[first : first + self.batch_size].tolist()]
+
+    def _mixed_subsets(self) -> Iterator[list[Index]]:
         drawn = self.mixing.subsets(
-            self._sizes, batch_size=self.batch_size, steps=stop, seed=self.seed
+            self._sizes, batch_size=self.batch_size, steps=self.steps, seed=self.seed
         )
-        used = np.bincount(drawn[:start].ravel(), minlength=len(self._rows)).tolist()
-        for subsets in drawn[start:].tolist():
+        used = np.bincount(drawn[: self.start_step].ravel(), minlength=len(self._rows)).tolist()
+        orders: dict[int, tuple[int, np.ndarray]] = {}  # subset -> its epoch at hand
+        for subsets in drawn[self.start_step :].tolist():
             batch = []
             for subset in subsets:
-                batch.append(self._index(subset, used[subset]))
+                epoch, place = divmod(used[subset], len(self._rows[subset]))
+                if orders.get(subset, (None,))[0] != epoch:
+                    orders[subset] = (epoch, self._order(subset, epoch))
+                batch.append((epoch, int(orders[subset][1][place])))
                 used[subset] += 1
             yield batch
-
-    def _index(self, subset: int, position: int) -> Index:
-        """Place `position` in the endless sequence of a subset's epochs."""
-        epoch, place = divmod(position, len(self._rows[subset]))
-        if self._orders.get(subset, (None,))[0] != epoch:
-            self._orders[subset] = (epoch, self._order(subset, epoch))
-        return epoch, int(self._orders[subset][1][place])
 
     def _order(self, subset: int, epoch: int) -> np.ndarray:
         order = self._permutation(subset, epoch)
@@ -221,45 +216,6 @@ class MixedSubsets:
     def _permutation(self, subset: int, epoch: int) -> np.ndarray:
         rng = np.random.default_rng([mix(self.seed), _ROWS, subset, epoch + 1])
         return rng.permutation(self._rows[subset])
-
-
-Order = AllRows | MixedSubsets
-
-
-@dataclass
-class StepSampler:
-    """A batch sampler: this rank's rows of every step.
-
-    Args:
-        steps: of the whole run.
-        start_step: where a resumed run goes on.
-
-    Raises:
-        UserError: if ranks cannot share a batch evenly.
-    """
-
-    order: Order
-    steps: int
-    start_step: int
-    rank: int
-    world_size: int
-
-    def __post_init__(self) -> None:
-        check_shareable(self.order.batch_size, self.world_size)
-
-    def __len__(self) -> int:
-        return self.steps
-
-    def __iter__(self) -> Iterator[list[Index]]:
-        for batch in self.order.batches(self.start_step, self.steps):
-            # Every world_size-th row: ranks share each sub-batch.
-            yield batch[self.rank :: self.world_size]
-
-
-def check_shareable(batch_size: int, world_size: int) -> None:
-    """Refuse a global batch that ranks cannot share evenly."""
-    if batch_size % world_size:
-        raise UserError(f"a batch of {batch_size} cannot be shared by {world_size} ranks")
 
 
 def mix(*values: int) -> int:

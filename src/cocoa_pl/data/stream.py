@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import datasets
+import numpy as np
 import pyarrow as pa
 from datasets.distributed import split_dataset_by_node
 
 from cocoa_pl.data.items import Pair
 from cocoa_pl.data.pairs import group_key
-from cocoa_pl.data.readers import NUMBER, as_row, shuffled
+from cocoa_pl.data.readers import as_row
 from cocoa_pl.data.rows import RowFormat
 from cocoa_pl.data.sampler import mix
 from cocoa_pl.errors import UserError, first_line
+
+_NUMBER = "number of a row"  # a column beside those of the rows
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,12 @@ class PairStream:
             epoch, state = place.setdefault("epoch", 0), place.get("rows")
             where = f"{name} (streamed, reader {reader + 1}/{readers}, epoch {epoch})"
             order = mix(seed, epoch) >> 33
-            rows = shuffled(self.subsets[name], window=self.window, seed=order)
+            rows = self.subsets[name].map(
+                partial(_permuted, seed=order),
+                with_indices=True,
+                batched=True,
+                batch_size=self.window,
+            )
             share = split_dataset_by_node(rows, reader, readers, self.dealt_by)
             share.set_epoch(order)  # by which row groups are dealt out
             share.load_state_dict(state)
@@ -77,7 +86,7 @@ class PairStream:
                 for one in share.iter(batch_size=1):  # its plain iterator would share with workers
                     place["rows"] = share.state_dict()
                     row = {column: values[0] for column, values in one.items()}
-                    row_id = f"{where} row {row.pop(NUMBER)}"
+                    row_id = f"{where} row {row.pop(_NUMBER)}"
                     pair = self.form.checked(as_row(row), row_id=row_id, subset=name)
                     if isinstance(pair, Pair):
                         both = self.is_describing and pair.query.media and pair.positive.media
@@ -96,3 +105,16 @@ class PairStream:
                     "data.validation_rows, or leave the subset out"
                 )
             place.update(epoch=epoch + 1, rows=None)
+
+
+def _permuted(
+    columns: dict[str, list[Any]], numbers: list[int], *, seed: int
+) -> dict[str, list[Any]]:
+    """A window of rows with their numbers, in a random order.
+
+    `datasets`' own shuffling loses what is in its buffer when it is resumed; this way it knows the
+    place to the row.
+    """
+    order = np.random.default_rng([seed, numbers[0]]).permutation(len(numbers)).tolist()
+    columns = columns | {_NUMBER: numbers}
+    return {name: [values[at] for at in order] for name, values in columns.items()}

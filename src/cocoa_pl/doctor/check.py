@@ -18,12 +18,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from cocoa_pl.data.datamodule import check_mixing
 from cocoa_pl.data.examples import check_contrast
 from cocoa_pl.data.items import EvalSubset, Item, Pair
 from cocoa_pl.data.pairs import Pairs
 from cocoa_pl.data.processor import Processor
 from cocoa_pl.data.rows import RowErrors
-from cocoa_pl.data.sampler import make_order, mix
+from cocoa_pl.data.sampler import mix
 from cocoa_pl.data.sources import PairSource, source_of
 from cocoa_pl.doctor.measure import Images, Watch, count_tokens, file_name, in_workers, length_facts
 from cocoa_pl.errors import UserError
@@ -206,7 +207,7 @@ class Checkup:
                 if source.validation:
                     source.validation.describing(source.caption_subsets)
             rows = usable.first_of_each_subset(stage.max_rows_per_subset)
-            make_order(rows, stage.mixing, batch_size=stage.batch_size, seed=0)
+            check_mixing(rows, stage.mixing, batch_size=stage.batch_size)
             check_contrast(rows, stage.make_samples, batch_size=stage.batch_size)
         except UserError as error:
             self._tell(part, f"stage {stage.name}: {error}", kind="too_few_rows")

@@ -29,7 +29,6 @@ from transformers import AutoModelForImageTextToText, PretrainedConfig
 from cocoa_pl.attention import TEXT_ATTENTION, kernels
 from cocoa_pl.data.batch import Batch
 from cocoa_pl.data.datamodule import samples_of
-from cocoa_pl.data.examples import sides
 from cocoa_pl.data.items import IMAGE_SLOT, Item, Pair
 from cocoa_pl.data.processor import Processor
 from cocoa_pl.data.sampler import mix
@@ -152,7 +151,7 @@ def make_step(
     image, pairs = lengths.image(processor), []
     for row in range(MOST_SKIPPED * rows):
         pair = lengths.pair(row, image)
-        if not stage.describing or sides(pair) is not None:  # others are left out of training too
+        if not (stage.describing and pair.query.media and pair.positive.media):  # as in training
             pairs.append(pair)
         if len(pairs) == rows:
             break
