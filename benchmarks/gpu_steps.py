@@ -32,8 +32,7 @@ from cocoa_pl.data.batch import Sample, pack
 from cocoa_pl.data.items import IMAGE_SLOT, Item
 from cocoa_pl.data.processor import Processor
 from cocoa_pl.distributed.collectives import clip_gradients
-from cocoa_pl.models.loading import load_inputs
-from cocoa_pl.models.published import KNOWN
+from cocoa_pl.models.loading import load_inputs, published_config
 from cocoa_pl.stages.base import StageModule
 
 Run = Callable[[], object]
@@ -108,7 +107,7 @@ def step(name: str, ceiling: float) -> Found:
     checkpointing, encoding = "checkpointing" in choices, kind == "encode"
     folder = exported("smallest", torch.bfloat16)
     small = load_inputs(Path(folder))  # its tokenizer serves any size
-    config: Any = KNOWN["Qwen/Qwen2-VL-2B-Instruct"].config()
+    config: Any = published_config("Qwen/Qwen2-VL-2B-Instruct")
     if not CUDA:
         config = AutoConfig.from_pretrained(folder)
     with DEVICE:

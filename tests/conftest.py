@@ -52,16 +52,18 @@ TINY_TEXT: dict[str, dict[str, Any]] = {
     "qwen3_vl": {"head_dim": 8},
 }
 TINY_VISION: dict[str, dict[str, Any]] = {
-    "qwen2_vl": {"embed_dim": 32, "mlp_ratio": 2},
+    "qwen2_vl": {"embed_dim": 32, "mlp_ratio": 2, "hidden_size": 32},
     # Windows of 2 x 2 visual tokens in the first block, whole images in the second.
     "qwen2_5_vl": {
         "hidden_size": 32,
+        "out_hidden_size": 32,
         "intermediate_size": 64,
         "window_size": 56,
         "fullatt_block_indexes": [1],
     },
     "qwen3_vl": {
         "hidden_size": 32,
+        "out_hidden_size": 32,
         "intermediate_size": 64,
         "num_position_embeddings": 16,
         "deepstack_visual_indexes": [0, 1],
@@ -168,6 +170,8 @@ def make_source(
                 "initializer_range": 0.2,
                 **TINY_VISION[family],
             },
+            image_mean=[0.5, 0.4, 0.3],
+            image_std=[0.3, 0.2, 0.1],
             min_pixels=token_side**2,
             max_pixels=6 * token_side**2,
         )

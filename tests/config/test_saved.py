@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from cocoa_pl.config.saved import resumed_config, settings_of, settled
 from cocoa_pl.errors import UserError
+from cocoa_pl.models.exported import FORMAT, write_description
 from tests.configs import composed, started
 
 
@@ -33,8 +34,8 @@ def exported(trained: DictConfig, tiny_folder: Path, tmp_path: Path) -> Path:
     folder.mkdir()
     (folder / "config.json").symlink_to(tiny_folder / "config.json")
     plain: Any = OmegaConf.to_container(trained, resolve=True)
-    described = {"format": 1, "lineage": [], "settings": settings_of(plain)}
-    (folder / "cocoa.json").write_text(json.dumps(described))
+    described = {"format": FORMAT, "lineage": [], "settings": settings_of(plain)}
+    write_description(folder, described)
     return folder
 
 
@@ -158,8 +159,8 @@ def test_runs_and_exports_of_an_earlier_version_do_not_tell_their_settings(
     OmegaConf.save({**old, "schedule": {"contrast": {"lr": 0.5}}}, run / "config.yaml")
     with pytest.raises(UserError, match=r"an earlier version .*; init_from=.* begins a new run"):
         resumed_config(composed(f"resume={run}"), [f"resume={run}"])
-    described = {"format": 1, "lineage": [], "settings": {"model": {}, "schedule": {}}}
-    (exported / "cocoa.json").write_text(json.dumps(described))
+    described = {"format": FORMAT, "lineage": [], "settings": {"model": {}, "schedule": {}}}
+    write_description(exported, described)
     for folder in (run, exported):  # which is the run's own
         with pytest.raises(UserError, match=r"does not tell .*; add model=qwen2vl or "):
             settled_by(f"init_from={folder}")

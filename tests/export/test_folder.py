@@ -179,23 +179,6 @@ def test_a_file_of_no_export_is_not_overwritten(causal: Embedder, tmp_path: Path
     assert [path.read_text() for path in tmp_path.iterdir()] == ["another model's"]
 
 
-def test_a_folder_without_digests_is_refused_with_a_way_to_renew_it(
-    copy: Path, causal: Embedder
-) -> None:
-    path = copy / "cocoa.json"
-    older = {**json.loads(path.read_text()), "format": 1}
-    for name in ("digest", "files", "others", "rounding"):
-        del older[name]
-    path.write_text(json.dumps(older))
-    (copy / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match=r"format 1, .*: export it again, python train.py resume="):
-        Embedder.load(str(copy), device="cpu")
-    assert lineage_of(str(copy)) == LINEAGE
-    export(causal, copy, lineage=[])
-    assert Embedder.load(str(copy), device="cpu").policy.name == "causal"
-    assert (copy / "notes.txt").read_text() == "mine"
-
-
 def test_an_export_that_fails_leaves_the_older_one(
     copy: Path, causal: Embedder, monkeypatch: pytest.MonkeyPatch
 ) -> None:

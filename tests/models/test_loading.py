@@ -15,8 +15,7 @@ from torch import Tensor
 
 from cocoa_pl.errors import UserError
 from cocoa_pl.models import loading
-from cocoa_pl.models.loading import Loaded, PretrainedSource, find_folder
-from cocoa_pl.models.published import find_config
+from cocoa_pl.models.loading import Loaded, PretrainedSource, find_config, find_folder
 
 LoadTiny = Callable[..., Loaded]
 UP = "layers.1.mlp.up_proj.weight"

@@ -1,6 +1,7 @@
 """The published architectures on the meta device: sizes, reserved rows, and what adapters hit."""
 
 import re
+import shutil
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch import nn
 
 from cocoa_pl.errors import UserError
 from cocoa_pl.models.adapters import LowRank
-from cocoa_pl.models.published import KNOWN, find_config
+from cocoa_pl.models.loading import KNOWN, find_config, published_config
 from tests.configs import composed
 from tests.small import meta_model
 
@@ -43,7 +44,7 @@ everywhere = pytest.mark.parametrize("name", KNOWN)
 
 @cache
 def model_of(name: str) -> nn.Module:
-    return meta_model(KNOWN[name].config())
+    return meta_model(published_config(name))
 
 
 @cache
@@ -64,7 +65,7 @@ def test_every_published_model_has_a_file_and_every_file_a_published_model() -> 
 @everywhere
 def test_parameters_are_as_many_as_published(name: str) -> None:
     model = model_of(name)
-    assert sum(parameter.numel() for parameter in model.parameters()) == KNOWN[name].parameters
+    assert sum(parameter.numel() for parameter in model.parameters()) == KNOWN[name]["parameters"]
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
 
@@ -74,10 +75,10 @@ def test_last_row_is_reserved_so_nothing_is_resized(name: str) -> None:
     model: Any = model_of(name)
     rows, _ = model.get_input_embeddings().weight.shape
     mask_id = rows - 1  # as the tokenizing processor takes it
-    assert mask_id >= KNOWN[name].num_tokens
+    assert mask_id >= KNOWN[name]["num_tokens"]
     config = model.config
     special = (config.image_token_id, config.video_token_id, config.text_config.eos_token_id)
-    assert max(special) < KNOWN[name].num_tokens
+    assert max(special) < KNOWN[name]["num_tokens"]
     assert model.get_output_embeddings().weight.shape[0] == rows
 
 
@@ -96,24 +97,25 @@ def test_adapters_hit_exactly_the_layers_meant(name: str) -> None:
 
 
 def family(name: str) -> str:
-    return str(KNOWN[name].config().model_type)
+    return str(published_config(name).model_type)
 
 
 # --- Where a configuration comes from --------------------------------------------------------
 
 
 def test_hub_cache_comes_before_the_table(
-    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def cached(name: str, file: str) -> str | None:
-        return str(tiny_folder / file) if name == "Qwen/Qwen3-VL-2B-Instruct" else None
-
-    monkeypatch.setattr("cocoa_pl.models.published.try_to_load_from_cache", cached)
+    cached = tmp_path / "models--Qwen--Qwen3-VL-2B-Instruct"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("1f00")
+    shutil.copytree(tiny_folder, cached / "snapshots" / "1f00")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     found: Any = find_config("Qwen/Qwen3-VL-2B-Instruct")
     assert found.text_config.hidden_size == 32
-    assert find_config(str(tiny_folder)).to_dict() == found.to_dict()
+    assert found.model_type == find_config(str(tiny_folder)).model_type
     assert find_config("Qwen/Qwen3-VL-4B-Instruct").to_dict() == (
-        KNOWN["Qwen/Qwen3-VL-4B-Instruct"].config().to_dict()
+        published_config("Qwen/Qwen3-VL-4B-Instruct").to_dict()
     )
 
 

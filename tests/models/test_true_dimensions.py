@@ -14,8 +14,7 @@ from cocoa_pl.attention import TEXT_ATTENTION, Policy
 from cocoa_pl.data.batch import TEXT, VISUAL, Sample, pack
 from cocoa_pl.data.processor import mrope_positions
 from cocoa_pl.models.backbone import Backbone
-from cocoa_pl.models.loading import FAMILIES
-from cocoa_pl.models.published import KNOWN
+from cocoa_pl.models.loading import FAMILIES, KNOWN, published_config
 
 IMAGE_TOKEN, EOS, ROWS = 100, 101, 128
 # Visual tokens, height x width: 336 x 224 pixels or a little more, and one that is a cut window.
@@ -24,7 +23,7 @@ IMAGES = ((12, 8), (3, 5))
 
 def shallow(name: str) -> Any:
     """The published configuration with one text layer, two vision blocks and 128 tokens."""
-    config: Any = KNOWN[name].config()
+    config: Any = published_config(name)
     config.dtype = torch.float32
     config.image_token_id, config.video_token_id = IMAGE_TOKEN, IMAGE_TOKEN + 5
     text, vision = config.text_config, config.vision_config

@@ -115,7 +115,7 @@ def test_fsdp_divides_what_it_splits(tmp_path: Path) -> None:
         (["trainer=ddp"], "how many GPUs"),
         (["trainer.precision=16-mixed"], "trainer.precision=16-mixed cannot be honoured"),
         (["gpus=0"], "gpus=0 must be a whole number of at least 1 or null"),
-        (["model.source.family=llava"], "model.source.family: there is no llava"),
+        (["model.source.family=llava"], "model.source.family=llava must be one of qwen2_vl"),
         (["model=qwen2vl", "model.source.path=a/b"], "no config.json for a/b"),
         (["lengths.images_per_positive=1"], "stage pretrain describes images, and of the assumed"),
         (["lengths.images_per_query=20"], "images and the end token take .* max_length=256"),

@@ -27,8 +27,13 @@ from cocoa_pl.errors import UserError, first_line, typed
 from cocoa_pl.evaluation.results import read_config
 from cocoa_pl.models.adapters import base_path
 from cocoa_pl.models.exported import DESCRIPTION, described_in
-from cocoa_pl.models.loading import ADAPTER_CONFIG, find_folder
-from cocoa_pl.models.published import KNOWN, find_config
+from cocoa_pl.models.loading import (
+    ADAPTER_CONFIG,
+    KNOWN,
+    find_config,
+    find_folder,
+    published_config,
+)
 
 log = logging.getLogger(__name__)
 
@@ -194,7 +199,7 @@ def _fits(source: DictConfig, architecture: PretrainedConfig) -> bool:
     family; those of small models, with rates for random weights, for none that is published.
     """
     if "family" in source:
-        widths = {known.config().get_text_config().hidden_size for known in KNOWN.values()}
+        widths = {published_config(name).get_text_config().hidden_size for name in KNOWN}
         width = architecture.get_text_config().hidden_size
         return source.family == architecture.model_type and width not in widths
     try:

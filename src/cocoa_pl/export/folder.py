@@ -127,8 +127,8 @@ def replacing(folder: Path) -> Iterator[Path]:
             undo.pop_all()
 
 
-def untouched(folder: Path) -> set[str] | None:
-    """Files of a folder that exports wrote and may write again; None where that is unknown.
+def untouched(folder: Path) -> set[str]:
+    """Files of a folder that exports wrote and may write again.
 
     Raises:
         UserError: if one of them was changed since.
@@ -136,8 +136,6 @@ def untouched(folder: Path) -> set[str] | None:
     described = described_in(folder)
     if not described:
         return set()
-    if described["format"] == 1:
-        return None
     for name, what in differences(folder, described):
         if what == CHANGED:
             raise UserError(
@@ -147,9 +145,8 @@ def untouched(folder: Path) -> set[str] | None:
     return {DESCRIPTION, *described["files"], *described["others"]}
 
 
-def _carry_over(folder: Path, fresh: Path, written: set[str] | None) -> None:
+def _carry_over(folder: Path, fresh: Path, own: set[str]) -> None:
     """Copy what no export wrote; empty folders too, as git has some."""
-    own = written or set()
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         target = fresh / name
@@ -159,7 +156,7 @@ def _carry_over(folder: Path, fresh: Path, written: set[str] | None) -> None:
         elif name not in own and not target.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(path, target, follow_symlinks=False)
-        elif name not in own and written is not None:
+        elif name not in own:
             raise UserError(f"{path} is of no export and would be overwritten; move it elsewhere")
 
 

@@ -30,7 +30,7 @@ Encode = Callable[[Sequence[Item]], NDArray[np.float32]]
 FINGERPRINT_TOLERANCE = {"float32": 1e-3, "bfloat16": 3e-2}
 
 DESCRIPTION = "cocoa.json"
-FORMAT = 2  # of cocoa.json; 1 knew no digests
+FORMAT = 2  # of cocoa.json
 UNREAD = ("generation_config.json",)  # exported for other tools; vectors do not depend on it
 CHANGED, MISSING = "was changed since the model was exported", "is missing"
 
@@ -76,12 +76,6 @@ def read_description(folder: Path) -> dict[str, Any]:
         UserError: if it cannot be read, is of another format, or anything was changed.
     """
     described = described_in(folder)
-    path = folder / DESCRIPTION
-    if described["format"] == 1:
-        raise UserError(
-            f"{path} is of format 1, which knows no digests of the model's files: export it again, "
-            "python train.py resume=RUN evaluate=false"
-        )
     for name, what in differences(folder, described):
         if name not in described["others"]:
             raise UserError(f"{folder / name} {what}; export the model again")
@@ -98,7 +92,7 @@ def differences(folder: Path, described: Mapping[str, Any]) -> Iterator[tuple[st
 
 
 def described_in(folder: Path) -> dict[str, Any]:
-    """The content of `cocoa.json` in this format or the one before; empty for a folder without one.
+    """The content of `cocoa.json`; empty for a folder without one.
 
     Raises:
         UserError: if it is damaged, was edited, or is of another format.
@@ -114,8 +108,11 @@ def described_in(folder: Path) -> dict[str, Any]:
             stage["stage"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} describes no model; export it again") from error
-    if number not in (1, FORMAT):
-        raise UserError(f"{path}: format {number} is not {FORMAT}; update cocoa_pl")
+    if number != FORMAT:
+        raise UserError(
+            f"{path}: format {number} is not {FORMAT}; update cocoa_pl, or remove the folder and "
+            "export the model again"
+        )
     if not is_as_written:
         raise UserError(
             f"{path} {CHANGED}; put back what it was, move it elsewhere, or export the model again"
@@ -181,16 +178,9 @@ def digest_of_text(text: str) -> str:
 
 
 def digest_of_file(path: Path) -> str:
-    """Of every byte; some gigabytes a second.
-
-    Raises:
-        UserError: if it cannot be read.
-    """
-    digest, block = xxhash.xxh3_128(), bytearray(1 << 18)
-    try:
-        with path.open("rb", buffering=0) as file:
-            while count := file.readinto(block):
-                digest.update(memoryview(block)[:count])
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    """Of every byte; some gigabytes a second."""
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(1 << 18):
+            digest.update(block)
     return digest.hexdigest()

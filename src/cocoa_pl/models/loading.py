@@ -1,5 +1,6 @@
 """Models of a Hugging Face folder or hub id, with their tokenizers and image processors."""
 
+import copy
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
@@ -21,7 +23,6 @@ from transformers import (
 from cocoa_pl.attention import TEXT_ATTENTION
 from cocoa_pl.errors import UserError, first_line, typed
 from cocoa_pl.models.backbone import Backbone, NoVocabularyHead
-from cocoa_pl.models.published import find_config
 from cocoa_pl.models.qwen_vl import Qwen2VLBackbone, Qwen3VLBackbone, Qwen25VLBackbone
 from cocoa_pl.models.tiny import Texts
 
@@ -33,6 +34,12 @@ FAMILIES: dict[str, type[Backbone]] = {
 }
 
 ADAPTER_CONFIG = "adapter_config.json"  # of a folder that holds an adapter (`adapters.py`)
+
+# By their names on the hub: the published `config`, the `parameters` in the weight files, and the
+# tokenizer's `num_tokens`.
+KNOWN: dict[str, dict[str, Any]] = yaml.safe_load(
+    Path(__file__).with_name("published.yaml").read_text("utf-8")
+)["models"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -96,6 +103,31 @@ def find_folder(path: str) -> Path:
             f"({type(error).__name__}): download it elsewhere and pass the folder, "
             f"model.source.path=/path/to/{path.split('/')[1]}"
         ) from error
+
+
+def find_config(path: str) -> PretrainedConfig:
+    """The architecture of a model whose weights need not be here: of a local folder, of the hub's
+    cache on this disk, or as it was published (`KNOWN`), in this order.
+
+    Raises:
+        UserError: if none of them has it, or the folder's cannot be read.
+    """
+    try:
+        return AutoConfig.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError) as error:
+        if (local := Path(path) / "config.json").is_file():
+            raise UserError(f"{local} cannot be read: {first_line(error)}") from error
+    if path in KNOWN:
+        return published_config(path)
+    raise UserError(
+        f"no config.json for {path}: it is no model folder, not in the hub's cache and not one of "
+        f"{', '.join(KNOWN)}"
+    )
+
+
+def published_config(name: str) -> PretrainedConfig:
+    """A new stock configuration of a model in `KNOWN`."""
+    return AutoConfig.for_model(**copy.deepcopy(KNOWN[name]["config"]))
 
 
 def load(folder: Path, *, kernel: str, dtype: str, gradient_checkpointing: bool) -> Loaded:

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -22,40 +22,12 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-from transformers.utils.constants import (
-    IMAGENET_STANDARD_MEAN,
-    IMAGENET_STANDARD_STD,
-    OPENAI_CLIP_MEAN,
-    OPENAI_CLIP_STD,
-)
 
 from cocoa_pl.config.bounds import Count, Seed
-from cocoa_pl.errors import UserError
 
 # Makes the training texts: millions of them, which only a source without a tokenizer reads.
 Texts = Callable[[], Sequence[str]]
 
-
-@dataclass(frozen=True)
-class Twin:
-    """What a family's small models take from its large ones beside their classes.
-
-    Attributes:
-        output_field: of the vision configuration: the language model's hidden size.
-        image_mean, image_std: pixel statistics of the published image processor.
-    """
-
-    output_field: str
-    image_mean: Sequence[float]
-    image_std: Sequence[float]
-
-
-# By `model_type`.
-TWINS = {
-    "qwen2_vl": Twin("hidden_size", OPENAI_CLIP_MEAN, OPENAI_CLIP_STD),
-    "qwen2_5_vl": Twin("out_hidden_size", OPENAI_CLIP_MEAN, OPENAI_CLIP_STD),
-    "qwen3_vl": Twin("out_hidden_size", IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD),
-}
 
 # The special tokens of Qwen2-VL, by the same names.
 SPECIAL_TOKENS = (
@@ -75,32 +47,27 @@ class TinySource:
 
     Args:
         cache_dir: where the folder is kept.
-        family: a name in `TWINS`.
+        family: `model_type` of a stock configuration.
         seed: of the random weights.
         vocabulary_size: tokens of the tokenizer, special ones included.
         reserved_rows: embedding rows that no token uses, as in Qwen2-VL; one becomes the mask
             token.
         text, vision: fields of the stock text and vision configurations.
+        image_mean, image_std: pixel statistics, of each channel.
         min_pixels, max_pixels: bounds of the image processor, pixels per image.
-
-    Raises:
-        UserError: for a family that there is no twin of.
     """
 
     cache_dir: str
-    family: str
+    family: Literal["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
     seed: Seed
     vocabulary_size: Count
     reserved_rows: Count
     text: Mapping[str, Any]
     vision: Mapping[str, Any]
+    image_mean: Sequence[float]
+    image_std: Sequence[float]
     min_pixels: Count
     max_pixels: Count
-
-    def __post_init__(self) -> None:
-        if self.family not in TWINS:
-            there = ", ".join(TWINS)
-            raise UserError(f"model.source.family: there is no {self.family}, only {there}")
 
     @property
     def values(self) -> dict[str, Any]:
@@ -134,10 +101,7 @@ class TinySource:
                 "bos_token_id": token("<|endoftext|>"),
                 "eos_token_id": token("<|im_end|>"),
             },
-            vision_config={
-                **self.vision,
-                TWINS[self.family].output_field: self.text["hidden_size"],
-            },
+            vision_config=dict(self.vision),
             image_token_id=token("<|image_pad|>"),
             video_token_id=token("<|video_pad|>"),
             vision_start_token_id=token("<|vision_start|>"),
@@ -149,7 +113,6 @@ class TinySource:
     def _build(self, folder: Path, texts: Sequence[str]) -> None:
         tokenizer = train_tokenizer(texts, vocabulary_size=self.vocabulary_size)
         config: Any = self.config(tokenizer.convert_tokens_to_ids)
-        twin = TWINS[self.family]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             AutoModelForImageTextToText.from_config(config).save_pretrained(folder)
@@ -159,8 +122,8 @@ class TinySource:
             merge_size=config.vision_config.spatial_merge_size,
             temporal_patch_size=config.vision_config.temporal_patch_size,
             size={"shortest_edge": self.min_pixels, "longest_edge": self.max_pixels},
-            image_mean=list(twin.image_mean),
-            image_std=list(twin.image_std),
+            image_mean=list(self.image_mean),
+            image_std=list(self.image_std),
         ).save_pretrained(folder)
 
 

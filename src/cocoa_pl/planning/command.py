@@ -21,8 +21,7 @@ from cocoa_pl.config.build import build
 from cocoa_pl.config.command_line import compose_overrides, run_app
 from cocoa_pl.config.saved import settled
 from cocoa_pl.errors import UserError
-from cocoa_pl.models.loading import DTYPES
-from cocoa_pl.models.published import find_config
+from cocoa_pl.models.loading import DTYPES, find_config
 from cocoa_pl.planning.counting import ACTIVATIONS
 from cocoa_pl.planning.step import (
     GRADIENTS,
