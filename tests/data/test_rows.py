@@ -190,9 +190,9 @@ BAD_ROWS: list[tuple[str, Any, str]] = [
     ("pairs", {"query_image": {"url": "a.png"}}, r"query: it must .* found dict"),
     ("pairs", {"query": "a \ud800"}, "not valid Unicode"),
     ("pairs", {"postive": "a"}, "unknown column postive; known are query, query_image"),
-    ("pairs", {"negatives": "a cat"}, r"negatives must be a list of {text, image} .* found str"),
-    ("pairs", {"negatives": ["a cat"]}, "a negative must be an object, found str"),
-    ("pairs", {"negatives": [{"txt": "a"}]}, "unknown key txt of a negative; known are text, im"),
+    ("pairs", {"negatives": "a cat"}, r"must be a list of {text, image} objects, found 'a cat'"),
+    ("pairs", {"negatives": ["a cat"]}, "must be a list of {text, image} objects, found 'a cat'"),
+    ("pairs", {"negatives": [{"txt": "a"}]}, r"of {text, image} objects, found {'txt': 'a'}"),
     ("pairs", {"negatives": [{"text": ""}]}, "negative: it is empty"),
     ("cocoa_json", {"image_path": "images/c.png"}, r"query: image .*c\.png does not exist"),
 ]

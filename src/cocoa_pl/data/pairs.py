@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import datasets
 import numpy as np
-import pyarrow as pa
+import pandas as pd
 import xxhash
 
 from cocoa_pl.data.items import IMAGE_SLOT, Item, Pair
@@ -54,7 +54,7 @@ class FileRows(Sequence[Pair]):
 
     def __getitem__(self, number: Any) -> Any:
         """The row's pair; a row that is none was left out by `read`."""
-        row = as_row({name: column[number].as_py() for name, column in self._columns})
+        (row,) = map(as_row, self.data.data.fast_slice(number, 1).to_pylist())
         return self.form.pair(row, row_id=self.row_id(number), subset=self.subset, is_known=True)
 
     def contents(self) -> Iterator[object]:
@@ -74,14 +74,6 @@ class FileRows(Sequence[Pair]):
             for batch in block.to_batches():
                 digest.update(batch.serialize())
         return digest.digest()
-
-    @cached_property
-    def _columns(self) -> list[tuple[str, pa.ChunkedArray]]:
-        table = self.data.data
-        return [(name, table.column(name)) for name in table.column_names]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_columns"}
 
 
 class Pairs(Sequence[Pair]):
@@ -151,17 +143,13 @@ class Pairs(Sequence[Pair]):
         """At most `count` pairs of each subset, in their order; None keeps all."""
         if count is None:
             return self
-        codes = self.known["subset"]
-        kept = [np.flatnonzero(codes == code)[:count] for code in range(len(self.names))]
-        return self.select(np.sort(np.concatenate([np.empty(0, np.int64), *kept])))
+        subsets = pd.Series(self.known["subset"])
+        return self.select((subsets.groupby(subsets).cumcount() < count).to_numpy())
 
     def subset_codes(self) -> tuple[list[str], np.ndarray]:
         """Names of the subsets in order of occurrence, and int64 [N], each row's place there."""
-        codes, first = np.unique(self.known["subset"], return_index=True)
-        order = codes[first.argsort()]
-        places = np.empty(len(self.names), np.int64)
-        places[order] = np.arange(len(order))
-        return [self.names[code] for code in order], places[self.known["subset"]]
+        codes, subsets = pd.factorize(self.known["subset"])
+        return [self.names[subset] for subset in subsets], codes
 
     @cached_property
     def fingerprint(self) -> str:
@@ -181,13 +169,7 @@ class Pairs(Sequence[Pair]):
     def __len__(self) -> int:
         return len(self.known)
 
-    @overload
-    def __getitem__(self, index: int) -> Pair: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> Pairs: ...
-
-    def __getitem__(self, index: int | slice) -> Pair | Pairs:
+    def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return self.select(np.arange(len(self))[index])
         number = int(self.known["number"][index])

@@ -40,12 +40,9 @@ def find_files(root: Path, pattern: str, *, source: str) -> list[Path]:
     if found := sorted(glob.glob(pattern, root_dir=root)):
         return [root / name for name in found]
     folder = (root / pattern).parent
-    while root in folder.parents and not os.path.isdir(folder):
-        folder = folder.parent
+    folder = folder if folder.is_dir() else root
     try:
-        has = sorted(os.listdir(folder))
-    except (FileNotFoundError, NotADirectoryError):
-        has = []
+        has = sorted(os.listdir(folder)) if folder.is_dir() else []
     except OSError as error:
         raise UserError(f"{source}: {system_error(error)}", file=folder) from error
     shown = ", ".join(has[:_SHOWN_FILES]) + (", ..." if has[_SHOWN_FILES:] else "")
@@ -59,8 +56,7 @@ def open_file(path: Path, form: RowFormat) -> datasets.Dataset:
     Raises:
         UserError: for a file that is of no known kind, cannot be read, or lacks columns.
     """
-    kinds: dict[str, Any] = {".parquet": _open_parquet, ".jsonl": _open_lines, ".json": _open_array}
-    if path.suffix not in kinds:
+    if path.suffix not in (".parquet", ".jsonl", ".json"):
         raise UserError(
             f"{path}: files ending in {path.suffix!r} are not read; use .jsonl, .json or .parquet"
         )
@@ -69,14 +65,19 @@ def open_file(path: Path, form: RowFormat) -> datasets.Dataset:
     except OSError as error:
         raise UserError(system_error(error), kind="unreadable_file", file=path) from error
     try:
-        rows: datasets.Dataset = kinds[path.suffix](path, form)
+        if path.suffix == ".parquet":
+            return _open_parquet(path, form)
+        if path.suffix == ".json":
+            return _open_array(path)
+        if not path.stat().st_size:  # which the builder refuses
+            return datasets.Dataset.from_dict({})
+        return datasets.load_dataset(data_files=glob.escape(str(path)), split="train", **_LINES)
     except (datasets.exceptions.DatasetGenerationError, pa.ArrowException, OSError) as error:
         reason = first_line(error.__cause__ if isinstance(error.__cause__, Exception) else error)
         raise UserError(
             f"{path}: cannot be read as {path.suffix[1:]} ({reason:.200}); get the file again, or "
             "set HF_DATASETS_CACHE to a folder with room if that is the reason"
         ) from error
-    return rows
 
 
 def open_stream(
@@ -128,13 +129,7 @@ def _open_parquet(path: Path, form: RowFormat) -> datasets.Dataset:
     )
 
 
-def _open_lines(path: Path, form: RowFormat) -> datasets.Dataset:
-    if not path.stat().st_size:
-        return datasets.Dataset.from_dict({})
-    return datasets.load_dataset(data_files=glob.escape(str(path)), split="train", **_LINES)
-
-
-def _open_array(path: Path, form: RowFormat) -> datasets.Dataset:
+def _open_array(path: Path) -> datasets.Dataset:
     try:
         rows = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:

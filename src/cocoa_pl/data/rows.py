@@ -105,37 +105,33 @@ class RowFormat:
             UserError: with `row_id`, for a row that cannot be used.
         """
         try:
-            query, positive, *negatives = self._items(row, is_known)
+            if isinstance(row, bytes):
+                raise UserError(f"not valid JSON: {row[:60]!r}; write one object a line, in UTF-8")
+            if not isinstance(row, dict):
+                raise UserError(f"a row must be an object, found {type(row).__name__}")
+            columns = self.columns_of(row)
+            sides = [
+                (role, row.get(columns[role].get("text")), row.get(columns[role].get("image")))
+                for role in ("query", "positive")
+            ]
+            sides += [("negative", *side) for side in _negatives(row, columns.get("negative", {}))]
+            query, positive, *negatives = [
+                make_item(
+                    text,
+                    image,
+                    role=role,
+                    image_root=self.image_root,
+                    # MMEB's own negatives name images without a placeholder.
+                    add_missing_slot=role == "negative" or not self.images_placed,
+                    drop_orphan_slot=self.drop_orphan_slots,
+                    is_known=is_known,
+                )
+                for role, text, image in sides
+            ]
         except UserError as error:
             error.row_id, error.kind = row_id, error.kind or "bad_row"
             raise
         return Pair(query, positive, tuple(negatives), subset, row_id)
-
-    def _items(self, row: object, is_known: bool) -> Iterator[Item]:
-        """Query, positive and negatives."""
-        if isinstance(row, bytes):
-            raise UserError(f"not valid JSON: {row[:60]!r}; write one object a line, in UTF-8")
-        if not isinstance(row, dict):
-            raise UserError(f"a row must be an object, found {type(row).__name__}")
-        columns = self.columns_of(row)
-
-        def item(role: str, text: object, image: object) -> Item:
-            return make_item(
-                text,
-                image,
-                role=role,
-                image_root=self.image_root,
-                # MMEB's own negatives name images without a placeholder.
-                add_missing_slot=role == "negative" or not self.images_placed,
-                drop_orphan_slot=self.drop_orphan_slots,
-                is_known=is_known,
-            )
-
-        for role in ("query", "positive"):
-            names = columns[role]
-            yield item(role, row.get(names.get("text")), row.get(names.get("image")))
-        for text, image in _negatives(row, columns):
-            yield item("negative", text, image)
 
 
 def make_item(
@@ -236,74 +232,60 @@ class RowErrors(list[UserError]):
         """One line for all rows of `source` that cannot be used, and one for those that repeat
         another, with the first few spelt out.
         """
-        num_repeated = self.counts["repeated_row"]
-        num_bad = self.counts.total() - num_repeated
-        for what, count, level in (
-            ("bad", num_bad, logging.WARNING),
-            ("repeated", num_repeated, logging.INFO),
+        repeated = {"repeated_row"}
+        for what, kinds, level in (
+            ("bad", self.counts.keys() - repeated, logging.WARNING),
+            ("repeated", self.counts.keys() & repeated, logging.INFO),
         ):
-            some = [e for e in self if (e.kind == "repeated_row") == (what == "repeated")]
-            if count:
-                shown = "; ".join(map(str, some[:_SHOWN_ROWS])) + "; ..." * (count > _SHOWN_ROWS)
+            if count := sum(self.counts[kind] for kind in kinds):
+                some = [str(error) for error in self if error.kind in kinds]
+                shown = "; ".join(some[:_SHOWN_ROWS]) + "; ..." * (count > _SHOWN_ROWS)
                 log.log(level, "%s: skipped %d %s row(s): %s", visible(source), count, what, shown)
 
 
-def _negatives(row: Mapping[str, object], columns: Columns) -> list[tuple[object, object]]:
+def _negatives(
+    row: Mapping[str, Any], columns: Mapping[str, str]
+) -> Iterator[tuple[object, object]]:
     """Text and image of each hard negative."""
-    names: Mapping[str, str] = columns.get("negative", {})
-    text, image = names.get("text", ""), names.get("image", "")
-    if not row.get(text.partition(".")[0]) and not row.get(image.partition(".")[0]):
-        return []
-    are_objects = "." in text + image
-    entries = _entries_of_objects if are_objects else _entries
-    texts, images = (entries(row, column, names) for column in (text, image))
-    length = max(len(texts), len(images))
+    text, image = columns.get("text", ""), columns.get("image", "")
+    texts, images = _entries(row, text, columns), _entries(row, image, columns)
     # A missing column, null, "" and [] mean "none of these"; anything else must match one by one.
-    texts = texts if any(texts) else [""] * length
-    images = images if any(images) else [""] * length
+    if not any(texts):
+        texts = [""] * len(images)
+    if not any(images):
+        images = [""] * len(texts)
     if len(texts) != len(images):
         raise UserError(
             f"{text} has {len(texts)} entries and {image} {len(images)}; give one path (or an "
             "empty string) for each text"
         )
-    pairs = zip(texts, images, strict=True)
-    # In columns of their own, an entry with neither is absent, not empty.
-    return [(text, image) for text, image in pairs if text or image or are_objects]
+    for one in zip(texts, images, strict=True):
+        # In columns of their own, an entry with neither is absent, not empty.
+        if any(one) or "." in text + image:
+            yield one
 
 
-def _entries(row: Mapping[str, object], column: str, columns: Mapping[str, str]) -> list[object]:
-    """A list, a Python list written as a string, or a single value."""
-    value: Any = row.get(column)
+def _entries(row: Mapping[str, Any], column: str, columns: Mapping[str, str]) -> list[object]:
+    """A list, a Python list written as a string, or a single value; of the column `negatives.text`
+    the key `text` of each object in the list `negatives`.
+    """
+    name, _, key = column.partition(".")
+    value = row.get(name)
     if isinstance(value, str) and value.strip().startswith("[") and value.strip().endswith("]"):
         try:
             value = ast.literal_eval(value.strip())  # parses, and executes nothing
         except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
             raise UserError(
-                f"{column} looks like a list but is not one of quoted strings: {value[:80]!r}; "
+                f"{name} looks like a list but is not one of quoted strings: {value[:80]!r}; "
                 "write strings only"
             ) from error
-    if not isinstance(value, list):
-        value = [value] if value else []
-    return [embedded(one) or "" for one in value]
-
-
-def _entries_of_objects(
-    row: Mapping[str, object], column: str, columns: Mapping[str, str]
-) -> list[object]:
-    """The key `text` of each object in the list `negatives`, for the column `negatives.text`."""
-    name, _, key = column.partition(".")
-    value = row.get(name)
+    entries = value if isinstance(value, list) else [value] if value else []
+    if not key:
+        return [embedded(entry) or "" for entry in entries]
     known = [one.partition(".")[2] for one in columns.values()]
-    if not isinstance(value, list | None):
-        raise UserError(
-            f"{name} must be a list of {{{', '.join(known)}}} objects, found {type(value).__name__}"
-        )
-    for entry in value or []:
-        if not isinstance(entry, dict):
-            raise UserError(f"a negative must be an object, found {type(entry).__name__}")
-        if unknown := [one for one in entry if one not in known]:
+    for entry in entries:
+        if not isinstance(entry, dict) or not entry.keys() <= set(known):
             raise UserError(
-                f"unknown key {', '.join(map(str, unknown))} of a negative; "
-                f"known are {', '.join(known)}"
+                f"{name} must be a list of {{{', '.join(known)}}} objects, found {entry!r:.80}"
             )
-    return [entry.get(key) for entry in value or []]
+    return [entry.get(key) for entry in entries]

@@ -7,12 +7,11 @@ Every data source has `train_pairs`, `validation_pairs`, `validation_subsets`, `
 from __future__ import annotations
 
 import hashlib
-import logging
 import math
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -30,35 +29,13 @@ from cocoa_pl.data.rows import Columns, OnBadRow, Repeated, RowErrors, RowFormat
 from cocoa_pl.data.stream import PairStream
 from cocoa_pl.errors import UserError, absent, first_line, typed
 
-log = logging.getLogger(__name__)
-
 
 @dataclass(kw_only=True, eq=False)
 class PairSource:
     """Pairs of files, subset by subset; a part of them is held out for validation.
 
-    Args:
-        path, root: either of them: a `.jsonl`, `.json` or `.parquet` file, or a folder of files, or
-            the id of a data set of the hub, whose files are fetched then.
-        files: in the folder, a pattern with `{subset}` and `{split}`; None for a single file.
-        split: of the files' names; or several such splits.
-        subsets: names; None for one of each file, named by it.
-        columns, image_root, images_placed, other_columns, drop_orphan_slots, on_bad_row, repeated:
-            see `RowFormat`.
-        max_rows: rows of each subset and split that are used, from the first on; None for all.
-        caps: the same for single subsets, a null for all rows of one.
-        caption_subsets: those whose pairs are a picture and its whole caption, for the generative
-            stages; None for all.
-        validation_path: a file of validation pairs; None to hold out a part.
-        validation_fraction: share of each subset's images (or queries) that is held out; 0 for no
-            validation.
-        validation_rows: held-out rows of each subset that are scored by precision@1.
-        validation_seed: chooses what is held out; not the run's seed, so that all runs validate
-            alike.
-        streaming: read rows on the fly; then the first `validation_rows` of each subset are held
-            out, and with them every row of the same image.
-        window: of a stream, see `PairStream`.
-        rows: of a stream, subset -> its number of rows, for mixing by size; None for all alike.
+    Args: the keys of conf/data/common/source.yaml, which says what each means; see `RowFormat` and
+        `PairStream` too.
 
     Raises:
         UserError: for caps or caption subsets of no subset, or a validation file and a fraction.
@@ -101,15 +78,8 @@ class PairSource:
             )
         self.left_out = RowErrors()  # of each row that is not used, when it was read
         self.place = str(self.root if self.path is None else self.path)
-        self.form = RowFormat(
-            columns=self.columns,
-            image_root=Path(self.image_root),
-            images_placed=self.images_placed,
-            other_columns=self.other_columns,
-            drop_orphan_slots=self.drop_orphan_slots,
-            on_bad_row=self.on_bad_row,
-            repeated=self.repeated,
-        )
+        values = {field.name: getattr(self, field.name) for field in fields(RowFormat)}
+        self.form = RowFormat(**values | {"image_root": Path(self.image_root)})
 
     def train_pairs(self) -> Pairs | PairStream:
         """All rows that are not held out, subset after subset."""
@@ -223,16 +193,9 @@ def local_folder(root: str, patterns: Sequence[str]) -> Path:
     if Path(root).is_dir() or not HUB_ID.fullmatch(root):
         return Path(root)
     repo, _, revision = root.partition("@")
-    log.info(
-        "%s: fetching %d kind(s) of files without images, which are archives on the hub "
-        "(MMEB-train: images_zip/*.zip) to be unpacked below data.image_root",
-        *(root, len(patterns)),
-    )
     try:
-        return Path(
-            snapshot_download(
-                repo, repo_type="dataset", revision=revision or None, allow_patterns=list(patterns)
-            )
+        found = snapshot_download(
+            repo, repo_type="dataset", revision=revision or None, allow_patterns=list(patterns)
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         raise UserError(
@@ -240,6 +203,7 @@ def local_folder(root: str, patterns: Sequence[str]) -> Path:
             f"where there is a network, run: hf download {repo} --repo-type dataset --local-dir "
             "FOLDER, unpack its image archives there, and use data=mmeb data.root=FOLDER"
         ) from error
+    return Path(found)
 
 
 def hold_out(
@@ -279,29 +243,32 @@ def as_subsets(pairs: Iterable[Pair], *, max_rows: int) -> list[EvalSubset]:
     by_subset: dict[str, list[Pair]] = defaultdict(list)
     for pair in pairs:
         by_subset[pair.subset].append(pair)
-    return [_as_subset(name, rows[:max_rows]) for name, rows in by_subset.items() if max_rows]
-
-
-def _as_subset(name: str, rows: Sequence[Pair]) -> EvalSubset:
-    queries, query_index = numbered([row.query for row in rows])
-    candidates, positive_index = numbered([row.positive for row in rows])
-    answers: dict[int, list[int]] = defaultdict(list)
-    for query, positive in zip(query_index, positive_index, strict=True):
-        answers[query].append(positive)
-    everything = np.arange(len(candidates), dtype=np.int32)
-    return EvalSubset(
-        name=name,
-        group="retrieval",
-        in_distribution=True,
-        queries=queries,
-        candidates=candidates,
-        query_index=np.asarray(query_index, dtype=np.int32),
-        candidate_index=[
+    subsets = []
+    for name, rows in by_subset.items() if max_rows else ():
+        rows = rows[:max_rows]
+        queries, query_index = numbered([row.query for row in rows])
+        candidates, positive_index = numbered([row.positive for row in rows])
+        answers: dict[int, list[int]] = defaultdict(list)
+        for query, positive in zip(query_index, positive_index, strict=True):
+            answers[query].append(positive)
+        everything = np.arange(len(candidates), dtype=np.int32)
+        candidate_index = [
             np.concatenate([everything[[positive]], np.delete(everything, answers[query])])
             for query, positive in zip(query_index, positive_index, strict=True)
-        ],
-        row_ids=[row.row_id for row in rows],
-    )
+        ]
+        subsets.append(
+            EvalSubset(
+                name=name,
+                group="retrieval",
+                in_distribution=True,
+                queries=queries,
+                candidates=candidates,
+                query_index=np.asarray(query_index, dtype=np.int32),
+                candidate_index=candidate_index,
+                row_ids=[row.row_id for row in rows],
+            )
+        )
+    return subsets
 
 
 def distinct_texts(pairs: Iterable[Pair]) -> list[str]:
@@ -326,8 +293,7 @@ class DataOfStages:
 
     def validation_subsets(self) -> list[EvalSubset]:
         """The held-out rows of the scored stage's source."""
-        subsets: list[EvalSubset] = self.stages[self.scored].validation_subsets()
-        return subsets
+        return list(self.stages[self.scored].validation_subsets())
 
     def training_texts(self) -> Sequence[str]:
         """All distinct training texts of all stages, sorted."""
@@ -370,7 +336,6 @@ class HeldOutBenchmark:
         Raises:
             UserError: if the data hold out nothing.
         """
-        subsets: list[EvalSubset] = self.data.validation_subsets()
-        if not subsets:
-            raise UserError("the data hold out no rows to score; raise data.validation_fraction")
-        return subsets
+        if subsets := list(self.data.validation_subsets()):
+            return subsets
+        raise UserError("the data hold out no rows to score; raise data.validation_fraction")
