@@ -37,7 +37,7 @@ from cocoa_pl.models.loading import Inputs, Loaded, find_folder, load
 from cocoa_pl.models.tiny import Texts
 from cocoa_pl.stages import checkpoint
 from cocoa_pl.stages.callbacks import check_login
-from cocoa_pl.stages.recipe import RunSettings, Stage, run_stages
+from cocoa_pl.stages.recipe import Recipe, Stage
 from cocoa_pl.stages.trainer import Parts, make_trainer
 
 log = logging.getLogger(__name__)
@@ -50,22 +50,12 @@ def train(cfg: DictConfig, run_dir: Path, console: Console) -> None:
     untouched(run_dir / "model")  # refuse before training, not after hours
     stages, _ = build_stages(cfg), build(cfg.adapter)  # their mistakes show before data are read
     plain: Any = OmegaConf.to_container(cfg, resolve=True)
-    settings = RunSettings(
-        run_dir=run_dir,
-        parts=partial(trainer_parts, cfg, run_dir),
-        config=plain,
-        seed=cfg.seed,
-        num_workers=cfg.num_workers,
-        on_bad_row=cfg.on_bad_row,
-        checkpoint_every=cfg.checkpoint_every,
-        export=cfg.export,
-    )
+    parts = partial(trainer_parts, cfg, run_dir)
     for logger in plain["logger"].values():
         if logger and logger["_target_"].endswith("WandbLogger"):
             check_login(offline=bool(logger.get("offline")))
     for stage in stages:  # what Lightning refuses, it refuses here
-        parts = settings.parts(stage.name)
-        trainer = make_trainer(parts, steps=1, validate_every=stage.validate_every)
+        trainer = make_trainer(parts(stage.name), steps=1, validate_every=stage.validate_every)
         check_processes(trainer, run_dir)
     data = build(cfg.data)
     benchmark = build(cfg.benchmark) if cfg.evaluate else None  # its mistakes show before training
@@ -75,13 +65,27 @@ def train(cfg: DictConfig, run_dir: Path, console: Console) -> None:
     began, backbone = lineage_of(str(loaded.folder)), loaded.backbone
     log.info("%s", adapters.trainable_line(backbone))
     processor, eval_processor = make_processors(cfg, loaded)
-    lineage = run_stages(stages, backbone, processor, data, settings, resume=cfg.resume is not None)
+    recipe = Recipe(
+        stages=stages,
+        backbone=backbone,
+        processor=processor,
+        data=data,
+        run_dir=run_dir,
+        parts=parts,
+        config=plain,
+        seed=cfg.seed,
+        num_workers=cfg.num_workers,
+        on_bad_row=cfg.on_bad_row,
+        checkpoint_every=cfg.checkpoint_every,
+        export=cfg.export,
+    )
+    lineage = recipe.run(resume=cfg.resume is not None)
     if cfg.trainer.get("fast_dev_run"):
         log.info("trainer.fast_dev_run: nothing is exported or scored")
         return
     if rank():
         return
-    source = settings.last.with_name(f"{cfg.export}.ckpt")
+    source = recipe.last.with_name(f"{cfg.export}.ckpt")
     if cfg.export != "last" or source.is_dir():  # of the last shards each rank holds its own
         weights, chosen = checkpoint.read_chosen(source)
         if cfg.export != "last":

@@ -17,7 +17,7 @@ from cocoa_pl.data.sources import PairSource
 from cocoa_pl.models.backbone import Backbone
 from cocoa_pl.models.loading import Loaded
 from cocoa_pl.run import build_stages, trainer_parts
-from cocoa_pl.stages.recipe import RunSettings, Stage, run_stages
+from cocoa_pl.stages.recipe import Recipe, Stage
 from cocoa_pl.stages.trainer import Parts
 from tests.configs import composed
 
@@ -65,7 +65,7 @@ class Lab:
         export: str = "last",
         data: Any = None,
     ) -> list[dict[str, Any]]:
-        """`run_stages` on the CPU with only metrics.csv as a logger; the lineage.
+        """A `Recipe` on the CPU with only metrics.csv as a logger; the lineage.
 
         `trainer` are more words for the command line, as `+trainer.max_steps=3`.
         """
@@ -76,7 +76,11 @@ class Lab:
 
         words = ("logger=none", "trainer=cpu", "trainer.log_every_n_steps=1", *trainer)
         composition = composed(*words)
-        settings = RunSettings(
+        recipe = Recipe(
+            stages=stages,
+            backbone=backbone or self.fresh(),
+            processor=self.processor,
+            data=data or self.data,
             run_dir=run_dir,
             parts=parts,
             config=config or {},
@@ -86,9 +90,7 @@ class Lab:
             checkpoint_every=checkpoint_every,
             export=export,
         )
-        trained = backbone or self.fresh()
-        source = data or self.data
-        return run_stages(stages, trained, self.processor, source, settings, resume=resume)
+        return recipe.run(resume=resume)
 
 
 def read_metrics(run_dir: Path) -> list[Row]:

@@ -234,7 +234,7 @@ class StageModule(L.LightningModule, ABC):
         checkpoint["has_learnt"] = self._has_learnt
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._has_learnt = checkpoint.get("has_learnt", True)  # older ones do not say
+        self._has_learnt = checkpoint["has_learnt"]
 
     def on_train_end(self) -> None:
         if not self._has_learnt and self.global_step >= self.steps:

@@ -110,9 +110,9 @@ def check_base(content: dict[str, Any], base: str, *, where: str) -> None:
     they would give other vectors.
 
     Raises:
-        UserError: if it was written on another base; older ones do not name theirs.
+        UserError: if it was written on another base.
     """
-    if content["cocoa"].get("base", base) != base:
+    if content["cocoa"]["base"] != base:
         raise UserError(
             f"{where} was trained on another base than the one that is there now: the model that "
             "the run started from was changed since"

@@ -7,21 +7,20 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from cocoa_pl.attention import Policy
 from cocoa_pl.config.bounds import Count, Positive
 from cocoa_pl.data.datamodule import StageData, check_mixing
 from cocoa_pl.data.examples import MakeSamples, check_contrast
-from cocoa_pl.data.items import Pair
 from cocoa_pl.data.pairs import Pairs
 from cocoa_pl.data.processor import Processor
 from cocoa_pl.data.sampler import Mixing, mix
-from cocoa_pl.data.sources import DataOfStages, source_of
+from cocoa_pl.data.sources import source_of
 from cocoa_pl.data.stream import PairStream
 from cocoa_pl.errors import Interrupted, UserError
 from cocoa_pl.models.backbone import Backbone
@@ -29,7 +28,7 @@ from cocoa_pl.stages import checkpoint
 from cocoa_pl.stages.base import Optimization, StageModule
 from cocoa_pl.stages.callbacks import Metrics, close
 from cocoa_pl.stages.checkpoint import LastCheckpoint
-from cocoa_pl.stages.trainer import Parts, make_trainer, takes_part
+from cocoa_pl.stages.trainer import Parts, make_trainer
 
 log = logging.getLogger(__name__)
 
@@ -111,29 +110,21 @@ class Stage:
         ).train()
 
 
-class TrainingData(Protocol):
-    """What a data config must offer."""
-
-    caption_subsets: Sequence[str] | None
-    left_out: Sequence[UserError]
-
-    def train_pairs(self) -> Sequence[Pair] | PairStream: ...
-
-    def validation_pairs(self) -> Sequence[Pair]: ...
-
-    def training_texts(self) -> list[str]: ...
-
-
-@dataclass(frozen=True)
-class RunSettings:
-    """What all stages of a run share.
+@dataclass(frozen=True, eq=False)
+class Recipe:
+    """Stages of one run; each starts from the backbone that the one before left.
 
     Args:
+        data: what a data config builds (`data.sources`).
         parts: what the config says of a stage's trainer, by the stage's name.
         config: of the run, plain, for loggers.
         export: name of the checkpoint that the model is taken from in the end, `last` or `best`.
     """
 
+    stages: Sequence[Stage]
+    backbone: Backbone
+    processor: Processor
+    data: Any
     run_dir: Path
     parts: Callable[[str], Parts]
     config: Mapping[str, Any]
@@ -147,83 +138,163 @@ class RunSettings:
     def last(self) -> Path:
         return self.run_dir / checkpoint.LAST
 
+    def run(self, *, resume: bool) -> list[dict[str, Any]]:
+        """Train the stages one after the other.
 
-def run_stages(
-    stages: Sequence[Stage],
-    backbone: Backbone,
-    processor: Processor,
-    data: TrainingData | DataOfStages,
-    settings: RunSettings,
-    *,
-    resume: bool,
-) -> list[dict[str, Any]]:
-    """Train the stages one after the other; each starts from the backbone that the one before left.
+        Args:
+            resume: go on from the run's `last.ckpt`; one that was killed before its first
+                checkpoint begins anew.
 
-    Args:
-        resume: go on from the run's `last.ckpt`; one that was killed before its first checkpoint
-            begins anew.
+        Returns:
+            One lineage entry for each stage.
 
-    Returns:
-        One lineage entry for each stage.
+        Raises:
+            Interrupted: when the run was stopped.
+        """
+        self.last.parent.mkdir(parents=True, exist_ok=True)
+        rows = [_rows_of(stage, source_of(self.data, stage.name)) for stage in self.stages]
+        self._check_stages(rows)
+        base = checkpoint.base_of(self.backbone)
+        facts = [[train.num_rows, train.fingerprint] for train, _ in rows]
+        first, start_step = 0, 0
+        lineage: list[dict[str, Any]] = []
+        if resume and not (self.last.exists() or (self.run_dir / "model").exists()):
+            log.info("%s has no checkpoint yet: the run begins anew", self.run_dir)
+        elif resume:
+            state = checkpoint.read(self.last)
+            checkpoint.check_base(state, base, where=str(self.last))
+            first, start_step = state["cocoa"]["stage_index"], state["global_step"]
+            lineage = state["cocoa"]["lineage"]
+            self._check_rows(state["cocoa"]["rows"], facts, first)
+            del state  # its weights are read once more by the trainer
+        for index in range(first, len(self.stages)):
+            position = {"stage": self.stages[index].name, "stage_index": index, "lineage": lineage}
+            position |= {"base": base, "rows": facts}
+            lineage = [*lineage, self._train(index, *rows[index], position, start_step)]
+            start_step = 0
+        return lineage
 
-    Raises:
-        Interrupted: when the run was stopped.
-    """
-    settings.last.parent.mkdir(parents=True, exist_ok=True)
-    rows = [_rows_of(stage, source_of(data, stage.name)) for stage in stages]
-    measures: list[Sequence[str]] = []
-    for stage, (_, validation) in zip(stages, rows, strict=True):
-        # A module of the last stage refuses before days of the others.
-        module = stage.make_module(backbone, processor, steps=1, seed=0)
-        measures.append(module.measures if validation else ())
-    _check_callbacks(stages, measures, settings)
-    base = checkpoint.base_of(backbone)
-    facts = [[train.num_rows, train.fingerprint] for train, _ in rows]
-    first, start_step = 0, 0
-    lineage: list[dict[str, Any]] = []
-    if resume and not (settings.last.exists() or (settings.run_dir / "model").exists()):
-        log.info("%s has no checkpoint yet: the run begins anew", settings.run_dir)
-    elif resume:
-        state = checkpoint.read(settings.last)
-        checkpoint.check_base(state, base, where=str(settings.last))
-        _check_rows(stages, facts, state["cocoa"], settings)
-        first, start_step = state["cocoa"]["stage_index"], state["global_step"]
-        lineage = state["cocoa"]["lineage"]
-        del state  # its weights are read once more by the trainer
-    for index, stage in list(enumerate(stages))[first:]:
-        position = {"stage": stage.name, "stage_index": index, "lineage": lineage}
-        entry = _run_stage(
-            stage,
-            backbone,
-            *rows[index],
-            processor,
-            settings,
-            label=f"{index + 1}/{len(stages)} {stage.name}",
-            position=position | {"base": base, "rows": facts},
-            start_step=start_step,
-        )
-        lineage, start_step = [*lineage, entry], 0
-    return lineage
-
-
-def _check_rows(
-    stages: Sequence[Stage], facts: list[Any], before: Mapping[str, Any], settings: RunSettings
-) -> None:
-    """Refuse to resume on training rows that are not those which the run was trained on."""
-    start = before["stage_index"]  # what stages before it have read is learnt
-    for stage, was, now in list(zip(stages, before.get("rows", facts), facts, strict=True))[start:]:
-        if was != now:
-            what = f"{was[0]} rows then, {now[0]} now"
-            if was[0] == now[0]:
-                what = "as many rows, of other content or in another order"
+    def _check_stages(self, rows: Sequence[tuple[Pairs | PairStream, Pairs]]) -> None:
+        """Refuse before days of training what a later stage's module refuses, and to export what
+        no callback will keep; say which callbacks monitor what no stage logs.
+        """
+        measures = []
+        for stage, (_, validation) in zip(self.stages, rows, strict=True):
+            module = stage.make_module(self.backbone, self.processor, steps=1, seed=0)
+            measures.append(module.measures if validation else ())
+        kept = {"last"}
+        for callback in self.parts(self.stages[-1].name).callbacks:
+            if not any(takes_part(callback, names) for names in measures):
+                log.info(
+                    "%s does nothing: no stage of this run logs %s",
+                    type(callback).__name__,
+                    callback.monitor,  # type: ignore[attr-defined]
+                )
+            if isinstance(callback, ModelCheckpoint) and takes_part(callback, measures[-1]):
+                kept.add(str(callback.filename))
+        if self.export not in kept:
             raise UserError(
-                f"the training data of stage {stage.name} changed since the run stopped ({what}), "
-                "and a run goes on exactly or not at all: put the data back, or "
-                + checkpoint.begin_another(settings.last)
+                f"export={self.export}: stage {self.stages[-1].name} keeps no such checkpoint, "
+                f"only {', '.join(sorted(kept))}; one that is chosen by a metric needs validation "
+                "data and a stage that logs it (conf/callbacks/default.yaml)"
             )
 
+    def _check_rows(self, before: list[Any], facts: list[Any], first: int) -> None:
+        """Refuse to resume on training rows that are not those which the run was trained on; what
+        stages before the first have read is learnt.
+        """
+        for stage, was, now in list(zip(self.stages, before, facts, strict=True))[first:]:
+            if was != now:
+                what = f"{was[0]} rows then, {now[0]} now"
+                if was[0] == now[0]:
+                    what = "as many rows, of other content or in another order"
+                raise UserError(
+                    f"the training data of stage {stage.name} changed since the run stopped "
+                    f"({what}), and a run goes on exactly or not at all: put the data back, or "
+                    + checkpoint.begin_another(self.last)
+                )
 
-def _rows_of(stage: Stage, source: TrainingData) -> tuple[Pairs | PairStream, Pairs]:
+    def _train(
+        self,
+        index: int,
+        train: Pairs | PairStream,
+        validation: Pairs,
+        position: dict[str, Any],
+        start_step: int,
+    ) -> dict[str, Any]:
+        """Train one stage behind the `start_step` steps of the last checkpoint, and return its
+        lineage entry.
+        """
+        stage, label = self.stages[index], f"{index + 1}/{len(self.stages)} {position['stage']}"
+        steps, seed = stage.count_steps(train.num_rows), mix(self.seed, index)
+        L.seed_everything(seed % 2**32, verbose=False)  # new heads
+        module = stage.make_module(self.backbone, self.processor, steps=steps, seed=seed)
+        module.label = label
+        saver = LastCheckpoint(self.last, every=self.checkpoint_every, position=position)
+        metrics_csv = Metrics(self.run_dir, stage.name, start_step=start_step, steps=steps)
+        parts = self.parts(stage.name)
+        callbacks = [c for c in parts.callbacks if takes_part(c, module.measures)]
+        parts = parts._replace(callbacks=[*callbacks, saver], loggers=[metrics_csv, *parts.loggers])
+        trainer = make_trainer(parts, steps=steps, validate_every=stage.validate_every)
+        is_single = trainer.precision == "32-true"
+        self.backbone.compute_dtype = torch.float32 if is_single else torch.bfloat16
+        device = trainer.strategy.root_device
+        data = StageData(
+            train=train,
+            validation=validation,
+            make_samples=stage.make_samples,
+            processor=self.processor,
+            masking=module.masking,
+            collator=module.collator(validating=False, device=device),
+            validation_collator=module.collator(validating=True, device=device),
+            mixing=stage.mixing,
+            batch_size=stage.batch_size,
+            validation_batch_size=stage.validation_batch_size,
+            steps=steps,
+            start_step=start_step,
+            seed=seed,
+            num_workers=self.num_workers,
+            on_bad_row=self.on_bad_row,
+            pinned=device.type == "cuda",
+        )
+        log.info(
+            "%s: %s rows, %d steps of %d, attention %s, lr %g",
+            label,
+            train.num_rows or "streamed",
+            steps,
+            stage.batch_size,
+            stage.policy.name,
+            stage.optimization.lr,
+        )
+        try:
+            for logger in trainer.loggers:
+                logger.log_hyperparams(dict(self.config))
+            trainer.fit(module, data, ckpt_path=self.last if start_step else None)
+            taken = trainer.global_step
+            if saver.stopped:
+                raise Interrupted(f"stopped in {stage.name} at step {taken} of {steps}")
+            if taken < steps:
+                log.warning(
+                    "%s: ended at step %d of %d by trainer.max_steps, trainer.max_time, "
+                    "trainer.limit_train_batches, trainer.fast_dev_run or a callback",
+                    *(label, taken, steps),
+                )
+            metrics = _final_validation(trainer, module, data)
+        finally:
+            close(trainer.loggers)
+        return {
+            "stage": stage.name,
+            "steps": taken,
+            "batch_size": stage.batch_size,
+            "lr": stage.optimization.lr,
+            "policy": stage.policy.name,
+            "seed": self.seed,
+            "validation": metrics,
+            **({"matryoshka_dims": list(module.dims[:-1])} if len(module.dims) > 1 else {}),
+        }
+
+
+def _rows_of(stage: Stage, source: Any) -> tuple[Pairs | PairStream, Pairs]:
     """What the stage trains on and what validates it; what it cannot train on is refused before any
     stage begins.
     """
@@ -242,111 +313,12 @@ def _rows_of(stage: Stage, source: TrainingData) -> tuple[Pairs | PairStream, Pa
     return train, validation
 
 
-def _check_callbacks(
-    stages: Sequence[Stage], measures: Sequence[Sequence[str]], settings: RunSettings
-) -> None:
-    """Say which callbacks monitor what no stage logs under `validation/`, and refuse to export what
-    none will keep.
-    """
-    callbacks, kept = settings.parts(stages[-1].name).callbacks, {"last"}
-    for callback in callbacks:
-        if not any(takes_part(callback, names) for names in measures):
-            log.info(
-                "%s does nothing: no stage of this run logs %s",
-                type(callback).__name__,
-                callback.monitor,  # type: ignore[attr-defined]
-            )
-        if isinstance(callback, ModelCheckpoint) and takes_part(callback, measures[-1]):
-            kept.add(str(callback.filename))
-    if settings.export not in kept:
-        raise UserError(
-            f"export={settings.export}: stage {stages[-1].name} keeps no such checkpoint, only "
-            f"{', '.join(sorted(kept))}; one that is chosen by a metric needs validation data and "
-            "a stage that logs it (conf/callbacks/default.yaml)"
-        )
-
-
-def _run_stage(
-    stage: Stage,
-    backbone: Backbone,
-    train: Pairs | PairStream,
-    validation: Pairs,
-    processor: Processor,
-    settings: RunSettings,
-    *,
-    label: str,
-    position: dict[str, Any],
-    start_step: int,
-) -> dict[str, Any]:
-    """Train one stage behind the `start_step` steps of the last checkpoint, and return its lineage
-    entry.
-    """
-    steps = stage.count_steps(train.num_rows)
-    seed = mix(settings.seed, position["stage_index"])
-    L.seed_everything(seed % 2**32, verbose=False)  # new heads
-    module = stage.make_module(backbone, processor, steps=steps, seed=seed)
-    module.label = label
-    saver = LastCheckpoint(settings.last, every=settings.checkpoint_every, position=position)
-    metrics_csv = Metrics(settings.run_dir, stage.name, start_step=start_step, steps=steps)
-    parts = settings.parts(stage.name)
-    callbacks = [c for c in parts.callbacks if takes_part(c, module.measures)]
-    parts = parts._replace(callbacks=[*callbacks, saver], loggers=[metrics_csv, *parts.loggers])
-    trainer = make_trainer(parts, steps=steps, validate_every=stage.validate_every)
-    backbone.compute_dtype = torch.float32 if trainer.precision == "32-true" else torch.bfloat16
-    device = trainer.strategy.root_device
-    data = StageData(
-        train=train,
-        validation=validation,
-        make_samples=stage.make_samples,
-        processor=processor,
-        masking=module.masking,
-        collator=module.collator(validating=False, device=device),
-        validation_collator=module.collator(validating=True, device=device),
-        mixing=stage.mixing,
-        batch_size=stage.batch_size,
-        validation_batch_size=stage.validation_batch_size,
-        steps=steps,
-        start_step=start_step,
-        seed=seed,
-        num_workers=settings.num_workers,
-        on_bad_row=settings.on_bad_row,
-        pinned=device.type == "cuda",
-    )
-    log.info(
-        "%s: %s rows, %d steps of %d, attention %s, lr %g",
-        label,
-        train.num_rows or "streamed",
-        steps,
-        stage.batch_size,
-        stage.policy.name,
-        stage.optimization.lr,
-    )
-    try:
-        for logger in trainer.loggers:
-            logger.log_hyperparams(dict(settings.config))
-        trainer.fit(module, data, ckpt_path=settings.last if start_step else None)
-        taken = trainer.global_step
-        if saver.stopped:
-            raise Interrupted(f"stopped in {stage.name} at step {taken} of {steps}")
-        if taken < steps:
-            log.warning(
-                "%s: ended at step %d of %d by trainer.max_steps, trainer.max_time, "
-                "trainer.limit_train_batches, trainer.fast_dev_run or a callback",
-                *(label, taken, steps),
-            )
-        metrics = _final_validation(trainer, module, data)
-    finally:
-        close(trainer.loggers)
-    return {
-        "stage": stage.name,
-        "steps": taken,
-        "batch_size": stage.batch_size,
-        "lr": stage.optimization.lr,
-        "policy": stage.policy.name,
-        "seed": settings.seed,
-        "validation": metrics,
-        **({"matryoshka_dims": list(module.dims[:-1])} if len(module.dims) > 1 else {}),
-    }
+def takes_part(callback: L.Callback, measures: Sequence[str]) -> bool:
+    """Whether a stage logs the validation metric that a callback monitors, if it does."""
+    monitor = callback.monitor if isinstance(callback, EarlyStopping | ModelCheckpoint) else None
+    if monitor is None or not monitor.startswith("validation/"):
+        return True
+    return monitor.removeprefix("validation/") in measures
 
 
 def _final_validation(trainer: L.Trainer, module: StageModule, data: StageData) -> dict[str, float]:

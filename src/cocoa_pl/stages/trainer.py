@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, ProgressBar
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import Logger
 
 from cocoa_pl.distributed.strategies import TIMEOUT, FullySharded, Replicated
@@ -39,10 +38,6 @@ REFUSED = {
     "barebones": "it forbids the logger and the checkpoint that a run folder consists of",
     "default_root_dir": "the run folder is hydra.run.dir=...",
     "model_registry": "the run exports its model itself, into model/",
-}
-PRECISIONS = {
-    "bf16-true": "weights that train are kept in float32; bf16-mixed is the fast one",
-    "16-mixed": "float16 needs gradients that are scaled; bf16-mixed does not",
 }
 STRATEGIES = {"ddp": Replicated, "fsdp": FullySharded}
 
@@ -135,21 +130,14 @@ def checked_precision(precision: Any, dtype: str) -> str:
     """
     if precision is None:
         return "32-true" if dtype == "float32" else "bf16-mixed"
-    names = {"bf16": "bf16-mixed", "32": "32-true", "16": "16-mixed"}
-    precision = names.get(str(precision), str(precision))
+    precision = {"bf16": "bf16-mixed", "32": "32-true"}.get(str(precision), str(precision))
     if precision == "32-true" and dtype != "float32":
         raise UserError(
             f"trainer.precision=32-true needs weights to match: model.dtype=float32, not {dtype}"
         )
     if precision not in ("bf16-mixed", "32-true"):
-        why = PRECISIONS.get(precision, "matrix products are in bf16-mixed or 32-true here")
-        raise UserError(f"trainer.precision={precision} cannot be honoured: {why}")
+        raise UserError(
+            f"trainer.precision={precision} cannot be honoured: matrix products are in bf16-mixed "
+            "or 32-true, and weights that train are float32"
+        )
     return precision
-
-
-def takes_part(callback: L.Callback, measures: Sequence[str]) -> bool:
-    """Whether a stage logs the validation metric that a callback monitors, if it does."""
-    monitor = callback.monitor if isinstance(callback, EarlyStopping | ModelCheckpoint) else None
-    if monitor is None or not monitor.startswith("validation/"):
-        return True
-    return monitor.removeprefix("validation/") in measures
