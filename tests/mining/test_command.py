@@ -151,7 +151,6 @@ def test_digits_are_mined_and_read_back(
         task_rows=20,
         validation_rows=25,
         caption_subsets=None,
-        on_bad_row="fail",
     )
     expected = list(data.train_pairs())
     output = console.export_text()

@@ -56,34 +56,23 @@ class Scene:
     image: str = ""
 
 
-@dataclass(frozen=True)
-class Handwriting:
-    """All 1797 digits of scikit-learn's `load_digits`, enlarged smoothly from 8 x 8 pixels.
-
-    Attributes:
-        ink: uint8 [1797, 24, 24], 255 = darkest ink.
-        by_split: split -> for each digit 0-9 the indices of its pieces of handwriting.
-    """
-
-    ink: np.ndarray
-    by_split: dict[Split, tuple[np.ndarray, ...]]
-
-
 @cache
-def load_handwriting() -> Handwriting:
-    """The digits and their division; every piece belongs to exactly one split."""
+def load_handwriting() -> tuple[np.ndarray, dict[Split, tuple[np.ndarray, ...]]]:
+    """All 1797 digits of scikit-learn's `load_digits`, and their division.
+
+    Returns:
+        Ink, uint8 [1797, 24, 24], 255 = darkest, enlarged smoothly from 8 x 8 pixels; and split ->
+        for each digit 0-9 the indices of its pieces of handwriting, each of one split.
+    """
     # Costs a second, and only drawing needs it.
     from sklearn.datasets import load_digits
 
     digits = load_digits()
     small = np.rint(digits.images * (255 / 16)).astype(np.uint8)
-    ink = np.stack(
-        [
-            np.asarray(Image.fromarray(image).resize((_GLYPH, _GLYPH), Image.Resampling.BICUBIC))
-            for image in small
-        ]
-    )
-    order = np.random.default_rng(_DIVISION_SEED).permutation(len(ink))
+    enlarged = [
+        Image.fromarray(image).resize((_GLYPH, _GLYPH), Image.Resampling.BICUBIC) for image in small
+    ]
+    order = np.random.default_rng(_DIVISION_SEED).permutation(len(small))
     by_split: dict[Split, tuple[np.ndarray, ...]] = {"train": (), "validation": (), "test": ()}
     for digit in range(10):
         own = order[digits.target[order] == digit]
@@ -91,7 +80,7 @@ def load_handwriting() -> Handwriting:
         second = first + round(len(own) * _HANDWRITING_SHARES["validation"])
         for split, part in zip(by_split, np.split(own, [first, second]), strict=True):
             by_split[split] += (part,)
-    return Handwriting(ink=ink, by_split=by_split)
+    return np.stack([np.asarray(image) for image in enlarged]), by_split
 
 
 def has_held_out_pair(layout: Layout) -> bool:
@@ -143,22 +132,9 @@ def caption(layout: Layout) -> str:
     return " and ".join(part for part in (", ".join(phrases[:-1]), phrases[-1]) if part)
 
 
-def edit(before: Layout, after: Layout) -> str | None:
-    """What to do to get `after` from `before`, if that is one change to one cell; else None."""
-    changed = [cell for cell, (a, b) in enumerate(zip(before, after, strict=True)) if a != b]
-    if len(changed) != 1:
-        return None
-    cell = changed[0]
-    if after[cell] == EMPTY:
-        return f"Remove the {PLACES[cell]} digit"
-    if before[cell] == EMPTY:
-        return f"Add {DIGIT_WORDS[after[cell]]} at the {PLACES[cell]}"
-    return f"Replace the {PLACES[cell]} digit by {DIGIT_WORDS[after[cell]]}"
-
-
 def compose(layout: Layout, *, split: Split, rng: np.random.Generator) -> Scene:
     """Draw handwriting and positions for a layout."""
-    own = load_handwriting().by_split[split]
+    own = load_handwriting()[1][split]
     free = CELL - _GLYPH + 1
     return Scene(
         layout=layout,
@@ -174,7 +150,7 @@ def compose(layout: Layout, *, split: Split, rng: np.random.Generator) -> Scene:
 
 def draw(scene: Scene, *, inverted: bool = False) -> np.ndarray:
     """uint8 [side, side], dark ink on white paper, or white ink on black when `inverted`."""
-    ink = load_handwriting().ink
+    ink, _ = load_handwriting()
     columns = 2 if len(scene.layout) == 4 else 3
     picture = np.zeros((columns * CELL, columns * CELL), dtype=np.uint8)
     for cell, (glyph, (down, right)) in enumerate(zip(scene.glyphs, scene.offsets, strict=True)):
@@ -182,12 +158,6 @@ def draw(scene: Scene, *, inverted: bool = False) -> np.ndarray:
             top, left = cell // columns * CELL + down, cell % columns * CELL + right
             picture[top : top + _GLYPH, left : left + _GLYPH] = ink[glyph]
     return picture if inverted else _PAPER - picture
-
-
-def crop(picture: np.ndarray, *, cell: int) -> np.ndarray:
-    """uint8 [28, 28], one cell of a 2 x 2 picture."""
-    top, left = cell // 2 * CELL, cell % 2 * CELL
-    return picture[top : top + CELL, left : left + CELL]
 
 
 def filled(layout: Sequence[int]) -> list[int]:
@@ -217,8 +187,10 @@ class Studio:
         ]
 
     def crop(self, scene: Scene, *, cell: int) -> str:
-        """Write one cell of a scene; the path of the crop."""
-        return self._save(crop(draw(scene), cell=cell), f"{Path(scene.image).stem}_crop{cell}")
+        """Write one cell of a 2 x 2 scene, 28 x 28 pixels; the path of the crop."""
+        top, left = cell // 2 * CELL, cell % 2 * CELL
+        picture = draw(scene)[top : top + CELL, left : left + CELL]
+        return self._save(picture, f"{Path(scene.image).stem}_crop{cell}")
 
     def shuffled(self, scenes: Sequence[Scene]) -> list[Scene]:
         return [scenes[number] for number in self.rng.permutation(len(scenes))]
@@ -255,29 +227,32 @@ def find_caption(scene: Scene) -> Example:
 
 
 def find_image(scene: Scene) -> Example:
-    return Example(Side(f"Find the image of {caption(scene.layout)}"), target(scene))
+    return Example(Side(f"Find the image of {caption(scene.layout)}"), target(scene.image))
 
 
 def find_edited(
     scene: Scene, by_layout: Mapping[Layout, Scene], rng: np.random.Generator
 ) -> Example | None:
-    """Find the picture that an edit leads to; the unedited picture is the hard negative.
+    """Find the picture that one change to one cell leads to; the unchanged picture is the hard
+    negative.
 
-    None if no single edit leads to another one of these scenes.
+    None if no change leads to another one of these scenes.
     """
-    before = scene.layout
-    changed = (
-        (*before[:cell], digit, *before[cell + 1 :])
-        for cell in range(len(before))
-        for digit in range(EMPTY, 10)
-        if digit != before[cell]
-    )
-    reachable = [layout for layout in changed if layout in by_layout]
+    before, reachable = scene.layout, []
+    for cell, digit in product(range(len(before)), range(EMPTY, 10)):
+        after = (*before[:cell], digit, *before[cell + 1 :])
+        if after != before and after in by_layout:
+            reachable.append((cell, digit, by_layout[after]))
     if not reachable:
         return None
-    after = reachable[rng.integers(len(reachable))]
-    query = about(scene, str(edit(before, after)))
-    return Example(query, target(by_layout[after]), target(scene))
+    cell, digit, found = reachable[rng.integers(len(reachable))]
+    if digit == EMPTY:
+        words = f"Remove the {PLACES[cell]} digit"
+    elif before[cell] == EMPTY:
+        words = f"Add {DIGIT_WORDS[digit]} at the {PLACES[cell]}"
+    else:
+        words = f"Replace the {PLACES[cell]} digit by {DIGIT_WORDS[digit]}"
+    return Example(about(scene, words), target(found.image), target(scene.image))
 
 
 def name_digit(scene: Scene, rng: np.random.Generator) -> Example:
@@ -286,22 +261,19 @@ def name_digit(scene: Scene, rng: np.random.Generator) -> Example:
     return Example(about(scene, f"Which digit is {PLACES[cell]}?"), answer)
 
 
-def count_digits(scene: Scene) -> Example:
-    answer = Side(DIGIT_WORDS[len(filled(scene.layout))])
-    return Example(about(scene, "How many digits are there?"), answer)
-
-
 def name_neighbour(
-    scene: Scene, rng: np.random.Generator, *, only_held_out: bool = False
+    scene: Scene, rng: np.random.Generator, *, held_out: bool = False
 ) -> Example | None:
-    """Name the right neighbour of a digit that occurs once; None for a scene without one."""
+    """Name the right neighbour of a digit that occurs once, or in a held-out pair only; None for a
+    scene without one.
+    """
     layout = scene.layout
     cells = [
         cell
         for cell in (0, 2)
         if layout[cell] != EMPTY
         and layout.count(layout[cell]) == 1
-        and (not only_held_out or layout[cell : cell + 2] in HELD_OUT_PAIRS)
+        and (not held_out or layout[cell : cell + 2] in HELD_OUT_PAIRS)
     ]
     if not cells:
         return None
@@ -322,6 +294,5 @@ def about(scene: Scene, words: str) -> Side:
     return Side(f"{PLACEHOLDER}\n{words}", scene.image)
 
 
-def target(picture: Scene | str) -> Side:
-    image = picture if isinstance(picture, str) else picture.image
+def target(image: str) -> Side:
     return Side(f"{PLACEHOLDER}\nRepresent the image", image)

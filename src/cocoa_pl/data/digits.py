@@ -9,11 +9,9 @@
 import hashlib
 import json
 import logging
-import os
-import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -33,7 +31,6 @@ from cocoa_pl.data.digit_scenes import (
     Side,
     Studio,
     about,
-    count_digits,
     filled,
     find_caption,
     find_crop,
@@ -49,7 +46,7 @@ from cocoa_pl.data.items import EvalSubset, Pair
 from cocoa_pl.data.mmeb_eval import MmebBenchmark
 from cocoa_pl.data.pairs import Pairs, read_files
 from cocoa_pl.data.readers import find_files
-from cocoa_pl.data.rows import OnBadRow, RowErrors, RowFormat
+from cocoa_pl.data.rows import RowErrors, RowFormat
 from cocoa_pl.data.sources import distinct_texts
 from cocoa_pl.errors import UserError
 
@@ -73,20 +70,10 @@ OUT_OF_DISTRIBUTION = {
     "heldout_t2i": "retrieval",
     "heldout_vqa": "vqa",
 }
-GROUP_OF = IN_DISTRIBUTION | OUT_OF_DISTRIBUTION
 
-# Part of the cache key: raise it whenever the same parameters would be drawn or worded differently.
-FORMAT_VERSION = 1
-
-_COLUMNS = {  # MMEB's
-    "query": {"text": "qry", "image": "qry_image_path"},
-    "positive": {"text": "pos_text", "image": "pos_image_path"},
-    "negative": {"text": "neg_text", "image": "neg_image_path"},
-    "required": ["qry", "qry_image_path", "pos_text", "pos_image_path"],
-}
-_MARKER = "complete.json"  # written last: a folder without it was interrupted
-_EVAL_SPLIT = "test"
 _GROUNDING_CANDIDATES = 100
+_DIGITS = [Side(word) for word in DIGIT_WORDS]
+_ANSWERS = [Side(word) for word in ANSWERS]
 
 _log = logging.getLogger(__name__)
 
@@ -110,7 +97,6 @@ class DigitsData:
     task_rows: Count
     validation_rows: Count
     caption_subsets: Sequence[str] | None
-    on_bad_row: OnBadRow
 
     def __post_init__(self) -> None:
         self.left_out = RowErrors()
@@ -137,10 +123,7 @@ class DigitsData:
 
     def validation_subsets(self) -> list[EvalSubset]:
         """Validation rows with candidates, for choices that precision@1 should make."""
-        root = self.prepare()
-        return _benchmark(
-            root, folder="validation", groups=IN_DISTRIBUTION, bad=self.on_bad_row
-        ).subsets()
+        return _read_subsets(self.prepare(), "validation", IN_DISTRIBUTION)
 
     def training_texts(self) -> list[str]:
         """All distinct training texts without image slots, sorted: a tokenizer learns from them."""
@@ -150,12 +133,19 @@ class DigitsData:
     def _pairs(self) -> dict[str, Sequence[Pair]]:
         root = self.prepare()
         form = RowFormat(
-            columns=[_COLUMNS],
+            columns=[
+                {
+                    "query": {"text": "qry", "image": "qry_image_path"},
+                    "positive": {"text": "pos_text", "image": "pos_image_path"},
+                    "negative": {"text": "neg_text", "image": "neg_image_path"},
+                    "required": ["qry", "qry_image_path", "pos_text", "pos_image_path"],
+                }
+            ],
             image_root=root,
             images_placed=True,
             other_columns=False,
             drop_orphan_slots=False,
-            on_bad_row=self.on_bad_row,
+            on_bad_row="fail",
             repeated="drop",
         )
 
@@ -186,8 +176,7 @@ class DigitsBenchmark:
     seed: Seed
     scenes: Count
     task_rows: Count
-    on_bad_row: OnBadRow
-    left_out: Sequence[UserError] = field(default=(), init=False)
+    left_out: ClassVar[tuple[()]] = ()
     is_partial: ClassVar = False
     published: ClassVar[tuple[()]] = ()
 
@@ -204,19 +193,15 @@ class DigitsBenchmark:
 
     def subsets(self) -> list[EvalSubset]:
         """All subsets, in distribution first."""
-        written = _benchmark(self.prepare(), folder="test", groups=GROUP_OF, bad=self.on_bad_row)
-        subsets, self.left_out = written.subsets(), written.left_out
-        return subsets
+        return _read_subsets(self.prepare(), "test", IN_DISTRIBUTION | OUT_OF_DISTRIBUTION)
 
 
-def _benchmark(
-    root: Path, *, folder: str, groups: Mapping[str, str], bad: OnBadRow
-) -> MmebBenchmark:
-    return MmebBenchmark(
+def _read_subsets(root: Path, folder: str, groups: Mapping[str, str]) -> list[EvalSubset]:
+    benchmark = MmebBenchmark(
         name=folder,
         root=str(root / folder),
         image_root=str(root),
-        split=_EVAL_SPLIT,
+        split="test",
         table={
             name: {"group": group, "in_distribution": name in IN_DISTRIBUTION}
             for name, group in groups.items()
@@ -224,31 +209,31 @@ def _benchmark(
         unlisted=None,
         subsets=None,
         published=(),
-        on_bad_row=bad,
+        on_bad_row="fail",
     )
+    return benchmark.subsets()
 
 
 def _cached(cache_dir: str, name: str, write: Callable[..., None], **parameters: int) -> Path:
-    """The complete folder for these parameters; safe to call from several processes at once."""
-    recipe: dict[str, Any] = {"format": FORMAT_VERSION, **parameters}
+    """The folder for these parameters, which is there as a whole or not at all; safe to call from
+    several processes at once.
+    """
+    # Raise the format whenever the same parameters would be drawn or worded differently.
+    recipe = {"format": 1, **parameters}
     key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
     root = Path(cache_dir) / f"{name}-{key}"
-    if (root / _MARKER).is_file():
+    if root.is_dir():
         return root
     _log.info("Drawing digit scenes into %s", root)
     root.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root.parent, prefix=f".{name}-") as temporary:
         draft = Path(temporary) / "draft"
-        draft.mkdir()
         write(draft, **parameters)
-        (draft / _MARKER).write_text(json.dumps(recipe, indent=1) + "\n")
-        if root.exists() and not (root / _MARKER).is_file():
-            shutil.rmtree(root)
+        (draft / "complete.json").write_text(json.dumps(recipe, indent=1) + "\n")
         try:
-            os.rename(draft, root)
-        except OSError:
-            # Another process finished the same folder first; both hold the same bytes.
-            if not (root / _MARKER).is_file():
+            draft.rename(root)
+        except OSError:  # another process was first; both hold the same bytes
+            if not root.is_dir():
                 raise
     return root
 
@@ -273,9 +258,10 @@ def write_training(
     known = layouts("train")  # with more scenes than layouts, layouts repeat in new handwriting
     drawn = studio.draw([known[n % len(known)] for n in range(scenes)], name="scene")
     cells = _cells_to_find(studio, drawn, rows=task_rows)
-    crops = {(scene, cell): studio.crop(scene, cell=cell) for scene, cell in cells}
     examples = _examples(studio, drawn, rows=task_rows)
-    examples["grounding"] = [find_crop(s, c, crops[s, c], studio.rng) for s, c in cells]
+    examples["grounding"] = [
+        find_crop(scene, cell, studio.crop(scene, cell=cell), studio.rng) for scene, cell in cells
+    ]
     for name, rows in examples.items():
         _write_train(root / "train" / name, rows, split="train")
     studio = Studio(root, split="validation", seed=seed)
@@ -295,15 +281,15 @@ def write_benchmark(root: Path, *, seed: int, scenes: int, task_rows: int) -> No
     inverted = studio.draw(known, name="inverted", inverted=True)
     known = _first(layouts("held_out"), task_rows, what="task_rows")
     held_out = studio.draw(known, name="heldout")
-    neighbours = _rows(name_neighbour(s, studio.rng, only_held_out=True) for s in held_out)
+    neighbours = [name_neighbour(scene, studio.rng, held_out=True) for scene in held_out]
     tasks += [
         _task("grid3_i2t", map(find_caption, ring)),
         _task("grid3_t2i", map(find_image, ring)),
         _task("inverted_i2t", map(find_caption, inverted)),
-        _task("inverted_cls", [name_digit(s, studio.rng) for s in inverted], words=DIGIT_WORDS),
+        _task("inverted_cls", [name_digit(s, studio.rng) for s in inverted], _DIGITS),
         _task("heldout_i2t", map(find_caption, held_out)),
         _task("heldout_t2i", map(find_image, held_out)),
-        _task("heldout_vqa", neighbours, words=ANSWERS),
+        _task("heldout_vqa", filter(None, neighbours), _ANSWERS),
     ]
     for task in tasks:
         _write_eval(root / "test" / task.name, task)
@@ -314,17 +300,26 @@ def _examples(studio: Studio, drawn: list[Scene], *, rows: int) -> dict[str, lis
     rng, by_layout = studio.rng, {scene.layout: scene for scene in drawn}
     asked = studio.shuffled(drawn)[:rows]
     others = studio.draw([scene.layout for scene in asked], name="other")
+    edited = (find_edited(scene, by_layout, rng) for scene in studio.shuffled(drawn))
     return {
         "scene_i2t": [find_caption(scene) for scene in drawn],
         "scene_t2i": [find_image(scene) for scene in drawn],
         "scene_i2i": [
-            Example(about(scene, "Find the same digits in other handwriting"), target(other))
+            Example(about(scene, "Find the same digits in other handwriting"), target(other.image))
             for scene, other in zip(asked, others, strict=True)
         ],
-        "scene_it2i": _rows(find_edited(s, by_layout, rng) for s in studio.shuffled(drawn))[:rows],
+        "scene_it2i": list(filter(None, edited))[:rows],
         "position_cls": [name_digit(scene, rng) for scene in studio.shuffled(drawn)[:rows]],
-        "count_vqa": [count_digits(s) for s in _counts_in_turn(studio.shuffled(drawn))[:rows]],
-        "right_of_vqa": _rows(name_neighbour(s, rng) for s in studio.shuffled(drawn))[:rows],
+        "count_vqa": [
+            Example(
+                about(scene, "How many digits are there?"),
+                Side(DIGIT_WORDS[len(filled(scene.layout))]),
+            )
+            for scene in _counts_in_turn(studio.shuffled(drawn))[:rows]
+        ],
+        "right_of_vqa": [
+            found for scene in studio.shuffled(drawn) if (found := name_neighbour(scene, rng))
+        ][:rows],
     }
 
 
@@ -339,26 +334,20 @@ def _evaluation_tasks(studio: Studio, *, scenes: int, task_rows: int) -> list[Ta
     }
     grounding = [find_crop(s, cell, crops[s, cell], studio.rng) for s, cell in cells]
     examples = _examples(studio, drawn, rows=task_rows)
-    words = {"position_cls": DIGIT_WORDS, "count_vqa": ANSWERS, "right_of_vqa": ANSWERS}
-    pools = {"scene_it2i": [target(scene) for scene in drawn]}
+    pools = {"position_cls": _DIGITS, "count_vqa": _ANSWERS, "right_of_vqa": _ANSWERS}
+    pools["scene_it2i"] = [target(scene.image) for scene in drawn]
     return [
-        *(_task(n, rows, words=words.get(n), pool=pools.get(n)) for n, rows in examples.items()),
+        *(_task(name, rows, pools.get(name)) for name, rows in examples.items()),
         Task("grounding", grounding, list(map(target, crops.values())), _rivals(cells, crops)),
     ]
 
 
-def _task(
-    name: str,
-    examples: Iterable[Example],
-    *,
-    words: Sequence[str] | None = None,
-    pool: list[Side] | None = None,
-) -> Task:
-    """Every row against all words, or all of the pool, or the positives of all rows."""
+def _task(name: str, examples: Iterable[Example], pool: list[Side] | None = None) -> Task:
+    """Every row against all of the pool, or else against the positives of all rows."""
     examples = list(examples)
     if not examples:
         raise UserError(f"digits: so few scenes make no row of {name}; ask for more of them")
-    pool = pool or [Side(word) for word in words or ()] or [row.positive for row in examples]
+    pool = pool or [row.positive for row in examples]
     assert len(set(pool)) == len(pool), f"{name}: two candidates are the same"
     number = {side: index for index, side in enumerate(pool)}
     positives = [number[example.positive] for example in examples]
@@ -406,10 +395,6 @@ def _counts_in_turn(scenes: Sequence[Scene]) -> list[Scene]:
     return [scenes[index] for index in np.argsort(turns.to_numpy(), kind="stable")]
 
 
-def _rows(examples: Iterable[Example | None]) -> list[Example]:
-    return [example for example in examples if example]
-
-
 # --- MMEB's row format; equal rows give equal bytes ----------------------------------------------
 
 
@@ -431,7 +416,7 @@ def _write_eval(folder: Path, task: Task) -> None:
     pool = _columns("tgt_text", "tgt_img_path", task.pool).items()
     targets = {n: pa.ListArray.from_arrays(offsets, pa.array(v).take(flat)) for n, v in pool}
     queries = _columns("qry_text", "qry_img_path", [row.query for row in task.examples])
-    _write(queries | targets, folder, split=_EVAL_SPLIT)
+    _write(queries | targets, folder, split="test")
 
 
 def _columns(text: str, image: str, sides: Sequence[Side]) -> dict[str, Any]:

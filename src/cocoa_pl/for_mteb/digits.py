@@ -115,6 +115,6 @@ class DigitCount(AbsTaskZeroShotClassification):
 
 def _subset(name: str) -> EvalSubset:
     benchmark = DigitsBenchmark(
-        name="digits", cache_dir=CACHE_DIR, seed=0, scenes=300, task_rows=300, on_bad_row="fail"
+        name="digits", cache_dir=CACHE_DIR, seed=0, scenes=300, task_rows=300
     )
     return next(subset for subset in benchmark.subsets() if subset.name == name)
