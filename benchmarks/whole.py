@@ -30,7 +30,7 @@ from cocoa_pl.config.command_line import compose_overrides
 from cocoa_pl.data.batch import VISUAL, Sample
 from cocoa_pl.data.digit_scenes import caption, compose, draw, layouts
 from cocoa_pl.data.items import IMAGE_SLOT, Item
-from cocoa_pl.data.processor import Processor
+from cocoa_pl.data.processor import Processor, tokenized
 from cocoa_pl.embedder import Embedder
 from cocoa_pl.export.folder import export
 from cocoa_pl.export.parity import images_only
@@ -248,15 +248,9 @@ def sentence_transformer(folder: str, device: torch.device, dtype: torch.dtype) 
 
 
 def unused(processor: Processor) -> Processor:
-    """A processor like this one that remembers no text: what is timed again is tokenized again."""
-    return Processor(
-        processor.tokenizer,
-        processor.image_processor,
-        max_length=processor.max_length,
-        min_pixels=processor.min_pixels,
-        max_pixels=processor.max_pixels,
-        num_token_rows=processor.mask_id + 1,
-    )
+    """The processor, which has forgotten all texts: what is timed again is tokenized again."""
+    tokenized.cache_clear()
+    return processor
 
 
 def asking(picture: Image.Image) -> Item:

@@ -9,19 +9,20 @@ import time
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing, contextmanager
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich import progress as rich_progress
 from rich.console import Console
+from rich.progress import Progress
 from torch import Tensor
 
 from cocoa_pl.attention import Policy
 from cocoa_pl.data.batch import Batch, Sample, pack
-from cocoa_pl.data.inputs import Input, as_item, as_list
 from cocoa_pl.data.item_batches import item_batches, whole_number
+from cocoa_pl.data.items import Input, as_item, as_list
 from cocoa_pl.data.processor import Processor
 from cocoa_pl.errors import UserError
 from cocoa_pl.losses import matryoshka
@@ -40,8 +41,10 @@ from cocoa_pl.models.loading import load
 log = logging.getLogger(__name__)
 
 EVERY_SECONDS = 30.0  # between two lines in the log; short work logs nothing
-SHOWN = 100  # characters of a path in messages
 THREADS = 4  # that read images and tokenize ahead of the model
+
+# A model that runs twice at once is no faster, and needs the memory of both.
+_one_at_a_time = threading.Lock()
 
 Part = tuple[NDArray[np.intp], NDArray[np.float32]]  # places of items, and their vectors
 Queued = tuple[NDArray[np.intp], Tensor, torch.cuda.Event | None]  # on the device
@@ -57,14 +60,6 @@ class Embedder:
         self.backbone = backbone
         self.processor = processor
         self.policy = policy
-        self._one_at_a_time = threading.Lock()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """For `pickle` and `copy`: all but the lock, which each copy has for itself."""
-        return {name: part for name, part in vars(self).items() if name != "_one_at_a_time"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _one_at_a_time=threading.Lock())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, device: str = "auto") -> Embedder:
@@ -76,13 +71,7 @@ class Embedder:
                 vectors it was exported with.
         """
         device = chosen_device(device)
-        given: Any = path
-        if not isinstance(given, str | os.PathLike) or not os.fspath(given):
-            raise UserError(f"Embedder.load opens a folder or a hub id, not {path!r}")
-        try:
-            folder = export_folder(os.fspath(path))
-        except OSError as error:  # a path that is too long, a folder that may not be read
-            raise UserError(f"{str(path)[:SHOWN]} cannot be opened: {error.strerror}") from error
+        folder = export_folder(os.fspath(path))
         described = read_description(folder)
         dtype = described["dtype"]
         loaded = load(folder, kernel="auto", dtype=dtype, gradient_checkpointing=False)
@@ -166,13 +155,7 @@ class Embedder:
             items, instruction=instruction, batch_tokens=batch_tokens, threads=threads
         )
         vectors = np.empty((len(items), dim), np.float32)
-        bar = rich_progress.Progress(
-            rich_progress.BarColumn(),
-            rich_progress.MofNCompleteColumn(),
-            rich_progress.TimeRemainingColumn(),
-            console=Console(stderr=True),
-            disable=not progress,
-        )
+        bar = Progress(console=Console(stderr=True), disable=not progress)
         task = bar.add_task("", total=len(items))
         with closing(stream), bar:
             for numbers, some in stream:
@@ -192,8 +175,8 @@ class Embedder:
     ) -> Generator[Part]:
         """Embed items and hand over each batch when it is there, for more items than memory holds.
 
-        Arguments and errors are those of `encode`. Several threads may embed at once: the model
-        runs for one of them at a time.
+        Arguments and errors are those of `encode`. Several threads may embed at once: a model runs
+        for one of them at a time.
 
         Returns:
             An iterator over places in `items`, (n), and their vectors, (n, D). Each item occurs
@@ -209,18 +192,21 @@ class Embedder:
             batch_tokens=batch_tokens,
             threads=threads,
         )
-        return self._parts(batches, Progress(len(items)))
-
-    def _parts(
-        self, batches: Generator[tuple[NDArray[np.intp], Batch]], progress: Progress
-    ) -> Generator[Part]:
         queued: deque[Queued] = deque()
+        count, started = 0, time.monotonic()
+        said = started
 
         def fetched() -> Part:
+            nonlocal count, said
             numbers, vectors, copied = queued.popleft()
             if copied is not None:
                 copied.synchronize()
-            progress.advance(len(numbers))
+            count += len(numbers)
+            now = time.monotonic()
+            if now - said >= EVERY_SECONDS:
+                said = now
+                left = timedelta(seconds=round((now - started) * (len(items) / count - 1)))
+                log.info("embedded %s of %s items, %s to go", f"{count:,}", f"{len(items):,}", left)
             return numbers, vectors.numpy()
 
         with closing(batches):
@@ -244,7 +230,7 @@ class Embedder:
 
     def _embed(self, batch: Batch) -> tuple[Tensor, torch.cuda.Event | None]:
         """Queue a batch on the device; its vectors are on the host once the event has come."""
-        with self._one_at_a_time, torch.inference_mode(), _evaluating(self.backbone):
+        with _one_at_a_time, torch.inference_mode(), _evaluating(self.backbone):
             vectors = self.backbone.embed(batch.to(self.backbone.device))
             on_host = vectors.to("cpu", non_blocking=True)
             if not vectors.is_cuda:
@@ -273,8 +259,6 @@ def chosen_device(device: str) -> str:
     """
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if not isinstance(device, str | torch.device):
-        raise UserError(f"device is auto, cpu, cuda or cuda:1, not {device!r}")
     found = torch.accelerator.current_accelerator(check_available=True)
     known = ["cpu"]
     if found is not None:
@@ -283,34 +267,3 @@ def chosen_device(device: str) -> str:
     if str(device) not in known:
         raise UserError(f"device={device} is not here; there are auto, {', '.join(known)}")
     return str(device)
-
-
-class Progress:
-    """Counts embedded items, and logs now and then how far, how fast, how long to go."""
-
-    def __init__(self, total: int) -> None:
-        self.total = total
-        self.count = 0
-        self._started = self._said = time.monotonic()
-
-    def advance(self, items: int) -> None:
-        self.count += items
-        now = time.monotonic()
-        if now - self._said < EVERY_SECONDS:
-            return
-        self._said = now
-        rate = self.count / (now - self._started)
-        log.info(
-            "embedded %s of %s items, %.3g a second, about %s to go",
-            f"{self.count:,}",
-            f"{self.total:,}",
-            rate,
-            _duration((self.total - self.count) / rate),
-        )
-
-
-def _duration(seconds: float) -> str:
-    """E.g. `40 s`, `12 min`, `3.4 h`."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -2,6 +2,7 @@
 
 import io
 import struct
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 from PIL import Image
 
 import cocoa_pl
-from cocoa_pl.data.images import FORMATS, open_image, resolve_image
+from cocoa_pl.data.images import FORMATS, image_size, open_image, resolve_image
 from cocoa_pl.errors import UserError
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)
@@ -204,6 +205,24 @@ def test_pixels_are_bounded_by_the_header_and_a_jpeg_is_decoded_smaller() -> Non
         cut = encoded(kind)[:-300]  # it would be an error to decode it
         with pytest.raises(UserError, match="is 1600 x 800 pixels, more than 80,000; scale it"):
             open_image(cut, most_pixels=80_000)
+
+
+def test_a_size_is_read_from_the_header(
+    tmp_path: Path, make_image: Callable[..., Image.Image]
+) -> None:
+    image, buffer = make_image((70, 40)), io.BytesIO()
+    image.save(buffer, "PNG")
+    half = buffer.getvalue()[: len(buffer.getvalue()) // 2]  # pixels are cut off
+    (tmp_path / "half.png").write_bytes(half)
+    for source in (tmp_path / "half.png", half, image):
+        assert image_size(source, where="toy") == (70, 40)
+    for bad, message in (
+        (tmp_path / "none.png", r"image .*none\.png does not exist"),
+        (b"no picture", ".* cannot be read"),
+        (Image.new("RGB", (1000, 2)), ".* is 1000 x 2 pixels"),
+    ):
+        with pytest.raises(UserError, match=f"^toy: {message}"):
+            image_size(bad, where="toy")
 
 
 @pytest.mark.parametrize("suffix", ["gif", "png", "webp"])

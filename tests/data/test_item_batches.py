@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import io
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from cocoa_pl.data import item_batches as module
 from cocoa_pl.data import processor as processing
 from cocoa_pl.data.batch import Sample
-from cocoa_pl.data.images import image_size, open_image
+from cocoa_pl.data.images import open_image
 from cocoa_pl.data.item_batches import item_batches, map_ahead, some_threads
 from cocoa_pl.data.items import IMAGE_SLOT, Item
 from cocoa_pl.data.processor import Processor
@@ -45,28 +43,6 @@ def batches_of(
     )
 
 
-@pytest.mark.parametrize("threads", [0, 4])
-@pytest.mark.parametrize("window", [256, 4096])
-def test_each_item_is_in_one_batch_with_its_own_sample(
-    window: int,
-    threads: int,
-    items: list[Item],
-    processor: Processor,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(module, "_MEASURED_AT_ONCE", 7)
-    monkeypatch.setattr(module, "WINDOW", window // 16)
-    batches = batches_of(items, processor, threads=threads)
-    numbers = np.concatenate([numbers for numbers, _ in batches])
-    assert sorted(numbers.tolist()) == list(range(len(items)))
-    for numbers, samples in batches:
-        for number, sample in zip(numbers.tolist(), samples, strict=True):
-            alone = processor(items[number], None, key=0, row_id=f"item {number}")
-            assert sample.row_id == alone.row_id
-            assert np.array_equal(sample.input_ids, alone.input_ids)
-            assert np.array_equal(sample.patches, alone.patches)
-
-
 @pytest.mark.parametrize("batch_tokens", [1, 60, 10_000])
 def test_batches_are_full_sorted_by_cost_and_the_same_for_any_number_of_threads(
     batch_tokens: int, items: list[Item], processor: Processor
@@ -76,7 +52,8 @@ def test_batches_are_full_sorted_by_cost_and_the_same_for_any_number_of_threads(
         for threads in (0, 3)
     )
     assert [n.tolist() for n, _ in one] == [n.tolist() for n, _ in many]
-    for _, samples in one:
+    for numbers, samples in one:
+        assert [s.row_id for s in samples] == [f"item {number}" for number in numbers]
         assert sum(s.num_tokens for s in samples) <= batch_tokens or len(samples) == 1
     costs = [sample.cost for _, samples in one for sample in samples]
     assert costs == sorted(costs, reverse=True)
@@ -119,35 +96,7 @@ def test_the_same_bad_item_is_named_for_any_number_of_threads(
         batches_of([*items[:9], bad[0], *items[9:20]], processor, threads=4)
 
 
-def test_a_size_is_read_from_the_header(
-    tmp_path: Path, make_image: Callable[..., Image.Image]
-) -> None:
-    image, buffer = make_image((70, 40)), io.BytesIO()
-    image.save(buffer, "PNG")
-    half = buffer.getvalue()[: len(buffer.getvalue()) // 2]  # pixels are cut off
-    (tmp_path / "half.png").write_bytes(half)
-    for source in (tmp_path / "half.png", half, image):
-        assert image_size(source, where="toy") == (70, 40)
-    for bad, message in (
-        (tmp_path / "none.png", r"image .*none\.png does not exist"),
-        (b"no picture", ".* cannot be read"),
-        (Image.new("RGB", (1000, 2)), ".* is 1000 x 2 pixels"),
-    ):
-        with pytest.raises(UserError, match=f"^toy: {message}"):
-            image_size(bad, where="toy")
-
-
 # --- Threads that work ahead ------------------------------------------------------------------
-
-
-def names() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if "item_batches" in thread.name]
-
-
-@pytest.fixture(autouse=True)
-def no_thread_is_left() -> Iterator[None]:
-    yield
-    assert names() == []
 
 
 def test_work_goes_on_ahead_of_use_but_only_so_far() -> None:

@@ -15,7 +15,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from cocoa_pl.config.build import build
+from cocoa_pl.config.build import build, check_values
 from cocoa_pl.config.command_line import compose_overrides
 from cocoa_pl.data.items import IMAGE_SLOT, EvalSubset, Item
 from cocoa_pl.data.mmeb_eval import READERS, MmebBenchmark
@@ -234,127 +234,109 @@ def test_a_damaged_page_is_named_by_its_file(root: Path) -> None:
 
 # --- V2: one row of each meta-task ---------------------------------------------------------------
 
+CLASSES = {
+    "qry_inst": "<|image_1|>\nRepresent the given image for classification",
+    "qry_text": "",
+    "qry_img_path": "a.png",
+    "tgt_inst": None,  # unused columns may hold anything
+    "tgt_text": ["x", "y"],
+    "tgt_img_path": [],
+}
+QUESTION = {
+    "qry_inst": "<|image_1|> Answer the question: ",
+    "qry_text": "what is it?",
+    "qry_img_path": "a.png",
+    "tgt_text": ["x", "y"],
+}
+CAPTION = QUESTION | {"qry_inst": "<|image_1|>\nFind a caption:"}
+TEXT_TO_IMAGE = {
+    "qry_inst": "Find me an image that matches:",
+    "qry_text": "a dog",
+    "tgt_inst": "<|image_1|>\nRepresent the given image.",
+    "tgt_text": ["", ""],
+    "tgt_img_path": ["a.png", "b.png"],
+}
+IMAGE_TO_IMAGE = {
+    "qry_inst": "<|image_1|> Select the portion of the image that follows: ",
+    "qry_text": '"left dog"',
+    "qry_img_path": "a.png",
+    "tgt_inst": "<|image_1|>\nRepresent the given cropped image of the object",
+    "tgt_text": ["", ""],
+    "tgt_img_path": ["b.png", "c.png"],
+}
+CAPTIONED = {
+    "tgt_inst": "<|image_1|>\nRepresent the image with its caption:",
+    "tgt_text": ["one", "two", "three"],
+    "tgt_img_path": ["a.png", "b.png", "a.png"],
+}
+OBJECTS = {
+    "tgt_text": ['"left dog"', "right dog", "left dog"],
+    "tgt_img_path": ["b.png", "b.png", "b.png"],
+}
+FIND = "Find me an image that matches: a dog"
+SELECT = f'{SLOT}\nSelect the portion of the image that follows: "left dog"\n'
+IMAGE = f"{SLOT}\nRepresent the given image."
+CROP = f"{SLOT}\nRepresent the given cropped image of the object"
+SHOWN = f"{SLOT}\nRepresent the image with its caption:"
 
-def test_classification_reads_bare_texts_and_nothing_else_of_the_targets(root: Path) -> None:
-    row = {
-        "qry_inst": "<|image_1|>\nRepresent the given image for classification",
-        "qry_text": "",
-        "qry_img_path": "a.png",
-        "tgt_inst": None,  # unused columns may hold anything
-        "tgt_text": ["coucal", "hen"],
-        "tgt_img_path": [],
-    }
-    found = read(root, "ImageNet-1K", [row])
-    assert found.queries == [
-        Item(f"{SLOT}\nRepresent the given image for classification\n", (root / "a.png",))
+
+@pytest.mark.parametrize(
+    ("subset", "row", "query", "targets"),
+    [
+        # V1's strings, whitespace included.
+        ("VOC2007", CLASSES, f"{SLOT}\nRepresent the given image for classification\n", ["x", "y"]),
+        # A question is put on a line of its own, other instructions are not.
+        ("OK-VQA", QUESTION, f"{SLOT}\nAnswer the question: what is it?\n", ["x", "y"]),
+        ("MSCOCO_i2t", CAPTION, f"{SLOT}\nFind a caption: what is it?\n", ["x", "y"]),
+        ("MSCOCO_t2i", TEXT_TO_IMAGE, f"{FIND}\n", [f"{IMAGE}\n"] * 2),
+        ("VisDial", TEXT_TO_IMAGE, f"{FIND}\n\n", [f"{IMAGE}\n"] * 2),
+        # The first caption decides whether there are any; the blank is the harness's own.
+        ("VisDial", TEXT_TO_IMAGE | {"tgt_text": [" ", "b"]}, f"{FIND}\n\n", [f"{IMAGE}\n"] * 2),
+        (
+            *("MSCOCO_t2i", TEXT_TO_IMAGE | {"tgt_text": ["one", ""]}),
+            *(f"{FIND}\n", [f"{IMAGE} one\n", f"{IMAGE} \n"]),
+        ),
+        # WebQA and EDIS: the second caption of an image counts as the first.
+        (
+            *("WebQA", TEXT_TO_IMAGE | CAPTIONED, f"{FIND}\n"),
+            [f"{SHOWN} one\n", f"{SHOWN} two\n", f"{SHOWN} one\n"],
+        ),
+        ("RefCOCO", IMAGE_TO_IMAGE, SELECT, [CROP] * 2),  # no line break at the end
+        # Objects of one image differ by captions; quotation marks around them do not count.
+        (
+            *("RefCOCO-Matching", IMAGE_TO_IMAGE | OBJECTS, SELECT),
+            [f'{CROP} "left dog"\n', f"{CROP} right dog\n", f'{CROP} "left dog"\n'],
+        ),
+    ],
+)
+def test_a_row_of_v2_is_read_to_the_letter(
+    root: Path, subset: str, row: dict[str, Any], query: str, targets: list[str]
+) -> None:
+    found = read(root, subset, [row])
+    images = [row["qry_img_path"]] if SLOT in query else []
+    assert found.queries == [Item(query, tuple(root / name for name in images))]
+    pictures = row["tgt_img_path"] if SLOT in targets[0] else [None] * len(targets)
+    expected = [
+        Item(text, () if name is None else (root / name,))
+        for text, name in zip(targets, pictures, strict=True)
     ]
-    assert candidates(found) == [Item("coucal"), Item("hen")]
-    assert (found.group, found.in_distribution) == ("classification", True)
+    assert candidates(found) == expected
+    assert len(found.candidates) == len(set(expected))
+    about = config("mmeb_v2")["table"][subset]
+    assert (found.group, found.in_distribution) == (about["group"], about["in_distribution"])
 
 
-def test_question_stands_on_a_line_of_its_own(root: Path) -> None:
-    row = {
-        "qry_inst": "<|image_1|> Represent the image with the following question: ",
-        "qry_text": "what is it?",
-        "qry_img_path": "a.png",
-        "tgt_text": ["a dog", "a cat"],
-    }
-    found = read(root, "OK-VQA", [row])
-    (query,) = found.queries
-    assert query.text == f"{SLOT}\nRepresent the image with the following question: what is it?\n"
-    # Without the line break that questions get, as in image-to-text retrieval:
-    caption = read(root, "MSCOCO_i2t", [row | {"qry_inst": "<|image_1|>\nFind a caption:"}])
-    assert caption.queries[0].text == f"{SLOT}\nFind a caption: what is it?\n"
-    assert candidates(caption) == [Item("a dog"), Item("a cat")]
-
-
-def text_to_image(**changes: Any) -> dict[str, Any]:
-    return {
-        "qry_inst": "Find me an image that matches:",
-        "qry_text": "a dog",
-        "tgt_inst": "<|image_1|>\nRepresent the given image.",
-        "tgt_text": ["", ""],
-        "tgt_img_path": ["a.png", "b.png"],
-    } | changes
-
-
-@pytest.mark.parametrize(("subset", "end"), [("MSCOCO_t2i", "\n"), ("VisDial", "\n\n")])
-def test_text_looks_for_images(root: Path, subset: str, end: str) -> None:
-    found = read(root, subset, [text_to_image()])
-    assert found.queries == [Item(f"Find me an image that matches: a dog{end}")]
-    target = f"{SLOT}\nRepresent the given image.\n"
-    assert candidates(found) == [Item(target, (root / n,)) for n in ("a.png", "b.png")]
-
-
-def test_captioned_images_are_known_by_their_image(root: Path) -> None:
-    """WebQA and EDIS: the second caption of an image counts as the first."""
-    row = text_to_image(
-        tgt_inst="<|image_1|>\nRepresent the image with its caption:",
-        tgt_text=["one", "two", "three"],
-        tgt_img_path=["a.png", "b.png", "a.png"],
-    )
+def test_captioned_images_are_known_by_their_image_across_rows(root: Path) -> None:
+    row = TEXT_TO_IMAGE | CAPTIONED
     other = row | {"tgt_text": ["four", "five"], "tgt_img_path": ["b.png", "c.png"]}
     found = read(root, "WebQA", [row, other])
-    prompt = f"{SLOT}\nRepresent the image with its caption:"
-    assert [item.text for item in candidates(found)] == [
-        f"{prompt} one\n",
-        f"{prompt} two\n",
-        f"{prompt} one\n",
-    ]
-    assert [item.text for item in candidates(found, 1)] == [f"{prompt} two\n", f"{prompt} five\n"]
+    assert [item.text for item in candidates(found, 1)] == [f"{SHOWN} two\n", f"{SHOWN} five\n"]
     assert len(found.candidates) == 3
 
 
-def test_first_caption_decides_whether_a_row_has_captions(root: Path) -> None:
-    rows = [text_to_image(tgt_text=[" ", "two"]), text_to_image(tgt_text=["one", ""])]
-    first = read(root, "MSCOCO_t2i", rows[:1])
-    assert {item.text for item in first.candidates} == {f"{SLOT}\nRepresent the given image.\n"}
-    second = read(root, "MSCOCO_t2i", rows[1:])
-    assert [item.text for item in candidates(second)] == [
-        f"{SLOT}\nRepresent the given image. one\n",
-        f"{SLOT}\nRepresent the given image. \n",  # the harness's own blank
-    ]
-
-
-def image_to_image(**changes: Any) -> dict[str, Any]:
-    return {
-        "qry_inst": "<|image_1|> Select the portion of the image that follows: ",
-        "qry_text": '"left dog"',
-        "qry_img_path": "a.png",
-        "tgt_inst": "<|image_1|>\nRepresent the given cropped image of the object",
-        "tgt_text": ["", ""],
-        "tgt_img_path": ["b.png", "c.png"],
-    } | changes
-
-
-def test_image_and_text_look_for_images(root: Path) -> None:
-    found = read(root, "RefCOCO", [image_to_image()])
-    query = f'{SLOT}\nSelect the portion of the image that follows: "left dog"\n'
-    assert found.queries == [Item(query, (root / "a.png",))]
-    target = f"{SLOT}\nRepresent the given cropped image of the object"  # no line break at the end
-    assert candidates(found) == [Item(target, (root / n,)) for n in ("b.png", "c.png")]
-    assert (found.group, found.in_distribution) == ("grounding", False)
-
-
-def test_objects_of_one_image_differ_by_their_captions(root: Path) -> None:
-    """RefCOCO-Matching: path and caption are the name, quotation marks around it are not."""
-    row = image_to_image(
-        tgt_text=['"left dog"', "right dog", "left dog"],
-        tgt_img_path=["b.png", "b.png", "b.png"],
-    )
-    found = read(root, "RefCOCO-Matching", [row])
-    prompt = f"{SLOT}\nRepresent the given cropped image of the object"
-    assert [item.text for item in candidates(found)] == [
-        f'{prompt} "left dog"\n',
-        f"{prompt} right dog\n",
-        f'{prompt} "left dog"\n',
-    ]
-    assert len(found.candidates) == 2
-
-
 def test_rows_without_captions_collapse_across_the_subset_too(root: Path) -> None:
-    rows = [image_to_image(tgt_img_path=["b.png", "c.png"], qry_text=str(n)) for n in range(130)]
-    rows[100] = image_to_image(tgt_img_path=["c.png", "a.png"])
+    rows: list[dict[str, Any]] = [IMAGE_TO_IMAGE | {"qry_text": str(n)} for n in range(130)]
+    rows[100] |= {"tgt_img_path": ["c.png", "a.png"]}
     found = read(root, "CIRR", rows)
     assert len(found.candidates) == 3
     assert [item.media[0].name for item in candidates(found, 100)] == ["c.png", "a.png"]
@@ -371,31 +353,12 @@ def test_rows_without_captions_collapse_across_the_subset_too(root: Path) -> Non
 def test_bad_row_of_v2_is_named_or_skipped(
     root: Path, changes: dict[str, Any], message: str
 ) -> None:
-    rows = [image_to_image(), image_to_image() | changes, image_to_image(qry_text="other")]
+    rows = [IMAGE_TO_IMAGE, IMAGE_TO_IMAGE | changes, IMAGE_TO_IMAGE | {"qry_text": "other"}]
     with pytest.raises(UserError, match=f"^NIGHTS row 1.*{message}"):
         read(root, "NIGHTS", rows)
     assert read(root, "NIGHTS", rows, on_bad_row="skip").row_ids == ["NIGHTS row 0", "NIGHTS row 2"]
     with pytest.raises(UserError, match="no column tgt_inst"):
-        read(root, "NIGHTS", [{k: v for k, v in image_to_image().items() if k != "tgt_inst"}])
-
-
-def test_strings_of_both_versions_are_the_same(root: Path) -> None:
-    """What the newer annotations were made for: V1's strings, whitespace included."""
-    plain = {
-        "qry_text": "<|image_1|>\nRepresent the given image for classification\n",
-        "qry_img_path": "a.png",
-        "tgt_text": ["coucal", "hen"],
-        "tgt_img_path": ["", ""],
-    }
-    instructed = {
-        "qry_inst": "<|image_1|>\nRepresent the given image for classification",
-        "qry_text": "",
-        "qry_img_path": "a.png",
-        "tgt_text": ["coucal", "hen"],
-    }
-    old = read(root, "VOC2007", [plain], benchmark="mmeb_v1")
-    new = read(root, "VOC2007", [instructed])
-    assert (old.queries, old.candidates) == (new.queries, new.candidates)
+        read(root, "NIGHTS", [{k: v for k, v in IMAGE_TO_IMAGE.items() if k != "tgt_inst"}])
 
 
 # --- Configs ---------------------------------------------------------------------------------
@@ -416,16 +379,14 @@ def test_benchmark_reads_its_table_in_order_and_misses_nothing(root: Path) -> No
         "VOC2007": {"group": "classification", "in_distribution": True},
         "RefCOCO": {"group": "grounding", "in_distribution": False},
     }
-    for name, row in (("RefCOCO", REFCOCO), ("VOC2007", classes(0))):
-        read(root, name, [row], benchmark="mmeb_v1")
+    write(root, "RefCOCO", [REFCOCO])
+    write(root, "VOC2007", [classes(0)])
     found = benchmark(root, table=table).subsets()
-    assert {one.name: (one.group, one.in_distribution) for one in found} == {
-        name: (*info.values(),) for name, info in table.items()
-    }
-    assert [one.name for one in found] == list(table)
+    assert [(one.name, one.group, one.in_distribution) for one in found] == [
+        (name, *info.values()) for name, info in table.items()
+    ]
     with pytest.raises(UserError, match=r"GQA: .* does not exist"):
-        benchmark(root, table=table | {"GQA": {"group": "vqa", "in_distribution": False}}).subsets()
-    assert not benchmark(root).is_partial
+        benchmark(root, table=table | {"GQA": table["RefCOCO"]}).subsets()
     assert not benchmark(root, subsets=["C", "B", "A"]).is_partial
     few = benchmark(root, subsets=["C", "A"])
     assert few.is_partial
@@ -434,7 +395,9 @@ def test_benchmark_reads_its_table_in_order_and_misses_nothing(root: Path) -> No
 
 def own(root: Path, *overrides: str) -> MmebBenchmark:
     words = ("benchmark=mmeb", f"benchmark.root={root}", "ckpt=x")
-    found: MmebBenchmark = build(compose_overrides("evaluate", [*words, *overrides]).benchmark)
+    cfg = compose_overrides("evaluate", [*words, *overrides])
+    check_values(cfg)
+    found: MmebBenchmark = build(cfg.benchmark)
     return found
 
 
@@ -455,29 +418,12 @@ def test_a_benchmark_of_ones_own_is_what_lies_in_the_folder(root: Path) -> None:
         ("benchmark.split=dev", rf"benchmark\.root={root} has no file <Subset>/dev-\*\.parquet$"),
         ("benchmark.root=nowhere", r"benchmark\.root=nowhere has no file <Subset>/test-"),
         ("+benchmark.table.Charts={kind: vqa}", r"table\.Charts\.kind is vqa; choose group, in_"),
+        ("+benchmark.table.Charts={group: vga}", r"table\.Charts\.group is vga; choose classi"),
+        ("+benchmark.table.Charts={reader: ocr}", r"table\.Charts\.reader is ocr; choose classi"),
+        ("benchmark.subsets=[]", r"benchmark\.subsets=\[\] must be a list of at least one or null"),
+        ("benchmark.subsets=A", "benchmark.subsets=A must be a list of at least one or null"),
     ):
         with pytest.raises(UserError, match=message):
             own(root, words)
     (root / "eval_images").mkdir()
     assert (found.image_root, own(root).image_root) == (root, root / "eval_images")
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"subsets": ["D"]}, "benchmark.subsets names D, but mine has A, B, C"),
-        ({"subsets": []}, "benchmark.subsets is empty"),
-        ({"subsets": "A"}, r"benchmark.subsets is a list; write benchmark.subsets=\[A\]"),
-        (
-            {"table": {"A": {"group": "vqa", "in_distribution": True, "reader": "ocr"}}},
-            r"benchmark\.table\.A\.reader is ocr; choose classification, vqa",
-        ),
-        (
-            {"table": {"A": {"group": "vga", "in_distribution": True}}},
-            r"benchmark\.table\.A\.group is vga; choose classification, vqa",
-        ),
-    ],
-)
-def test_impossible_choice_is_refused(root: Path, changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        benchmark(root, **changes)

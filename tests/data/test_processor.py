@@ -5,8 +5,12 @@ Positions and pixels equal the stock model's: see `models/test_stock_parity.py`.
 
 import copy
 import logging
+import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -206,3 +210,34 @@ def test_mask_token_is_a_row_that_no_text_uses(loaded: Loaded, processor: Proces
             max_pixels=784,
             num_token_rows=len(loaded.tokenizer),
         )
+
+
+def test_a_tokenizer_is_used_by_one_thread_at_a_time_and_a_cut_is_logged_once(
+    make_processor: Callable[..., Processor],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    processor = make_processor(max_length=8)
+    inside, most, lock = 0, 0, threading.Lock()
+    original = processor.tokenizer
+
+    class Watched:
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            nonlocal inside, most
+            with lock:
+                inside += 1
+                most = max(most, inside)
+            time.sleep(0.001)
+            encoded = original(*args, **kwargs)
+            with lock:
+                inside -= 1
+            return encoded
+
+    monkeypatch.setattr(processor, "tokenizer", Watched())
+    texts = [f"the {'dog ' * (n % 7)}near {n % 11} cats" for n in range(200)]
+    expected = [original(text, add_special_tokens=False).input_ids for text in texts]
+    with ThreadPoolExecutor(8) as pool:
+        samples = list(pool.map(lambda text: process(processor, text), texts))
+    assert [s.input_ids.tolist() for s in samples] == [[*ids[:7], EOS] for ids in expected]
+    assert most == 1
+    assert caplog.text.count("said once") == 1

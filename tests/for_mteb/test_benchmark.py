@@ -122,7 +122,6 @@ def test_results_of_the_same_weights_are_not_computed_again(
         ({"tasks": []}, "either benchmark.tasks"),
         ({"suite": "MIEB(lite)"}, "either benchmark.tasks"),
         ({"model_name": "cocoa"}, "organization/model, not cocoa"),
-        ({"training_datasets": "SUN397"}, r"is a list, or mmeb; .*training_datasets=\[SUN397\]"),
         ({"tasks": ["NoSuchTask"]}, "NoSuchTask"),
         ({"tasks": ["cocoa_pl.nowhere.Task"]}, "there is no task cocoa_pl.nowhere.Task: No module"),
         ({"tasks": ["cocoa_pl.data.items.Task"]}, "there is no task cocoa_pl.data.items.Task: "),

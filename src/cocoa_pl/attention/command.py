@@ -19,7 +19,7 @@ from torch import Tensor
 from cocoa_pl.attention import SEGMENTS, Policy, dense_mask, grid_text, segment_letters
 from cocoa_pl.config.build import build, check_values
 from cocoa_pl.config.command_line import CONFIGS
-from cocoa_pl.data.inputs import as_item
+from cocoa_pl.data.items import as_item
 from cocoa_pl.embedder import Embedder
 from cocoa_pl.errors import UserError
 

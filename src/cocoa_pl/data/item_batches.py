@@ -11,7 +11,8 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from itertools import chain, islice
+from functools import partial
+from itertools import islice
 from numbers import Integral
 from typing import Any, TypeVar
 
@@ -26,7 +27,6 @@ from cocoa_pl.errors import UserError
 
 WINDOW = 4096  # items that are sorted together
 
-_MEASURED_AT_ONCE = 256  # items; a window is 16 such pieces
 _MARKERS = 2  # tokens around each image: its start and its end
 _READY = 2  # batches that wait for the model beside those that threads work on
 
@@ -62,9 +62,6 @@ def item_batches(
     batch_tokens = whole_number("batch_tokens", batch_tokens, least=1)
     threads = whole_number("threads", threads, least=0)
 
-    def measure(numbers: range) -> list[tuple[int, float]]:
-        return [_measure(item_at, number, processor) for number in numbers]
-
     def read(numbers: NDArray[np.intp]) -> tuple[NDArray[np.intp], _Laid]:
         samples = []
         for number in numbers.tolist():
@@ -77,12 +74,9 @@ def item_batches(
         return numbers, lay_out(samples)
 
     with some_threads(threads) as pool:
-        pieces = (
-            range(start, min(start + _MEASURED_AT_ONCE, count))
-            for start in range(0, count, _MEASURED_AT_ONCE)
-        )
         # A window ahead, so that the model never waits for the measures of the next one.
-        measured = map_ahead(pool, measure, pieces, ahead=WINDOW // _MEASURED_AT_ONCE)
+        measure = partial(_measure, item_at, processor)
+        measured = map_ahead(pool, measure, range(count), ahead=WINDOW)
         windows = _cut_windows(measured, batch_tokens)
         yield from map_ahead(pool, read, windows, ahead=threads + _READY)
 
@@ -101,10 +95,10 @@ def whole_number(name: str, value: Any, *, least: int, most: int | None = None) 
 
 
 def _cut_windows(
-    measured: Iterator[list[tuple[int, float]]], batch_tokens: int
+    measured: Iterator[tuple[int, float]], batch_tokens: int
 ) -> Iterator[NDArray[np.intp]]:
     start = 0
-    while window := [*chain.from_iterable(islice(measured, WINDOW // _MEASURED_AT_ONCE))]:
+    while window := list(islice(measured, WINDOW)):
         tokens, costs = zip(*window, strict=True)
         for places in cut_by_cost(np.array(tokens), np.array(costs, np.float64), batch_tokens):
             yield start + places
@@ -112,7 +106,7 @@ def _cut_windows(
 
 
 def _measure(
-    item_at: Callable[[int], Item], number: int, processor: Processor
+    item_at: Callable[[int], Item], processor: Processor, number: int
 ) -> tuple[int, float]:
     """Tokens of an item and what they cost, from the text and the images' headers; infinite for one
     that cannot be embedded: reading it will say what is wrong with it.

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from cocoa_pl.config.bounds import Names
 from cocoa_pl.data.images import embedded
 from cocoa_pl.data.items import GROUPS, PLACEHOLDER, EvalSubset, Item
 from cocoa_pl.data.readers import find_files
@@ -44,6 +45,10 @@ class Sides(NamedTuple):
     def plain(cls, texts: Sequence[Any], images: Sequence[Any]) -> "Sides":
         """Known by all that they hold."""
         return cls(list(zip(texts, images, strict=True)), texts, images)
+
+
+# Distinct items by name, numbered in the order in which good rows name them.
+_Items = dict[Hashable, tuple[int, Item]]
 
 
 @dataclass(frozen=True)
@@ -144,14 +149,10 @@ class MmebBenchmark:
         split: str,
         table: Mapping[str, SubsetInfo],
         unlisted: SubsetInfo | None,
-        subsets: Sequence[str] | None,
+        subsets: Names | None,
         published: Sequence[Mapping[str, object]],
         on_bad_row: OnBadRow,
     ) -> None:
-        if isinstance(subsets, str):
-            raise UserError(f"benchmark.subsets is a list; write benchmark.subsets=[{subsets}]")
-        if subsets is not None and not subsets:
-            raise UserError("benchmark.subsets is empty; name some, or set it to null for all")
         if unlisted is not None:
             there = {file.parent.name for file in Path(root).glob(f"*/{split}-*.parquet")}
             if not there:
@@ -195,24 +196,16 @@ class MmebBenchmark:
     def _read(self, subset: str, info: SubsetInfo) -> EvalSubset:
         """`qry_text`, `qry_img_path`, and lists `tgt_text`, `tgt_img_path`; V2's with a reader."""
         reader = READERS[info["reader"]] if "reader" in info else None
-        queries = _Items(role="query", image_root=self.image_root)
-        candidates = _Items(role="candidate", image_root=self.image_root)
+        known: dict[str, _Items] = {"query": {}, "candidate": {}}
+        index: dict[str, list[np.ndarray]] = {"query": [], "candidate": []}
         row_ids: list[str] = []
-        query_index: list[np.ndarray] = []
-        candidate_index: list[np.ndarray] = []
         errors = RowErrors()
         columns = ["qry_text", "qry_img_path", "tgt_text", "tgt_img_path"]
         files = find_files(self.root, f"{subset}/{self.split}-*.parquet", source=subset)
         for row_id, row in _rows(files, subset, reader.columns if reader else columns):
             try:
-                row = _checked(row)
-                if reader is None:
-                    query = Sides.plain([row["qry_text"]], [row["qry_img_path"]])
-                    targets = Sides.plain(row["tgt_text"], row["tgt_img_path"])
-                else:
-                    query, targets = reader.sides(row)
-                queries.check(query)
-                candidates.check(targets)
+                sides = _sides(_checked(row), reader)
+                new = {role: self._new_items(sides[role], known[role], role) for role in known}
             except UserError as error:
                 error.row_id, error.kind = row_id, error.kind or "bad_row"
                 if self.on_bad_row == "fail":
@@ -220,8 +213,9 @@ class MmebBenchmark:
                 errors.append(copy(error))  # without its frames, which hold the row
                 continue
             row_ids.append(row_id)
-            query_index.append(queries.numbers(query))
-            candidate_index.append(candidates.numbers(targets))
+            for role, items in known.items():
+                items |= new[role]
+                index[role].append(np.array([items[n][0] for n in sides[role].names], np.int32))
         errors.log(source=subset)
         self.left_out.extend(errors)
         if not row_ids:
@@ -232,45 +226,25 @@ class MmebBenchmark:
             name=subset,
             group=info["group"],
             in_distribution=info["in_distribution"],
-            queries=queries.items(),
-            candidates=candidates.items(),
-            query_index=np.concatenate(query_index),
-            candidate_index=candidate_index,
+            queries=[item for _, item in known["query"].values()],
+            candidates=[item for _, item in known["candidate"].values()],
+            query_index=np.concatenate(index["query"]),
+            candidate_index=index["candidate"],
             row_ids=row_ids,
         )
 
-
-class _Items:
-    """Distinct items, numbered in the order in which good rows name them.
-
-    1000 rows x 1000 candidates name a few thousand distinct ones: only those become `Item`s.
-    """
-
-    def __init__(self, *, role: str, image_root: Path) -> None:
-        self._role, self._image_root = role, image_root
-        self._items: dict[Hashable, Item] = {}
-        self._numbers: dict[Hashable, int] = {}
-
-    def check(self, sides: Sides) -> None:
-        """Raises UserError for the first side that is no item."""
+    def _new_items(self, sides: Sides, known: _Items, role: str) -> _Items:
+        """What a row adds. 1000 rows x 1000 candidates name a few thousand distinct items: only
+        those become `Item`s.
+        """
+        new: _Items = {}
         for name, text, image in zip(*sides, strict=True):
-            if name not in self._items:
-                self._items[name] = make_item(
-                    text,
-                    image,
-                    role=self._role,
-                    image_root=self._image_root,
-                    add_missing_slot=False,
+            if name not in known and name not in new:
+                item = make_item(
+                    text, image, role=role, image_root=self.image_root, add_missing_slot=False
                 )
-
-    def numbers(self, sides: Sides) -> np.ndarray:
-        """int32 [N], for sides that were checked."""
-        known = self._numbers
-        return np.array([known.setdefault(name, len(known)) for name in sides.names], np.int32)
-
-    def items(self) -> list[Item]:
-        """The numbered ones, in the order of their numbers."""
-        return [self._items[name] for name in self._numbers]
+                new[name] = len(known) + len(new), item
+        return new
 
 
 def _rows(
@@ -293,6 +267,15 @@ def _rows(
                 f"{path}: cannot be read as parquet ({first_line(error):.200}); download it again",
                 file=path,
             ) from error
+
+
+def _sides(row: Mapping[str, Any], reader: Reader | None) -> dict[str, Sides]:
+    if reader is not None:
+        query, targets = reader.sides(row)
+    else:
+        query = Sides.plain([row["qry_text"]], [row["qry_img_path"]])
+        targets = Sides.plain(row["tgt_text"], row["tgt_img_path"])
+    return {"query": query, "candidate": targets}
 
 
 def _checked(row: Mapping[str, Any]) -> dict[str, Any]:

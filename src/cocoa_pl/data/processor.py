@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,13 +24,18 @@ from cocoa_pl.errors import UserError
 
 log = logging.getLogger(__name__)
 
-# Prompts and answers come again and again. Bounds of what is remembered: about 100 MB.
-MAX_KNOWN_TEXTS = 1 << 16
-MAX_KNOWN_TOKENS = 1 << 21
-
 # transformers sets up a fast tokenizer anew before every call, and Rust refuses ("Already
 # borrowed") while another thread is inside.
 _one_at_a_time = threading.Lock()
+
+
+@lru_cache(maxsize=1 << 13)  # prompts and answers come again and again
+def tokenized(tokenizer: Any, text: str) -> NDArray[np.int32]:
+    """A literal `<|im_end|>` or `<|image_pad|>` in a user's text is spelt out, never obeyed."""
+    with _one_at_a_time:
+        # Not verbose: it would warn of "indexing errors" in long texts, which are cut here.
+        tokens = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
+    return np.array(tokens.input_ids, np.int32)
 
 
 class _Patches(NamedTuple):
@@ -92,8 +98,6 @@ class Processor:
                 f"max_pixels={max_pixels} is below {least}: min_pixels, or one visual token"
             )
         self._reported_truncation = False
-        self._known_texts: dict[str, tuple[int, ...]] = {}
-        self._known_tokens = 0
 
     @property
     def patch_values(self) -> int:
@@ -191,22 +195,8 @@ class Processor:
         return parts
 
     def _text_ids(self, text: str) -> list[int]:
-        """A literal `<|im_end|>` or `<|image_pad|>` in a user's text is spelt out, never obeyed."""
-        known = self._known_texts.get(text)
-        if known is None:
-            with _one_at_a_time:
-                # Not verbose: it would warn of "indexing errors" in long texts, which are cut here.
-                tokens = self.tokenizer(
-                    text, add_special_tokens=False, split_special_tokens=True, verbose=False
-                )
-                known = tuple(tokens.input_ids)
-                self._known_tokens += len(known)
-                is_full = len(self._known_texts) >= MAX_KNOWN_TEXTS
-                if is_full or self._known_tokens > MAX_KNOWN_TOKENS:
-                    self._known_texts.clear()
-                    self._known_tokens = len(known)
-                self._known_texts[text] = known
-        return list(known)
+        ids: list[int] = tokenized(self.tokenizer, text).tolist()
+        return ids
 
     def _truncated(
         self, parts: Sequence[list[int] | _Patches], target: list[int], budget: int, row_id: str
@@ -234,15 +224,17 @@ class Processor:
         return kept[::-1], target
 
     def _patches(self, image: Image) -> _Patches:
-        resized = resize(
-            image,
+        """As the stock processor has them, but resized as a picture, not as two arrays of it."""
+        height, width = smart_resize(
+            image.height,
+            image.width,
+            factor=self.patch_size * self.merge_size,
             min_pixels=self.min_pixels,
             max_pixels=self.max_pixels,
-            factor=self.patch_size * self.merge_size,
-            resample=self.image_processor.resample,
         )
+        resized = image.resize((width, height), Resampling(self.image_processor.resample))
         patches = cut(resized, patch_size=self.patch_size, merge_size=self.merge_size)
-        grid = (1, resized.height // self.patch_size, resized.width // self.patch_size)
+        grid = (1, height // self.patch_size, width // self.patch_size)
         return _Patches(patches, grid, len(patches) // self.merge_size**2)
 
 
@@ -267,21 +259,6 @@ def mrope_positions(spans: Sequence[int | Grid], *, merge_size: int) -> Ints:
             columns.append(np.indices((frames, height, width)).reshape(3, -1) + start)
             start += max(height, width)
     return np.concatenate(columns, axis=1)
-
-
-def resize(image: Image, *, min_pixels: int, max_pixels: int, factor: int, resample: int) -> Image:
-    """The picture with both sides multiples of `factor`, its area within the bounds, its shape kept
-    as well as that allows.
-
-    As the stock processor does, but on the picture itself instead of on two copies of it as arrays.
-
-    Args:
-        resample: a filter of Pillow, by number.
-    """
-    height, width = smart_resize(
-        image.height, image.width, factor=factor, min_pixels=min_pixels, max_pixels=max_pixels
-    )
-    return image.resize((width, height), resample=Resampling(resample))
 
 
 def cut(image: Image, *, patch_size: int, merge_size: int) -> NDArray[np.uint8]:

@@ -27,7 +27,7 @@ class MtebBenchmark:
         suite: one of mteb's benchmarks instead, such as `MIEB(lite)`; null for none.
         model_name: `organization/model`, as results are filed.
         instructions: as in `CocoaEncoder`.
-        training_datasets: as in `CocoaEncoder`; `mmeb` is `MMEB_TRAIN`.
+        training_datasets: as in `CocoaEncoder`, or one name; `mmeb` is `MMEB_TRAIN`.
         license: as in `CocoaEncoder`.
         results: folder where mteb keeps results, also of other models; what is in it is not
             computed again. null for one in the run's folder.
@@ -54,16 +54,14 @@ class MtebBenchmark:
             raise UserError("give either benchmark.tasks=[NAME,...] or benchmark.suite=NAME")
         self.mteb = extra("mteb", of="mteb", wanted_by="benchmark=mteb")
         encoder = importlib.import_module("cocoa_pl.for_mteb.encoder")
-        encoder.check_name(model_name)
+        if model_name.count("/") != 1:
+            raise UserError(f"mteb files models as organization/model, not {model_name}")
         self.tasks = _tasks(self.mteb, tasks, suite)
         self.suite = suite
         if training_datasets == "mmeb":
             training_datasets = encoder.MMEB_TRAIN
         elif isinstance(training_datasets, str):
-            raise UserError(
-                "benchmark.training_datasets is a list, or mmeb; "
-                f"write benchmark.training_datasets=[{training_datasets}]"
-            )
+            training_datasets = [training_datasets]
         self.encoder = partial(
             encoder.CocoaEncoder,
             name=model_name,

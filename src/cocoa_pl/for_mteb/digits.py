@@ -25,16 +25,8 @@ LABELS = list(DIGIT_WORDS)
 _SHARED: dict[str, Any] = {
     "reference": "https://archive.ics.uci.edu/dataset/80/optical+recognition+of+handwritten+digits",
     "dataset": {"path": "cocoa_pl/digits", "revision": "1"},  # drawn here, never asked for
-    "eval_splits": ["test"],
     "eval_langs": ["eng-Latn"],
-    "date": ("1998-07-01", "1998-07-01"),
-    "domains": ["Constructed"],
-    "license": "cc-by-4.0",
-    "annotations_creators": "derived",
-    "dialect": [],
     "modalities": ["image", "text"],
-    "sample_creation": "created",
-    "bibtex_citation": "",
 }
 
 
@@ -47,7 +39,6 @@ class DigitScenes(AbsTaskRetrieval):
         type="Any2AnyRetrieval",
         category="t2i",
         main_score="ndcg_at_10",
-        task_subtypes=["Image Text Retrieval"],
         **{**_SHARED, "prompt": {"query": ASKED, "document": "Represent the image"}},
     )
 
@@ -60,23 +51,15 @@ class DigitScenes(AbsTaskRetrieval):
         relevant: dict[str, dict[str, int]] = {f"q{number}": {} for number in range(len(queries))}
         for query, candidates in zip(subset.query_index, subset.candidate_index, strict=True):
             relevant[f"q{query}"][f"d{candidates[0]}"] = 1
-        corpus = Dataset.from_dict(
-            {
-                "id": [f"d{number}" for number in range(len(subset.candidates))],
-                "image": [str(item.media[0]) for item in subset.candidates],
-            }
-        ).cast_column("image", Image())
-        asking = {"id": list(relevant), "text": queries}
-        self.dataset = {
-            "default": {
-                "test": {
-                    "queries": Dataset.from_dict(asking),
-                    "corpus": corpus,
-                    "relevant_docs": relevant,
-                    "top_ranked": None,
-                }
-            }
+        pictures = [str(item.media[0]) for item in subset.candidates]
+        corpus = {"id": [f"d{number}" for number in range(len(pictures))], "image": pictures}
+        split: Any = {
+            "queries": Dataset.from_dict({"id": list(relevant), "text": queries}),
+            "corpus": Dataset.from_dict(corpus).cast_column("image", Image()),
+            "relevant_docs": relevant,
+            "top_ranked": None,
         }
+        self.dataset = {"default": {"test": split}}
         self.data_loaded = True
 
 
@@ -89,7 +72,6 @@ class DigitCount(AbsTaskZeroShotClassification):
         type="ZeroShotClassification",
         category="i2t",
         main_score="accuracy",
-        task_subtypes=["Object recognition"],
         prompt="How many digits are there?",
         **_SHARED,
     )

@@ -10,7 +10,6 @@ import datetime
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from itertools import count, islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,8 +20,7 @@ from mteb.types import OutputDType, PromptType
 from numpy.typing import NDArray
 from PIL.Image import Image
 
-from cocoa_pl.data.inputs import as_item
-from cocoa_pl.data.items import Item
+from cocoa_pl.data.items import Item, as_item
 from cocoa_pl.embedder import Embedder
 from cocoa_pl.errors import UserError
 from cocoa_pl.models.exported import digest_of_text
@@ -39,7 +37,6 @@ MMEB_TRAIN = frozenset(
 
 AT_ONCE = 4096  # items whose images are in memory together
 _PARTS = ("text", "image")
-_SENSES = ("audio", "video")
 
 
 class CocoaEncoder(AbsEncoder):
@@ -54,9 +51,6 @@ class CocoaEncoder(AbsEncoder):
             that it is not known.
         license: of the weights, as mteb writes it.
         batch_tokens, threads: as in `Embedder.encode`.
-
-    Raises:
-        UserError: as `check_name`.
     """
 
     def __init__(
@@ -70,7 +64,6 @@ class CocoaEncoder(AbsEncoder):
         batch_tokens: int = 8192,
         threads: int = 4,
     ) -> None:
-        check_name(name)
         self.embedder = embedder
         self.instructions = dict(instructions or {})
         self.batch_tokens = batch_tokens
@@ -80,7 +73,7 @@ class CocoaEncoder(AbsEncoder):
         del identity["fingerprint"], identity["tolerance"]
         half = embedder.backbone.compute_dtype == torch.bfloat16
         self.mteb_model_meta = ModelMeta(  # all that mteb's leaderboard asks of a model
-            loader=load_encoder,  # type: ignore[arg-type]
+            loader=None,
             name=name,
             # Of all that vectors depend on: results of other weights, attention, pixels or
             # instructions are never taken for these.
@@ -127,20 +120,15 @@ class CocoaEncoder(AbsEncoder):
         Raises:
             UserError: for an item without text and image, or one that holds anything else to embed.
         """
-        name = task_metadata.name
-        items_of_task = _items(inputs, task=name)
-        parts = []
-        while some := list(islice(items_of_task, AT_ONCE)):
-            items = [
-                as_item(
-                    item,
-                    self.instruction(task_metadata, prompt_type, has_image=bool(item.media)),
-                )
-                for item in some
-            ]
+        name, parts = task_metadata.name, []
+        items = (
+            as_item(item, self.instruction(task_metadata, prompt_type, has_image=bool(item.media)))
+            for item in _items(inputs, task=name)
+        )
+        while some := list(islice(items, AT_ONCE)):
             parts.append(
                 self.embedder.encode(
-                    items,
+                    some,
                     batch_tokens=self.batch_tokens,
                     threads=self.threads,
                     progress=bool(kwargs.get("show_progress_bar", False)),
@@ -176,28 +164,13 @@ class CocoaEncoder(AbsEncoder):
         return prompt or self.get_task_instruction(task_metadata, prompt_type) or None
 
 
-def check_name(name: str) -> None:
-    """Raises UserError for a name that is not `organization/model`."""
-    if name.count("/") != 1:
-        raise UserError(f"mteb files models as organization/model, not {name}")
-
-
-def load_encoder(
-    model_name: str, revision: str | None = None, device: str | None = None, **kwargs: Any
-) -> CocoaEncoder:
-    """mteb's loader: a folder or a hub id in, the encoder out."""
-    embedder = Embedder.load(model_name, device=device or "auto")
-    name = model_name if model_name.count("/") == 1 else f"local/{Path(model_name).name}"
-    return CocoaEncoder(embedder, name=name, **kwargs)
-
-
 def _items(batches: Iterable[Mapping[str, Any]], *, task: str) -> Iterator[Item]:
     """Texts and images one by one; labels and other facts about items are left out."""
     numbers = count()
     for batch in batches:
         columns = {key: batch[key] for key in _PARTS if key in batch}
         for key, values in batch.items():
-            if key in _SENSES or (key not in _PARTS and any(map(_is_image, values))):
+            if key in ("audio", "video") or (key not in _PARTS and any(map(_is_image, values))):
                 raise UserError(f"{task}: items hold {key}, not only a text and an image")
         if not columns:
             raise UserError(f"{task}: items hold neither texts nor images")

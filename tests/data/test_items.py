@@ -1,4 +1,4 @@
-"""Users' inputs (lists, placeholders, instructions) become items of one format."""
+"""What users pass in (lists, placeholders, instructions) becomes items of one format."""
 
 from __future__ import annotations
 
@@ -13,12 +13,10 @@ import numpy as np
 import pandas as pd
 import polars as pl
 import pytest
-import torch
 from jinja2 import Environment, Template
 from PIL import Image
 
-from cocoa_pl.data.inputs import as_item, as_list
-from cocoa_pl.data.items import IMAGE_SLOT, Item, template_source
+from cocoa_pl.data.items import IMAGE_SLOT, Item, as_item, as_list, template_source
 from cocoa_pl.errors import UserError
 
 S = IMAGE_SLOT
@@ -98,34 +96,20 @@ def test_items_are_what_the_exported_template_makes_of_messages(
         ("<img>, <image> in HTML", 0, "<img>, <image> in HTML"),
         ("an \ufffc in a text", 1, f"{S}\nan \ufffc in a text"),
         ("<|image_pad|>", 1, f"{S}\n<|image_pad|>"),
+        ("a <|image_1|>", 0, "holds <|image_1|> but names no image; give the image or remove"),
+        ("<|image_2|>", 1, "holds <|image_2|> for 1 image(s)"),
+        ("<|image_1|>", 2, "holds <|image_1|> for 2 image(s)"),
+        ("<|image_2|><|image_1|>", 2, "(s); name each of them once, in their order, or none"),
+        ("<image>", 2, "holds 1 <image> for 2 image(s)"),
+        ("<|image_1|> or <image>", 1, "both <|image_1|> and <image>; write one kind"),
+        (f"{S}\na", 1, "holds U+FDD0"),
     ],
 )
-def test_placeholders_are_placed_and_nothing_else_is_touched(
+def test_placeholders_are_placed_or_refused_and_nothing_else_is_touched(
     text: str, count: int, expected: str
 ) -> None:
-    assert as_item({"text": text, "image": list(PICTURES[:count])}).text == expected
-
-
-@pytest.mark.parametrize(
-    ("text", "count", "message"),
-    [
-        ("a <|image_1|>", 0, r"holds <\|image_1\|> but names no image; give the image or remove"),
-        ("<|image_2|>", 1, r"holds <\|image_2\|> for 1 image\(s\)"),
-        ("<|image_1|>", 2, r"holds <\|image_1\|> for 2 image\(s\)"),
-        (
-            "<|image_2|><|image_1|>",
-            2,
-            r"holds <\|image_2\|>, <\|image_1\|> for 2 .* in their order",
-        ),
-        ("<image>", 2, r"holds 1 <image> for 2 image\(s\)"),
-        ("<|image_1|> or <image>", 1, r"both <\|image_1\|> and <image>; write one kind"),
-        (f"a {S}", 0, r"holds U\+FDD0"),
-        (f"{S}\na", 1, r"holds U\+FDD0"),
-    ],
-)
-def test_placeholders_that_fit_no_image_are_refused(text: str, count: int, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        as_item({"text": text, "image": list(PICTURES[:count])})
+    found = result_of(built, text, count, None)
+    assert expected in found if found.startswith("refused") else found == expected
 
 
 @pytest.mark.parametrize(
@@ -172,24 +156,15 @@ def generated() -> Iterator[str]:
     [
         (SHUFFLED, ["c", "a", "d", "b"]),
         (SHUFFLED[SHUFFLED != "a"], ["c", "d", "b"]),
-        (SHUFFLED.index.astype(str), ["2", "0", "3", "1"]),
         (np.array(WORDS), WORDS),
-        (np.array(WORDS, dtype=object), WORDS),
         (pl.Series(WORDS), WORDS),
         (generated(), WORDS),
-        (dict.fromkeys(WORDS), None),
         (dict.fromkeys(WORDS).keys(), WORDS),
-        ({1: "a", 2: "b"}.values(), ["a", "b"]),
         (tuple(WORDS), WORDS),
-        (datasets.Dataset.from_dict({"text": WORDS})["text"], WORDS),
         ([], []),
     ],
-)  # fmt: skip
-def test_items_are_taken_in_their_own_order(items: Any, expected: list[str] | None) -> None:
-    if expected is None:
-        with pytest.raises(UserError, match="items come in a list"):
-            as_list(items)
-        return
+)
+def test_items_are_taken_in_their_own_order(items: Any, expected: list[str]) -> None:
     found = as_list(items)
     assert [as_item(found[place]) for place in range(len(found))] == [Item(w) for w in expected]
 
@@ -207,19 +182,18 @@ def test_a_data_set_is_read_item_by_item() -> None:
 @pytest.mark.parametrize(
     ("items", "message"),
     [
-        *((one, r"write \[item\] for a single ") for one in ("a", b"a", bytearray(b"a"))),
-        *((one, r"write \[item\] for a single ") for one in (Path("a"), PICTURES[0], Item("a"))),
-        ({"text": "a"}, r"write \[item\] for a single dict"),
-        (io.StringIO("a\nb"), r"write \[item\] for a single StringIO"),
+        *(
+            (one, r"items come in a list; write \[item\] for a single ")
+            for one in (
+                *("a", b"a", bytearray(b"a"), Path("a"), PICTURES[0], Item("a"), {"text": "a"}),
+                *(io.StringIO("a\nb"), 7, None),
+            )
+        ),
         (np.zeros((4, 5, 3), np.uint8), r"shape \(4, 5, 3\) is taken for one picture; .*\[array\]"),
-        (np.zeros((4, 5), np.uint8), r"shape \(4, 5\) is taken for one picture"),
         (np.array("a"), "taken for one picture"),
-        (torch.zeros(2, 4, 4, 3), r"tensor\.numpy\(\)"),
         ({"a", "b"}, r"a set has no order; write sorted\(items\)"),
         (pd.DataFrame({"text": WORDS}), r"a table is no list; take a column"),
         (pl.DataFrame({"text": WORDS}), "a table is no list"),
-        (7, "items come in a list, not in int"),
-        (None, "items come in a list, not in NoneType"),
     ],
 )
 def test_what_is_no_list_of_items_is_refused(items: Any, message: str) -> None:
@@ -276,10 +250,7 @@ def test_arrays_of_an_item_are_one_picture_or_several() -> None:
 
 def test_an_item_s_images_are_a_tuple_however_they_are_written() -> None:
     path = Path("a.png")
-    for images in ([path], path, iter([path])):
-        item = Item(S, images)  # type: ignore[arg-type]
-        assert item == Item(S, (path,))
-        assert hash(item) == hash(Item(S, (path,)))
+    assert {Item(S, one) for one in ([path], path, iter([path]))} == {Item(S, (path,))}  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"paths \(Path\), bytes or PIL images, not"):
         Item(S, ["a.png"])  # type: ignore[arg-type]
 
