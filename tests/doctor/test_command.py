@@ -37,8 +37,8 @@ def test_digits_are_healthy(check_up: Callable[..., Checkup]) -> None:
     assert severities <= {"informs"}
     assert found.report["rows"].keys() == {"train", "validation", "digits"}
     assert all(found.report["rows"].values())
-    measured = [one["stages"] for one in found.report["lengths"]]
-    assert measured == [["pretrain"], ["warmup"], ["reconstruct"], ["contrast"]]
+    measured = [one["stage"] for one in found.report["lengths"]]
+    assert measured == ["pretrain", "warmup", "reconstruct", "contrast"]
 
 
 def test_rows_of_mteb_are_listed_as_not_checked(

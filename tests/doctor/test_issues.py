@@ -116,8 +116,7 @@ def test_the_report_fits_the_terminal(width: int, checkup: Checkup, by_three: Ch
     for words, _ in SEVERITIES.values():
         assert words in shown
     for stage in ("pretrain", "warmup", "reconstruct", "contrast"):
-        assert re.search(rf"^{stage} +[ ▁-█]+( +[\d,]+){{8}}", shown, re.MULTILINE)
-    assert "█" in shown
+        assert re.search(rf"^ *{stage}( +[\d,]+){{8}}", shown, re.MULTILINE)
 
 
 def test_the_report_does_not_depend_on_the_number_of_workers(
@@ -196,9 +195,9 @@ def test_a_stage_that_finds_no_captions_is_named_and_the_others_are_measured(
     found = check_up(*mmeb(write_set(tmp_path, rows)))
     stages = [finding["message"].partition(":")[0] for finding in found.findings("too_few_rows")]
     assert stages == ["stage pretrain", "stage warmup", "stage reconstruct"]
-    assert [one["stages"] for one in found.report["lengths"]] == [["contrast"]]
+    assert [one["stage"] for one in found.report["lengths"]] == ["contrast"]
     assert found.status == 1
     found = check_up(*mmeb(tmp_path), "stage.contrast.batch_size=5")
     message = found.findings("too_few_rows")[-1]["message"]
     assert message.startswith("stage contrast: the training data has 4 rows, fewer than one batch")
-    assert [one["stages"] for one in found.report["lengths"]] == [["contrast"]]
+    assert [one["stage"] for one in found.report["lengths"]] == ["contrast"]

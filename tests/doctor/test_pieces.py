@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,8 +15,8 @@ from cocoa_pl.data.items import IMAGE_SLOT, Item, Pair
 from cocoa_pl.data.processor import Processor
 from cocoa_pl.data.sampler import mix
 from cocoa_pl.doctor.check import Checkup
-from cocoa_pl.doctor.measure import NUM_BINS, Images, count_tokens, in_workers, length_facts
-from cocoa_pl.doctor.report import KEPT, facts_of, findings_of
+from cocoa_pl.doctor.measure import Images, count_tokens, in_workers, length_facts
+from cocoa_pl.doctor.report import KEPT, facts_of
 from cocoa_pl.errors import UserError
 from tests.files import write_noise
 
@@ -103,7 +102,7 @@ def facts(*found: UserError) -> dict[str, Any]:
     checkup = Checkup([], 0, 0, unwatched)
     checkup.found["train"].extend(found)
     checkup.images = images_of([])
-    return facts_of(checkup, findings_of(checkup), [])
+    return facts_of(checkup, [])
 
 
 def test_findings_beyond_the_limit_are_counted() -> None:
@@ -125,20 +124,12 @@ def test_an_error_of_no_known_kind_is_a_bad_row() -> None:
     ]
 
 
-@pytest.mark.parametrize("longest", [1, 7, 12, 100, 4096])
-def test_every_length_is_in_one_bin(longest: int) -> None:
-    totals = np.random.default_rng(0).integers(1, longest + 1, 500)
-    totals[0] = 10 * longest  # an outlier does not stretch the axis
+def test_lengths_of_samples_and_of_steps() -> None:
     stage: Any = SimpleNamespace(name="stage", batch_size=8, token_budget=64)
-    found = length_facts(stage, 250, totals.tolist(), num_unknown=0, max_length=longest)
-    edges, counts = found["histogram"]["edges"], found["histogram"]["counts"]
-    assert sum(counts) == 500
-    assert len(counts) == len(edges) - 1 <= NUM_BINS
-    assert longest < edges[-1] <= 2 * longest + NUM_BINS
-    inside = [((low <= totals) & (totals < high)).sum() for low, high in pairwise(edges)]
-    assert counts[:-1] == inside[:-1]
-    # 500 samples of 250 rows are 16 of a batch; the outlier is cut to `max_length`.
-    step = found["steps"]["stage"]
-    assert step["tokens"] == pytest.approx(np.minimum(totals, longest).mean() * 16)
-    assert step["passes"] == pytest.approx(step["tokens"] / 64)
-    assert found["cut"] == 1
+    found = length_facts(stage, 50, [*range(100), 1000], num_unknown=1, max_length=100)
+    quantiles = {"min": 0, "p50": 50, "p90": 90, "p99": 99, "max": 1000}
+    assert (found["tokens"], found["samples"], found["cut"]) == (quantiles, 101, 1)
+    # 102 samples of 50 rows, each of 50 tokens, and one that is cut to 100.
+    mean = (sum(range(100)) + 100) / 101
+    assert found["tokens_per_step"] == pytest.approx(mean * 102 / 50 * 8)
+    assert found["passes"] == pytest.approx(found["tokens_per_step"] / 64)

@@ -21,7 +21,7 @@ from cocoa_pl.data.pairs import Pairs
 from cocoa_pl.data.processor import Processor
 from cocoa_pl.data.sources import HeldOutBenchmark, distinct_texts
 from cocoa_pl.doctor.check import Checkup
-from cocoa_pl.doctor.report import facts_of, findings_of, print_report
+from cocoa_pl.doctor.report import facts_of, print_report
 from cocoa_pl.errors import UserError
 from cocoa_pl.for_mteb.benchmark import MtebBenchmark
 from cocoa_pl.models.loading import load_inputs
@@ -75,9 +75,8 @@ def check(cfg: DictConfig, console: Console) -> int:
     not_checked = [reason] if reason else []
     if isinstance(benchmark, MtebBenchmark):
         not_checked.append("rows of the benchmark: mteb alone reads those of its tasks")
-    findings = findings_of(checkup)
-    facts = facts_of(checkup, findings, not_checked)
-    print_report(console, facts, findings)
+    facts = facts_of(checkup, not_checked)
+    print_report(console, facts)
     file = out / "doctor.json"
     content = json.dumps(facts, indent=1, ensure_ascii=False) + "\n"
     # What is no Unicode, such as a half of a pair in a file's name, becomes an escape of JSON.

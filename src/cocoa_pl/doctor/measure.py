@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from matplotlib.ticker import MaxNLocator
 from torch.utils.data import DataLoader
 
 from cocoa_pl.data.datamodule import start_worker
@@ -24,7 +23,6 @@ from cocoa_pl.stages.recipe import Stage
 
 _CHUNK = 64  # images or rows: a second or less of work
 _FIRST_EPOCH = 0
-NUM_BINS = 12
 
 Watch = Callable[[Iterable[Any], str, int], Iterable[Any]]  # values, label, how many -> values
 
@@ -169,26 +167,21 @@ def length_facts(
     given = np.minimum(lengths, max_length)
     per_row = given.mean() * (len(given) + num_unknown) / num_rows if len(given) else 0.0
     tokens, budget = float(per_row * stage.batch_size), stage.token_budget
-    # Round, and the last bin also holds what is longer: 0.5 %.
-    reach = np.quantile(lengths, 0.995) + 1 if len(lengths) else 1
-    edges = np.array(MaxNLocator(NUM_BINS, integer=True).tick_values(0, reach), np.int64)
-    counts, _ = np.histogram(np.minimum(lengths, edges[-1] - 1), edges)
     return {
-        "stages": [stage.name],
+        "stage": stage.name,
         "rows": num_rows,
         "samples": len(lengths),
         "unknown": num_unknown,
         "max_length": max_length,
         "cut": int((lengths > max_length).sum()),
         "tokens": spread(lengths) if len(lengths) else None,
-        "histogram": {"edges": edges.tolist(), "counts": counts.tolist()},
-        "steps": {
-            stage.name: {"tokens": tokens, "token_budget": budget, "passes": tokens / budget}
-        },
+        "tokens_per_step": tokens,
+        "token_budget": budget,
+        "passes": tokens / budget,
     }
 
 
 def spread(values: np.ndarray) -> dict[str, float]:
-    """`{"min", "p50", "p90", "p99", "max", "mean"}` of a non-empty array."""
-    found = {f"p{p}": float(np.percentile(values, p)) for p in (0, 50, 90, 99, 100)}
-    return {"min": found.pop("p0"), "max": found.pop("p100"), **found, "mean": float(values.mean())}
+    """Least, percentiles and greatest of a non-empty array."""
+    of = {"min": 0, "p50": 50, "p90": 90, "p99": 99, "max": 100}
+    return {name: float(np.percentile(values, percent)) for name, percent in of.items()}

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import pandas as pd
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -16,12 +15,10 @@ from rich.table import Table
 from cocoa_pl.data.rows import KEPT
 from cocoa_pl.doctor.check import Checkup
 from cocoa_pl.doctor.measure import spread
+from cocoa_pl.evaluation.report import plain_table
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 SHOWN_ROWS = 3
-
-_LEGEND = "tokens of a sample; samples cut; tokens of a step over all GPUs, in passes"
-_BARS = " ▁▂▃▄▅▆▇█"
 
 # What a finding does to a run with `on_bad_row=fail`, and its colour.
 SEVERITIES = {
@@ -54,51 +51,34 @@ KINDS = {
 }
 
 
-def findings_of(checkup: Checkup) -> pd.DataFrame:
-    """A row for each finding that was kept, kind after kind: kind, part, row_id, role, file and
-    message.
-    """
-    rows = [
-        (_known(e.kind), part, e.row_id, e.role, e.file, str(e))
-        for part, errors in checkup.found.items()
-        for e in errors
-    ]
-    columns = ["kind", "part", "row_id", "role", "file", "message"]
-    table = pd.DataFrame(rows, columns=columns, dtype=object)  # Arrow's texts are Unicode alone
-    table["kind"] = table["kind"].astype(pd.CategoricalDtype([*KINDS]))
-    return table.sort_values("kind", kind="stable").groupby("kind", observed=True).head(KEPT)
-
-
-def _known(kind: str) -> str:
-    """A source of one's own may hand over an error of no kind."""
-    return kind if kind in KINDS else "bad_row"
-
-
-def facts_of(
-    checkup: Checkup, findings: pd.DataFrame, not_checked: Sequence[str]
-) -> dict[str, Any]:
-    """What doctor.json holds: counts of every kind, the first findings of each in full."""
-    every = Counter[str]()
-    for errors in checkup.found.values():
+def facts_of(checkup: Checkup, not_checked: Sequence[str]) -> dict[str, Any]:
+    """What doctor.json holds: kind after kind all counts, and the first findings in full."""
+    counts, findings = Counter[str](), defaultdict[str, list[dict[str, str]]](list)
+    for part, errors in checkup.found.items():
+        # A source of one's own may hand over an error of no kind.
+        known = {kind: kind if kind in KINDS else "bad_row" for kind in errors.counts}
         for kind, count in errors.counts.items():
-            every[_known(kind)] += count
-    counts = {kind: every[kind] for kind in KINDS if every[kind]}
+            counts[known[kind]] += count
+        for e in errors:
+            about = {"kind": known[e.kind], "part": part, "row_id": e.row_id, "role": e.role}
+            findings[known[e.kind]].append({**about, "file": e.file, "message": str(e)})
+    found = [kind for kind in KINDS if counts[kind]]
     sizes = checkup.images.sizes
     visual = checkup.visual_tokens
     images = {"width": sizes[:, 0], "height": sizes[:, 1], "visual_tokens": visual}
     return {
         "format": FORMAT_VERSION,
-        "stops_training": any(KINDS[kind][0] == "stops" for kind in counts),
+        "stops_training": any(KINDS[kind][0] == "stops" for kind in found),
         "rows": checkup.num_rows,
         "kinds": {
             kind: {
                 **dict(zip(("severity", "title", "advice"), KINDS[kind], strict=True)),
-                "count": count,
-                "listed": min(count, KEPT),
+                "count": counts[kind],
+                "listed": min(len(findings[kind]), KEPT),
             }
-            for kind, count in counts.items()
+            for kind in found
         },
-        "findings": findings.to_dict("records"),
+        "findings": [finding for kind in found for finding in findings[kind][:KEPT]],
         "images": {
             "count": len(checkup.images),
             "unreadable": len(checkup.images) - len(sizes),
@@ -109,7 +89,7 @@ def facts_of(
     }
 
 
-def print_report(console: Console, facts: dict[str, Any], findings: pd.DataFrame) -> None:
+def print_report(console: Console, facts: dict[str, Any]) -> None:
     """Print what was read, lengths, findings and a verdict."""
     images, lengths = facts["images"], [one for one in facts["lengths"] if one["samples"]]
     rows = ", ".join(f"{part} {count:,}" for part, count in facts["rows"].items())
@@ -120,11 +100,17 @@ def print_report(console: Console, facts: dict[str, Any], findings: pd.DataFrame
     print_line(f"[bold]images[/]: {images['count']:,}{more}")
     for name in ("width", "height", "visual_tokens"):
         if name in images:
-            print_line(f"  {name.replace('_', ' ')}: {_spread_words(images[name])}")
+            quantiles = ", ".join(f"{key} {value:,.0f}" for key, value in images[name].items())
+            print_line(f"  {name.replace('_', ' ')}: {quantiles}")
     if lengths:
-        print_line("", _length_table(lengths))
-        print_line(f"[dim]{_LEGEND}[/]")
-    print_line("", _summary(facts["kinds"], findings))
+        table = [["stage", "p50", "p90", "p99", "max", "cut", "step", "budget", "passes"]]
+        for one in lengths:
+            tokens = [one["tokens"][name] for name in table[0][1:5]]
+            step = one["tokens_per_step"], one["token_budget"], math.ceil(one["passes"])
+            numbers = (f"{number:,.0f}" for number in (*tokens, one["cut"], *step))
+            table.append([one["stage"], *numbers])
+        print_line("", plain_table("tokens of a sample, and of a step over all GPUs", table))
+    print_line("", _summary(facts))
     for sentence in facts["not_checked"]:
         print_line(f"[yellow]not checked[/]: {escape(sentence)}")
     totals = dict.fromkeys(SEVERITIES, 0)
@@ -139,43 +125,21 @@ def print_report(console: Console, facts: dict[str, Any], findings: pd.DataFrame
     print_line(words)
 
 
-def _spread_words(found: dict[str, float]) -> str:
-    return ", ".join(f"{name} {found[name]:,.0f}" for name in ("min", "p50", "p90", "p99", "max"))
-
-
-def _length_table(lengths: Sequence[dict[str, Any]]) -> Table:
-    """What samples cost, and what the token budget makes of a step."""
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    table.add_column("stage", no_wrap=True)
-    table.add_column("lengths", no_wrap=True)
-    for name in ("p50", "p90", "p99", "max", "cut", "step", "budget", "passes"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for one in lengths:
-        of_samples = [one["tokens"][name] for name in ("p50", "p90", "p99", "max")] + [one["cut"]]
-        counts = one["histogram"]["counts"]  # any that is not zero is seen
-        bars = "".join(_BARS[math.ceil(8 * count / max(counts))] for count in counts)
-        for stage, step in one["steps"].items():
-            numbers = [*of_samples, step["tokens"], step["token_budget"], math.ceil(step["passes"])]
-            table.add_row(stage, bars, *[f"{number:,.0f}" for number in numbers])
-    return table
-
-
-def _summary(kinds: dict[str, dict[str, Any]], findings: pd.DataFrame) -> Table:
+def _summary(facts: dict[str, Any]) -> Table:
     """Of each kind how many there are, what to do, and the first rows."""
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_header=False)
     table.add_column(justify="right", no_wrap=True)
     table.add_column(overflow="fold")
     before = ""
-    for kind, some in findings.groupby("kind", observed=True):
-        about = kinds[str(kind)]
-        severity = about["severity"]
-        words, colour = SEVERITIES[severity]
-        if severity != before:
+    for kind, about in facts["kinds"].items():
+        words, colour = SEVERITIES[about["severity"]]
+        if words != before:
             table.add_row("", f"[bold {colour}]{words}[/]")
-        before = severity
-        rows = [row_id for row_id in some["row_id"].unique() if row_id]
+        before = words
+        some = [finding for finding in facts["findings"] if finding["kind"] == kind]
+        rows = list(dict.fromkeys(finding["row_id"] for finding in some if finding["row_id"]))
         # Where no row is meant, the first message.
-        examples = ", ".join(rows[:SHOWN_ROWS]) or some["message"].iloc[0]
+        examples = ", ".join(rows[:SHOWN_ROWS]) or some[0]["message"]
         examples += ", ..." if rows[SHOWN_ROWS:] else ""
         told = f"{about['title']} [dim]({escape(about['advice'])})[/]\n[dim]{escape(examples)}[/]"
         table.add_row(f"[{colour}]{about['count']:,}[/]", told)
