@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from rich.console import Console
 
 from cocoa_pl.config.process import guarded
@@ -89,13 +90,23 @@ def test_a_mistake_is_one_sentence(run: Run, folder: Path) -> None:
     ):
         with pytest.raises(UserError, match=message):
             run(folder, "two boats", *arguments)
-    with pytest.raises(UserError, match="nowhere is no folder"):  # before a model is looked for
+    with pytest.raises(UserError, match="nowhere does not exist"):  # before a model is looked for
         command.run(["nowhere", "two boats", "--model", "no/model"], Console())
     pytest.importorskip("waitress")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=f"--port {port}"):
             run(folder, "--serve", "--port", port)
+
+
+def test_pillow_warns_nobody_of_a_large_picture(
+    run: Run, folder: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    Image.new("1", (100, 1_000_000)).save(folder / "large.png")
+    said: list[str] = []
+    assert guarded(lambda: said.append(run(folder))) == 0
+    assert "left out: large.png: is 100 x 1000000 pixels" in said[0]
+    assert not [one for one in recwarn if one.category is Image.DecompressionBombWarning]
 
 
 def test_a_folder_without_pictures_says_what_is_left_out(

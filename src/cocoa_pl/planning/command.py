@@ -7,20 +7,20 @@ import math
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from cocoa_pl.config.build import build
 from cocoa_pl.config.command_line import compose_overrides, run_app
 from cocoa_pl.config.saved import settled
 from cocoa_pl.errors import UserError
+from cocoa_pl.evaluation.report import plain_table
 from cocoa_pl.models.loading import DTYPES, find_config
 from cocoa_pl.planning.counting import ACTIVATIONS
 from cocoa_pl.planning.step import (
@@ -119,7 +119,11 @@ def make_plan(cfg: DictConfig) -> Plan:
         for stage in stages:
             share = math.ceil(stage.batch_size / gpus)
             module, batches = make_step(stage, backbone, processor, lengths, rows=share)
-            step = run_step(module, batches, weights=_gathered_type(module) if sharded else None)
+            half = backbone.compute_dtype != torch.float32
+            everything_trains = all(p.requires_grad for p in backbone.parameters())
+            # As `StageModule.configure_model` has weights gathered.
+            gathered = backbone.compute_dtype if sharded and half and everything_trains else None
+            step = run_step(module, batches, weights=gathered)
             memory = _sharded(module, step.working, gpus) if sharded else step.memory
             gaps = round(cfg.assume.slack * memory[ACTIVATIONS])
             context = round(cfg.assume.context_gib * GIB)
@@ -161,13 +165,6 @@ def make_plan(cfg: DictConfig) -> Plan:
         },
         "assumed": asdict(lengths),
     }
-
-
-def _gathered_type(module: StageModule) -> torch.dtype | None:
-    """In which type `StageModule.configure_model` has weights gathered; None for their own."""
-    half = module.backbone.compute_dtype != torch.float32
-    everything_trains = all(p.requires_grad for p in module.backbone.parameters())
-    return module.backbone.compute_dtype if half and everything_trains else None
 
 
 def _sharded(module: StageModule, working: int, gpus: int) -> dict[str, int]:
@@ -232,70 +229,56 @@ def _steps(cfg: DictConfig, stage: Stage) -> int:
 
 def print_plan(plan: Plan, console: Console) -> None:
     """Print the whole plan, the verdict last."""
-    console.print(f"[bold]{escape(plan['model'])}[/bold]", soft_wrap=True)
-    console.print(plan["setup"], highlight=False)
-    parameters, stages, gpus = plan["parameters"], plan["stages"], plan["gpus"]
-    table = _table("Parameters", ["millions", "share"])
-    for part, number in parameters.items():
-        if not number:
-            continue
-        table.add_row(part, f"{number / 1e6:,.2f}", f"{number / parameters['model']:.2%}")
-    console.print(table)
+    told = partial(console.print, highlight=False)
+    told(f"[bold]{escape(plan['model'])}[/bold]", soft_wrap=True)
+    told(plan["setup"])
+    parameters = (f"{part} {n / 1e6:,.2f}" for part, n in plan["parameters"].items() if n)
+    told(f"Parameters in millions: {', '.join(parameters)}\n")
 
-    memory = {name: stage["memory_bytes"] for name, stage in stages.items()}
-    sums = {name: sum(kinds.values()) / GIB for name, kinds in memory.items()}
-    table = _table("Memory of each GPU at the fullest moment, GiB", stages)
-    for kind in dict.fromkeys(kind for kinds in memory.values() for kind in kinds):
-        table.add_row(kind, *(_number(kinds.get(kind, 0) / GIB) for kinds in memory.values()))
-    table.add_section()
-    table.add_row("all", *map(_number, sums.values()))
-    console.print(table)
+    stages, memory = plan["stages"], [stage["memory_bytes"] for stage in plan["stages"].values()]
+    rows = [["", *stages]]
+    for kind in dict.fromkeys(kind for kinds in memory for kind in kinds):
+        rows.append([kind, *(_number(kinds.get(kind, 0) / GIB) for kinds in memory)])
+    sums = [sum(kinds.values()) / GIB for kinds in memory]
+    rows.append(["all", *map(_number, sums)])
+    told(plain_table("GiB of each GPU at the peak", rows))
 
-    def row(label: str, key: str, unit: float | None = None, last: str = "") -> None:
-        values = [stage[key] if unit is None else stage[key] / unit for stage in stages.values()]
-        table.add_row(label, *map(_number, values), last)
+    rows = [["", *stages]]
+    for label, key, unit in (
+        ("tokens of all GPUs", "tokens_per_step", None),
+        ("batches", "chunks_per_gpu", None),
+        ("TFLOP", "flops_per_step_and_gpu", 1e12),
+        ("GB read and written", "bytes_per_step_and_gpu", 1e9),
+        ("kernels", "kernels_per_step_and_gpu", None),
+        ("seconds", "seconds_per_step", None),
+        ("steps", "steps", None),
+        ("hours", "hours", None),
+    ):
+        values = (stage[key] if unit is None else stage[key] / unit for stage in stages.values())
+        rows.append([label, *map(_number, values)])
+    told(plain_table("A step on each GPU", rows))
 
-    table = _table("A step on each GPU, and the run, at the least", [*stages, "all"])
-    row("tokens of all GPUs", "tokens_per_step")
-    row("batches", "chunks_per_gpu")
-    row("TFLOP", "flops_per_step_and_gpu", 1e12)
-    row("GB read and written", "bytes_per_step_and_gpu", 1e9)
-    row("kernels", "kernels_per_step_and_gpu")
-    row("seconds", "seconds_per_step")
-    row("steps", "steps")
-    row("hours", "hours", None, _number(plan["hours"]))
-    row("GPU hours", "hours", 1 / gpus, _number(plan["gpu_hours"]))
-    console.print(table)
-
-    for part, size in plan["disk_bytes"].items():
-        console.print(f"Disk for {part}: {size / GIB:.2f} GiB", highlight=False)
+    hours, disk = (plan["hours"], plan["gpu_hours"]), plan["disk_bytes"].items()
+    told("All stages: {} hours, {} GPU hours".format(*map(_number, hours)))
+    told("Disk: " + ", ".join(f"{part} {size / GIB:.2f} GiB" for part, size in disk))
     assumed = plan["assumed"]
     visual = assumed["image_tokens"] or "as many as model.max_pixels allows"
-    console.print(
+    told(
         f"Assumed: {assumed['text']} text tokens a side, {assumed['images_per_query']:g} images a "
         f"query and {assumed['images_per_positive']:g} a positive, visual tokens of an image: "
         f"{visual}, {assumed['negatives']} hard negatives; all rows alike (lengths.*).\n"
         "Hours are a lower bound: each operation at the data sheet's peak of its type or of the "
         "memory, whichever takes longer, one after the other; no exchange between GPUs, no "
-        "waiting for data, no validation (docs/plan.md).",
-        highlight=False,
+        "waiting for data, no validation (docs/plan.md)."
     )
-    name, needed = max(sums.items(), key=lambda pair: pair[1])
+    needed, name = max(zip(sums, stages, strict=True))
     verdict = "[green]It fits[/green]" if plan["fits"] else "[red]It does not fit[/red]"
     limit = plan["hardware_memory_gib"]
-    console.print(f"{verdict}: {needed:.1f} of {limit:g} GiB in {name}, the fullest stage.")
+    told(f"{verdict}: {needed:.1f} of {limit:g} GiB in {name}, the fullest stage.")
     if plan["remedy"]:
-        console.print(f"It would with  [bold]{' '.join(plan['remedy'])}[/bold]", highlight=False)
+        told(f"It would with  [bold]{' '.join(plan['remedy'])}[/bold]")
     elif not plan["fits"]:
-        console.print("Checkpointing, half the token budget, FSDP2 or adapters are not enough.")
-
-
-def _table(title: str, columns: Sequence[str]) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE)
-    table.add_column("")
-    for column in columns:
-        table.add_column(column, justify="right")
-    return table
+        told("Checkpointing, half the token budget, FSDP2 or adapters are not enough.")
 
 
 def _number(value: float) -> str:

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -148,14 +148,15 @@ def make_step(
     """
     with torch.device("meta"):
         module = stage.make_module(backbone, processor, steps=1, seed=0)
-    image, pairs = lengths.image(processor), []
-    for row in range(MOST_SKIPPED * rows):
-        pair = lengths.pair(row, image)
-        if not (stage.describing and pair.query.media and pair.positive.media):  # as in training
-            pairs.append(pair)
-        if len(pairs) == rows:
-            break
-    else:
+    image = lengths.image(processor)
+    assumed = (lengths.pair(row, image) for row in range(MOST_SKIPPED * rows))
+    usable = (
+        pair
+        for pair in assumed
+        if not (stage.describing and pair.query.media and pair.positive.media)  # as in training
+    )
+    pairs = list(islice(usable, rows))
+    if len(pairs) < rows:
         raise UserError(
             f"stage {stage.name} describes images, and of the assumed rows too many have some on "
             "both sides; lower lengths.images_per_positive"

@@ -27,7 +27,7 @@ from cocoa_pl.data.images import file_state, image_size
 from cocoa_pl.data.item_batches import map_ahead, some_threads
 from cocoa_pl.data.items import IMAGE_SLOT, Item, as_key
 from cocoa_pl.embedder import Embedder
-from cocoa_pl.errors import UserError
+from cocoa_pl.errors import UserError, absent
 from cocoa_pl.models.exported import digest_of_text
 
 log = logging.getLogger(__name__)
@@ -326,12 +326,9 @@ def existing(folder: Path) -> Path:
     Raises:
         UserError: if there is no such folder.
     """
-    try:
-        if stat.S_ISDIR(folder.stat().st_mode):
-            return folder.resolve()
-    except OSError as error:
-        raise UserError(f"{folder} is no folder ({error.strerror}); check the path") from error
-    raise UserError(f"{folder} is no folder; check the path")
+    if not os.path.isdir(folder):
+        raise absent(folder, "check the path", wanted="folder")
+    return folder.resolve()
 
 
 def is_inside(path: Path, root: Path) -> bool:

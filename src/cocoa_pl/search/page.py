@@ -53,8 +53,7 @@ class Keeper:
         self.index = index
         self.trouble = ""  # why the last update failed
         self._changed = threading.Condition()
-        self._asked = False
-        self._seen = -np.inf  # when the last finished update began
+        self._seen = self._asked = -np.inf  # when the last finished update began; the last request
         self._took = 0.0
 
     def run(self) -> NoReturn:
@@ -69,17 +68,18 @@ class Keeper:
             with self._changed:
                 self._seen, self._took = began, time.monotonic() - began
                 self._changed.notify_all()
-                self._changed.wait_for(lambda: self._asked)
-                self._asked = False
+                self._changed.wait_for(lambda: not self._is_fresh(self._asked))
 
     def refresh(self) -> None:
         """Have the folder looked at unless that was just done, and wait a moment for it."""
         with self._changed:
-            since = time.monotonic() - max(FRESH, self._took)
-            if self._seen < since:
-                self._asked = True
-                self._changed.notify_all()
-                self._changed.wait_for(lambda: self._seen >= since, timeout=PATIENCE)
+            self._asked = asked = time.monotonic()
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._is_fresh(asked), timeout=PATIENCE)
+
+    def _is_fresh(self, asked: float) -> bool:
+        """Whether the last update serves who asks then: it may be as old as it took."""
+        return self._seen >= asked - max(FRESH, self._took)
 
 
 def page(keeper: Keeper, *, instruction: str | None, top: int, hosts: Sequence[str]) -> Any:
