@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import re
+import shlex
+from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-NAMES = ("tutorial", "use", "mining", "stages", "extend", "data", "doctor", "plan", "speed")
-PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in NAMES)]
-COMMAND = r"(?:PYTHONPATH=\S+ )?(?:python (?:train|evaluate)\.py|cocoa \w+)\b[^\n`]*"
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PYTHON = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
+
+WHOLE_LINE = re.compile(
+    r"^(?:    )?((?:PYTHONPATH=\S+ )?(?:python (?:train|evaluate)\.py|cocoa \w+)\b[^\n`]*)$",
+    re.MULTILINE,
+)
+# Also within a line, behind a launcher, and in comments and help texts.
+WITH_VALUES = re.compile(
+    r"(?:(?:python |per-node[ =]\d |29500 +)(train|evaluate)\.py|\bcocoa (doctor|plan|mine))"
+    r" ([^\n`]*=[^\n`]*)"
+)
 
 # What a command needs that is not here, by a part of it.
 NEEDS = {
@@ -22,36 +32,56 @@ NEEDS = {
 }
 
 
-def missing(command: str) -> str:
-    if command.startswith("cocoa plan"):  # reads no weights and no rows
-        return ""
-    return next((need for need, part in NEEDS.items() if re.search(part, command)), "")
+def can_run(command: str) -> bool:
+    """Whether all is here that it needs; a plan reads no weights and no rows."""
+    needs = any(re.search(part, command) for part in NEEDS.values())
+    return command.startswith("cocoa plan") or not needs
+
+
+def text_of(places: Iterable[Path]) -> str:
+    """A backslash continues a line."""
+    return re.sub(r"\\\n[# ]*", "", "\n".join(place.read_text() for place in places))
 
 
 def commands() -> list[str]:
-    """In the order of the pages; a backslash continues a line."""
-    found = []
-    for page in PAGES:
-        text = page.read_text().replace("\\\n", " ")
-        found += re.findall(rf"^(?:    )?({COMMAND})$", text, re.MULTILINE)
-    cut = (re.split(r"\s{2,}#", command)[0].strip() for command in found)
-    return list(dict.fromkeys(" ".join(command.split()) for command in cut))
+    """What fills a line of a page, in the order of the pages."""
+    found = (re.split(r"\s{2,}#", line)[0] for line in WHOLE_LINE.findall(text_of(PAGES)))
+    return list(dict.fromkeys(" ".join(command.split()) for command in found))
 
 
-HERE = [command for command in commands() if not missing(command)]
+HERE = [command for command in commands() if can_run(command)]
+
+
+def compositions(places: Iterable[Path]) -> list[tuple[str, ...]]:
+    """The name of each command with values, and its overrides."""
+    found = [
+        overrides([script or tool, *shlex.split(re.split(r'  +[#(]|"', words)[0])])
+        for script, tool, words in WITH_VALUES.findall(text_of(places))
+    ]
+    return [words for words in dict.fromkeys(found) if len(words) > 1]
+
+
+def overrides(words: list[str]) -> tuple[str, ...]:
+    """The name and what can be composed; nothing of Hydra's own options. In a header, what may be
+    left out stands in brackets.
+    """
+    if {"--config-dir", "--cfg"} & {*words}:
+        return ()
+    plain = [w[1:-1] if w.startswith("[") and w.endswith("]") else w for w in words[1:]]
+    kept = [w for w in plain if "=" in w or w == "-m"]
+    return words[0], *(w for w in kept if not re.search(r"\.\.\.|{|key=value|KEY=VALUE", w))
 
 
 def troubles() -> list[tuple[str, list[str]]]:
     """Kind, if it has one, and messages of each entry of the troubleshooting page."""
-    lines = (ROOT / "docs" / "troubleshooting.md").read_text().splitlines()
     found = []
-    for line in lines:
+    for line in (ROOT / "docs" / "troubleshooting.md").read_text().splitlines():
         cells = re.split(r"(?<!\\)\|", line)[1:-1]  # a bar in a cell has a backslash
-        first = re.findall(r"`([^`]+)`", cells[0].replace("\\|", "|")) if cells else []
-        if len(cells) == 4 and first:
-            found.append((first[0], re.findall(r"`([^`]+)`", cells[1].replace("\\|", "|"))))
-        elif first and re.fullmatch(r"(?: ?`[^`]+`,?)+ ", cells[0]):
-            found.append(("", first))
+        quoted = [re.findall(r"`([^`]+)`", cell.replace("\\|", "|")) for cell in cells[:2]]
+        if len(cells) == 4 and quoted[0]:
+            found.append((quoted[0][0], quoted[1]))
+        elif cells and re.fullmatch(r"(?: ?`[^`]+`,?)+ ", cells[0]):
+            found.append(("", quoted[0]))
     return found
 
 

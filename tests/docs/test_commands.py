@@ -1,6 +1,6 @@
 """The commands and the Python of the README and of docs/ are run as they stand there, on the
 smallest model that works; small folders and models stand in for published ones. What needs several
-machines, a GPU, hours or the hub is composed by tests/test_readme.py.
+machines, a GPU, hours or the hub is composed, with those of configs' headers and of help texts.
 """
 
 from __future__ import annotations
@@ -15,30 +15,33 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from cocoa_pl import cli
-from cocoa_pl.attention import Policy
-from cocoa_pl.data.processor import Processor
+from cocoa_pl.config.build import check_values
+from cocoa_pl.config.command_line import compose_overrides
 from cocoa_pl.embedder import Embedder
 from cocoa_pl.models.loading import FAMILIES, Loaded, load
-from tests.docs.pages import HERE, PAGES, PYTHON, ROOT
+from tests.docs.pages import HERE, PAGES, PYTHON, ROOT, compositions, overrides
 from tests.docs.published import write_models, write_published
-from tests.files import write_noise
+from tests.files import noise, write_noise
 from tests.processes import run_script
 from tests.small import SMALL_BENCHMARK, SMALL_DIGITS, SMALL_TRAINING, STAGES
+
+# What others begin with.
+FIRST = "python train.py hydra.run.dir=runs/A"
+EXPORTED = "cocoa export runs/A --to sentence-transformers --out exported/st"
 
 
 def test_most_commands_are_run() -> None:
     assert len(HERE) >= 25
-    assert {command.split()[1] for command in HERE if command.startswith("cocoa")} == set(
-        cli.COMMANDS
-    )
+    names = {command.split()[1] for command in HERE if command.startswith("cocoa")}
+    assert names == set(cli.COMMANDS)
+    assert {FIRST, EXPORTED} <= {*HERE}
 
 
 @pytest.fixture(scope="module")
 def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with what the pages speak of: the examples, pictures, rows of one's own."""
+    """A folder with what the pages speak of: the examples, pictures, rows of one's own, a run."""
     folder = tmp_path_factory.mktemp("reader")
     (folder / "docs").symlink_to(ROOT / "docs")
     dogs = [f"images/dogs/{number}.jpg" for number in range(40)]
@@ -49,6 +52,9 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = [row[0].replace("7", str(n)).replace("sofa", f"sofa {n}") for n in range(40)]
     (folder / "my.jsonl").write_text("\n".join(rows))
     write_published(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        run(shlex.split(FIRST), patch, {})
     return folder
 
 
@@ -69,7 +75,6 @@ def as_before(sandbox: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     FAMILIES.update(families)
 
 
-FIRST = "python train.py hydra.run.dir=runs/A"  # what others begin with
 REAL = re.compile(r"^(?:model=(qwen\w+)|experiment=paper_(qwen\w+?_\db|qwen2vl))")
 # The paper's steps and batches, and a stand-in's one process.
 SMALL_REAL = [
@@ -87,32 +92,28 @@ SMALL_REAL = [
 
 def smaller(words: list[str], stand_ins: dict[str, Path]) -> list[str]:
     """The overrides that make it small, as far as the command has what they change."""
-    if any(word.startswith("resume=") for word in words) or words[:2] == ["cocoa", "plan"]:
-        return []  # a resumed run keeps its config; a plan reads nothing
+    values = dict(word.split("=", 1) for word in words if "=" in word)
+    if "resume" in values:
+        return []  # it keeps its config
     real = next((m[1] or m[2] for word in words if (m := REAL.match(word))), None)
+    own = "model.source._target_" in values
+    has_digits = values.get("data", "digits") == "digits" and (own or real is None)
+    benchmark = SMALL_BENCHMARK * (has_digits and "benchmark" not in values)
+    training = SMALL_TRAINING
     if real is not None:
-        doctor = ["workers=0"] if words[0] == "cocoa" else []
-        own = any(word.startswith("model.source._target_") for word in words)
-        path = [] if own else [f"model.source.path={stand_ins[_config_of(real)]}"]
-        on_digits = SMALL_DIGITS + SMALL_BENCHMARK if own else []
-        held_out = [] if own or "data=paper" in words else ["data.validation_fraction=0.3"]
-        return [*path, *SMALL_REAL, *doctor, *on_digits, *held_out]
-    has_digits = not any(w.startswith("data=") and w != "data=digits" for w in words)
-    scores_digits = has_digits and not any(w.startswith("benchmark=") for w in words)
-    if words[1] == "train.py":
-        return [*SMALL_TRAINING, *SMALL_BENCHMARK * scores_digits, *SMALL_DIGITS * has_digits]
-    if words[1] == "evaluate.py":
-        return SMALL_BENCHMARK * scores_digits
-    if words[:2] == ["cocoa", "mine"]:
-        return SMALL_DIGITS
-    if words[:2] == ["cocoa", "doctor"]:
-        return ["workers=0", *SMALL_TRAINING, *(SMALL_DIGITS + SMALL_BENCHMARK) * has_digits]
-    return []
-
-
-def _config_of(experiment: str) -> str:
-    """`qwen2vl_2b` of an experiment is `model=qwen2vl`."""
-    return experiment.removesuffix("_2b")
+        training = list(SMALL_REAL)
+        if not own:  # `qwen2vl_2b` of an experiment is `model=qwen2vl`
+            training.append(f"model.source.path={stand_ins[real.removesuffix('_2b')]}")
+        if not own and values.get("data") != "paper":
+            training.append("data.validation_fraction=0.3")
+    training = [*training, *SMALL_DIGITS * has_digits, *benchmark]
+    of_a_command = {
+        "train.py": training,
+        "evaluate.py": benchmark,
+        "mine": SMALL_DIGITS,
+        "doctor": ["workers=0", *training],
+    }
+    return of_a_command.get(words[1], [])
 
 
 def marked(command: str) -> Any:
@@ -133,10 +134,8 @@ def test_a_command_runs(
     command: str, sandbox: Path, stand_ins: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = shlex.split(command)
-    if not (sandbox / "runs" / "A").exists():
-        run(shlex.split(FIRST), monkeypatch, stand_ins)
     if command in (FIRST, "python train.py"):
-        return  # it has just run, in a folder with a name
+        return  # it has run, in a folder with a name
     if words[0].startswith("PYTHONPATH="):
         monkeypatch.syspath_prepend(words.pop(0).partition("=")[2])
     if "model.source.path=NEW_MODEL" in words:
@@ -157,6 +156,7 @@ def write_new_model(folder: Path, stock: Path) -> None:
 
 
 def run(words: list[str], monkeypatch: pytest.MonkeyPatch, stand_ins: dict[str, Path]) -> None:
+    """As the page has it, and smaller."""
     # The command line's last word on a key counts: a stand-in's folder goes behind the page's.
     words = [*words, *smaller(words, stand_ins)]
     if words[0] == "cocoa":
@@ -165,36 +165,28 @@ def run(words: list[str], monkeypatch: pytest.MonkeyPatch, stand_ins: dict[str, 
     assert run_script(ROOT / words[1], words[2:], monkeypatch) == 0
 
 
-def blocks() -> list[tuple[str, str]]:
-    return [
-        (page.stem, textwrap.dedent(code))
-        for page in PAGES
-        for code in PYTHON.findall(page.read_text())
-        if "--8<--" not in code
-    ]
+BLOCKS = [
+    (page.stem, textwrap.dedent(code))
+    for page in PAGES
+    for code in PYTHON.findall(page.read_text())
+    if "--8<--" not in code
+]
 
 
-@pytest.mark.parametrize("block", blocks(), ids=lambda block: block[0])
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block[0])
 def test_python_runs(
-    block: tuple[str, str],
-    sandbox: Path,
-    stand_ins: dict[str, Path],
-    monkeypatch: pytest.MonkeyPatch,
+    block: tuple[str, str], sandbox: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if not (sandbox / "runs" / "A").exists():
-        run(shlex.split(FIRST), monkeypatch, stand_ins)
     if not (sandbox / "exported" / "st").exists():
-        run(
-            shlex.split("cocoa export runs/A --to sentence-transformers --out exported/st"),
-            monkeypatch,
-            stand_ins,
-        )
+        run(shlex.split(EXPORTED), monkeypatch, {})
     exec(block[1].replace("runs/<time>", "runs/A"), {})
 
 
 def test_the_new_backbone_gives_the_stock_models_vectors(
-    stand_ins: dict[str, Path],
+    tiny_folder: Path,
+    loaded: Loaded,
     load_tiny: Callable[..., Loaded],
+    embedder: Embedder,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -202,20 +194,38 @@ def test_the_new_backbone_gives_the_stock_models_vectors(
     monkeypatch.syspath_prepend(str(ROOT / "docs" / "examples"))
     new = importlib.import_module("my_backbone")
     FAMILIES["new_vl"] = new.NewVLBackbone  # also where it was imported before
-    write_new_model(tmp_path, stand_ins["qwen2vl"])
+    write_new_model(tmp_path, tiny_folder)
     found = load_tiny(folder=new.NewVLSource(path=str(tmp_path)).folder(list))
     assert type(found.backbone) is new.NewVLBackbone
-    stock = load_tiny(folder=stand_ins["qwen2vl"])
-    processor = Processor(
-        stock.tokenizer,
-        stock.image_processor,
-        max_length=64,
-        min_pixels=784,
-        max_pixels=4704,
-        num_token_rows=stock.num_token_rows,
-    )
-    everyone = ("context", "bottleneck", "target")
-    policy = Policy("all", everyone, everyone, everyone, causal=False)
-    items = ["a dog", {"image": Image.radial_gradient("L").convert("RGB"), "text": "a cat"}]
-    vectors = [Embedder(m.backbone, processor, policy).encode(items) for m in (stock, found)]
-    np.testing.assert_allclose(*vectors, atol=1e-6)
+    items = ["a dog", {"image": noise((56, 28)), "text": "a cat"}]
+    again = Embedder(found.backbone, embedder.processor, embedder.policy)
+    np.testing.assert_allclose(again.encode(items), embedder.encode(items), atol=1e-6)
+
+
+# --- What is not run composes ------------------------------------------------------------------
+
+PLACES = [ROOT / "train.py", ROOT / "evaluate.py"]
+for _place in ("conf/**/*.yaml", "docs/examples/**/*.yaml", "src/**/*.py"):
+    PLACES += sorted(ROOT.glob(_place))
+
+
+def not_run() -> list[Any]:
+    """Those that are not run, and no longer one contains: of the pages; and, slow, of headers of
+    configs and of help texts.
+    """
+    words = [shlex.split(command) for command in HERE if " -m " not in command]
+    run = [overrides([w[1].removesuffix(".py"), *w[2:]]) for w in words]
+    shown, others = compositions(PAGES), compositions(PLACES)
+    longest = [one for one in shown + others if not any({*one} < {*o} for o in shown + others)]
+    return [
+        pytest.param(one, id=" ".join(one), marks=[pytest.mark.slow] * (one not in shown))
+        for one in dict.fromkeys(longest)
+        if one not in run
+    ]
+
+
+@pytest.mark.parametrize("command", not_run())
+def test_a_command_composes(command: tuple[str, ...]) -> None:
+    name, *words = command
+    given = [word for word in words if word != "-m"]
+    check_values(compose_overrides(name, [w.split(",")[0] if "-m" in words else w for w in given]))

@@ -11,11 +11,9 @@ from pathlib import Path
 import pytest
 
 from cocoa_pl.doctor.report import KINDS
-from tests.docs.pages import pattern_of, troubles
+from tests.docs.pages import PAGES, ROOT, pattern_of, troubles
 
-ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
 # What users meet through commands alone.
 UNDOCUMENTED = {"planning", "doctor", "cli", "run", "sweep"}
 
