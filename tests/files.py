@@ -1,7 +1,8 @@
-"""Files that tests write."""
+"""Files that tests write and read."""
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
+
+Metrics = dict[tuple[str, int, str], float]  # stage, step, name
 
 
 def noise(size: tuple[int, int], *, seed: int = 0) -> Image.Image:
@@ -40,3 +43,18 @@ def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
     else:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def read_metrics(file: Path) -> Metrics:
+    """A metrics.csv without the rates, which no two runs share."""
+    with file.open(newline="") as opened:
+        rows = [r for r in csv.DictReader(opened) if "per_second" not in r["name"]]
+    found = {(r["stage"], int(r["step"]), r["name"]): float(r["value"]) for r in rows}
+    assert len(found) == len(rows)  # nothing is logged twice
+    return found
+
+
+def series(run_dir: Path, name: str) -> dict[int, float]:
+    """A metric of a run of one stage by its step."""
+    found = read_metrics(run_dir / "metrics.csv")
+    return {step: value for (_, step, metric), value in found.items() if metric == name}

@@ -5,11 +5,14 @@ from __future__ import annotations
 import multiprocessing
 import runpy
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 from torch.multiprocessing.spawn import start_processes
 
 
@@ -24,9 +27,23 @@ def run_script(script: Path, arguments: Sequence[str], monkeypatch: pytest.Monke
 
 
 def start_ranks(work: Callable[..., None], *arguments: Any, world: int) -> None:
-    """Run `work(rank, *arguments)` in processes that import the libraries once for all."""
+    """Run `work(rank, *arguments)` in each process of a group; they import the libraries once for
+    all.
+    """
     multiprocessing.set_forkserver_preload(["cocoa_pl.run"])
-    start_processes(work, args=arguments, nprocs=world, start_method="forkserver")
+    with tempfile.TemporaryDirectory() as folder:
+        given = (work, arguments, world, f"file://{folder}/meeting")
+        start_processes(_in_group, args=given, nprocs=world, start_method="forkserver")
+
+
+def _in_group(
+    rank: int, work: Callable[..., None], arguments: Sequence[Any], world: int, meeting: str
+) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world)
+    work(rank, *arguments)
+    dist.barrier()  # no process leaves while another waits for it
+    dist.destroy_process_group()
 
 
 def children_of(pid: int) -> list[int]:

@@ -6,8 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -122,25 +121,12 @@ def primitives() -> Found:
     }
 
 
-@contextmanager
-def one_of(world: int, index: int, folder: Path) -> Iterator[None]:
-    """As one process of a group."""
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/meeting", rank=index, world_size=world
-    )
-    yield
-    dist.barrier()  # no process leaves while another waits for it
-    dist.destroy_process_group()
-
-
 def work(index: int, folder: Path) -> None:
     """One of the processes: computes its share and writes what it found."""
-    with one_of(WORLD, index, folder):
-        with (folder / "task.pkl").open("rb") as file:
-            task: Task = pickle.load(file)
-        found = primitives() | stage_steps(task, SHARES[index]) | gatherings_of(index)
-        torch.save(found, folder / f"{index}.pt")
+    with (folder / "task.pkl").open("rb") as file:
+        task: Task = pickle.load(file)
+    found = primitives() | stage_steps(task, SHARES[index]) | gatherings_of(index)
+    torch.save(found, folder / f"{index}.pt")
 
 
 # Rows of every rank: different numbers, the same, and none on one of them.

@@ -4,7 +4,6 @@ wants its machines back.
 
 from __future__ import annotations
 
-import csv
 import os
 import resource
 import signal
@@ -19,7 +18,9 @@ import torch
 
 from cocoa_pl.config.command_line import CONFIGS
 from cocoa_pl.stages.checkpoint import read, read_weights
+from tests.files import series
 from tests.processes import children_of, is_running
+from tests.small import SMALL_DIGITS
 
 ROOT = CONFIGS.parent
 STEPS = 24
@@ -37,9 +38,7 @@ def start(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Start:
     small = [
         f"cache_dir={cache}",
         "stage=contrast",
-        "data.scenes=60",
-        "data.task_rows=20",
-        "data.validation_rows=25",
+        *SMALL_DIGITS,
         f"stage.contrast.steps={STEPS}",
         "stage.contrast.optimization.warmup_steps=0",
         "stage.contrast.batch_size=16",
@@ -87,15 +86,8 @@ def ranks_of(process: subprocess.Popen[str]) -> list[int]:
     return [process.pid, *children_of(process.pid)]
 
 
-def losses(run_dir: Path) -> dict[str, float]:
-    with (run_dir / "metrics.csv").open(newline="") as file:
-        return {
-            r["step"]: float(r["value"]) for r in csv.DictReader(file) if r["name"] == "train/loss"
-        }
-
-
 def assert_as_if_nothing_had_happened(run_dir: Path, undisturbed: Path) -> None:
-    found, expected = losses(run_dir), losses(undisturbed)
+    found, expected = (series(run, "train/loss") for run in (run_dir, undisturbed))
     assert len(expected) == STEPS
     assert found == pytest.approx(expected, rel=1e-5)
     paths = [folder / "checkpoints" / "last.ckpt" for folder in (run_dir, undisturbed)]

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from cocoa_pl.config.build import build
 from cocoa_pl.config.command_line import CONFIGS
 from cocoa_pl.errors import UserError
 from cocoa_pl.models.loading import load_inputs
@@ -117,13 +116,6 @@ def test_every_number_is_the_papers(experiment: str) -> None:
     assert cfg.model.source.path == EXPERIMENTS[experiment]
     assert len(cfg.data.subsets) == 20
     assert len(cfg.benchmark.table) == 36
-
-
-def test_roots_must_be_given() -> None:
-    cfg = composed("experiment=paper_qwen2vl_2b")
-    for group in ("data", "benchmark"):
-        with pytest.raises(UserError, match=rf"{group}\.root has no value; give it as"):
-            build(cfg[group])
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)

@@ -4,7 +4,6 @@ losses and the same weights.
 
 from __future__ import annotations
 
-import csv
 import os
 import shutil
 import signal
@@ -28,7 +27,7 @@ from cocoa_pl.stages.checkpoint import read, read_chosen, read_weights
 from cocoa_pl.stages.contrastive import ContrastiveModule
 from cocoa_pl.stages.recipe import Interrupted
 from tests.configs import composed
-from tests.files import write_rows
+from tests.files import Metrics, read_metrics, write_rows
 from tests.processes import start_ranks
 
 STAGES = ("warmup", "reconstruct", "contrast")
@@ -87,16 +86,13 @@ def run_and_stop(job: Job) -> None:
         ContrastiveModule.training_step = original  # type: ignore[method-assign]
 
 
-def work(index: int, world: int, meeting: str, jobs: list[Job]) -> None:
+def work(index: int, jobs: list[Job]) -> None:
     """One of the processes."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=index, world_size=world)
     # For Lightning: the processes are there already, and know each other.
-    os.environ |= {"LOCAL_RANK": str(index), "NODE_RANK": "0", "WORLD_SIZE": str(world)}
+    world = str(dist.get_world_size())
+    os.environ |= {"LOCAL_RANK": str(index), "NODE_RANK": "0", "WORLD_SIZE": world}
     for job in jobs:
         run_and_stop(job) if job.stopped else run(job)
-    dist.barrier()  # no process leaves while another waits for it
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +185,7 @@ def runs(make_job: Callable[..., Job], folder: Path) -> Path:
     """Runs of one and of two processes; one of two is stopped and goes on."""
     run(make_job("cpu", "full", 1))
     jobs = jobs_of_two(OF_TWO, make_job)
-    start_ranks(work, 2, str(folder / "meeting2"), jobs, world=2)
+    start_ranks(work, jobs, world=2)
     return folder
 
 
@@ -199,7 +195,7 @@ def more_runs(runs: Path, make_job: Callable[..., Job]) -> Path:
     for tuning in ("dora", *UNUSED, *MORE):
         run(make_job("cpu", tuning, 1))
     jobs = jobs_of_two(MORE_OF_TWO, make_job)
-    start_ranks(work, 2, str(runs / "meeting2more"), jobs, world=2)
+    start_ranks(work, jobs, world=2)
     return runs
 
 
@@ -209,9 +205,9 @@ def runs_of_four(more_runs: Path, make_job: Callable[..., Job]) -> Path:
     jobs = [make_job(s, tuning, 4) for s in STRATEGIES for tuning in TUNINGS]
     names = {tuning: f"moved-{tuning}" for tuning in TUNINGS}
     jobs += [make_job("fsdp", t, 4, name=name, stopped=True) for t, name in names.items()]
-    start_ranks(work, 4, str(more_runs / "meeting4"), jobs, world=4)
+    start_ranks(work, jobs, world=4)
     jobs = [make_job("fsdp", t, 2, name=name, resume=True) for t, name in names.items()]
-    start_ranks(work, 2, str(more_runs / "meeting2again"), jobs, world=2)
+    start_ranks(work, jobs, world=2)
     return more_runs
 
 
@@ -310,14 +306,7 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
         assert difference.square().mean().sqrt() < 0.1 * way, name
 
 
-def numbers(run_dir: Path) -> dict[tuple[str, str, str], float]:
-    """metrics.csv without rates, and without the bridge gain: whose contexts are exchanged depends
-    on the rows of a rank.
-    """
-    with (run_dir / "metrics.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    return {
-        (row["stage"], row["step"], row["name"]): float(row["value"])
-        for row in rows
-        if "per_second" not in row["name"] and "bridge_gain" not in row["name"]
-    }
+def numbers(run_dir: Path) -> Metrics:
+    """Without the bridge gain: whose contexts are exchanged depends on the rows of a rank."""
+    found = read_metrics(run_dir / "metrics.csv")
+    return {place: value for place, value in found.items() if "bridge_gain" not in place[2]}

@@ -29,7 +29,7 @@ from tests.small import SMALL_BENCHMARK, SMALL_DIGITS, SMALL_TRAINING, STAGES
 
 # What others begin with.
 FIRST = "python train.py hydra.run.dir=runs/A"
-EXPORTED = "cocoa export runs/A --to sentence-transformers --out exported/st"
+EXPORTED = "cocoa export runs/A --to sentence-transformers"
 
 
 def test_most_commands_are_run() -> None:
@@ -177,7 +177,7 @@ BLOCKS = [
 def test_python_runs(
     block: tuple[str, str], sandbox: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if not (sandbox / "exported" / "st").exists():
+    if not (sandbox / "runs/A/sentence-transformers").exists():
         run(shlex.split(EXPORTED), monkeypatch, {})
     exec(block[1].replace("runs/<time>", "runs/A"), {})
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +19,8 @@ from cocoa_pl.run import build_stages, trainer_parts
 from cocoa_pl.stages.recipe import Recipe, Stage
 from cocoa_pl.stages.trainer import Parts
 from tests.configs import composed
+from tests.small import STAGES
 
-Row = tuple[str, str, str, str]  # stage, step, name, value
 Weights = dict[str, Tensor]
 
 
@@ -37,7 +36,7 @@ class Lab:
         """The stages of conf/stage/*.yaml for a few steps of four rows."""
         small = [
             f"stage.{name}.{key}"
-            for name in ("pretrain", "warmup", "reconstruct", "contrast")
+            for name in STAGES
             for key in (
                 *(f"steps={steps}", "batch_size=4"),
                 *("optimization.warmup_steps=1", "optimization.lr=1e-3"),
@@ -91,13 +90,6 @@ class Lab:
             export=export,
         )
         return recipe.run(resume=resume)
-
-
-def read_metrics(run_dir: Path) -> list[Row]:
-    """metrics.csv without the rates, which no two runs share."""
-    with (run_dir / "metrics.csv").open(newline="") as file:
-        rows = [(r["stage"], r["step"], r["name"], r["value"]) for r in csv.DictReader(file)]
-    return [row for row in rows if "per_second" not in row[2]]
 
 
 def weights_of(backbone: Backbone) -> Weights:

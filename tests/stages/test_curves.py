@@ -6,7 +6,6 @@ work against the run without it.
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -16,10 +15,10 @@ from rich.console import Console
 
 from cocoa_pl.run import train
 from tests.configs import composed
+from tests.files import Metrics, read_metrics
+from tests.small import STAGES
 
-Curve = dict[tuple[str, int, str], float]  # stage, step, name
 RECORDED = Path(__file__).parent / "digits_curve.csv"
-STAGES = ("pretrain", "warmup", "reconstruct", "contrast")
 SHORT = [
     *(f"stage.{stage}.{key}" for stage in STAGES for key in ("steps=3", "batch_size=8")),
     *(f"stage.{s}.optimization.{key}" for s in STAGES for key in ("warmup_steps=2", "lr=5e-4")),
@@ -29,7 +28,7 @@ SHORT = [
 ]
 PLAIN = ["stage.token_budget=100000", "stage.contrast.module.similarity_block=100000"]
 
-Run = Callable[..., Curve]
+Run = Callable[..., Metrics]
 
 
 @pytest.fixture(scope="module")
@@ -37,25 +36,15 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """The recipe for a few steps, and what it logged."""
     cache = tmp_path_factory.mktemp("cache")
 
-    def once(*overrides: str) -> Curve:
+    def once(*overrides: str) -> Metrics:
         folder = tmp_path_factory.mktemp("run")
         train(composed(*SHORT, f"cache_dir={cache}", *overrides), folder, Console(quiet=True))
-        return read(folder / "metrics.csv")
+        return read_metrics(folder / "metrics.csv")
 
     return once
 
 
-def read(path: Path) -> Curve:
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    return {
-        (row["stage"], int(row["step"]), row["name"]): float(row["value"])
-        for row in rows
-        if "per_second" not in row["name"]
-    }
-
-
-def assert_same(found: Curve, wanted: Curve, *, relative: float) -> None:
+def assert_same(found: Metrics, wanted: Metrics, *, relative: float) -> None:
     assert found.keys() == wanted.keys()
     for place, value in wanted.items():
         assert math.isclose(found[place], value, rel_tol=relative, abs_tol=relative), (
@@ -64,20 +53,20 @@ def assert_same(found: Curve, wanted: Curve, *, relative: float) -> None:
 
 
 def test_the_curve_is_that_of_the_code_before(run: Run) -> None:
-    found, wanted = run(), read(RECORDED)
+    found, wanted = run(), read_metrics(RECORDED)
     assert len(wanted) > 70
     assert {stage for stage, _, _ in wanted} == set(STAGES)
     assert_same(found, wanted, relative=5e-4)
 
 
 @pytest.fixture(scope="module")
-def plain(run: Run) -> Curve:
+def plain(run: Run) -> Metrics:
     """One chunk a step, one table of similarities: nothing is cut, cached or shared."""
     return run(*PLAIN)
 
 
 @pytest.mark.slow
-def test_savings_change_no_number(run: Run, plain: Curve) -> None:
+def test_savings_change_no_number(run: Run, plain: Metrics) -> None:
     """Small chunks, similarities by blocks, workers, and recomputed blocks, all at once."""
     saving = [
         *("stage.token_budget=70", "stage.contrast.module.similarity_block=5"),
@@ -87,7 +76,7 @@ def test_savings_change_no_number(run: Run, plain: Curve) -> None:
 
 
 @pytest.mark.slow
-def test_another_seed_gives_another_curve(run: Run, plain: Curve) -> None:
+def test_another_seed_gives_another_curve(run: Run, plain: Metrics) -> None:
     """The comparisons above can fail."""
     other = run(*PLAIN, "seed=1")
     first = ("contrast", 0, "train/loss")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import signal
@@ -22,7 +23,8 @@ from cocoa_pl.errors import Interrupted, UserError
 from cocoa_pl.models.backbone import Backbone
 from cocoa_pl.stages import checkpoint
 from tests.adapters import low_rank
-from tests.stages.lab import Lab, Row, Weights, equal, read_metrics, weights_of
+from tests.files import Metrics, read_metrics, series
+from tests.stages.lab import Lab, Weights, equal, weights_of
 
 STEPS = 5
 NAMES = ["pretrain", "warmup", "reconstruct", "contrast"]
@@ -72,7 +74,7 @@ class Whole(NamedTuple):
 
     folder: Path
     weights: Weights
-    metrics: list[Row]
+    metrics: Metrics
     lineage: list[dict[str, Any]]
 
 
@@ -80,7 +82,7 @@ class Whole(NamedTuple):
 def whole(tmp_path_factory: pytest.TempPathFactory, lab: Lab) -> Whole:
     folder, backbone = tmp_path_factory.mktemp("whole"), lab.fresh()
     lineage = lab.train(folder, lab.stages(steps=STEPS), backbone)
-    return Whole(folder, weights_of(backbone), read_metrics(folder), lineage)
+    return Whole(folder, weights_of(backbone), read_metrics(folder / "metrics.csv"), lineage)
 
 
 @pytest.fixture
@@ -91,7 +93,7 @@ def go_on(whole: Whole, tmp_path: Path, lab: Lab) -> Callable[..., None]:
         stages, backbone = lab.stages(steps=STEPS), lab.fresh()
         lineage = lab.train(tmp_path, stages, backbone, resume=True, num_workers=num_workers)
         assert lineage == whole.lineage
-        assert read_metrics(tmp_path) == whole.metrics
+        assert read_metrics(tmp_path / "metrics.csv") == whole.metrics
         assert equal(weights_of(backbone), whole.weights)
 
     return resume
@@ -242,7 +244,7 @@ def test_a_stage_learns_a_few_rows_by_heart(name: str, tmp_path: Path, lab: Lab)
     overrides = [f"stage.order=[{name}]", rate, "stage.token_budget=1000"]
     few = FewPairs(lab.data, 4)
     lab.train(tmp_path, lab.stages(*overrides, steps=40), data=few)
-    losses = [float(r[3]) for r in read_metrics(tmp_path) if r[2] == "train/loss"]
+    losses = list(series(tmp_path, "train/loss").values())
     assert len(losses) == 40
     assert sum(losses[-3:]) < 0.5 * sum(losses[:3])
 
@@ -384,8 +386,8 @@ def test_a_stage_that_has_learnt_nothing_is_no_success(
         "step 0: no query had a negative",
         "step 3: no query had a negative",
     ]
-    found = [row[3] for row in read_metrics(tmp_path) if row[2] == "train/accuracy"]
-    assert found == ["nan"] * 4
+    found = series(tmp_path, "train/accuracy").values()
+    assert [math.isnan(value) for value in found] == [True] * 4
 
 
 def test_validation_without_a_wrong_answer_has_no_precision(

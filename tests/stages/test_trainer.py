@@ -31,7 +31,8 @@ from cocoa_pl.stages.callbacks import StageProgress, check_login, close
 from cocoa_pl.stages.recipe import Interrupted
 from cocoa_pl.stages.trainer import REFUSED, Parts, checked_precision, make_trainer
 from tests.configs import composed
-from tests.stages.lab import Lab, Weights, equal, read_metrics, weights_of
+from tests.files import series
+from tests.stages.lab import Lab, Weights, equal, weights_of
 from tests.stages.test_recipe import StopAt
 
 ONLY_CONTRAST = "stage.order=[contrast]"
@@ -252,11 +253,7 @@ def test_the_best_checkpoint_is_kept_beside_the_last(tmp_path: Path, lab: Lab) -
     lab.train(tmp_path / "moved", stages, resume=True)
     found = {}
     for name in ("whole", "moved"):
-        scores = {
-            int(step): float(value)
-            for stage, step, metric, value in read_metrics(tmp_path / name)
-            if metric == "validation/precision_at_1"
-        }
+        scores = series(tmp_path / name, "validation/precision_at_1")
         assert list(scores) == [1, 2, 3, 4]
         content = checkpoint.read(tmp_path / name / BEST)
         assert content["cocoa"]["stage"] == "contrast"
@@ -302,7 +299,7 @@ def test_bf16_mixed_rounds_matrix_products_and_no_loss(tmp_path: Path, lab: Lab)
         words = [f"trainer.precision={precision}"]
         lab.train(tmp_path / precision, lab.stages(ONLY_CONTRAST), backbone, trainer=words)
         assert all(p.dtype == torch.float32 for p in backbone.parameters())
-        found = [float(r[3]) for r in read_metrics(tmp_path / precision) if r[2] == "train/loss"]
+        found = list(series(tmp_path / precision, "train/loss").values())
         losses[precision] = torch.tensor(found, dtype=torch.float64)
     exact, rounded = losses.values()
     assert not torch.equal(exact, rounded)
