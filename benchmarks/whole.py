@@ -32,9 +32,8 @@ from cocoa_pl.data.digit_scenes import caption, compose, draw, layouts
 from cocoa_pl.data.items import IMAGE_SLOT, Item
 from cocoa_pl.data.processor import Processor, tokenized
 from cocoa_pl.embedder import Embedder
-from cocoa_pl.export.folder import export
+from cocoa_pl.export.folder import export, write_sentence_transformers
 from cocoa_pl.export.parity import images_only
-from cocoa_pl.export.sentence_transformers import write_sentence_transformers
 from cocoa_pl.models.backbone import Backbone
 from cocoa_pl.models.loading import load
 from cocoa_pl.run import build_stages, make_processors

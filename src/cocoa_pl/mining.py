@@ -18,8 +18,8 @@ import os
 import shlex
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import starmap
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,7 +32,6 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from cocoa_pl.config.bounds import Count, ShareAboveZero
 from cocoa_pl.config.build import build
 from cocoa_pl.config.command_line import run_app
 from cocoa_pl.data.images import FORMATS, ImageSource, real_path
@@ -42,6 +41,7 @@ from cocoa_pl.errors import UserError, quoted, typed
 from cocoa_pl.run import open_embedder
 
 FILE = "train-00000-of-00001.parquet"
+SIDES = (("qry", "qry_image_path"), ("pos_text", "pos_image_path"))  # columns of text and image
 BLOCK_VALUES = 1 << 25  # similarities in memory together
 
 Encode = Callable[[Sequence[Item]], NDArray[np.float32]]
@@ -74,37 +74,29 @@ def write(cfg: DictConfig, console: Console) -> None:
         raise UserError("a stream cannot be mined: all rows are candidates of each other")
     embedder = open_embedder(cfg.ckpt, device=cfg.device)
 
-    def encode(items: Sequence[Item]) -> NDArray[np.float32]:
-        return embedder.encode(
-            items,
-            batch_tokens=cfg.batch_tokens,
-            threads=cfg.threads,
-            progress=console.is_terminal,
-        )
-
-    root = image_root(pairs, folder=out)
-    subsets = mine(
-        pairs,
-        encode,
-        number=cfg.negatives,
-        max_of_positive=cfg.max_of_positive,
-        keep=cfg.keep,
+    encode = partial(
+        embedder.encode,
+        batch_tokens=cfg.batch_tokens,
+        threads=cfg.threads,
+        progress=console.is_terminal,
     )
+    subsets = subsets_of(pairs)
+    root = image_root(pairs, folder=out)
     try:
         (out / "images").mkdir(parents=True)  # two runs that start at once cannot share it
     except FileExistsError:
         raise taken from None
     done = []
-    for mined in subsets:
-        write_subset(out, mined.subset, mined.pairs, root=root)
-        done.append(mined)
+    for rows in subsets:
+        done.append(mine(rows, encode, cfg.negatives, cfg.max_of_positive, keep=cfg.keep))
+        write_subset(out, done[-1].pairs, root=root)
     console.print(_table(done))
-    if not any(mined.negatives for mined in done):
+    if not any(pair.negatives for mined in done for pair in mined.pairs):
         raise UserError(
             f"no row has a negative: max_of_positive={cfg.max_of_positive} takes every candidate "
             f"for a right answer; raise it (the rows in {out} are as they were)"
         )
-    names = ",".join(quoted(mined.subset) for mined in done)
+    names = ",".join(quoted(mined.pairs[0].subset) for mined in done)
     words = (
         *("data=mmeb", typed("data.root", out), typed("data.image_root", root), "data.split=train"),
         *(shlex.quote(f"data.subsets=[{names}]"), "'data.caption_subsets=[]'"),
@@ -112,64 +104,53 @@ def write(cfg: DictConfig, console: Console) -> None:
     console.print(f"train on it: {' '.join(words)}", soft_wrap=True, markup=False, highlight=False)
 
 
+class Chosen(NamedTuple):
+    """What was chosen for a row.
+
+    Attributes:
+        candidates: places of its negatives, the hardest first; fewer where no more are left.
+        positive: similarity of query and positive.
+        hardest: similarity of query and hardest negative; NaN without one.
+        spared: candidates that were left out as possibly right.
+    """
+
+    candidates: NDArray[np.intp]
+    positive: float
+    hardest: float
+    spared: int
+
+
+class Mined(NamedTuple):
+    """Rows of a subset, with the mined negatives, and what was chosen for each."""
+
+    pairs: list[Pair]
+    chosen: list[Chosen]
+
+
 def _table(done: Sequence[Mined]) -> Table:
+    """Means over the rows of each subset."""
     table = Table(box=None, header_style="bold")
     table.add_column("subset")
     for title in ("rows", "negatives a row", "positive", "hardest negative", "spared a row"):
         table.add_column(title, justify="right")
-    for mined in done:
+    for pairs, chosen in done:
+        hardest = [row.hardest for row in chosen if not np.isnan(row.hardest)]
         table.add_row(
-            mined.subset,
-            f"{len(mined.pairs):,}",
-            f"{mined.negatives:.2f}",
-            f"{mined.positive:.3f}",
-            "-" if np.isnan(mined.hardest) else f"{mined.hardest:.3f}",
-            f"{mined.spared:.1f}",
+            pairs[0].subset,
+            f"{len(pairs):,}",
+            f"{np.mean([len(pair.negatives) for pair in pairs]):.2f}",
+            f"{np.mean([row.positive for row in chosen]):.3f}",
+            f"{np.mean(hardest):.3f}" if hardest else "-",
+            f"{np.mean([row.spared for row in chosen]):.1f}",
         )
     return table
 
 
-@dataclass(frozen=True)
-class Mined:
-    """A subset with its negatives, and what a reader should know of them.
-
-    Attributes:
-        pairs: as they were, with the mined negatives in place of their own.
-        positive: mean similarity of query and positive.
-        hardest: mean similarity of query and hardest negative; NaN without any.
-        spared: candidates that were left out as possibly right, a row.
-    """
-
-    subset: str
-    pairs: list[Pair]
-    positive: float
-    hardest: float
-    spared: float
-
-    @property
-    def negatives(self) -> float:
-        """Of a row, in the mean."""
-        return float(np.mean([len(pair.negatives) for pair in self.pairs]))
-
-
-def mine(
-    pairs: Sequence[Pair],
-    encode: Encode,
-    *,
-    number: Count,
-    max_of_positive: ShareAboveZero,
-    keep: bool,
-) -> Iterator[Mined]:
-    """Subset by subset, in the order of first appearance.
-
-    Args:
-        encode: gives unit vectors.
-        number: negatives of a row, at most.
-        max_of_positive: as in `choose`.
-        keep: a row's own negatives stay, before the mined ones.
+def subsets_of(pairs: Sequence[Pair]) -> list[list[Pair]]:
+    """Rows by their subset, in the order of first appearance.
 
     Raises:
-        UserError: at once, if no subset has two answers.
+        UserError: if no subset has two answers.
     """
     rows: dict[str, list[Pair]] = {}
     for pair in pairs:
@@ -179,71 +160,52 @@ def mine(
             "there is nothing to mine: in each subset all rows have the same positive, and only "
             "positives of other rows become negatives"
         )
-
-    def mined(subset: str, pairs: list[Pair]) -> Mined:
-        queries, query = numbered([pair.query for pair in pairs])
-        positives, positive = numbered([pair.positive for pair in pairs])
-
-        def encoded(items: list[Item], numbers: list[int]) -> NDArray[np.float32]:
-            try:
-                return encode(items)
-            except UserError as error:
-                if error.item is not None:
-                    error.row_id = pairs[numbers.index(error.item)].row_id
-                raise
-
-        chosen = choose(
-            encoded(queries, query),
-            encoded(positives, positive),
-            query=np.array(query, np.intp),
-            positive=np.array(positive, np.intp),
-            number=number,
-            max_of_positive=max_of_positive,
-        )
-        found = []
-        for pair, places in zip(pairs, chosen.candidates, strict=True):
-            own = pair.negatives if keep else ()
-            known = {item.key for item in own}
-            new = [positives[place] for place in places if positives[place].key not in known]
-            found.append(replace(pair, negatives=(*own, *new)))
-        some = chosen.hardest[np.isfinite(chosen.hardest)]
-        return Mined(
-            subset,
-            found,
-            positive=float(chosen.positive.mean()),
-            hardest=float(some.mean()) if len(some) else float("nan"),
-            spared=float(chosen.spared.mean()),
-        )
-
-    return starmap(mined, rows.items())
+    return list(rows.values())
 
 
-class Chosen(NamedTuple):
-    """What was chosen for each row.
+def mine(
+    pairs: list[Pair], encode: Encode, number: int, max_of_positive: float, *, keep: bool
+) -> Mined:
+    """Give the rows of a subset negatives among the positives of the others.
 
-    Attributes:
-        candidates: for each row, positions of its negatives, the hardest first; fewer where no more
-            candidates are left.
-        positive: (rows) similarity of query and positive.
-        hardest: (rows) similarity of the hardest negative, NaN without one.
-        spared: (rows) candidates left out because they may be right.
+    Args:
+        encode: gives unit vectors.
+        number, max_of_positive: as in `choose`.
+        keep: a row's own negatives stay, before the mined ones.
+
+    Raises:
+        UserError: naming the row of an item that cannot be embedded.
     """
+    queries, query = numbered([pair.query for pair in pairs])
+    positives, positive = numbered([pair.positive for pair in pairs])
 
-    candidates: list[NDArray[np.intp]]
-    positive: NDArray[np.float32]
-    hardest: NDArray[np.float32]
-    spared: NDArray[np.int64]
+    def encoded(items: list[Item], numbers: list[int]) -> NDArray[np.float32]:
+        try:
+            return encode(items)
+        except UserError as error:
+            if error.item is not None:
+                error.row_id = pairs[numbers.index(error.item)].row_id
+            raise
+
+    vectors = encoded(queries, query), encoded(positives, positive)
+    chosen = list(choose(*vectors, np.array(query), np.array(positive), number, max_of_positive))
+    found = []
+    for pair, row in zip(pairs, chosen, strict=True):
+        own = pair.negatives if keep else ()
+        known = {item.key for item in own}
+        new = [positives[place] for place in row.candidates if positives[place].key not in known]
+        found.append(replace(pair, negatives=(*own, *new)))
+    return Mined(found, chosen)
 
 
 def choose(
     queries: NDArray[np.float32],
     candidates: NDArray[np.float32],
-    *,
     query: NDArray[np.intp],
     positive: NDArray[np.intp],
     number: int,
     max_of_positive: float,
-) -> Chosen:
+) -> Iterator[Chosen]:
     """The `number` nearest candidates of each row that are wrong answers.
 
     Left out are the answers of every row with the same query, and candidates whose similarity is
@@ -256,26 +218,17 @@ def choose(
     ends = np.cumsum(np.bincount(query, minlength=len(queries)))
     answers = np.split(positive[np.argsort(query, kind="stable")], ends[:-1])  # of each query
     rows_at_once = max(1, BLOCK_VALUES // max(1, len(candidates)))
-    chosen: list[NDArray[np.intp]] = []
-    of_positive = np.empty(len(query), np.float32)
-    hardest = np.full(len(query), np.nan, np.float32)
-    spared = np.zeros(len(query), np.int64)
     for start in range(0, len(query), rows_at_once):
-        rows = np.arange(start, min(start + rows_at_once, len(query)))
-        similarities = queries[query[rows]] @ candidates.T
-        own = similarities[np.arange(len(rows)), positive[rows]]
-        for place, row in enumerate(rows):
-            similarities[place, answers[query[row]]] = -np.inf
-        limit = np.minimum(own * max_of_positive, own)
-        may_be_right = similarities > limit[:, None]
-        similarities[may_be_right] = -np.inf
-        of_positive[rows], spared[rows] = own, may_be_right.sum(axis=1)
-        for place, row in enumerate(rows):
-            nearest = _nearest(similarities[place], number)
-            chosen.append(nearest)
-            if len(nearest):
-                hardest[row] = similarities[place, nearest[0]]
-    return Chosen(chosen, of_positive, hardest, spared)
+        rows = slice(start, start + rows_at_once)
+        block = queries[query[rows]] @ candidates.T  # (rows, C)
+        for asked, right, similarities in zip(query[rows], positive[rows], block, strict=True):
+            own = similarities[right]
+            similarities[answers[asked]] = -np.inf
+            may_be_right = similarities > min(own * max_of_positive, own)
+            similarities[may_be_right] = -np.inf
+            nearest = _nearest(similarities, number)
+            hardest = similarities[nearest[0]] if len(nearest) else np.nan
+            yield Chosen(nearest, own, hardest, may_be_right.sum())
 
 
 def _nearest(similarities: NDArray[np.float32], number: int) -> NDArray[np.intp]:
@@ -300,7 +253,7 @@ def image_root(pairs: Sequence[Pair], *, folder: Path) -> Path:
     return Path(os.path.commonpath(folders or {here}))
 
 
-def write_subset(folder: Path, subset: str, pairs: Sequence[Pair], *, root: Path) -> None:
+def write_subset(folder: Path, pairs: Sequence[Pair], *, root: Path) -> None:
     """Write the rows of a subset.
 
     Args:
@@ -311,27 +264,19 @@ def write_subset(folder: Path, subset: str, pairs: Sequence[Pair], *, root: Path
     """
     columns: dict[str, list[str]] = defaultdict(list)
     for pair in pairs:
-        for item, text, image in (
-            (pair.query, "qry", "qry_image_path"),
-            (pair.positive, "pos_text", "pos_image_path"),
-        ):
-            columns[text].append(_text(item, pair))
-            columns[image].append(_path(item, folder, root))
-        columns["neg_text"].append(str([_text(item, pair) for item in pair.negatives]))
-        columns["neg_image_path"].append(
-            str([_path(item, folder, root) for item in pair.negatives])
-        )
-    path = folder / subset / FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    pq.write_table(pa.table(columns), part)
-    part.replace(path)
-
-
-def _text(item: Item, pair: Pair) -> str:
-    if len(item.media) > 1:
-        raise UserError(f"{pair.row_id}: MMEB's layout holds one image on a side, not several")
-    return item.text.replace(IMAGE_SLOT, PLACEHOLDER)
+        sides = (pair.query, pair.positive, *pair.negatives)
+        if any(len(item.media) > 1 for item in sides):
+            raise UserError(f"{pair.row_id}: MMEB's layout holds one image on a side, not several")
+        texts = [item.text.replace(IMAGE_SLOT, PLACEHOLDER) for item in sides]
+        paths = [_path(item, folder, root) for item in sides]
+        for side, (text, path) in enumerate(SIDES):
+            columns[text].append(texts[side])
+            columns[path].append(paths[side])
+        columns["neg_text"].append(str(texts[2:]))
+        columns["neg_image_path"].append(str(paths[2:]))
+    file = folder / pairs[0].subset / FILE
+    file.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(columns), file)
 
 
 def _path(item: Item, folder: Path, root: Path) -> str:
@@ -352,9 +297,6 @@ def _as_file(source: ImageSource, images: Path) -> Path:
     with Image.open(io.BytesIO(source), formats=FORMATS) as opened:
         kind = (opened.format or "image").lower()
     file = images / f"{hashlib.blake2b(source, digest_size=12).hexdigest()}.{kind}"
-    if not file.exists():
-        images.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(".part")
-        part.write_bytes(source)
-        part.replace(file)
+    images.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(source)
     return file

@@ -144,7 +144,7 @@ def test_a_mistake_is_one_sentence_and_leaves_nothing(
     [
         ["--config-dir", str(ROOT / "docs" / "examples" / "conf"), "data=colours"],
         ["hydra.searchpath=[.]", "experiment=mine"],
-        ["-m", "seed=range(0,2)", "attention@stage.contrast.policy=causal,bidirectional"],
+        ["seed=range(0,2)", "-m", "attention@stage.contrast.policy=causal,bidirectional"],
         [
             *("data.validation_path=x", "data=pairs", "data.path=a", "data.image_root=b"),
             *("stage.contrast.module.matryoshka_dims=[16,32]", "+trainer.max_time={hours: 1}"),
@@ -159,7 +159,9 @@ def test_what_hydra_allows_is_allowed(arguments: list[str], start: Start, tmp_pa
     assert start(*arguments)
 
 
-@pytest.mark.parametrize("words", ["--cfg job --resolve", "--help", "--info all"])
+@pytest.mark.parametrize(
+    "words", ["seed=1 --cfg job data=digits --resolve", "--help", "--info all"]
+)
 def test_what_only_shows_something_makes_no_folder(
     words: str, start: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

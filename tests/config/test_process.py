@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import sys
 import warnings
@@ -16,11 +17,12 @@ import lightning as L
 import pytest
 from safetensors import SafetensorError
 
-from cocoa_pl.config.process import MISTAKE, check_processes, guarded
+from cocoa_pl.config.process import MISTAKE, check_processes, guarded, set_up_logging
 from cocoa_pl.distributed import collectives
 from cocoa_pl.errors import Interrupted, UserError
 from cocoa_pl.models.adapters import LowRank
 from cocoa_pl.models.loading import Loaded
+from tests.processes import logging_restored
 
 
 @pytest.mark.parametrize(
@@ -130,13 +132,26 @@ def test_a_bug_keeps_its_traceback(bug: Exception) -> None:
         guarded(run)
 
 
+@pytest.mark.parametrize("lines", [1, 5000])  # that wait in memory, and more
+@pytest.mark.parametrize("to", ["stdout", "log.txt"])
 def test_output_that_a_disk_does_not_take_is_one_sentence(
-    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    to: str,
+    lines: int,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """As `cocoa plan > FILE` ends on a full disk."""
-    with Path("/dev/full").open("w") as full:
-        monkeypatch.setattr(sys, "stdout", full)
-        assert guarded(lambda: full.write("a table") and 0) == MISTAKE
+    """As `cocoa plan > FILE` ends on a full disk, and a run whose log.txt lies on one."""
+    (tmp_path / to).symlink_to("/dev/full")
+
+    def run() -> None:
+        set_up_logging(tmp_path)
+        for _ in range(lines):
+            logging.getLogger("cocoa_pl").info("a line")
+
+    with logging_restored(), (tmp_path / "stdout").open("w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert guarded(run) == MISTAKE
     said = "error: No space left on device; make room, or name a folder elsewhere\n"
     assert capfd.readouterr().err == said
 

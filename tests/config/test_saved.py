@@ -119,6 +119,29 @@ def test_an_adapter_whose_base_lies_elsewhere_fits_a_copy_of_it(
         settled_by(*words)
 
 
+@pytest.mark.parametrize(
+    ("section", "changed", "said"),
+    [
+        ("model", {}, "model.min_pixels has no value; give it as"),
+        ("model", {"max_pixels": "many"}, "model.max_pixels=many must be a whole number"),
+        ("stage", {"contrast": {"optimization": None}}, "optimization holds several values"),
+        (
+            "stage",
+            {"contrast": {"optimization": {"lrr": 3}}},
+            r"unknown key .*\.lrr \(did you mean lr",
+        ),
+    ],
+)
+def test_settings_that_were_edited_are_refused(
+    section: str, changed: dict[str, Any], said: str, exported: Path
+) -> None:
+    described = json.loads((exported / "cocoa.json").read_text())
+    described["settings"][section] = described["settings"][section] | changed if changed else {}
+    (exported / "cocoa.json").write_text(json.dumps(described))
+    with pytest.raises(UserError, match=said):
+        settled_by(f"init_from={exported}")
+
+
 def halves(word: str) -> tuple[str, str, str]:
     return word.partition("=")
 

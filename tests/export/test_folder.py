@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,13 @@ from cocoa_pl.embedder import Embedder
 from cocoa_pl.errors import UserError
 from cocoa_pl.export.folder import export, lineage_of
 from cocoa_pl.models.adapters import FullTuning
-from cocoa_pl.models.exported import take_fingerprint, write_description
+from cocoa_pl.models.exported import _digest, take_fingerprint, write_description
 from cocoa_pl.models.loading import Loaded
 
 NAMES = ("causal", "bidirectional")
-LINEAGE = [{"stage": "contrast", "steps": 3}]
+LINEAGE = [
+    {"stage": "contrast", "steps": 3, "batch_size": 4, "lr": 1e-4, "policy": "all", "seed": 3}
+]
 
 LoadTiny = Callable[..., Loaded]
 
@@ -256,6 +258,31 @@ def test_a_damaged_or_edited_cocoa_json_is_named_whoever_reads_it(copy: Path) ->
         for read in (lineage_of, Embedder.load, _settings):
             with pytest.raises(UserError, match=r"cocoa\.json"):
                 read(str(copy))
+
+
+def edits(node: Any) -> Iterator[Any]:
+    """Copies of a JSON value, each without one of its parts or with another value there."""
+    is_list = isinstance(node, list)
+    for key in range(min(2, len(node))) if is_list else list(node):
+        inner = edits(node[key]) if isinstance(node[key], dict | list) else ()
+        for value in (None, "x", {"a": 1}, *inner):
+            yield [*node[:key], value, *node[key + 1 :]] if is_list else {**node, key: value}
+        yield node[:key] + node[key + 1 :] if is_list else {k: node[k] for k in node if k != key}
+
+
+def test_a_cocoa_json_that_was_edited_and_given_its_digest_is_a_model_or_one_sentence(
+    copy: Path,
+) -> None:
+    whole = json.loads((copy / "cocoa.json").read_text())
+    del whole["fingerprint"][1:]  # refused as it is, when all else is whole
+    refused = set()
+    for edited in edits(whole):
+        content = json.dumps({**edited, "digest": _digest(edited)})
+        (copy / "cocoa.json").write_text(content)
+        with pytest.raises(UserError) as caught:
+            Embedder.load(str(copy), device="cpu")
+        refused.add(str(caught.value).rpartition("cocoa.json ")[2])
+    assert "describes no model; export it again" in refused
 
 
 def test_an_editor_may_have_saved_cocoa_json_otherwise(copy: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
+from PIL.ExifTags import Base
 from transformers import AutoProcessor
 
 from cocoa_pl.attention import Policy
@@ -21,15 +23,8 @@ from cocoa_pl.data.images import open_image
 from cocoa_pl.data.processor import Processor
 from cocoa_pl.embedder import Embedder
 from cocoa_pl.errors import UserError
-from cocoa_pl.export.folder import export
-from cocoa_pl.export.parity import (
-    Compared,
-    check,
-    compare,
-    images_only,
-    odd_pictures,
-)
-from cocoa_pl.export.sentence_transformers import write_sentence_transformers
+from cocoa_pl.export.folder import export, write_sentence_transformers
+from cocoa_pl.export.parity import Compared, check, compare, images_only
 from cocoa_pl.models.exported import described_in, write_description
 from cocoa_pl.models.loading import Loaded
 
@@ -64,7 +59,7 @@ def rewrite(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-def differences(found: tuple[Compared, ...]) -> dict[str, float | None]:
+def differences(found: list[Compared]) -> dict[str, float | None]:
     return {one.way: one.difference for one in found}
 
 
@@ -179,10 +174,28 @@ def test_placeholders_are_placed_and_refused_alike(
 def test_odd_pictures_are_read_alike_once_open_image_has_read_them(
     sentences: Any, embedder: Embedder
 ) -> None:
-    for encoded in odd_pictures().values():
-        expected = embedder.encode([encoded])
-        found = sentences.encode([open_image(encoded)])
+    ramp = np.linspace(0, 1, 60 * 90).reshape(60, 90)
+    colours = np.stack([ramp, ramp[::-1], ramp[:, ::-1]], axis=2)
+    turned = Image.Exif()
+    turned[Base.Orientation] = 6
+    for pixels, options in (
+        ((ramp * 65535).astype(np.uint16), {}),  # 16-bit grey
+        ((colours * 255).astype(np.uint8), {"exif": turned}),
+        ((np.dstack([colours, ramp]) * 255).astype(np.uint8), {}),  # transparent
+    ):
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "PNG", **options)
+        expected = embedder.encode([buffer.getvalue()])
+        found = sentences.encode([open_image(buffer.getvalue())])
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+
+
+def test_shorter_vectors_are_alike_where_the_card_says_how(
+    sentences: Any, embedder: Embedder
+) -> None:
+    expected = embedder.encode(["a dog"], truncate_dim=16)
+    found = sentences.encode(["a dog"], truncate_dim=16, normalize_embeddings=True)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
 
 
 def test_the_end_token_survives_cutting_beside_an_image(

@@ -23,7 +23,7 @@ from cocoa_pl.data.items import IMAGE_SLOT, Item, Pair
 from cocoa_pl.embedder import Embedder
 from cocoa_pl.errors import UserError
 from cocoa_pl.export.folder import export
-from cocoa_pl.mining import image_root, mine, write_subset
+from cocoa_pl.mining import image_root, mine, subsets_of, write_subset
 
 
 def read_back(folder: Path, subsets: list[str], root: Path) -> list[Pair]:
@@ -57,12 +57,13 @@ def test_negatives_are_of_the_same_subset_and_replace_the_rows_own() -> None:
         pair("qqq", "x" * 3, subset="b"),
         pair("qqqq", "x" * 20, subset="b"),
     ]
-    found = list(mine(pairs, by_length, number=3, max_of_positive=0.99, keep=False))
-    assert [mined.subset for mined in found] == ["a", "b"]
-    assert texts(found[0].pairs[0].negatives) == ["x" * 12]
-    assert texts(found[1].pairs[0].negatives) == ["x" * 20]
-    kept = next(mine(pairs, by_length, number=3, max_of_positive=0.99, keep=True))
-    assert texts(kept.pairs[0].negatives) == ["own", "x" * 12]
+    subsets = subsets_of(pairs)
+    assert [[pair.subset for pair in rows] for rows in subsets] == [["a"] * 2, ["b"] * 2]
+    first, second = (mine(rows, by_length, 3, 0.99, keep=False).pairs for rows in subsets)
+    assert texts(first[0].negatives) == ["x" * 12]
+    assert texts(second[0].negatives) == ["x" * 20]
+    kept = mine(subsets[0], by_length, 3, 0.99, keep=True).pairs
+    assert texts(kept[0].negatives) == ["own", "x" * 12]
 
 
 def test_an_item_that_cannot_be_embedded_is_named_by_its_row() -> None:
@@ -71,13 +72,13 @@ def test_an_item_that_cannot_be_embedded_is_named_by_its_row() -> None:
 
     pairs = [pair("q", "x"), pair("q", "xx"), replace(pair("qq", "x"), row_id="s row 7")]
     with pytest.raises(UserError, match=r"^s row 7: the encoded image is broken$"):
-        list(mine(pairs, encode, number=1, max_of_positive=1, keep=False))
+        mine(pairs, encode, 1, 1, keep=False)
 
 
 def test_subsets_of_one_answer_hold_nothing_to_mine() -> None:
     pairs = [pair("q", "p"), pair("r", "p"), pair("s", "x", subset="b")]
     with pytest.raises(UserError, match="there is nothing to mine: in each subset all rows have"):
-        mine(pairs, by_length, number=1, max_of_positive=0.9, keep=False)
+        subsets_of(pairs)
 
 
 def test_rows_come_back_as_they_were(
@@ -103,7 +104,7 @@ def test_rows_come_back_as_they_were(
     ]
     out = tmp_path / "out"
     root = image_root(pairs, folder=out)
-    write_subset(out, "s", pairs, root=root)
+    write_subset(out, pairs, root=root)
     back = read_back(out, ["s"], root)
     for before, after in zip(pairs, back, strict=True):
         for old, new in zip(
@@ -126,7 +127,7 @@ def test_several_images_on_a_side_are_refused(tmp_path: Path) -> None:
     image = Image.new("RGB", (28, 28))
     row = Pair(Item(IMAGE_SLOT * 2, (image, image)), Item("p"), (), "s", "row 9")
     with pytest.raises(UserError, match=r"row 9.*one image"):
-        write_subset(tmp_path, "s", [row], root=tmp_path)
+        write_subset(tmp_path, [row], root=tmp_path)
 
 
 @pytest.fixture

@@ -16,28 +16,18 @@ def unit(*degrees: float) -> NDArray[np.float32]:
     return np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
 
 
-def places(*values: int) -> NDArray[np.intp]:
-    return np.array(values, np.intp)
-
-
 def test_the_nearest_wrong_answers_are_chosen_and_near_answers_spared() -> None:
     # The positive is 30 degrees away: cos 0.866, of which 95 % are 0.823, or 34.6 degrees.
-    candidates = unit(30, 5, 32, 40, 60, 90)
-    found = choose(
-        unit(0), candidates, query=places(0), positive=places(0), number=2, max_of_positive=0.95
-    )
-    assert found.candidates[0].tolist() == [3, 4]
-    assert found.spared.tolist() == [2]  # 5 and 32 degrees
-    assert found.positive[0] == pytest.approx(np.cos(np.deg2rad(30)))
-    assert found.hardest[0] == pytest.approx(np.cos(np.deg2rad(40)))
+    (found,) = choose(unit(0), unit(30, 5, 32, 40, 60, 90), np.array([0]), np.array([0]), 2, 0.95)
+    assert found.candidates.tolist() == [3, 4]
+    assert found.spared == 2  # 5 and 32 degrees
+    assert (found.positive, found.hardest) == pytest.approx(np.cos(np.deg2rad([30, 40])))
 
 
 def test_a_row_without_candidates_has_no_negative() -> None:
-    found = choose(
-        unit(0), unit(10), query=places(0), positive=places(0), number=3, max_of_positive=0.95
-    )
-    assert found.candidates[0].tolist() == []
-    assert np.isnan(found.hardest[0])
+    (found,) = choose(unit(0), unit(10), np.array([0]), np.array([0]), 3, 0.95)
+    assert found.candidates.tolist() == []
+    assert np.isnan(found.hardest)
 
 
 def by_rows(
@@ -70,11 +60,8 @@ def test_blocks_give_what_single_rows_give(block: int, monkeypatch: pytest.Monke
     # Few values, exact in float32, so that there are ties.
     queries, candidates = (random.integers(-2, 3, (n, 4)).astype(np.float32) for n in (20, 30))
     query, positive = random.integers(0, 20, 60), random.integers(0, 30, 60)
-    found = choose(
-        queries, candidates, query=query, positive=positive, number=4, max_of_positive=0.9
-    )
-    expected = by_rows(queries, candidates, query, positive, 4, 0.9)
-    assert [row.tolist() for row in found.candidates] == expected
+    given = (queries, candidates, query, positive, 4, 0.9)
+    assert [row.candidates.tolist() for row in choose(*given)] == by_rows(*given)
 
 
 def test_distinct_items_in_order_of_appearance() -> None:

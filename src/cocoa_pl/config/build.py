@@ -92,8 +92,11 @@ def check_values(cfg: DictConfig) -> None:
             key = elsewhere[1]  # where the value is typed
         if value != MISSING and not is_made:
             check_value(key, value, kind)
-    for most in ("model.max_pixels", "model.eval_max_pixels"):
-        if "model" in cfg and OmegaConf.select(cfg, most) < cfg.model.min_pixels:
+    pixels = [f"model.{of}_pixels" for of in ("min", "max", "eval_max")] if "model" in cfg else ()
+    for most in pixels:
+        if _resolved(cfg, most) == MISSING:
+            raise UserError(f"{most} has no value; give it as {most}=...")
+        if OmegaConf.select(cfg, most) < cfg.model.min_pixels:
             raise UserError(f"{most} must be at least model.min_pixels={cfg.model.min_pixels}")
 
 
@@ -142,10 +145,10 @@ def _check_sections(cfg: DictConfig, kinds: Mapping[str, Any]) -> None:
     ours = [key for key, kind in kinds.items() if str(kind).startswith("<class 'cocoa_pl.")]
     sections = (key.rpartition(".")[0] for key in kinds if "." in key)
     for place in dict.fromkeys((*groups, *ours, *sections)):
-        value = None
+        value: Any = {}
         with suppress(OmegaConfBaseException):  # raised where it is needed
-            value = OmegaConf.select(cfg, place)
-        if isinstance(value, str | int | float):
+            value = OmegaConf.select(cfg, place, default={})
+        if isinstance(value, str | int | float) or (value is None and place in ours):
             hint = f"{groups[place]}={value}" if place in groups else f"{place}.KEY=..."
             raise UserError(f"{place} holds several values; did you mean {hint}?")
 

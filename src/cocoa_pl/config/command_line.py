@@ -36,7 +36,11 @@ PLUGINS = {
     "launcher": ("joblib", "ray", "rq", "submitit"),
     "sweeper": ("ax", "nevergrad", "optuna"),
 }
-FOLDER_OPTIONS = ("--config-dir", "-cd", "--config-path", "-cp")
+# Of Hydra's options those with a value of their own.
+TAKE_VALUES = (
+    *("--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn"),
+    *("--cfg", "-c", "--package", "-p", "--info", "-i"),
+)
 
 # `${run_dir:RESUMED,NEW}` is the run folder, resumed or new; `${sum:A,B}` adds step counts.
 OmegaConf.register_new_resolver("run_dir", run_folder, replace=True, use_cache=True)
@@ -90,8 +94,13 @@ def run_app(
                 "--experimental-rerun would write into the folder of the run that it repeats; give "
                 "what is in its .hydra/overrides.yaml to a new run, or go on with it by resume=RUN"
             )
-        pairs = zip(["", *words], words, strict=False)
-        sys.argv[1:] = [w if before in FOLDER_OPTIONS else _in_quotes(w) for before, w in pairs]
+        options, overrides = [], []  # wherever they stand: argparse takes overrides in one place
+        for previous, word in zip(["", *words], words, strict=False):
+            if word.startswith("-") or previous in TAKE_VALUES:
+                options.append(word)
+            else:
+                overrides.append(_in_quotes(word))
+        sys.argv[1:] = [*options, *overrides]
         os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing
         before = HydraConfig.instance().cfg  # `--help` leaves its own
         app = hydra.main(config_path=str(CONFIGS), config_name=config_name, version_base="1.3")
@@ -136,7 +145,7 @@ def _as_before() -> Iterator[None]:
 def _in_quotes(word: str) -> str:
     """A word as Hydra's grammar takes it: in quotes if need be, and `~` as the home folder."""
     key, equals, value = word.partition("=")
-    if not equals or key.startswith("-"):
+    if not equals:
         return word
     if not key or _parse(f"{key}=") is None:
         raise UserError(f"{word}: write key=value")

@@ -77,6 +77,8 @@ def guarded(run: Callable[[], int | None], *, remedy: str = RESUME) -> int:
                 raise UserError(f"{word!r} is not UTF-8; rename the file, or type it otherwise")
         with interruptible():
             status = run() or 0
+            for handler in logging.getLogger().handlers:
+                handler.flush()  # where a disk took no line, it raises
             sys.stdout.flush()
             return status
     except UserError as error:
@@ -220,7 +222,7 @@ def set_up_logging(run_dir: Path) -> Console:
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     level = logging.INFO if is_first_process() else logging.WARNING  # it logs for all
     logging.basicConfig(level=level, handlers=[screen, file], force=True)
-    logging.raiseExceptions = False  # a full disk takes no line: its next file says so, in one
+    logging.raiseExceptions = False  # a full disk takes no line: `guarded` says so, once
     for chatty in ("lightning.pytorch", "lightning.fabric", "httpx", "huggingface_hub", "mteb"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     # Its one line is that it ends the job because one of the processes has died.

@@ -158,7 +158,7 @@ def _settings(init_from: str) -> tuple[dict[str, Any], str] | None:
     """The settings of a model and where they are from; None without those of this version."""
     described = _file_of(init_from, DESCRIPTION)
     known = described_in(described.parent).get("settings") if described else None
-    if not known or "stage" not in known:
+    if not known or not known.keys() >= {"model", "stage"}:
         return None
     place = {"_target_": "cocoa_pl.models.loading.PretrainedSource", "path": init_from}
     source = OmegaConf.select(load_config(Path(init_from)), "model.source", default=place)

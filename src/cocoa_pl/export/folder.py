@@ -13,6 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,13 @@ from cocoa_pl.models.exported import (
 
 CHAT_TEMPLATE = "chat_template.jinja"
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"  # in a chat template
+FORWARD = {"method": "forward", "method_output_name": "last_hidden_state"}
+MODULES = (  # stock ones, at their places in sentence-transformers 6 (https://sbert.net)
+    ("", "sentence_transformers.base.modules.transformer.Transformer"),
+    ("1_Pooling", "sentence_transformers.sentence_transformer.modules.pooling.Pooling"),
+    ("2_Normalize", "sentence_transformers.base.modules.normalize.Normalize"),
+)
+WRITTEN_FOR = "6.0.0"  # the oldest release whose modules lie at these places
 
 log = logging.getLogger(__name__)
 
@@ -204,3 +212,54 @@ def _save_weights(stock: Any, folder: Path, *, causal: bool) -> None:
     finally:
         stock.set_attn_implementation(TEXT_ATTENTION)
         stock.model.visual.config._attn_implementation = VISION_ATTENTION
+
+
+def write_sentence_transformers(folder: Path, *, dim: int) -> None:
+    """Make a folder that `export` wrote one of sentence-transformers, too, without code of this
+    project: Transformer renders messages with the folder's chat template, Pooling takes the last
+    token, which is EOS, and Normalize makes unit vectors.
+
+    Args:
+        dim: components of a vector.
+    """
+    try:
+        release = version("sentence-transformers")  # which parity is checked with
+    except PackageNotFoundError:
+        release = WRITTEN_FOR
+    modules = [
+        {"idx": number, "name": str(number), "path": path, "type": kind}
+        for number, (path, kind) in enumerate(MODULES)
+    ]
+    for path, _ in MODULES[1:]:
+        (folder / path).mkdir()
+    files: dict[str, Any] = {
+        "modules.json": modules,
+        "config_sentence_transformers.json": {
+            "__version__": {"sentence_transformers": release},
+            "model_type": "SentenceTransformer",
+            "prompts": {"query": "", "document": ""},
+            "default_prompt_name": None,
+            "similarity_fn_name": "cosine",
+        },
+        "sentence_bert_config.json": {
+            "transformer_task": "feature-extraction",
+            "modality_config": {
+                "text": FORWARD,
+                "image": FORWARD,
+                "message": {**FORWARD, "format": "structured"},
+            },
+            "module_output_name": "token_embeddings",
+            # PIL's exact pixels: torchvision's resizing rounds differently, vectors by up to 2e-3.
+            # The newer name, backend, is refused by the video processor that loads beside it.
+            "processor_kwargs": {"use_fast": False},
+            "unpad_inputs": False,  # flattened texts would see each other's neighbours
+        },
+        "1_Pooling/config.json": {
+            "embedding_dimension": dim,
+            "pooling_mode": "lasttoken",
+            "include_prompt": True,
+        },
+        "2_Normalize/config.json": {},
+    }
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content, indent=1))

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,6 +20,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from cocoa_pl.attention import Policy
+from cocoa_pl.config.bounds import Count, NotNegative, check_value
 from cocoa_pl.data.items import IMAGE_SLOT, Item
 from cocoa_pl.errors import UserError, typed
 from cocoa_pl.models.loading import ADAPTER_CONFIG, find_folder
@@ -32,6 +35,17 @@ FINGERPRINT_TOLERANCE = {"float32": 1e-3, "bfloat16": 3e-2}
 DESCRIPTION = "cocoa.json"
 FORMAT = 2  # of cocoa.json
 UNREAD = ("generation_config.json",)  # exported for other tools; vectors do not depend on it
+# What is read of it, beside the fingerprint; of format 1 the first two alone.
+STAGE = {"stage": str, "steps": Count, "batch_size": Count, "lr": float, "policy": str, "seed": int}
+READ: dict[str, Any] = {
+    "lineage": Sequence[Mapping[str, Any]],
+    "settings": Mapping[str, Mapping[str, Any]] | None,
+    "policy": Mapping[str, Any],
+    **dict.fromkeys(("max_length", "min_pixels", "max_pixels"), Count),
+    "dtype": Literal["float32", "bfloat16"],
+    "rounding": NotNegative,
+    **dict.fromkeys(("files", "others"), Mapping[str, str]),
+}
 CHANGED, MISSING = "was changed since the model was exported", "is missing"
 
 
@@ -104,8 +118,14 @@ def described_in(folder: Path) -> dict[str, Any]:
         described: dict[str, Any] = json.loads(path.read_bytes())
         number = described["format"]
         is_as_written = number != FORMAT or described["digest"] == _digest(described)
-        for stage in described["lineage"]:
-            stage["stage"]
+        keys = {1: tuple(READ)[:2], FORMAT: tuple(READ)}.get(number, ()) if is_as_written else ()
+        for key in keys:
+            check_value(key, described[key], READ[key])
+        for stage, key in product(described["lineage"], STAGE) if keys else ():
+            check_value(key, stage[key], STAGE[key])
+        if "policy" in keys:
+            check_value("causal", Policy.from_dict(described["policy"]).causal, bool)
+            np.array(described["fingerprint"], np.float32)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} describes no model; export it again") from error
     if number != FORMAT:
@@ -154,7 +174,8 @@ def check_fingerprint(
     Raises:
         UserError: if one differs: what computes them is not what computed them at export.
     """
-    worst = float(np.abs(take_fingerprint(encode) - expected).max())
+    taken = take_fingerprint(encode)
+    worst = np.inf if taken.shape != expected.shape else float(np.abs(taken - expected).max())
     if not worst <= FINGERPRINT_TOLERANCE[dtype]:
         raise UserError(
             f"{where}: the model does not give the vectors it was exported with (largest "
