@@ -33,7 +33,7 @@ from cocoa_pl.evaluation.vectors import IN_MEMORY, VectorSettings, embedded
 from cocoa_pl.export.folder import export, lineage_of, untouched
 from cocoa_pl.for_mteb.benchmark import MtebBenchmark
 from cocoa_pl.models import adapters
-from cocoa_pl.models.loading import Inputs, Loaded, find_folder, load
+from cocoa_pl.models.loading import ADAPTER_CONFIG, Inputs, Loaded, find_folder, load
 from cocoa_pl.models.tiny import Texts
 from cocoa_pl.stages import checkpoint
 from cocoa_pl.stages.callbacks import check_login
@@ -63,7 +63,10 @@ def train(cfg: DictConfig, run_dir: Path, console: Console) -> None:
         benchmark = HeldOutBenchmark(name=benchmark.name, data=data)  # rows are read once
     loaded = open_model(cfg, data.training_texts)
     began, backbone = lineage_of(str(loaded.folder)), loaded.backbone
-    log.info("%s", adapters.trainable_line(backbone))
+    parameters = list(backbone.parameters())
+    total = sum(p.numel() for p in parameters)
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    log.info(f"{trained:,} of {total:,} parameters train ({100 * trained / total:.2f} %)")
     processor, eval_processor = make_processors(cfg, loaded)
     recipe = Recipe(
         stages=stages,
@@ -156,7 +159,7 @@ def model_folders(cfg: DictConfig, texts: Texts) -> tuple[Path, Path | None]:
     else:
         folder = find_folder(cfg.init_from)
         log.info("starting from %s", folder)
-    if not adapters.is_adapter(folder):
+    if not (folder / ADAPTER_CONFIG).is_file():
         return folder, None
     return find_folder(adapters.base_path(folder, copy=cfg.model.source.get("path"))), folder
 

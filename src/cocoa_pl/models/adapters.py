@@ -15,7 +15,6 @@ from pathlib import Path, PureWindowsPath
 from typing import Any, Literal
 
 import peft
-import torch
 from peft.tuners.lora import LoraLayer
 from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dict
@@ -127,17 +126,7 @@ class LowRank:
             for module in backbone.modules():
                 if isinstance(module, LoraLayer):
                     module.cast_input_dtype_enabled = False
-        for parameter in backbone.parameters():
-            if parameter.requires_grad and parameter.dtype != torch.float32:
-                raise AssertionError("peft no longer keeps adapters in float32")
         return backbone
-
-
-def trainable_line(module: nn.Module) -> str:
-    """One line for the log: how many parameters train."""
-    total = sum(p.numel() for p in module.parameters())
-    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
-    return f"{trained:,} of {total:,} parameters train ({100 * trained / total:.2f} %)"
 
 
 def merged(backbone: Backbone) -> Backbone:
@@ -168,11 +157,6 @@ def check_trained(state: Mapping[str, Tensor], *, where: Path | str) -> None:
             "%s: %d of %d lora_B are zero, first %s: no data ever used them",
             *(where, len(untouched), len(matrices), untouched[0]),
         )
-
-
-def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds an adapter and no model of its own."""
-    return (folder / ADAPTER_CONFIG).is_file()
 
 
 def base_path(folder: Path, *, copy: str | None) -> str:

@@ -17,7 +17,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from matplotlib import colormaps
 from numpy.typing import NDArray
 from PIL import Image
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress, TextColumn
 from torch import Tensor
 
 from cocoa_pl.data.batch import Batch
@@ -47,22 +47,16 @@ class StageProgress(L.Callback):
         self._line = ""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._first_step = trainer.global_step
-        self._started = self._since = time.perf_counter()
-        self.label, self.steps = str(pl_module.label), trainer.max_steps
+        self._since = time.perf_counter()
         console = rich.get_console()
         self.progress = Progress(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
+            *Progress.get_default_columns(),
             TextColumn("{task.fields[line]}"),
-            TimeRemainingColumn(),
             console=console,
             disable=not (self.bar and console.is_terminal and trainer.is_global_zero),
         )
-        self.task = self.progress.add_task(
-            self.label, total=self.steps, completed=trainer.global_step, line=""
-        )
+        steps, done = trainer.max_steps, trainer.global_step
+        self.progress.add_task(str(pl_module.label), total=steps, completed=done, line="")
         self.progress.start()
 
     def on_train_batch_end(
@@ -71,14 +65,14 @@ class StageProgress(L.Callback):
         world = trainer.world_size  # a batch is a list of `Batch`
         self._samples += sum(one.num_rows for one in batch) * world
         self._tokens += sum(one.num_tokens for one in batch) * world
-        step = trainer.global_step
+        step, steps = trainer.global_step, trainer.max_steps
         is_logged = step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
-        is_bar = not self.progress.disable
-        is_line = not is_bar and step % max(1, self.steps // LINES) == 0
+        is_line = self.progress.disable and step % max(1, steps // LINES) == 0
         seconds = time.perf_counter() - self._since
         if is_logged or is_line:
             loss = trainer.callback_metrics.get("train/loss", torch.tensor(torch.nan))
-            self._line = f"loss {loss.item():.3f}  {self._samples / seconds:.0f} samples/s"
+            rate = f"{self._samples / seconds:.0f} samples/s"
+            self._line = f"{step}/{steps} loss {loss.item():.3f}  {rate}"
         if is_logged:
             pl_module.log_dict(
                 {
@@ -88,13 +82,11 @@ class StageProgress(L.Callback):
             )
             self._samples = self._tokens = 0
             self._since = time.perf_counter()
-        if is_bar:
-            self.progress.update(self.task, completed=step, line=self._line)
-        elif is_line and trainer.is_global_zero:
-            left = (time.perf_counter() - self._started) / (step - self._first_step)
-            minutes, seconds_left = divmod(int(left * (self.steps - step)), 60)
-            done = f"{self.label} {step}/{self.steps}"
-            log.info("%s %s %d:%02d left", done, self._line, minutes, seconds_left)
+        (task,) = self.progress.tasks
+        self.progress.update(task.id, completed=step, line=self._line)
+        if is_line and trainer.is_global_zero:
+            left = divmod(int(task.time_remaining or 0), 60)
+            log.info("%s %s %d:%02d left", task.description, self._line, *left)
 
     def on_train_end(self, *_: Any) -> None:
         self.progress.stop()
