@@ -34,8 +34,8 @@ from cocoa_pl.errors import UserError, absent, first_line, typed
 class PairSource:
     """Pairs of files, subset by subset; a part of them is held out for validation.
 
-    Args: the keys of conf/data/common/source.yaml, which says what each means; see `RowFormat` and
-        `PairStream` too.
+    Its arguments are the keys of conf/data/common/source.yaml, which says what each means; see
+    `RowFormat` and `PairStream` too.
 
     Raises:
         UserError: for caps or caption subsets of no subset, or a validation file and a fraction.
