@@ -168,6 +168,10 @@ class Comparison:
         words = [" ".join(f"{k}={v}" for k, v in run.overrides.items()) for run in found]
         return [f"{w or run.folder}: {run.missing}" for w, run in zip(words, found, strict=True)]
 
+    @property
+    def note(self) -> str:
+        return "missing: " + "; ".join(self.missing) if self.missing else ""
+
     def table(self, keys: Sequence[Key], *, marked: bool = False) -> list[list[str]]:
         """Titles, and of each configuration its name, how many runs it has, and its scores; a mark
         tells what differs from the first one.
@@ -276,7 +280,7 @@ def write_summary(folder: Path, runs: Sequence[Run], *, subsets: Sequence[str]) 
     if stats["runs"].any():
         with (folder / "summary.png").open("wb") as file:
             plot(file, comparison, [key for key in keys if key in plotted] or keys)
-    return plain_table(said, rows, comparison.missing)
+    return plain_table(said, rows, comparison.note)
 
 
 def plot(file: IO[bytes], comparison: Comparison, keys: Sequence[Key]) -> None:
@@ -334,7 +338,7 @@ def run(arguments: Sequence[str], console: Console) -> int:
     write_comparison(out, comparison, keys, date=datetime.date.today().isoformat())
     said = "scores in %; those with + or - differ from the first"
     rows = zip(*comparison.table(keys, marked=True), strict=True)  # there are few runs
-    console.print(plain_table(said, rows, comparison.missing))
+    console.print(plain_table(said, rows, comparison.note))
     console.print(shown(f"report: {out}"), soft_wrap=True)
     return 0
 

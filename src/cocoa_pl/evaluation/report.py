@@ -166,34 +166,25 @@ def markdown(text: str) -> str:
 
 
 def score_table(results: Results) -> Table:
-    """The scores for a terminal, in percent: groups with their subsets, splits, and the whole."""
-    title = shown(f"{results.benchmark}: scores in %")
-    table = Table(title=title, title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0))
-    table.add_column("subset")
-    table.add_column("split")
+    """The scores for a terminal, in percent: groups behind their subsets, splits, and the whole."""
     names = [name for name in COLUMNS if not name.endswith("_at_5")]
-    for column in (*(COLUMNS[name] for name in names), "queries", "of"):
-        table.add_column(column, justify="right")
 
-    def cells(subsets: Sequence[SubsetScore]) -> list[str]:
-        return [percent(mean_score(subsets, of=name)) for name in names]
+    def line(label: str, subsets: Sequence[SubsetScore], *more: str) -> list[str]:
+        return [label, *(percent(mean_score(subsets, of=name)) for name in names), *more]
 
+    rows = [["subset", *(COLUMNS[name] for name in names), "queries", "of", "split"]]
     for group, subsets in results.groups.items():
         for one in subsets:
-            split = "in" if one.in_distribution else "out"
             counts = f"{one.num_queries:,}", f"{one.num_candidates:,}"
-            table.add_row(shown(one.name), split, *cells([one]), *counts)
+            rows.append(line(one.name, [one], *counts, "in" if one.in_distribution else "out"))
         if not results.is_partial:
-            table.add_row(shown(group), "", *cells(subsets), style="bold", end_section=True)
-    for name in (*MEANS[1:], MEANS[0]):
-        if name in results.means:
-            style = "bold" if name == MEANS[0] else None
-            table.add_row(name.replace("_", " "), "", *cells(results.means[name]), style=style)
-    lines = [f"{one.name}: {one.caveat}" for one in results.subsets if one.caveat]
+            rows.append(line(group, subsets))
+    means = [(name, results.means.get(name)) for name in (*MEANS[1:], MEANS[0])]
+    rows += [line(name.replace("_", " "), subsets) for name, subsets in means if subsets]
+    notes = [f"{one.name}: {one.caveat}" for one in results.subsets if one.caveat]
     if widths := ", ".join(f"{name}: {percent(x)}" for name, x in results.widths.items()):
-        lines.append(f"overall P@1 of leading components alone: {widths}")
-    table.caption, table.caption_justify = shown("\n".join(lines)) if lines else None, "left"
-    return table
+        notes.append(f"overall P@1 of leading components alone: {widths}")
+    return plain_table(f"{results.benchmark}: scores in %", rows, "\n".join(notes))
 
 
 def columns(results: Results) -> tuple[str, ...]:
@@ -234,17 +225,18 @@ def published_table(results: Results, rows: Sequence[ModelScores]) -> Table:
     return plain_table("Beside published results, in %", [head, *texts])
 
 
-def plain_table(title: str, rows: Iterable[Sequence[str]], missing: Sequence[str] = ()) -> Table:
-    """Names and numbers for a terminal; the first row and the first column are titles."""
+def plain_table(title: str, rows: Iterable[Sequence[str]], note: str = "") -> Table:
+    """Names and numbers for a terminal; the first row and the first column are titles, and a
+    shorter row is bold.
+    """
     (first, *others), *body = rows
-    table = Table(title=title, title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0))
+    table = Table(title=shown(title), title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0))
     table.add_column(shown(first), overflow="fold")
     for column in others:
         table.add_column(shown(column), justify="right", overflow="fold")
     for row in body:
-        table.add_row(*map(shown, row))
-    if missing:
-        table.caption, table.caption_justify = shown("missing: " + "; ".join(missing)), "left"
+        table.add_row(*map(shown, row), style="bold" if len(row) <= len(others) else None)
+    table.caption, table.caption_justify = shown(note) if note else None, "left"
     return table
 
 
