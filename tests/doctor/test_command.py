@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from cocoa_pl import cli
-from cocoa_pl.config.process import MISTAKE
 from cocoa_pl.errors import UserError
 from tests.files import write_noise, write_rows
 
@@ -69,14 +67,6 @@ def test_a_folder_that_is_no_model_is_the_users_mistake(
     overrides = [o for o in mmeb(healthy) if not o.startswith("model.")]
     with pytest.raises(UserError, match="is no model folder"):
         check_up(*overrides, "model=qwen2vl", f"model.source.path={tmp_path}")
-
-
-def test_a_mistake_is_one_sentence_and_status_2(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert cli.run(["doctor", f"out={tmp_path}", "worker=3"]) == MISTAKE
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line == "error: unknown key worker (did you mean workers?)"
 
 
 def test_a_stream_is_refused_with_what_to_do(

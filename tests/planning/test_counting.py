@@ -73,14 +73,6 @@ def test_bytes_alive_by_kind() -> None:
     assert counting.alive == {"weights": 400, ACTIVATIONS: 0, "other": 0}
 
 
-def test_a_part_that_was_counted_is_counted_again() -> None:
-    with Counting() as counting:
-        kept = torch.ones(10)
-        counting.repeat({Call("aten.mm", "float32", 7, 9): 2}, 100)
-    assert counting.result.by_operator()["aten.mm"] == (14, 18, 2)
-    assert counting.result.peak == {ACTIVATIONS: 100 + kept.nbytes}
-
-
 def test_an_operation_takes_as_long_as_its_numbers_or_its_bytes() -> None:
     calls = Counter(
         {

@@ -18,9 +18,10 @@ from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from statistics import NormalDist
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 from urllib.parse import quote
 
+import numpy as np
 import pandas as pd
 from rich.console import Console
 from rich.table import Table
@@ -117,49 +118,23 @@ def settings(runs: Sequence[Run]) -> pd.DataFrame:
 # --- Scores ------------------------------------------------------------------------------------
 
 
-class Cell(NamedTuple):
-    """The score of a configuration, and how far it is from the first one's.
-
-    Attributes:
-        score: mean over its runs in [0, 1]; NaN without any.
-        deviation: sample deviation over its runs; NaN for a single one.
-        is_best: of all configurations.
-        low, high: interval of the difference; NaN where it is unknown.
-        runs: the score of each run.
-    """
-
-    score: float
-    deviation: float
-    is_best: bool
-    low: float
-    high: float
-    runs: Sequence[float]
-
-    @property
-    def differs(self) -> str:
-        """`above`, `below`, or empty where the interval holds zero."""
-        return "above" if self.low > 0 else "below" if self.high < 0 else ""
-
-    @property
-    def text(self) -> str:
-        """E.g. `91.6 ± 0.4`, in percent."""
-        if math.isnan(self.score):
-            return "missing"
-        deviation = "" if math.isnan(self.deviation) else f" ± {percent(self.deviation)}"
-        return percent(self.score) + deviation
-
-
 @dataclass(frozen=True)
 class Comparison:
     """Runs and their configurations.
 
     Attributes:
         members: configuration -> its runs.
-        cells: for each score a cell for each configuration.
+        cells: for each score a cell for each configuration, with the attributes
+            `score`, mean over its runs in [0, 1], NaN without any;
+            `deviation`, sample deviation over its runs, NaN for a single one;
+            `runs`, the score of each run;
+            `low` and `high`, interval of the difference from the first configuration, or NaN;
+            `differs`, `above` or `below` where that does not hold zero, or empty;
+            `is_best` of all configurations; `text` in percent, such as `91.6 ± 0.4`.
     """
 
     members: Mapping[str, Sequence[Run]]
-    cells: Mapping[Key, Sequence[Cell]]
+    cells: Mapping[Key, Sequence[Any]]
 
     @property
     def missing(self) -> list[str]:
@@ -209,14 +184,22 @@ def compared(runs: Sequence[Run], labels: Sequence[str]) -> Comparison:
     for key in keys:
         pairs = [table.get(key, (math.nan, math.nan)) for table in tables]
         lines = pd.DataFrame(pairs, columns=["score", "variance"]).groupby(labels, sort=False)
-        score, deviation = lines["score"].mean(), lines["score"].std()
-        of_runs = (deviation**2 / lines["score"].count()).fillna(0)
-        variance = lines["variance"].mean() + of_runs
-        gap = score - score.iloc[0]
+        some = lines["score"].agg(score="mean", deviation="std")
+        some["runs"] = [scores.dropna().tolist() for _, scores in lines["score"]]
+        counts = lines["score"].count()
+        variance = lines["variance"].mean() + (some["deviation"] ** 2 / counts).fillna(0)
+        gap = some["score"] - some["score"].iloc[0]
         reach = NormalDist().inv_cdf(0.5 + CONFIDENCE / 2) * (variance + variance.iloc[0]) ** 0.5
-        each = [some.dropna().tolist() for _, some in lines["score"]]
-        columns = (score, deviation, score == score.max(), gap - reach, gap + reach, each)
-        cells[key] = [Cell(*cell) for cell in zip(*columns, strict=True)]
+        some["low"], some["high"] = gap - reach, gap + reach
+        some["differs"] = np.select([some["low"] > 0, some["high"] < 0], ["above", "below"], "")
+        some["is_best"] = some["score"] == some["score"].max()
+        some["text"] = [
+            "missing"
+            if count == 0
+            else percent(mean) + ("" if count == 1 else f" ± {percent(std)}")
+            for mean, std, count in zip(some["score"], some["deviation"], counts, strict=True)
+        ]
+        cells[key] = [*some.itertuples()]
     return Comparison(members, cells)
 
 
