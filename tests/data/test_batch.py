@@ -38,7 +38,7 @@ def joined(samples: Sequence[Sample], name: str) -> list[int]:
     return [value for sample in samples for value in getattr(sample, name).tolist()]
 
 
-def test_samples_are_packed_end_to_end_in_their_order(
+def test_samples_and_their_rows_are_packed_end_to_end_in_their_order(
     samples: list[Sample], packed: Packed
 ) -> None:
     batch = packed(samples)
@@ -51,11 +51,7 @@ def test_samples_are_packed_end_to_end_in_their_order(
     assert batch.keys.tolist() == [s.key for s in samples]
     assert batch.row_ids == tuple(s.row_id for s in samples)
     assert batch.places.tolist() == list(range(len(samples)))
-    assert (batch.num_samples, batch.num_tokens) == (5, len(batch.input_ids))
-
-
-def test_rows_of_a_batch_are_those_of_its_samples(samples: list[Sample], packed: Packed) -> None:
-    batch, start, first_visual = packed(samples), 0, 0
+    start, first_visual = 0, 0
     rows: dict[str, list[int]] = {name: [] for name in ("token_rows", "patch_rows", "patch_places")}
     for sample in samples:
         visual = np.flatnonzero(sample.kinds == 2)
@@ -67,6 +63,7 @@ def test_rows_of_a_batch_are_those_of_its_samples(samples: list[Sample], packed:
     assert all(rows.values())
     assert batch.targets.tolist() == joined(samples, "targets")
     assert len(batch.patches) == 4 * len(batch.visual_rows) == 4 * first_visual
+    assert (batch.num_samples, batch.num_tokens) == (5, start)
 
 
 @pytest.mark.parametrize("length", [1, 3])

@@ -43,10 +43,6 @@ def read(tmp_path: Path, pair_source: MakeSource) -> Read:
     return make
 
 
-def write(path: Path, *rows: Any) -> Path:
-    return write_rows(path, rows)
-
-
 def texts(pairs: Pairs) -> list[str]:
     return [pair.positive.text for pair in pairs]
 
@@ -58,7 +54,9 @@ def texts(pairs: Pairs) -> list[str]:
 def test_rows_are_named_by_file_and_line_or_row(
     tmp_path: Path, read: Read, name: str, numbers: str
 ) -> None:
-    path = write(tmp_path / name, GOOD, GOOD | {"positive": "b", "negatives": [{"text": "é"}]})
+    path = write_rows(
+        tmp_path / name, [GOOD, GOOD | {"positive": "b", "negatives": [{"text": "é"}]}]
+    )
     pairs = read(path)
     assert [pair.row_id for pair in pairs] == [f"{path} {n}" for n in numbers.split(", ")]
     assert texts(pairs) == ["a dog asleep on a sofa", "b"]
@@ -66,10 +64,13 @@ def test_rows_are_named_by_file_and_line_or_row(
     assert {pair.subset for pair in pairs} == {path.stem}
 
 
-def test_blank_lines_count_but_are_not_rows(tmp_path: Path, read: Read) -> None:
+def test_blank_lines_and_byte_order_marks_are_no_rows(tmp_path: Path, read: Read) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text("\ufeff\n" + json.dumps(GOOD) + "\r\n\n \n", encoding="utf-8")
     assert [pair.row_id for pair in read(path)] == [f"{path} line 2"]
+    array = tmp_path / "a.json"
+    array.write_text("\ufeff" + json.dumps([GOOD]), encoding="utf-8")
+    assert texts(read(array)) == [GOOD["positive"]]
 
 
 BAD_LINES = {
@@ -106,22 +107,18 @@ def test_a_thousand_errors_of_a_kind_are_kept_and_all_are_counted(
         return sum(isinstance(one, UserError) for one in gc.get_objects())
 
     gone = [GOOD | {"query_image": f"{n}.png"} for n in range(KEPT + 200)]
-    path = write(tmp_path / "a.jsonl", *gone, *[GOOD] * (KEPT + 300), {"query": "a"})
-    source = pair_source(
-        "pairs",
-        path=str(path),
-        image_root=str(tmp_path),
-        on_bad_row="skip",
-        repeated="drop",
-    )
+    path = write_rows(tmp_path / "a.jsonl", [*gone, *[GOOD] * (KEPT + 300), {"query": "a"}])
+    options = {"path": str(path), "image_root": str(tmp_path), "on_bad_row": "skip"}
+    source = pair_source("pairs", repeated="drop", **options)
     before = num_errors()
     with caplog.at_level(logging.INFO):
-        assert len(source.train_pairs()) == 1
+        (kept,) = source.train_pairs()
     assert num_errors() - before == len(source.left_out) == 2 * KEPT + 1
     counts = {"missing_image": KEPT + 200, "repeated_row": KEPT + 299, "empty_text": 1}
     assert source.left_out.counts == counts
     assert "skipped 1201 bad row(s): " in caplog.text
-    assert "skipped 1299 repeated row(s): " in caplog.text
+    repeats = f"{path} line 1202: same query and positive as {kept.row_id}; "
+    assert f"skipped 1299 repeated row(s): {repeats}" in caplog.text
     both = RowErrors()
     for _ in range(2):
         both.extend(source.left_out)
@@ -131,7 +128,7 @@ def test_a_thousand_errors_of_a_kind_are_kept_and_all_are_counted(
 
 def damaged(path: Path) -> None:
     rows = [{"query": f"{n}" * 999, "positive": str(n)} for n in range(9)]
-    write(path, *rows)
+    write_rows(path, rows)
     content = path.read_bytes()
     path.write_bytes(content[:40] + b"\0" * 200 + content[240:])
 
@@ -142,7 +139,11 @@ def damaged(path: Path) -> None:
         ("a.jsonl", b"\n\n", "no usable row"),
         ("a.parquet", b"PAR1", "cannot be read as parquet"),
         ("a.parquet", damaged, "cannot be read as parquet"),
-        ("a.parquet", lambda path: write(path, {"other": 1}), "unknown column other; known are"),
+        (
+            "a.parquet",
+            lambda path: write_rows(path, [{"other": 1}]),
+            "unknown column other; known",
+        ),
         ("a.json", b'{"a": 1}', "not a JSON array of objects, but dict"),
         ("a.json", b'[{"a": "\xff"}]', "not a JSON array"),
         ("a.json", b"[" * 100_000, "not a JSON array"),
@@ -183,12 +184,6 @@ def test_texts_of_any_type_are_texts(tmp_path: Path, read: Read, kind: pa.DataTy
     assert pairs.fingerprint
 
 
-def test_a_json_array_may_begin_with_a_byte_order_mark(tmp_path: Path, read: Read) -> None:
-    path = tmp_path / "a.json"
-    path.write_text("\ufeff" + json.dumps([GOOD]), encoding="utf-8")
-    assert texts(read(path)) == [GOOD["positive"]]
-
-
 # --- What rows cost, and their fingerprint ------------------------------------------------------
 
 
@@ -213,7 +208,7 @@ def test_a_row_costs_a_few_bytes(tmp_path: Path, read: Read) -> None:
 
 def test_a_fingerprint_is_of_content_order_and_mapping(tmp_path: Path, read: Read) -> None:
     rows = [GOOD | {"positive": str(n), "query_image": None} for n in range(300)]
-    path = write(tmp_path / "a.parquet", *rows)
+    path = write_rows(tmp_path / "a.parquet", rows)
     first = read(path).fingerprint
     pq.write_table(pq.read_table(path), path, row_group_size=7, compression="none")
     assert read(path).fingerprint == first  # however the file is laid out
@@ -229,8 +224,8 @@ def test_a_fingerprint_is_of_content_order_and_mapping(tmp_path: Path, read: Rea
     for change in changes:
         changed = [dict(row) for row in rows]
         change(changed)
-        found.add(read(write(path, *changed)).fingerprint)
-    write(path, *rows)
+        found.add(read(write_rows(path, changed)).fingerprint)
+    write_rows(path, rows)
     columns = [{"query": {"text": "positive"}, "positive": {"text": "query"}, "required": []}]
     found.add(read(path, columns=columns, other_columns=True).fingerprint)
     assert len(found) == len(changes) + 2

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -98,19 +97,6 @@ def test_rows_are_numbered_through_the_files_of_a_subset(tmp_path: Path, mmeb: M
     both = mmeb(split=["original", "diverse_instruction"], max_rows=1)
     assert names(both) == ["A (original) row 0", "A (diverse_instruction) row 0"]
     assert {pair.subset for pair in both.train_pairs()} == {"A"}
-
-
-def test_repeated_rows_are_left_out_and_counted(
-    tmp_path: Path, mmeb: MakeSource, caplog: pytest.LogCaptureFixture
-) -> None:
-    write(tmp_path, "A", [row(0), row(1), row(0), row(1), row(0, pos_text="another"), row(0)])
-    source = mmeb()
-    with caplog.at_level(logging.INFO):
-        assert names(source) == ["A row 0", "A row 1", "A row 4"]
-    handed_over = [(error.kind, error.row_id) for error in source.left_out]
-    assert handed_over == [("repeated_row", f"A row {number}") for number in (2, 3, 5)]
-    said = "A row 2: same query and positive as A row 0; A row 3: "
-    assert f"skipped 3 repeated row(s): {said}" in caplog.text
 
 
 def test_arrays_of_a_folder_are_subsets(tmp_path: Path, pair_source: MakeSource) -> None:

@@ -11,13 +11,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import pytest
-import torch
-from torch import Tensor, nn
 
+from cocoa_pl.data import datamodule
 from cocoa_pl.data.batch import Batch
-from cocoa_pl.data.datamodule import Places, StageData, StreamBatches, Streamed, check_mixing
+from cocoa_pl.data.datamodule import Places, StageData, Streamed, check_mixing
 from cocoa_pl.data.examples import PairExamples
 from cocoa_pl.data.items import Pair
 from cocoa_pl.data.masking import Masking
@@ -25,8 +23,10 @@ from cocoa_pl.data.processor import Processor
 from cocoa_pl.data.sources import PairSource
 from cocoa_pl.data.stream import PairStream
 from cocoa_pl.errors import UserError
-from tests.data.loading import COLLATOR, mixing, stage_data
+from cocoa_pl.models.loading import Loaded
+from tests.data.loading import mixing, stage_data
 from tests.files import write_rows
+from tests.stages.lab import Lab, equal, weights_of
 
 MakeStream = Callable[..., PairSource]
 A_ROWS, B_ROWS = 23, 17
@@ -237,37 +237,17 @@ def content(step: list[Batch]) -> tuple[list[str], list[int], list[int]]:
     return row_ids(step), batch.keys.tolist(), batch.input_ids.tolist()
 
 
-def batches(
-    source: PairSource,
-    processor: Processor,
-    *,
-    rank: int,
-    world_size: int,
-    start_step: int = 0,
-    places: Places | None = None,
-) -> list[Streamed]:
-    """A rank's batches in this process, as if it had one worker."""
-    stream = source.train_pairs()
-    assert isinstance(stream, PairStream)
-    return list(
-        StreamBatches(
-            stream,
-            INTERLEAVED.subsets(stream.sizes, batch_size=4, steps=10, seed=0),
-            streamed_data(source, processor).make_row,
-            COLLATOR,
-            start_step=start_step,
-            seed=0,
-            rank=rank,
-            world_size=world_size,
-            places=[places or {}],
-        )
-    )
-
-
 def test_each_of_two_ranks_reads_its_own_rows_and_resumes_where_it_stood(
-    make_stream: MakeStream, processor: Processor
+    make_stream: MakeStream, processor: Processor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shares = [batches(make_stream(), processor, rank=rank, world_size=2) for rank in (0, 1)]
+    def batches(rank: int, start_step: int = 0, places: Places | None = None) -> list[Streamed]:
+        monkeypatch.setattr(datamodule, "rank", lambda: rank)
+        monkeypatch.setattr(datamodule, "world_size", lambda: 2)
+        data = streamed_data(make_stream(), processor, steps=10, start_step=start_step)
+        data.load_state_dict({"lanes_of_ranks": [[places or {}]] * 2})
+        return list(data.train_dataloader())
+
+    shares = [batches(0), batches(1)]
     drawn = INTERLEAVED.subsets({"A": 1, "B": 1}, batch_size=4, steps=10, seed=0)
     for mine, others, (first, _, second, _) in zip(*shares, drawn.tolist(), strict=True):
         expected = ["AB"[first], "AB"[second]]
@@ -276,14 +256,7 @@ def test_each_of_two_ranks_reads_its_own_rows_and_resumes_where_it_stood(
     seen = [{key for one in share[:8] for key in content(one.batch)[1]} for share in shares]
     assert not seen[0] & seen[1]
     for rank, whole in enumerate(shares):
-        resumed = batches(
-            make_stream(),
-            processor,
-            rank=rank,
-            world_size=2,
-            start_step=4,
-            places=whole[3].places,
-        )
+        resumed = batches(rank, 4, whole[3].places)
         assert [content(one.batch) for one in resumed] == [content(one.batch) for one in whole[4:]]
 
 
@@ -303,69 +276,32 @@ def test_bad_row_stops_the_run_or_leaves_the_batch(
         assert 0 < len(subsets_of(step)) < 14
 
 
-# --- Resuming under Lightning ----------------------------------------------------------------
+# --- Resuming ---------------------------------------------------------------------------------
 
 
-class Recorder(L.LightningModule):
-    """Trains one number and writes down the batches it was given."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(1))
-        self.seen: list[tuple[list[str], list[int], list[int]]] = []
-
-    def training_step(self, step: list[Batch], batch_idx: int) -> Tensor:
-        self.seen.append(content(step))
-        return self.weight.sum()
-
-    def validation_step(self, step: list[Batch], batch_idx: int) -> None:
-        pass
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
-def fit(data: StageData, steps: int, *, folder: Path, resume: Path | None = None) -> Recorder:
-    trainer = L.Trainer(
-        accelerator="cpu",
-        max_steps=steps,
-        max_epochs=-1,
-        val_check_interval=2,
-        check_val_every_n_epoch=None,
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        logger=False,
-    )
-    module = Recorder()
-    trainer.fit(module, data, ckpt_path=resume)
-    trainer.save_checkpoint(folder / "last.ckpt")
-    return module
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("num_workers", "stop"), [(0, 3), (2, 3)])
+@pytest.mark.parametrize("num_workers", [0, 2])
 def test_interrupted_run_trains_on_the_same_rows_as_a_whole_one(
-    make_stream: MakeStream, processor: Processor, tmp_path: Path, num_workers: int, stop: int
+    make_stream: MakeStream,
+    processor: Processor,
+    load_tiny: Callable[..., Loaded],
+    tmp_path: Path,
+    num_workers: int,
 ) -> None:
     """The loader reads ahead (two batches a worker, and Lightning one): that must not count."""
+    source = make_stream(subsets=["A", "B", "E"], validation_rows=3)
+    lab = Lab(source, processor, load_tiny)
+    words = ("stage.order=[contrast]", "mixing@stage.contrast.mixing=interleaved")
+    stages = lab.stages(*words, "stage.contrast.mixing.sub_batches=2", steps=9)
+    found = []
+    for caps in ([9], [3, 9]):
+        for cap in caps:
+            backbone, folder = lab.fresh(), tmp_path / f"{caps[0]}"
+            options = {"num_workers": num_workers, "resume": folder.exists()}
+            lab.train(folder, stages, backbone, trainer=[f"+trainer.max_steps={cap}"], **options)
+        found.append(weights_of(backbone))
+    assert equal(*found)
 
-    def data(**changes: Any) -> StageData:
-        source = make_stream(subsets=["A", "B", "E"], validation_rows=3)
-        return streamed_data(source, processor, num_workers=num_workers, **changes)
 
-    whole = fit(data(), 12, folder=tmp_path).seen
-    first = fit(data(), stop, folder=tmp_path).seen
-    content = torch.load(tmp_path / "last.ckpt", weights_only=True)
-    assert len(content["StageData"]["lanes_of_ranks"][0]) == max(1, num_workers)
-    rest = fit(data(start_step=stop), 12, folder=tmp_path, resume=tmp_path / "last.ckpt").seen
-    assert len(whole) == 12
-    assert first + rest == whole
-
-
-@pytest.mark.filterwarnings("ignore")
 def test_other_numbers_of_workers_or_ranks_are_refused(
     make_stream: MakeStream, processor: Processor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -375,26 +311,14 @@ def test_other_numbers_of_workers_or_ranks_are_refused(
         UserError, match=r"1 ranks x 2 workers and cannot go on with 1 x 1; .* num_workers=2"
     ):
         streamed_data(make_stream(), processor, num_workers=1).load_state_dict(state)
-    monkeypatch.setattr("cocoa_pl.data.datamodule.world_size", lambda: 4)
+    monkeypatch.setattr(datamodule, "world_size", lambda: 4)
     with pytest.raises(UserError, match="with 4 x 2"):
         streamed_data(make_stream(), processor, num_workers=2).load_state_dict(state)
 
 
-# --- Before the first stage begins -----------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"weights": {"C": 1}}, "mixing.weights names C, but the stage's data has A, B"),
-        ({"composition": "interleaved", "sub_batches": 3}, "cannot be cut into 3 equal"),
-    ],
-)
-def test_mixing_that_does_not_fit_is_refused_of_pairs_and_of_streams(
-    make_stream: MakeStream, changes: dict[str, Any], message: str
-) -> None:
-    source = make_stream(validation_rows=5)
-    for train in (source.train_pairs(), source.validation_pairs()):
-        check_mixing(train, INTERLEAVED, batch_size=4)
-        with pytest.raises(UserError, match=message):
-            check_mixing(train, mixing(**changes), batch_size=4)
+def test_mixing_that_does_not_fit_is_refused(make_stream: MakeStream) -> None:
+    stream = make_stream().train_pairs()
+    check_mixing(stream, INTERLEAVED, batch_size=4)
+    message = "mixing.weights names C, but the stage's data has A, B"
+    with pytest.raises(UserError, match=message):
+        check_mixing(stream, mixing(weights={"C": 1}), batch_size=4)
