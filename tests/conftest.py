@@ -45,30 +45,24 @@ atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=Tr
 SENTENCE = "a red dog and the small cat sleep on one old sofa near two green boats"
 IMAGE_SIZES = ((28, 28), (56, 28), (30, 90), (70, 60), (112, 56))  # width, height
 
-# What the tiny models of the families do not share: fields of the text and vision configurations.
-TINY_TEXT: dict[str, dict[str, Any]] = {
-    "qwen2_vl": {},
-    "qwen2_5_vl": {},
-    "qwen3_vl": {"head_dim": 8},
+# The twin of each family in conf/model, and what is smaller here than there.
+TINY = {
+    "qwen2_vl": ("tiny", "vision.embed_dim=32"),
+    "qwen2_5_vl": ("tiny_qwen25vl", "vision.hidden_size=32", "vision.intermediate_size=64"),
+    "qwen3_vl": (
+        *("tiny_qwen3vl", "text.head_dim=8", "vision.hidden_size=32"),
+        *("vision.intermediate_size=64", "vision.num_position_embeddings=16"),
+        "vision.deepstack_visual_indexes=[0,1]",
+    ),
 }
-TINY_VISION: dict[str, dict[str, Any]] = {
-    "qwen2_vl": {"embed_dim": 32, "mlp_ratio": 2, "hidden_size": 32},
-    # Windows of 2 x 2 visual tokens in the first block, whole images in the second.
-    "qwen2_5_vl": {
-        "hidden_size": 32,
-        "out_hidden_size": 32,
-        "intermediate_size": 64,
-        "window_size": 56,
-        "fullatt_block_indexes": [1],
-    },
-    "qwen3_vl": {
-        "hidden_size": 32,
-        "out_hidden_size": 32,
-        "intermediate_size": 64,
-        "num_position_embeddings": 16,
-        "deepstack_visual_indexes": [0, 1],
-    },
-}
+TINY_SHARED = (
+    *("vocabulary_size=320", "reserved_rows=4", "text.max_position_embeddings=256"),
+    *("text.hidden_size=32", "text.intermediate_size=48", "text.num_hidden_layers=2"),
+    *("text.rope_parameters.mrope_section=[2,1,1]", "vision.num_heads=2"),
+    # At the usual 0.02 attention hardly moves anything.
+    *("text.initializer_range=0.2", "vision.initializer_range=0.2"),
+    *("image_mean=[0.5,0.4,0.3]", "image_std=[0.3,0.2,0.1]"),
+)
 
 
 # What takes a minute or more begins first, so that no process waits for it at the end.
@@ -137,44 +131,21 @@ def make_source(
     tmp_path_factory: pytest.TempPathFactory, family: str, token_side: int
 ) -> Callable[..., TinySource]:
     """A `TinySource` far smaller than `model=tiny`; `text` fields can be replaced."""
-    from cocoa_pl.models.tiny import TinySource
+    from cocoa_pl.config.build import build
+    from tests.configs import composed
 
     cache_dir = tmp_path_factory.mktemp("tiny")
+    twin, *smaller = TINY[family]
 
     def make(*, seed: int = 0, cache_dir: Path = cache_dir, **text: Any) -> TinySource:
-        return TinySource(
-            cache_dir=str(cache_dir),
-            family=family,
-            seed=seed,
-            vocabulary_size=320,
-            reserved_rows=4,
-            text={
-                "hidden_size": 32,
-                "intermediate_size": 48,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 4,
-                "num_key_value_heads": 2,
-                "max_position_embeddings": 256,
-                "initializer_range": 0.2,  # at the usual 0.02 attention hardly moves anything
-                "rope_parameters": {
-                    "rope_type": "default",
-                    "rope_theta": 10.0,
-                    "mrope_section": [2, 1, 1],
-                },
-                **TINY_TEXT[family],
-                **text,
-            },
-            vision={
-                "depth": 2,
-                "num_heads": 2,
-                "initializer_range": 0.2,
-                **TINY_VISION[family],
-            },
-            image_mean=[0.5, 0.4, 0.3],
-            image_std=[0.3, 0.2, 0.1],
-            min_pixels=token_side**2,
-            max_pixels=6 * token_side**2,
+        changed = [*TINY_SHARED, *smaller, *(f"text.{key}={value}" for key, value in text.items())]
+        cfg = composed(
+            *(f"model={twin}", f"model.max_pixels={6 * token_side**2}"),
+            *(f"cache_dir={cache_dir}", f"seed={seed}"),
+            *(f"model.source.{override}" for override in changed),
         )
+        source: TinySource = build(cfg.model.source)
+        return source
 
     return make
 
