@@ -13,7 +13,7 @@ TARGETS = (
 
 
 def low_rank(**changes: Any) -> LowRank:
-    """DoRA of rank 2 as peft computes it; any argument can be replaced."""
+    """DoRA of rank 2; any argument can be replaced."""
     values: dict[str, Any] = {
         "rank": 2,
         "alpha": 8,
@@ -21,7 +21,7 @@ def low_rank(**changes: Any) -> LowRank:
         "init": "gaussian",
         "use_dora": True,
         "target_modules": TARGETS,
-        "lean_dora": False,
+        "lean_dora": True,
         "dropout_on_base": True,
     }
     return LowRank(**(values | changes))

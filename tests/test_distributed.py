@@ -41,16 +41,10 @@ SHARES = (slice(0, 3), slice(3, 5))  # rows of each rank: not the same number
 
 Found = dict[str, dict[str, Any]]
 
-PLAIN: dict[str, Any] = {"symmetric": False, "mask_false_negatives": False, "matryoshka_dims": ()}
-CONTRASTS = {
-    "plain": PLAIN,
-    "masked": PLAIN | {"mask_false_negatives": True},
-    "symmetric": {"matryoshka_dims": (8, 16), "similarity_block": 2},
-}
-CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    **{name: ("contrast", choices) for name, choices in CONTRASTS.items()},
-    "warmup": ("warmup", {}),
-    "bridge": ("reconstruct", {}),
+# With all that contrast may do: masks, both directions, widths, blocks, a learnt temperature.
+CASES: dict[str, dict[str, Any]] = {
+    "contrast": {"matryoshka_dims": (8, 16), "similarity_block": 2},
+    "warmup": {},
 }
 
 
@@ -74,13 +68,13 @@ def summed_step(module: StageModule, rows: Rows) -> dict[str, Any]:
 
 def stage_steps(task: Task, share: slice) -> Found:
     found: Found = {}
-    for name, (stage, choices) in CASES.items():
+    for stage, choices in CASES.items():
         loaded = load(task.model, kernel="sdpa", dtype="float32", gradient_checkpointing=False)
         module = make_module(
             stage, loaded.backbone.eval(), task.processor, token_budget=30, **choices
         )
         rows = task.pairs if stage == "contrast" else task.captions
-        found[name] = summed_step(module, rows[share])
+        found[stage] = summed_step(module, rows[share])
     return found
 
 
@@ -237,15 +231,9 @@ def test_loss_and_gradients_equal_one_process_on_the_whole_batch(
             torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-5, msg=key)
 
 
-def test_what_is_compared_depends_on_every_choice(whole: Found) -> None:
-    losses = [float(whole[name]["metric loss"]) for name in CONTRASTS]
-    assert len({round(loss, 4) for loss in losses}) == len(losses)
-    assert all(bool(whole[name]["temperature.log_scale"].abs() > 1e-4) for name in CONTRASTS)
-
-
-def test_ranks_hide_different_numbers_of_tokens(task: Task) -> None:
+def test_ranks_have_different_numbers_of_tokens(task: Task) -> None:
     """Otherwise a mean of the ranks' means would pass too."""
-    sizes = [sum(row[0].segment_lengths[2] for row in task.captions[share]) for share in SHARES]
+    sizes = [sum(row[0].segment_lengths[0] for row in task.captions[share]) for share in SHARES]
     assert sizes[0] != sizes[1]
 
 

@@ -86,24 +86,6 @@ def test_gradients_equal_one_pass(size: int, dropout: float, rows: Tensor) -> No
     assert close(found, expected)
 
 
-@pytest.mark.parametrize("size", [2, ROWS])
-def test_the_first_batch_keeps_its_graph_and_the_others_are_embedded_twice(
-    size: int, rows: Tensor
-) -> None:
-    model = Model(0.4)
-    batches = rows.split(size)
-    seen: list[tuple[int, bool]] = []
-
-    def embed(batch: Tensor) -> Tensor:
-        seen.append((len(batch), torch.is_grad_enabled()))
-        return model(batch)
-
-    step(embed, batches, model.loss)
-    others = [len(batch) for batch in batches[1:]]
-    passes = [*((n, False) for n in others), *((n, True) for n in others)]
-    assert seen == [(len(batches[0]), True), *passes]
-
-
 def test_one_graph_is_in_memory_at_a_time(rows: Tensor) -> None:
     model, alive, most = Model(0.4), 0, 0
 
@@ -124,11 +106,3 @@ def test_one_graph_is_in_memory_at_a_time(rows: Tensor) -> None:
 
     step(embed, rows.split(2), model.loss)
     assert (alive, most) == (0, 1)
-
-
-def test_gradients_add_to_those_that_are_there(rows: Tensor) -> None:
-    model = Model(0.0)
-    _, once = cached(model, rows, 2)
-    for _ in range(2):
-        step(model, rows.split(2), model.loss)
-    assert close(model.gradients(), [2 * gradient for gradient in once])

@@ -6,16 +6,29 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from cocoa_pl.attention import Policy
+from cocoa_pl.data.items import Item
+from cocoa_pl.data.processor import Processor
+from cocoa_pl.embedder import Embedder
 from cocoa_pl.errors import UserError
+from cocoa_pl.export.folder import export
 from cocoa_pl.models import loading
-from cocoa_pl.models.loading import Loaded, PretrainedSource, find_config, find_folder
+from cocoa_pl.models.loading import (
+    FAMILIES,
+    Loaded,
+    PretrainedSource,
+    find_config,
+    find_folder,
+)
 
 LoadTiny = Callable[..., Loaded]
 UP = "layers.1.mlp.up_proj.weight"
@@ -40,29 +53,6 @@ def message(load_tiny: LoadTiny, folder: Path) -> str:
     assert str(folder) in text
     assert "\n" not in text
     return text
-
-
-def test_other_family_is_refused_by_its_name(load_tiny: LoadTiny, folder: Path) -> None:
-    (folder / "config.json").write_text(json.dumps({"model_type": "bert"}))
-    supported = "qwen2_5_vl, qwen2_vl, qwen3_vl"
-    assert message(load_tiny, folder) == f"{folder} is a bert model; supported are {supported}"
-
-
-@pytest.mark.parametrize("config", ["{", "{}", '{"model_type": "no_such_model"}'])
-def test_unusable_config_is_refused(load_tiny: LoadTiny, folder: Path, config: str) -> None:
-    (folder / "config.json").write_text(config)
-    assert "cannot be loaded" in message(load_tiny, folder)
-    with pytest.raises(UserError, match=r"config\.json cannot be read: "):
-        find_config(str(folder))
-
-
-def test_a_quantized_base_names_the_package_that_it_needs(
-    load_tiny: LoadTiny, folder: Path
-) -> None:
-    file = folder / "config.json"
-    own = {"quant_method": "bitsandbytes", "load_in_4bit": True}
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": own}))
-    assert re.search("cannot be loaded: .*bitsandbytes", message(load_tiny, folder))
 
 
 @pytest.mark.parametrize(
@@ -127,27 +117,67 @@ def test_layout_that_a_family_never_had_is_refused(
     assert "weights do not fit the config, first lm_head.weight" in message(load_tiny, folder)
 
 
-def test_missing_and_truncated_weight_files_are_refused(load_tiny: LoadTiny, folder: Path) -> None:
-    file = folder / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:1000])
-    assert "cannot be loaded" in message(load_tiny, folder)
-    file.unlink()
-    assert "no file named model.safetensors" in message(load_tiny, folder)
+@pytest.mark.parametrize("family", sorted(FAMILIES), indirect=True, scope="session")
+def test_model_without_a_vocabulary_head_embeds_and_is_exported_without_one(
+    load_tiny: LoadTiny,
+    untied_folder: Path,
+    headless_folder: Path,
+    policies: dict[str, Policy],
+    processor: Processor,
+    make_item: Callable[..., Item],
+    tmp_path: Path,
+) -> None:
+    items = [make_item(seed, images=seed % 3) for seed in range(3)]
+    whole, headless = (
+        Embedder(load_tiny(folder=folder).backbone, processor, policies["bidirectional"])
+        for folder in (untied_folder, headless_folder)
+    )
+    export(headless, tmp_path / "model", lineage=[])
+    exported = Embedder.load(str(tmp_path / "model"), device="cpu")
+    assert "lm_head.weight" not in load_file(tmp_path / "model" / "model.safetensors")
+    assert np.array_equal(exported.encode(items), whole.encode(items))
+
+
+QUANTIZED = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
 
 
 @pytest.mark.parametrize(
-    ("files", "reason"),
+    ("name", "content", "reason"),
     [
-        (["preprocessor_config.json"], "cannot be loaded: Can't load image processor"),
-        (["tokenizer.json", "tokenizer_config.json"], "the tokenizer is missing"),
+        ("config.json", "{", "cannot be loaded"),
+        ("config.json", "{}", "cannot be loaded"),
+        ("config.json", '{"model_type": "no_such_model"}', "cannot be loaded"),
+        (
+            "config.json",
+            '{"model_type": "bert"}',
+            r"is a bert model; .* qwen2_5_vl, qwen2_vl",
+        ),
+        ("config.json", QUANTIZED, "cannot be loaded: .*bitsandbytes"),  # the package it needs
+        ("model.safetensors", "half of it", "cannot be loaded"),
+        ("model.safetensors", None, "no file named model.safetensors"),
+        ("preprocessor_config.json", None, "cannot be loaded: Can't load image processor"),
+        ("tokenizer.json", None, "the tokenizer is missing"),
     ],
 )
-def test_folder_without_processor_files_is_refused(
-    files: list[str], reason: str, load_tiny: LoadTiny, folder: Path
+def test_a_missing_or_unusable_file_is_one_sentence(
+    name: str, content: Any, reason: str, load_tiny: LoadTiny, folder: Path
 ) -> None:
-    for name in files:
-        (folder / name).unlink()
-    assert reason in message(load_tiny, folder)
+    file = folder / name
+    if content is None:
+        file.unlink()
+    elif isinstance(content, dict):
+        file.write_text(json.dumps(json.loads(file.read_text()) | content))
+    else:
+        file.write_text(content)
+    if name == "tokenizer.json":
+        (folder / "tokenizer_config.json").unlink()
+    assert re.search(reason, message(load_tiny, folder))
+
+
+def test_an_unusable_config_is_named_where_no_weights_are_read(folder: Path) -> None:
+    (folder / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config\.json cannot be read: "):
+        find_config(str(folder))
 
 
 def texts_are_not_read() -> list[str]:

@@ -60,12 +60,6 @@ def plain(make: Make, rows: Rows) -> Found:
     return step(module, [rows])
 
 
-def test_row_blocks_change_no_value(make: Make, rows: Rows, plain: Found) -> None:
-    module = make(similarity_block=4)
-    torch.manual_seed(5)
-    assert_close(step(module, [rows]), plain)
-
-
 def test_the_loss_is_that_of_the_rows_however_they_are_cut(make: Make, rows: Rows) -> None:
     """Without dropout, one batch of all samples has the queries, positives and negatives in order:
     its loss is written out here.
@@ -80,7 +74,7 @@ def test_the_loss_is_that_of_the_rows_however_they_are_cut(make: Make, rows: Row
     torch.testing.assert_close(found, expected.detach())
 
 
-def test_norms_are_taken_once_in_a_step_and_forgotten_after_it(
+def test_row_blocks_and_norms_taken_once_in_a_step_change_no_value(
     make: Make, rows: Rows, plain: Found, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     taken: list[int] = []
@@ -91,7 +85,7 @@ def test_norms_are_taken_once_in_a_step_and_forgotten_after_it(
         return original(*given)
 
     monkeypatch.setattr(dora, "row_norms", counted)
-    module = make(lean=True)
+    module = make(lean=True, similarity_block=4)
     layers = sum(isinstance(part, LeanDora) for part in module.modules())
     torch.manual_seed(5)
     assert_close(step(module, [rows]), plain, rtol=1e-3)

@@ -109,19 +109,6 @@ def peak(module: StageModule, rows: Rows) -> int:
 
 
 @pytest.mark.slow
-def test_memory_of_contrast_grows_with_the_embeddings_and_a_block_of_similarities(
-    make: Make, rows: MakeRows
-) -> None:
-    few, many = (peak(make("contrast"), rows("contrast", n)) for n in (16, 64))
-    module = make("contrast")
-    # Unit vectors of both sides and their gradients, in the order of batches and of rows, the
-    # bookkeeping of each sample, and its column in a block of similarities with its gradients.
-    a_row = 2 * (8 * module.backbone.hidden_size * 4 + 300) + 12 * 4 * 4
-    assert many - few < (64 - 16) * a_row
-    assert many < 1.2 * few
-
-
-@pytest.mark.slow
 def test_memory_of_rebuilding_does_not_grow_with_the_step(make: Make, rows: MakeRows) -> None:
     for stage in ("warmup", "reconstruct"):
         peaks = [peak(make(stage), rows(stage, n)) for n in (32, 128)]

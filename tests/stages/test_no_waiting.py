@@ -41,7 +41,7 @@ def make(
     load_tiny: Callable[..., Loaded], processor: Processor, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., StageModule]:
     """Of a stage with DoRA in both towers."""
-    adapter = low_rank(dropout=0.1, lean_dora=True)
+    adapter = low_rank(dropout=0.1)
 
     def module(stage: str) -> Any:
         monkeypatch.setattr(torch, "autocast", Nowhere)

@@ -238,18 +238,6 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
-def test_a_stage_learns_a_few_rows_by_heart(name: str, tmp_path: Path, lab: Lab) -> None:
-    rate = f"stage.{name}.optimization.lr=5e-3"
-    overrides = [f"stage.order=[{name}]", rate, "stage.token_budget=1000"]
-    few = FewPairs(lab.data, 4)
-    lab.train(tmp_path, lab.stages(*overrides, steps=40), data=few)
-    losses = list(series(tmp_path, "train/loss").values())
-    assert len(losses) == 40
-    assert sum(losses[-3:]) < 0.5 * sum(losses[:3])
-
-
-@pytest.mark.slow
 def test_bridge_gain_tells_a_learnt_bridge_from_none(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, lab: Lab
 ) -> None:
