@@ -26,38 +26,6 @@ EOS, START, END, PAD = 2, 3, 4, 5  # <|im_end|>, <|vision_start|>, <|vision_end|
 MakeImage = Callable[..., Image.Image]
 MakeProcessor = Callable[..., Processor]
 
-# Item, sizes of its images (width, height), TARGET -> ids, text, segment lengths, grids
-GOLDEN = {
-    "text": (
-        "the red dog",
-        [],
-        None,
-        [269, 287, 296, EOS],
-        "the red dog<|im_end|>",
-        (3, 1, 0),
-        (),
-    ),
-    "image before text, and a target": (
-        f"{SLOT}\ntwo boats",
-        [(56, 28)],
-        "small cat",
-        [START, PAD, PAD, END, 205, 292, 295, EOS, 89, 301, 82, 285],
-        "<|vision_start|><|image_pad|><|image_pad|><|vision_end|>\ntwo boats<|im_end|>small cat",
-        (7, 1, 4),
-        ((1, 2, 4),),
-    ),
-    "two images inside text": (
-        f"the {SLOT} and {SLOT}!",
-        [(28, 28), (28, 56)],
-        None,
-        [269, 227, START, PAD, END, 294, 227, START, PAD, PAD, END, 7, EOS],
-        "the <|vision_start|><|image_pad|><|vision_end|> and <|vision_start|><|image_pad|>"
-        "<|image_pad|><|vision_end|>!<|im_end|>",
-        (12, 1, 0),
-        ((1, 2, 2), (1, 4, 2)),
-    ),
-}
-
 
 def process(
     processor: Processor, text: str, *images: Image.Image | Path, target: str | None = None
@@ -66,16 +34,26 @@ def process(
 
 
 @pytest.mark.parametrize(
-    ("text", "sizes", "target", "ids", "decoded", "segments", "grids"),
-    GOLDEN.values(),
-    ids=GOLDEN.keys(),
+    ("text", "sizes", "target", "ids", "segments", "grids"),
+    [
+        ("the red dog", [], None, [269, 287, 296, EOS], (3, 1, 0), ()),
+        (
+            *(f"{SLOT}\ntwo boats", [(56, 28)], "small cat"),
+            [START, PAD, PAD, END, 205, 292, 295, EOS, 89, 301, 82, 285],
+            *((7, 1, 4), ((1, 2, 4),)),
+        ),
+        (
+            *(f"the {SLOT} and {SLOT}!", [(28, 28), (28, 56)], None),
+            [269, 227, START, PAD, END, 294, 227, START, PAD, PAD, END, 7, EOS],
+            *((12, 1, 0), ((1, 2, 2), (1, 4, 2))),
+        ),
+    ],
 )
 def test_golden_rows(
     text: str,
     sizes: list[tuple[int, int]],
     target: str | None,
     ids: list[int],
-    decoded: str,
     segments: tuple[int, int, int],
     grids: tuple[tuple[int, int, int], ...],
     processor: Processor,
@@ -83,7 +61,6 @@ def test_golden_rows(
 ) -> None:
     sample = process(processor, text, *(make_image(size) for size in sizes), target=target)
     assert sample.input_ids.tolist() == ids
-    assert processor.tokenizer.decode(ids) == decoded
     assert sample.segment_lengths == segments
     assert sample.grids == grids
     kinds = dict.fromkeys((EOS, START, END), SPECIAL) | {PAD: VISUAL}

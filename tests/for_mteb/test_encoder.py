@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from copy import copy
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,11 +18,9 @@ from mteb.types import PromptType
 from PIL import Image
 
 from cocoa_pl.attention import Policy
-from cocoa_pl.data.processor import Processor
 from cocoa_pl.embedder import Embedder
 from cocoa_pl.errors import UserError
 from cocoa_pl.for_mteb.encoder import MMEB_TRAIN, CocoaEncoder
-from cocoa_pl.models.loading import Loaded
 
 QUERY, DOCUMENT = PromptType.query, PromptType.document
 WHERE = {"hf_split": "test", "hf_subset": "default"}
@@ -128,52 +125,25 @@ def test_what_cannot_be_embedded_is_refused(
         encoder.encode([], task_metadata=task(), **WHERE)
 
 
-def test_meta_has_all_fields_of_mteb(encoder: CocoaEncoder, embedder: Embedder) -> None:
-    meta = encoder.mteb_model_meta
-    assert isinstance(meta, ModelMeta)
-    assert isinstance(encoder, EncoderProtocol)
-    assert meta.name == "me/tiny"
-    stock = embedder.backbone.stock
-    assert meta.n_parameters == sum(p.numel() for p in stock.parameters())
-    assert meta.n_embedding_parameters == 324 * 32
-    assert meta.memory_usage_mb == pytest.approx(4 * meta.n_parameters / 2**20)
-    assert meta.max_tokens == 128
-    assert meta.embed_dim == 32
-    assert meta.similarity_fn_name == ScoringFunction.COSINE
-    assert meta.modalities == ["image", "text"]
-    assert meta.use_instructions
-    assert meta.training_datasets == set(MMEB_TRAIN)
-    assert all(mteb.get_task(name).metadata.name == name for name in MMEB_TRAIN)
-    assert meta.languages == ["eng-Latn"]
-
-
-def test_all_that_vectors_depend_on_is_in_the_revision(
-    encoder: CocoaEncoder,
-    load_tiny: Callable[..., Loaded],
-    processor: Processor,
-    policies: dict[str, Policy],
+def test_meta_is_that_of_mteb_and_its_revision_is_that_of_the_vectors(
+    encoder: CocoaEncoder, embedder: Embedder, policies: dict[str, Policy]
 ) -> None:
     """mteb takes results of one name and revision for those of one model."""
+    meta, stock = encoder.mteb_model_meta, embedder.backbone.stock
+    assert isinstance(meta, ModelMeta)
+    assert isinstance(encoder, EncoderProtocol)
+    assert (meta.name, meta.max_tokens, meta.embed_dim) == ("me/tiny", 128, 32)
+    assert meta.n_parameters == sum(p.numel() for p in stock.parameters())
+    assert meta.n_embedding_parameters == 324 * 32
+    assert meta.similarity_fn_name == ScoringFunction.COSINE
+    assert meta.modalities == ["image", "text"]
+    assert meta.training_datasets == set(MMEB_TRAIN)
+    assert all(mteb.get_task(name).metadata.name == name for name in MMEB_TRAIN)
 
-    def revision(
-        shift: float = 0,
-        policy: Policy = encoder.embedder.policy,
-        max_pixels: int = processor.max_pixels,
-        instructions: dict[str, str] | None = None,
-    ) -> str | None:
-        backbone = load_tiny().backbone
-        backbone.stock.get_input_embeddings().weight.data[0, 0] += shift
-        bounded = copy(processor)
-        bounded.max_pixels = max_pixels
-        embedder = Embedder(backbone, bounded, policy)
-        other = CocoaEncoder(embedder, name="me/tiny", instructions=instructions)
-        return other.mteb_model_meta.revision
-
-    assert revision() == encoder.mteb_model_meta.revision
-    others = [
-        revision(shift=1e-3),
-        revision(policy=policies["causal"]),
-        revision(max_pixels=28 * 28),
-        revision(instructions={"query": "Find it."}),
-    ]
-    assert len({revision(), *others}) == 5
+    causal = Embedder(embedder.backbone, embedder.processor, policies["causal"])
+    same, of_others, instructed = (
+        CocoaEncoder(one, name="me/tiny", instructions=given).mteb_model_meta.revision
+        for one, given in ((embedder, {}), (causal, {}), (embedder, {"query": "Find it."}))
+    )
+    assert same == meta.revision
+    assert len({same, of_others, instructed}) == 3

@@ -6,17 +6,15 @@ anything this model cannot embed is refused.
 
 from __future__ import annotations
 
-import datetime
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from itertools import count, islice
 from typing import Any
 
 import numpy as np
-import torch
 from mteb.models.abs_encoder import AbsEncoder
 from mteb.models.model_meta import ModelMeta, ScoringFunction
-from mteb.types import OutputDType, PromptType
+from mteb.types import PromptType
 from numpy.typing import NDArray
 from PIL.Image import Image
 
@@ -71,18 +69,17 @@ class CocoaEncoder(AbsEncoder):
         stock, identity = embedder.backbone.stock, embedder.identity()
         # Rounding moves the fingerprint; it follows from the rest.
         del identity["fingerprint"], identity["tolerance"]
-        half = embedder.backbone.compute_dtype == torch.bfloat16
         self.mteb_model_meta = ModelMeta(  # all that mteb's leaderboard asks of a model
             loader=None,
             name=name,
             # Of all that vectors depend on: results of other weights, attention, pixels or
             # instructions are never taken for these.
             revision=digest_of_text(json.dumps([identity, self.instructions], sort_keys=True)),
-            release_date=datetime.date.today().isoformat(),
+            release_date=None,
             languages=["eng-Latn"],
             n_parameters=sum(p.numel() for p in stock.parameters()),
             n_embedding_parameters=stock.get_input_embeddings().weight.numel(),
-            memory_usage_mb=sum(p.numel() * p.element_size() for p in stock.parameters()) / 2**20,
+            memory_usage_mb=None,
             max_tokens=embedder.processor.max_length,
             embed_dim=embedder.dim,
             license=license,
@@ -94,8 +91,6 @@ class CocoaEncoder(AbsEncoder):
             use_instructions=True,
             training_datasets=None if training_datasets is None else set(training_datasets),
             modalities=["image", "text"],
-            model_type=["dense"],
-            output_dtypes=OutputDType.BF16 if half else None,
         )
 
     def encode(
