@@ -83,11 +83,6 @@ def load_handwriting() -> tuple[np.ndarray, dict[Split, tuple[np.ndarray, ...]]]
     return np.stack([np.asarray(image) for image in enlarged]), by_split
 
 
-def has_held_out_pair(layout: Layout) -> bool:
-    """Whether a 2 x 2 layout shows a held-out pair side by side."""
-    return bool({layout[0:2], layout[2:4]} & HELD_OUT_PAIRS)
-
-
 @cache
 def layouts(split: Split | Literal["held_out"]) -> tuple[Layout, ...]:
     """The 2 x 2 layouts of a split, or those with a held-out pair: disjoint, in a fixed order."""
@@ -95,7 +90,7 @@ def layouts(split: Split | Literal["held_out"]) -> tuple[Layout, ...]:
         layout
         for layout in product(range(EMPTY, 10), repeat=4)
         if any(digit != EMPTY for digit in layout)
-        and has_held_out_pair(layout) == (split == "held_out")
+        and bool({layout[:2], layout[2:]} & HELD_OUT_PAIRS) == (split == "held_out")
     ]
     order = np.random.default_rng(_DIVISION_SEED).permutation(len(known))
     test = _RESERVED_LAYOUTS["test"]

@@ -27,7 +27,6 @@ from cocoa_pl.errors import UserError
 
 WINDOW = 4096  # items that are sorted together
 
-_MARKERS = 2  # tokens around each image: its start and its end
 _READY = 2  # batches that wait for the model beside those that threads work on
 
 _Laid = TypeVar("_Laid")
@@ -114,12 +113,13 @@ def _measure(
     try:
         item = item_at(number)
         sizes = [image_size(image, where="") for image in item.media]
+        visual = [processor.count_visual_tokens(*size) for size in sizes]
+        room = processor.room_for_text(visual, row_id="")
     except UserError:
         return 0, math.inf
     text = sum(processor.count_text_tokens(part) for part in item.text.split(IMAGE_SLOT) if part)
-    visual = sum(processor.count_visual_tokens(*size) for size in sizes)
-    tokens = min(text + visual + _MARKERS * len(sizes) + 1, processor.max_length)
-    return tokens, tokens + VISUAL_TOKEN_COST * visual
+    tokens = processor.max_length - room + min(text, room)
+    return tokens, tokens + VISUAL_TOKEN_COST * sum(visual)
 
 
 @contextmanager
