@@ -19,12 +19,15 @@ os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="cocoa_pl-tests-")
 import logging
 import random
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 
 from cocoa_pl.data.items import IMAGE_SLOT, Item
@@ -105,6 +108,25 @@ def logging_as_before() -> Iterator[None]:
     yield
     root.setLevel(level)
     root.handlers[:] = handlers
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which `python train.py hydra.run.dir=runs/A` has run, once for all processes of
+    pytest-xdist, on the smallest recipe; `out` and `err` hold what it wrote.
+    """
+    from tests.small import SMALL_BENCHMARK, SMALL_DIGITS, SMALL_TRAINING
+
+    base, script = tmp_path_factory.getbasetemp(), Path(__file__).parents[1] / "train.py"
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "trained"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            folder.mkdir()
+            words = [*SMALL_TRAINING, *SMALL_DIGITS, *SMALL_BENCHMARK, "hydra.run.dir=runs/A"]
+            with (folder / "out").open("w") as out, (folder / "err").open("w") as err:
+                command = [sys.executable, str(script), *words]
+                subprocess.run(command, cwd=folder, stdout=out, stderr=err, check=True)
+    return folder
 
 
 @pytest.fixture(scope="session")

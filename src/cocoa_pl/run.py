@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import logging
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -28,11 +27,11 @@ from cocoa_pl.embedder import Embedder, chosen_device
 from cocoa_pl.errors import UserError, first_line
 from cocoa_pl.evaluation import report
 from cocoa_pl.evaluation.benchmark import check_subsets, score_subsets
-from cocoa_pl.evaluation.results import read_config
 from cocoa_pl.evaluation.vectors import IN_MEMORY, VectorSettings, embedded
-from cocoa_pl.export.folder import export, lineage_of, untouched
+from cocoa_pl.export.folder import export, untouched
 from cocoa_pl.for_mteb.benchmark import MtebBenchmark
 from cocoa_pl.models import adapters
+from cocoa_pl.models.exported import described_in
 from cocoa_pl.models.loading import ADAPTER_CONFIG, Inputs, Loaded, find_folder, load
 from cocoa_pl.models.tiny import Texts
 from cocoa_pl.stages import checkpoint
@@ -62,7 +61,7 @@ def train(cfg: DictConfig, run_dir: Path, console: Console) -> None:
     if isinstance(benchmark, HeldOutBenchmark) and cfg.benchmark.data == cfg.data:
         benchmark = HeldOutBenchmark(name=benchmark.name, data=data)  # rows are read once
     loaded = open_model(cfg, data.training_texts)
-    began, backbone = lineage_of(str(loaded.folder)), loaded.backbone
+    began, backbone = described_in(loaded.folder).get("lineage", []), loaded.backbone
     parameters = list(backbone.parameters())
     total = sum(p.numel() for p in parameters)
     trained = sum(p.numel() for p in parameters if p.requires_grad)
@@ -264,8 +263,7 @@ def score(
         return
     subsets = benchmark.subsets()
     check_subsets(subsets)
-    provenance = _provenance(Path(path), facts, embedder.policy)  # damage shows before the work
-    widths = [w for w in _trained_widths(path, provenance.lineage) if w < embedder.dim]
+    provenance, trained = _told_by(path, facts, embedder.policy)  # damage shows before the work
     found = embedded(embedder, subsets, vectors)
     if rank():
         return
@@ -275,7 +273,7 @@ def score(
         benchmark=benchmark.name,
         checkpoint=path,
         is_partial=benchmark.is_partial,
-        widths=widths,
+        widths=[width for width in trained if width < embedder.dim],
     )
     results.write_json(run_dir / "results.json")
     beside = report.published_rows(results, benchmark.published)
@@ -293,27 +291,30 @@ def score(
     console.print(report.shown(f"report: {run_dir / 'report.html'}"), soft_wrap=True)
 
 
-def _trained_widths(path: str, lineage: Sequence[Mapping[str, Any]]) -> list[int]:
-    """Leading components that the last stage behind a model trained too, as its run's config or,
-    of a model that has left its run, `cocoa.json` says.
+def _told_by(
+    path: str, facts: dict[str, Any], policy: Policy
+) -> tuple[report.Provenance, list[int]]:
+    """What the folder of a model tells of it: of a run stages, config and losses; and the leading
+    components that the last stage trained too, as its config or, of a model that has left its run,
+    `cocoa.json` says.
     """
-    run = Path(path).resolve().parents[1] if path.endswith(".ckpt") else Path(path)
-    last = lineage[-1] if lineage else {}
-    if stages := read_config(run).get("stage"):
-        last = stages[stages["order"][-1]]["module"]
-    return sorted(last.get("matryoshka_dims", []))
-
-
-def _provenance(run: Path, facts: dict[str, Any], policy: Policy) -> report.Provenance:
-    """What is known of a model by the folder it lies in: of a run, stages, config and losses."""
-    config, metrics = run / "config.yaml", run / "metrics.csv"
-    policies, stages = {"evaluation": policy}, load_config(run).get("stage")
-    if stages is not None:
+    is_checkpoint = path.endswith(".ckpt")  # whose weights no folder describes
+    run = Path(path).resolve().parents[1] if is_checkpoint else Path(path)
+    config, metrics, stages = (
+        run / "config.yaml",
+        run / "metrics.csv",
+        load_config(run).get("stage"),
+    )
+    lineage = [] if is_checkpoint else described_in(find_folder(path)).get("lineage", [])
+    policies, last = {"evaluation": policy}, lineage[-1] if lineage else {}
+    if (stages := load_config(run).get("stage")) is not None:
         policies = {name: build(stages[name].policy) for name in stages.order}
-    return report.Provenance(
+        last = stages[stages.order[-1]].module
+    provenance = report.Provenance(
         facts=facts,
-        lineage=lineage_of(str(run if run.suffix == ".ckpt" else find_folder(str(run)))),
+        lineage=lineage,
         policies=policies,
         config=config.read_text(encoding="utf-8") if config.is_file() else None,
         metrics_csv=metrics if metrics.is_file() else None,
     )
+    return provenance, sorted(last.get("matryoshka_dims", []))

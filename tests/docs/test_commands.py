@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import re
 import shlex
+import shutil
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -40,9 +41,10 @@ def test_most_commands_are_run() -> None:
 
 
 @pytest.fixture(scope="module")
-def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sandbox(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with what the pages speak of: the examples, pictures, rows of one's own, a run."""
-    folder = tmp_path_factory.mktemp("reader")
+    folder = tmp_path_factory.mktemp("reader") / "sandbox"
+    shutil.copytree(trained, folder)
     (folder / "docs").symlink_to(ROOT / "docs")
     dogs = [f"images/dogs/{number}.jpg" for number in range(40)]
     for number, path in enumerate(("scene.png", "pictures/a.png", "pictures/b.png", *dogs)):
@@ -52,9 +54,6 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = [row[0].replace("7", str(n)).replace("sofa", f"sofa {n}") for n in range(40)]
     (folder / "my.jsonl").write_text("\n".join(rows))
     write_published(folder)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        run(shlex.split(FIRST), patch, {})
     return folder
 
 

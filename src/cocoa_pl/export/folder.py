@@ -198,11 +198,6 @@ def save_inputs(processor: Processor, model_type: str, folder: Path) -> None:
         (folder / PROCESSOR_NAME).write_text(json.dumps({"processor_class": name}, indent=1))
 
 
-def lineage_of(path: str) -> list[dict[str, Any]]:
-    """The stages behind an exported folder; empty for a model that this project did not export."""
-    return described_in(Path(path)).get("lineage", [])
-
-
 def _save_weights(stock: Any, folder: Path, *, causal: bool) -> None:
     """Save under stock attention names: the project's own mean nothing to plain transformers."""
     stock.config.text_config.is_causal = causal
