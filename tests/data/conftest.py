@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
 from copy import deepcopy
 from functools import cache
@@ -15,11 +14,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from omegaconf import OmegaConf
-from PIL import Image
 
 from cocoa_pl.data.batch import SPECIAL, TEXT, VISUAL, Sample
 from cocoa_pl.data.sources import PairSource
 from tests.configs import composed
+from tests.files import write_noise
 
 ROWS = {"A": 23, "B": 17, "E": 12}
 
@@ -54,12 +53,13 @@ def sample_of() -> Callable[..., Sample]:
 def hub_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Subsets A and B with images in files, E with embedded ones; a legacy file beside each."""
     root = tmp_path_factory.mktemp("hub")
-    (root / "images").mkdir()
     for subset in "AB":
         for number in range(ROWS[subset]):
-            (root / f"images/{subset}{number}.png").write_bytes(_png(number))
+            write_noise(root / f"images/{subset}{number}.png", seed=number)
         _write(root / subset, [_row(subset, number) for number in range(ROWS[subset])])
-    _write_embedded(root / "E", ROWS["E"])
+    _write_embedded(
+        root / "E", [(root / f"images/A{n}.png").read_bytes() for n in range(ROWS["E"])]
+    )
     return root
 
 
@@ -123,11 +123,12 @@ def _write(folder: Path, rows: list[dict[str, str]]) -> None:
     pq.write_table(pa.table({"other": [1]}), folder / "train-00000-of-00001.parquet")
 
 
-def _write_embedded(folder: Path, count: int) -> None:
+def _write_embedded(folder: Path, images: list[bytes]) -> None:
     """As `datasets` itself writes its Image feature."""
+    count = len(images)
     rows: dict[str, list[Any]] = {
         "qry": ["<|image_1|>\nFind the caption"] * count,
-        "qry_image_path": [{"bytes": _png(number), "path": None} for number in range(count)],
+        "qry_image_path": [{"bytes": image, "path": None} for image in images],
         "pos_text": [f"E {number}" for number in range(count)],
         "pos_image_path": [""] * count,
     }
@@ -137,10 +138,3 @@ def _write_embedded(folder: Path, count: int) -> None:
     folder.mkdir()
     embedded = datasets.Dataset.from_dict(rows, features=features)
     embedded.to_parquet(str(folder / "original-00000-of-00001.parquet"))
-
-
-def _png(seed: int) -> bytes:
-    pixels = np.random.default_rng(seed).integers(0, 256, (28, 28, 3)).astype(np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, format="PNG")
-    return buffer.getvalue()

@@ -109,12 +109,35 @@ class PairSource:
         if self.validation_path is not None:
             # Both files feed the same stages, so their pairs carry the same subset's name.
             return pairs, self._read(pairs.names[0], _one_file(self.validation_path))
-        return hold_out(
-            pairs,
-            fraction=self.validation_fraction,
-            seed=self.validation_seed,
-            source=self.place,
-        )
+        is_held_out = self._held_out(pairs)
+        return pairs.select(~is_held_out), pairs.select(is_held_out)
+
+    def _held_out(self, pairs: Pairs) -> np.ndarray:
+        """bool [N]; rows with the same image, or else query, stay together.
+
+        Of each subset the same share of such groups is held out, at least one. The choice depends
+        on the seed and the rows themselves, not on their order.
+
+        Raises:
+            UserError: a subset with a single group.
+        """
+        is_held_out = np.zeros(len(pairs), dtype=bool)
+        names, codes = pairs.subset_codes()
+        for code, subset in enumerate(names if self.validation_fraction else ()):
+            rows = np.flatnonzero(codes == code)
+            groups = pairs.known["group"][rows]
+            ranked = sorted(np.unique(groups).tolist(), key=self._rank)
+            if len(ranked) < 2:
+                raise UserError(
+                    f"{self.place}: {subset} has one distinct image or query, so none can be held "
+                    "out; set validation_fraction to 0"
+                )
+            count = min(math.ceil(self.validation_fraction * len(ranked)), len(ranked) - 1)
+            is_held_out[rows] = np.isin(groups, ranked[:count])
+        return is_held_out
+
+    def _rank(self, group: int) -> bytes:
+        return hashlib.blake2b(f"{self.validation_seed} {group}".encode(), digest_size=8).digest()
 
     def _streamed(self) -> tuple[PairStream, Pairs]:
         subsets, validation = {}, []
@@ -204,35 +227,6 @@ def local_folder(root: str, patterns: Sequence[str]) -> Path:
             "FOLDER, unpack its image archives there, and use data=mmeb data.root=FOLDER"
         ) from error
     return Path(found)
-
-
-def hold_out(
-    pairs: Pairs, *, fraction: ShareBelowOne, seed: int, source: str
-) -> tuple[Pairs, Pairs]:
-    """Training and validation pairs; rows with the same image, or else query, stay together.
-
-    Of each subset the same share of such groups is held out, at least one; 0 holds out nothing. The
-    choice depends on the seed and the rows themselves, not on their order.
-
-    Raises:
-        UserError: a subset with a single group.
-    """
-    is_held_out = np.zeros(len(pairs), dtype=bool)
-    names, codes = pairs.subset_codes()
-    for code, subset in enumerate(names if fraction else ()):
-        rows = np.flatnonzero(codes == code)
-        keys = np.unique(pairs.known["group"][rows]).tolist()
-        if len(keys) < 2:
-            raise UserError(
-                f"{source}: {subset} has one distinct image or query, so none can be held out; "
-                "set validation_fraction to 0"
-            )
-        ranked = sorted(
-            keys, key=lambda key: hashlib.blake2b(f"{seed} {key}".encode(), digest_size=8).digest()
-        )
-        chosen = ranked[: min(math.ceil(fraction * len(keys)), len(keys) - 1)]
-        is_held_out[rows] = np.isin(pairs.known["group"][rows], chosen)
-    return pairs.select(~is_held_out), pairs.select(is_held_out)
 
 
 def as_subsets(pairs: Iterable[Pair], *, max_rows: int) -> list[EvalSubset]:
