@@ -152,17 +152,6 @@ def fit(path: Path, *, steps: int, every: int, module: Toy) -> None:
     trainer.fit(module, DataLoader(TensorDataset(torch.ones(20, 1))))
 
 
-@pytest.mark.parametrize(("steps", "every"), [(4, 100), (5, 2)])
-def test_the_last_step_is_always_saved(steps: int, every: int, tmp_path: Path) -> None:
-    path, module = tmp_path / "last.ckpt", Toy()
-    fit(path, steps=steps, every=every, module=module)
-    content = checkpoint.read(path)
-    assert content["global_step"] == steps
-    assert content["cocoa"] == {"stage": "toy", "stage_index": 0}
-    assert content["state_dict"].keys() == {"trained"}
-    assert torch.equal(content["state_dict"]["trained"], module.trained.detach())
-
-
 def test_a_run_does_not_go_on_with_another_kind_of_checkpoint(tmp_path: Path) -> None:
     shards, file = tmp_path / "shards.ckpt", tmp_path / "file.ckpt"
     shards.mkdir()
@@ -176,14 +165,17 @@ def test_a_run_does_not_go_on_with_another_kind_of_checkpoint(tmp_path: Path) ->
         saver.setup(trainer, Toy(), "fit")
 
 
-def test_a_checkpoint_needs_no_room_where_temporary_files_go(
+def test_a_checkpoint_holds_what_trains_and_needs_no_room_where_temporary_files_go(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "full"))
     with pytest.raises(OSError, match="full"):
         tempfile.mkstemp()
-    fit(tmp_path / "last.ckpt", steps=2, every=1, module=Toy())
-    assert checkpoint.read(tmp_path / "last.ckpt")["global_step"] == 2
+    fit(tmp_path / "last.ckpt", steps=2, every=100, module=(module := Toy()))
+    content = checkpoint.read(tmp_path / "last.ckpt")
+    assert content["global_step"] == 2  # the last step is always saved
+    assert content["cocoa"] == {"stage": "toy", "stage_index": 0}
+    assert content["state_dict"] == {"trained": module.trained.detach()}
     assert [left.name for left in tmp_path.iterdir()] == ["last.ckpt"]
 
 

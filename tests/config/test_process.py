@@ -22,7 +22,6 @@ from cocoa_pl.distributed import collectives
 from cocoa_pl.errors import Interrupted, UserError
 from cocoa_pl.models.adapters import LowRank
 from cocoa_pl.models.loading import Loaded
-from tests.processes import logging_restored
 
 
 @pytest.mark.parametrize(
@@ -149,7 +148,7 @@ def test_output_that_a_disk_does_not_take_is_one_sentence(
         for _ in range(lines):
             logging.getLogger("cocoa_pl").info("a line")
 
-    with logging_restored(), (tmp_path / "stdout").open("w") as stdout:
+    with (tmp_path / "stdout").open("w") as stdout:
         monkeypatch.setattr(sys, "stdout", stdout)
         assert guarded(run) == MISTAKE
     said = "error: No space left on device; make room, or name a folder elsewhere\n"

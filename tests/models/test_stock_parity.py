@@ -9,13 +9,12 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageTextToText
 
 from cocoa_pl.data.batch import VISUAL, Batch, Sample
 from cocoa_pl.data.items import IMAGE_SLOT, Item
-from cocoa_pl.data.processor import Processor, mrope_positions
+from cocoa_pl.data.processor import Processor
 from cocoa_pl.models.loading import FAMILIES, Loaded
 
 pytestmark = pytest.mark.parametrize("family", sorted(FAMILIES), indirect=True, scope="session")
@@ -92,23 +91,6 @@ def test_states_and_logits_equal_the_stock_ones(
     assert (states[True].logits - states[False].logits).abs().max() > 1e-3
 
 
-@torch.no_grad()
-def test_packed_states_are_those_of_a_padded_stock_batch(
-    loaded: Loaded, stock: Any, processor: Processor, packed: Packed, make_item: MakeItem
-) -> None:
-    items = [make_item(seed, images=1) for seed in range(3)]
-    samples = [sample_of(processor, item) for item in items]
-    inputs = list(map(stock_inputs, samples, [processor] * 3, items))
-    padded = {
-        name: pad_sequence([one[name][0] for one in inputs], batch_first=True, padding_side="left")
-        for name in ("input_ids", "mm_token_type_ids", "attention_mask")
-    }
-    pictures = processor.image_processor([item.media[0] for item in items], return_tensors="pt")
-    output = stock.model(**padded, **pictures).last_hidden_state
-    expected = [rows[-s.num_tokens :] for rows, s in zip(output, samples, strict=True)]
-    assert_close(loaded.backbone(packed(samples, "causal")), torch.cat(expected))
-
-
 def test_the_patch_embedding_is_the_stock_convolution_as_one_product(
     family: str, load_tiny: Callable[..., Loaded], stock: Any
 ) -> None:
@@ -129,33 +111,6 @@ def test_the_patch_embedding_is_the_stock_convolution_as_one_product(
         for states, embed in ((found, ours), (expected, theirs))
     ]
     torch.testing.assert_close(*gradients, rtol=0, atol=1e-12)
-
-
-LAYOUTS: dict[str, list[int | tuple[int, int, int]]] = {
-    "text only": [7],
-    "image first": [0, (1, 4, 4), 5],
-    "image last": [5, (1, 4, 4)],
-    "image alone": [(1, 2, 2)],
-    "wide": [3, (1, 2, 12), 2],
-    "tall": [3, (1, 12, 2), 2],
-    "several": [2, (1, 4, 6), 1, (1, 2, 2), 4, (1, 8, 4), 1],
-    "video-like": [2, (3, 4, 6), 3],
-}
-
-
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_mrope_positions_equal_the_stock_ones(
-    layout: list[int | tuple[int, int, int]], stock: Any
-) -> None:
-    kinds: list[int] = []
-    for span in layout:
-        kinds += [0] * span if isinstance(span, int) else [1] * (span[0] * span[1] * span[2] // 4)
-    expected, _ = stock.model.get_rope_index(
-        input_ids=torch.zeros(1, len(kinds), dtype=torch.int64),
-        mm_token_type_ids=torch.tensor([kinds]),
-        image_grid_thw=torch.tensor([s for s in layout if not isinstance(s, int)]).view(-1, 3),
-    )
-    assert mrope_positions(layout, merge_size=2).tolist() == expected[:, 0].tolist()
 
 
 @pytest.mark.parametrize("size", [(5, 9), (100, 41), (300, 200), (1, 150)])

@@ -6,8 +6,9 @@ import math
 import os
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import copy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import MagicMock
@@ -52,21 +53,19 @@ def fall(*_: Any) -> None:
     raise PowerCut
 
 
+@dataclass
 class FewPairs:
     """A few pairs, to train on and to validate on."""
 
-    def __init__(self, data: PairSource, count: int) -> None:
-        self.caption_subsets = data.caption_subsets
-        self.training = self.validation = data.train_pairs()[:count]
+    training: list[Pair]
+    validation: list[Pair]
+    caption_subsets: Sequence[str] | None = None
 
     def train_pairs(self) -> list[Pair]:
         return self.training
 
     def validation_pairs(self) -> list[Pair]:
         return self.validation
-
-    def training_texts(self) -> list[str]:
-        return []
 
 
 class Whole(NamedTuple):
@@ -252,7 +251,8 @@ def test_bridge_gain_tells_a_learnt_bridge_from_none(
             steps=steps,
         )
         caplog.clear()
-        entry = lab.train(tmp_path / name, stages, backbone, data=FewPairs(lab.data, 4))[0]
+        few = lab.data.train_pairs()[:4]
+        entry = lab.train(tmp_path / name, stages, backbone, data=FewPairs(few, few))[0]
         found: float = entry["validation"]["bridge_gain"]
         assert f"bridge gain {found:.2f} nats/token" in caplog.text
         assert ("EOS still carries nothing" in caplog.text) == (found < 0.05)
@@ -276,8 +276,8 @@ def test_a_row_alone_has_no_other_context_and_does_not_count(tmp_path: Path, lab
             "stage.reconstruct.optimization.lr=1e-9",
             steps=1,
         )
-        few = FewPairs(lab.data, count)
-        few.training = lab.data.train_pairs()
+        pairs = lab.data.train_pairs()
+        few = FewPairs(pairs, pairs[:count])
         entry = lab.train(tmp_path / str(count), stages, data=few)[0]
         gains.append(entry["validation"]["bridge_gain"])
     assert gains[0] == pytest.approx(gains[1], abs=1e-5)
@@ -311,13 +311,11 @@ def test_a_stage_counts_its_steps_or_its_epochs(lab: Lab) -> None:
 
 def texts_alike(positives: str, *, queries: str = "abcdefgh") -> FewPairs:
     """Pairs of texts; a capital letter begins a subset of its own."""
-    few = object.__new__(FewPairs)
-    few.caption_subsets = None
-    few.training = few.validation = [
+    pairs = [
         Pair(Item(query), Item(positive), (), positive if positive.isupper() else "s", query)
         for query, positive in zip(queries, positives, strict=True)
     ]
-    return few
+    return FewPairs(pairs, pairs)
 
 
 ONLY_CONTRAST = ("stage.order=[contrast]", "stage.validate_every=500")

@@ -69,14 +69,10 @@ class TinySource:
     min_pixels: Count
     max_pixels: Count
 
-    @property
-    def values(self) -> dict[str, Any]:
-        """What the folder depends on beside the texts."""
-        return {name: value for name, value in vars(self).items() if name != "cache_dir"}
-
     def folder(self, texts: Texts) -> Path:
         unique = sorted(set(texts()))
-        digest = hashlib.sha256(json.dumps([self.values, unique], sort_keys=True).encode())
+        values = {name: value for name, value in vars(self).items() if name != "cache_dir"}
+        digest = hashlib.sha256(json.dumps([values, unique], sort_keys=True).encode())
         folder = Path(self.cache_dir) / f"tiny-{digest.hexdigest()[:16]}"
         if not (folder / "config.json").is_file():
             folder.parent.mkdir(parents=True, exist_ok=True)
