@@ -39,12 +39,15 @@ def test_digits_are_healthy(check_up: Callable[..., Checkup]) -> None:
     assert measured == ["pretrain", "warmup", "reconstruct", "contrast"]
 
 
-def test_rows_of_mteb_are_listed_as_not_checked(
+def test_rows_are_healthy_and_those_of_mteb_are_listed_as_not_checked(
     healthy: Path, check_up: Callable[..., Checkup]
 ) -> None:
     tasks = "benchmark.tasks=[cocoa_pl.for_mteb.digits.DigitCount]"
     found = check_up(*mmeb(healthy), "evaluate=true", "benchmark=mteb", tasks)
     assert found.report["rows"].keys() == {"train", "validation"}
+    assert (found.status, found.report["kinds"]) == (0, {})
+    assert found.report["images"]["visual_tokens"]["max"] == 1
+    assert "nothing would stop training" in found.text
     assert "rows of the benchmark" in found.report["not_checked"][-1]
 
 

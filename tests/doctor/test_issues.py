@@ -162,17 +162,6 @@ def test_a_row_stops_training_exactly_if_it_is_reported_so(
     assert stopped == expected
 
 
-def test_healthy_rows_are_healthy(tmp_path: Path, check_up: Callable[..., Checkup]) -> None:
-    for number in range(6):
-        write_noise(tmp_path / f"images/{number}.png", (28, 56), seed=number)
-    rows = [row(f"images/{number}.png", f"dog {number}") for number in range(6)]
-    healthy = check_up(*mmeb(write_set(tmp_path, rows)))
-    assert healthy.status == 0
-    assert healthy.report["kinds"] == {}
-    assert "nothing would stop training" in healthy.text
-    assert healthy.report["images"]["visual_tokens"]["max"] == 2
-
-
 def test_a_folder_without_a_subset_is_checked_all_the_same(
     root: Path, checkup: Checkup, check_up: Callable[..., Checkup]
 ) -> None:

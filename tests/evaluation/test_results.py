@@ -18,6 +18,7 @@ from cocoa_pl.evaluation.results import (
     Results,
     SubsetScore,
     TaskScore,
+    read_config,
     read_results,
     score_interval,
 )
@@ -93,6 +94,13 @@ def test_a_damaged_file_is_refused(change: dict[str, Any], message: str, tmp_pat
     path.write_text("{")
     with pytest.raises(UserError, match="is damaged"):
         read_results(path)
+
+
+@pytest.mark.parametrize("content", ["[1]", "text", "a: [", "a: \x00"])
+def test_a_damaged_config_is_refused(content: str, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(content)
+    with pytest.raises(UserError, match=r"config\.yaml is damaged"):
+        read_config(tmp_path)
 
 
 # --- Intervals ---

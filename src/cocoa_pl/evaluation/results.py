@@ -262,7 +262,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: if it is damaged.
     """
-    return dict(read_yaml(folder / "config.yaml") or {})
+    found = read_yaml(path := folder / "config.yaml") or {}
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is damaged: it holds no keys")
+    return found
 
 
 def read_yaml(path: Path) -> Any:
