@@ -19,37 +19,34 @@ PLACEHOLDER = "<|image_1|>"
 
 def write_published(folder: Path) -> None:
     """All that the pages name: MMEB's folders, MY_EVAL, MoCa-CL-Pairs, CoCoA's JSON."""
-    mmeb = compose_overrides("train", ["data=mmeb", "data.root=x"]).data.subsets
-    _images(folder / "MMEB-train" / "images")
-    for subset in mmeb:
-        write_rows(folder / "MMEB-train" / subset / "original-0.parquet", _pairs(subset, "images"))
-    moca = compose_overrides("train", ["data=moca_cl", "data.root=x"]).data.subsets
-    _images(folder / "IMAGES" / "images")
-    for subset in moca:
-        write_rows(folder / "MoCa-CL-Pairs" / subset / "train-0.parquet", _pairs(subset, "images"))
-    for name, root, pictures in (
-        ("mmeb_v1", "MMEB-eval", "MMEB-eval/eval_images/x"),
-        ("mmeb_v2", "MMEB_Test_Instruct", "MMEB-V2/image-tasks/x"),
+    for data, root, images, file in (
+        ("mmeb", "MMEB-train", "MMEB-train/images", "original-0"),
+        ("moca_cl", "MoCa-CL-Pairs", "IMAGES/images", "train-0"),
     ):
-        _images(folder / pictures)
-        given = ["benchmark.root=x", "benchmark.image_root=x"]
-        table = compose_overrides("evaluate", [f"benchmark={name}", "ckpt=x", *given]).benchmark
-        for subset, about in table.table.items():
-            slots = "" if "reader" in about else PLACEHOLDER
-            sees = READERS[about.reader].query == "image" if "reader" in about else True
-            rows = _tasks(subset, slots=slots, sees=sees)
+        _images(folder / images)
+        for subset in compose_overrides("train", [f"data={data}", "data.root=x"]).data.subsets:
+            write_rows(folder / root / subset / f"{file}.parquet", _pairs(subset))
+    given = ["ckpt=x", "benchmark.root=x", "benchmark.image_root=x"]
+    tables = {
+        name: compose_overrides("evaluate", [f"benchmark={name}", *given]).benchmark.table
+        for name in ("mmeb_v1", "mmeb_v2")
+    }
+    for table, root, images in (
+        (tables["mmeb_v1"], "MMEB-eval", "MMEB-eval/eval_images/x"),
+        (tables["mmeb_v2"], "MMEB_Test_Instruct", "MMEB-V2/image-tasks/x"),
+        ({"RefCOCO": {}, "Manuals": {}}, "MY_EVAL", "MY_EVAL/x"),
+    ):
+        _images(folder / images)
+        for subset, about in table.items():
+            reader = about.get("reader")
+            sees = reader is None or READERS[reader].query == "image"
+            rows = _tasks(subset, slots="" if reader else PLACEHOLDER, sees=sees)
             write_rows(folder / root / subset / "test-0.parquet", rows)
-    _images(folder / "MY_EVAL" / "x")
-    for subset in ("RefCOCO", "Manuals"):
-        rows = _tasks(subset, slots=PLACEHOLDER, sees=True)
-        write_rows(folder / "MY_EVAL" / subset / "test-0.parquet", rows)
-    for name, keys in (
-        ("CAPTIONS", ("image_path", "caption")),
-        ("QUERIES", ("qry_image_path", "pos_text")),
+    for name, image, text in (
+        ("CAPTIONS", "image_path", "caption"),
+        ("QUERIES", "qry_image_path", "pos_text"),
     ):
-        rows = [
-            {keys[0]: f"images/{n}.png", keys[1]: f"picture {n} of {name}"} for n in range(ROWS)
-        ]
+        rows = [{image: f"images/{n}.png", text: f"picture {n} of {name}"} for n in range(ROWS)]
         if name == "QUERIES":
             rows = [{"qry": f"{PLACEHOLDER}\nsay it", **row} for row in rows]
         _images(folder / name / "images")
@@ -75,11 +72,11 @@ def _images(folder: Path) -> None:
         write_noise(folder / f"{number}.png", (56, 56), seed=number)
 
 
-def _pairs(subset: str, images: str) -> list[dict[str, str]]:
+def _pairs(subset: str) -> list[dict[str, str]]:
     return [
         {
             "qry": f"{PLACEHOLDER}\nFind it in {subset}\n",
-            "qry_image_path": f"{images}/{number}.png",
+            "qry_image_path": f"images/{number}.png",
             "pos_text": f"picture {number} of {subset}",
             "pos_image_path": "",
             "neg_text": f"['picture {number + 1} of {subset}', 'no picture']",

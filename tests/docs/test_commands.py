@@ -24,7 +24,7 @@ from cocoa_pl.embedder import Embedder
 from cocoa_pl.models.loading import FAMILIES, Loaded, load
 from tests.docs.pages import HERE, PAGES, PYTHON, ROOT, compositions, overrides
 from tests.docs.published import write_models, write_published
-from tests.files import noise, write_noise
+from tests.files import noise, write_noise, write_rows
 from tests.processes import run_script
 from tests.small import SMALL_BENCHMARK, SMALL_DIGITS, SMALL_TRAINING, STAGES
 
@@ -179,6 +179,29 @@ def test_python_runs(
     if not (sandbox / "runs/A/sentence-transformers").exists():
         run(shlex.split(EXPORTED), monkeypatch, {})
     exec(block[1].replace("runs/<time>", "runs/A"), {})
+
+
+def test_a_mapping_of_columns_reads_rows(tmp_path: Path) -> None:
+    """The YAML of docs/data.md."""
+    (mapping,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/data.md").read_text(), re.DOTALL)
+    (tmp_path / "conf/data").mkdir(parents=True)
+    (tmp_path / "conf/data/own.yaml").write_text(mapping)
+    for subset in ("charts", "pages"):
+        rows = [
+            {
+                "question": f"what is {n}",
+                "page": f"{n}.png",
+                "answer": subset,
+                "wrong_answers": ["x"],
+            }
+            for n in range(20)
+        ]
+        write_rows(tmp_path / subset / "train-0.parquet", rows)
+    for number in range(20):
+        write_noise(tmp_path / f"{number}.png", seed=number)
+    words = ["--config-dir", str(tmp_path / "conf"), "data=own", f"data.root={tmp_path}"]
+    small = ["workers=0", "evaluate=false", "stage=contrast", "stage.contrast.batch_size=8"]
+    assert cli.run(["doctor", *words, *small, f"out={tmp_path / 'checkup'}"]) == 0
 
 
 def test_the_new_backbone_gives_the_stock_models_vectors(
