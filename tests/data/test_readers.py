@@ -9,6 +9,7 @@ import pickle
 import re
 import tracemalloc
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -119,9 +120,10 @@ def test_a_thousand_errors_of_a_kind_are_kept_and_all_are_counted(
     assert "skipped 1201 bad row(s): " in caplog.text
     repeats = f"{path} line 1202: same query and positive as {kept.row_id}; "
     assert f"skipped 1299 repeated row(s): {repeats}" in caplog.text
+    assert deepcopy(source.left_out).counts == counts
     both = RowErrors()
     for _ in range(2):
-        both.extend(source.left_out)
+        both.join(source.left_out)
     assert both.counts == {kind: 2 * count for kind, count in counts.items()}
     assert len(both) == 2 * KEPT + 2
 

@@ -100,7 +100,7 @@ def test_images_are_known_by_content(tmp_path: Path) -> None:
 
 def facts(*found: UserError) -> dict[str, Any]:
     checkup = Checkup([], 0, 0, unwatched)
-    checkup.found["train"].extend(found)
+    checkup.found["train"].join(found)
     checkup.images = images_of([])
     return facts_of(checkup, [])
 

@@ -210,14 +210,14 @@ class MmebBenchmark:
                 error.row_id, error.kind = row_id, error.kind or "bad_row"
                 if self.on_bad_row == "fail":
                     raise
-                errors.append(copy(error))  # without its frames, which hold the row
+                errors.add(copy(error))  # without its frames, which hold the row
                 continue
             row_ids.append(row_id)
             for role, items in known.items():
                 items |= new[role]
                 index[role].append(np.array([items[n][0] for n in sides[role].names], np.int32))
         errors.log(source=subset)
-        self.left_out.extend(errors)
+        self.left_out.join(errors)
         if not row_ids:
             where = self.root / subset
             count = errors.counts.total()

@@ -225,7 +225,7 @@ def read(parts: Sequence[FileRows], *, source: str, left_out: RowErrors) -> Pair
                     continue
                 pair = form.checked(row, row_id=part.row_id(number), subset=part.subset)
                 if isinstance(pair, UserError):
-                    errors.append(pair)
+                    errors.add(pair)
                     continue
                 identities.append(hash(_keys(pair)[:2]))
                 yield start + number, 0, *_known(pair)
@@ -243,9 +243,9 @@ def read(parts: Sequence[FileRows], *, source: str, left_out: RowErrors) -> Pair
         error = UserError(message, kind=kind, row_id=pairs[row].row_id)
         if (form.repeated, form.on_bad_row) == ("bad", "fail"):
             raise error
-        errors.append(error)
+        errors.add(error)
     errors.log(source=source)
-    left_out.extend(errors)
+    left_out.join(errors)
     if not pairs:
         count = errors.counts.total()
         raise UserError(f"{source}: no usable row ({count} skipped); training needs data")

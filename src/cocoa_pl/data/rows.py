@@ -217,14 +217,14 @@ class RowErrors(list[UserError]):
         super().__init__()
         self.counts: Counter[str] = Counter()  # of each kind
 
-    def append(self, error: UserError) -> None:
+    def add(self, error: UserError) -> None:
         self.counts[error.kind] += 1
         if self.counts[error.kind] <= KEPT:
-            super().append(error)
-
-    def extend(self, errors: Iterable[UserError]) -> None:
-        for error in errors:
             self.append(error)
+
+    def join(self, errors: Iterable[UserError]) -> None:
+        for error in errors:
+            self.add(error)
         if isinstance(errors, RowErrors):
             self.counts.update({kind: n - KEPT for kind, n in errors.counts.items() if n > KEPT})
 

@@ -117,11 +117,11 @@ class Checkup:
                 values.append(get(piece))
             except UserError as error:
                 self._tell(part, str(error), kind="unreadable_source", file=error.file)
-            self.found[part].extend(piece.left_out)
+            self.found[part].join(piece.left_out)
         return values
 
     def _tell(self, part: str, message: str, **about: Any) -> None:
-        self.found[part].append(UserError(message, **about))
+        self.found[part].add(UserError(message, **about))
 
     def check(self, processors: Sequence[Processor]) -> None:
         """Check what was read.
@@ -142,7 +142,7 @@ class Checkup:
                 used = eval_processor if part == self.benchmark else processor
                 for error in self._faults(item, used):
                     error.row_id, error.role = row_id, role
-                    self.found[part].append(error)
+                    self.found[part].add(error)
         for source in self.sources:
             for index, stage in source.stages if source.train else ():  # else its error is there
                 self._check_stage(stage, source, processor, seed=mix(self.seed, index))
