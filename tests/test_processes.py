@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from cocoa_pl.config.process import guarded
-from cocoa_pl.distributed.processes import is_lost_worker
 from tests.processes import children_of, is_running
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -61,33 +59,6 @@ def test_blocked_workers_end_with_the_process_that_was_killed(tmp_path: Path) ->
     while any(map(is_running, workers)):
         assert time.monotonic() < deadline
         time.sleep(0.1)
-
-
-@pytest.mark.parametrize(
-    ("text", "lost"),
-    [
-        ("DataLoader worker (pid 7) is killed by signal: Killed. ", True),
-        ("DataLoader worker (pid(s) 7, 8) exited unexpectedly", True),
-        ("Pin memory thread exited unexpectedly", False),
-        ("a row says: DataLoader worker (pid 7) is killed by signal: Killed. ", False),
-    ],
-)
-def test_a_lost_worker_is_one_sentence(
-    text: str, lost: bool, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def run() -> None:
-        raise RuntimeError(text)
-
-    assert is_lost_worker(RuntimeError(text)) == lost
-    if not lost:
-        with pytest.raises(RuntimeError):
-            guarded(run)
-        return
-    assert guarded(run) == 3
-    assert capsys.readouterr().err == (
-        "error: a data worker was killed, probably because memory ran out; fewer of them need less "
-        "(num_workers=1); resume=RUN goes on from the last checkpoint\n"
-    )
 
 
 @pytest.mark.parametrize(("policy", "spins"), [(None, "1000"), ("ACTIVE", "None")])

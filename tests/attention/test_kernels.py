@@ -17,7 +17,6 @@ from cocoa_pl.attention.kernels import KERNELS, chosen, transformers_attention
 from cocoa_pl.errors import UserError
 from tests.attention.oracle import (
     LENGTHS,
-    OURS,
     POLICIES,
     assert_equals_dense,
     dense_attention,
@@ -46,29 +45,12 @@ def check(
 
 
 @pytest.mark.parametrize("name", POLICIES)
-@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
-def test_sdpa_equals_the_dense_mask(name: str, lengths: list[list[int]]) -> None:
-    check(POLICIES[name], torch.tensor(lengths))
-
-
-@pytest.mark.parametrize("name", POLICIES)
-@pytest.mark.parametrize("seed", range(3))
-def test_sdpa_equals_the_dense_mask_at_random_lengths(name: str, seed: int) -> None:
-    check(POLICIES[name], random_lengths(seed, longest=90))
-
-
-@pytest.mark.parametrize("name", OURS)
-def test_packed_is_one_by_one(name: str) -> None:
-    inputs = [x.detach() for x in states(TOKENS)]
-
-    def attended(lengths: Tensor, *own: Tensor) -> Tensor:
-        plan = make_plan(OURS[name], lengths).prepared("sdpa")
-        return attend(*own, plan, kernel="sdpa", scale=SCALE)
-
-    packed = attended(MIXED, *inputs)
-    parts = zip(MIXED, *(x.split(MIXED.sum(1).tolist()) for x in inputs), strict=True)
-    alone = [attended(lengths[None], *own) for lengths, *own in parts]
-    torch.testing.assert_close(packed, torch.cat(alone), rtol=0, atol=1e-14)
+@pytest.mark.parametrize("lengths", [*LENGTHS, 0, 1, 2])
+def test_sdpa_equals_the_dense_mask(name: str, lengths: str | int) -> None:
+    """Packed is one by one, too: the mask has a block for each sample."""
+    is_seed = isinstance(lengths, int)
+    given = random_lengths(lengths, longest=90) if is_seed else torch.tensor(LENGTHS[lengths])
+    check(POLICIES[name], given)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 1), (6, 3)])

@@ -9,10 +9,8 @@ import torch
 import yaml
 
 from cocoa_pl.attention import Policy, dense_mask, grid_text, segment_letters
-from cocoa_pl.attention.command import load_policy
 from cocoa_pl.config.build import build
 from cocoa_pl.config.saved import load_config
-from cocoa_pl.errors import UserError
 from tests.attention.oracle import OURS, table
 
 GRIDS = {
@@ -95,17 +93,9 @@ def test_the_config_of_an_older_run_is_read(tmp_path: Path) -> None:
         assert build(saved.stage[name].policy).to_dict() == policy.to_dict()
 
 
-def test_eos_in_a_file_of_ones_own_is_answered_with_the_new_key(tmp_path: Path) -> None:
-    file = tmp_path / "mine.yaml"
-    rows = yaml.safe_dump({"_target_": "cocoa_pl.attention.Policy", **before(OURS["eos_bridge"])})
-    file.write_text(rows)
-    with pytest.raises(UserError, match="unknown key eos; there are name, context, bottleneck"):
-        load_policy(str(file))
-    file.write_text(rows.replace("\neos:", "\nbottleneck:"))
-    with pytest.raises(
-        UserError, match=r"unknown segments \{'eos'\}; there are context, bottleneck"
-    ):
-        load_policy(str(file))
+def test_a_segment_that_there_is_none_of_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"unknown segments \{'eos'\}; there are context, bottle"):
+        Policy("toy", ["context", "eos"], ["bottleneck"], ["target"], causal=False)
 
 
 @pytest.mark.parametrize("seen", ["", "AE"], ids=["empty row", "not itself"])

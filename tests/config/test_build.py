@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import re
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import get_object
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import OmegaConf, open_dict
 
 from cocoa_pl.config.build import build, callables, check_values, declared
 from cocoa_pl.config.command_line import CONFIGS
@@ -151,16 +150,16 @@ def test_data_choose_their_benchmark_and_a_model_its_schedule(
         ("stage.contrst.steps", r"unknown key stage\.contrst \(did you mean contrast\?\)"),
     ],
 )
-def test_a_key_that_nothing_takes_is_named(key: str, message: str, default: DictConfig) -> None:
+def test_a_key_that_nothing_takes_is_named(key: str, message: str) -> None:
     """Whichever file it stands in; on a command line Hydra refuses it already."""
-    cfg = copy.deepcopy(default)
+    cfg = composed()
     OmegaConf.update(cfg, key, 1, force_add=True)
     with pytest.raises(UserError, match=message):
         check_values(cfg)
 
 
-def test_a_key_that_is_needed_is_named(default: DictConfig) -> None:
-    cfg = copy.deepcopy(default)
+def test_a_key_that_is_needed_is_named() -> None:
+    cfg = composed()
     with open_dict(cfg):
         del cfg.data.scenes
     with pytest.raises(UserError, match=r"data\.scenes is missing, which cocoa_pl\.data\.digits\."):
@@ -219,14 +218,9 @@ def test_every_number_of_a_config_has_bounds(name: str, chosen: list[str]) -> No
     assert free == []
 
 
-@pytest.fixture(scope="module")
-def default() -> DictConfig:
-    return composed()
-
-
 @pytest.mark.parametrize("value", [None, 0])
-def test_no_clipping_is_null_or_zero(value: int | None, default: DictConfig) -> None:
-    cfg = copy.deepcopy(default)
+def test_no_clipping_is_null_or_zero(value: int | None) -> None:
+    cfg = composed()
     cfg.stage.clip_norm = value
     check_values(cfg)
     weight = torch.nn.Parameter(torch.zeros(2))
@@ -244,9 +238,9 @@ def test_no_clipping_is_null_or_zero(value: int | None, default: DictConfig) -> 
     ],
 )
 def test_what_makes_no_sense_together_is_refused_before_anything_is_loaded(
-    values: dict[str, Any], message: str, default: DictConfig
+    values: dict[str, Any], message: str
 ) -> None:
-    cfg = copy.deepcopy(default)
+    cfg = composed()
     for key, value in values.items():
         OmegaConf.update(cfg, key, value)
     with pytest.raises(UserError, match=message):

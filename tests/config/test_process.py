@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -22,6 +23,11 @@ from cocoa_pl.distributed import collectives
 from cocoa_pl.errors import Interrupted, UserError
 from cocoa_pl.models.adapters import LowRank
 from cocoa_pl.models.loading import Loaded
+
+LOST = (
+    "error: a data worker was killed, probably because memory ran out; fewer of them need less "
+    "(num_workers=1); resume=RUN goes on from the last checkpoint\n"
+)
 
 
 @pytest.mark.parametrize(
@@ -41,6 +47,8 @@ from cocoa_pl.models.loading import Loaded
         ),
         (RuntimeError("Symlink loop from 'a'"), 2, "error: Symlink loop from 'a'\n"),
         (SafetensorError("I/O error: File too large"), 2, "error: I/O error: File too large\n"),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), 3, LOST),
+        (RuntimeError("DataLoader worker (pid(s) 7, 8) exited unexpectedly"), 3, LOST),
     ],
 )
 def test_how_a_command_ends(
@@ -122,12 +130,19 @@ def test_a_checkpoint_that_lightning_would_load_by_itself_is_refused(tmp_path: P
         check_processes(L.Trainer(logger=False), tmp_path)
 
 
-@pytest.mark.parametrize("bug", [RuntimeError("a bug of ours"), OSError(9, "Bad descriptor")])
+@pytest.mark.parametrize(
+    "bug",
+    [
+        RuntimeError("Pin memory thread exited unexpectedly"),
+        RuntimeError("a row says: DataLoader worker (pid 7) is killed by signal: Killed. "),
+        OSError(9, "Bad descriptor"),
+    ],
+)
 def test_a_bug_keeps_its_traceback(bug: Exception) -> None:
     def run() -> None:
         raise bug
 
-    with pytest.raises(type(bug), match=str(bug.args[-1])):
+    with pytest.raises(type(bug), match=re.escape(bug.args[-1])):
         guarded(run)
 
 

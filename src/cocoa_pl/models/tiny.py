@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from cocoa_pl.config.bounds import Count, Seed
+from cocoa_pl.config.bounds import Count, NotNegative, Positive, Seed
 
 # Makes the training texts: millions of them, which only a source without a tokenizer reads.
 Texts = Callable[[], Sequence[str]]
@@ -64,8 +64,8 @@ class TinySource:
     reserved_rows: Count
     text: Mapping[str, Any]
     vision: Mapping[str, Any]
-    image_mean: Sequence[float]
-    image_std: Sequence[float]
+    image_mean: Sequence[NotNegative]
+    image_std: Sequence[Positive]
     min_pixels: Count
     max_pixels: Count
 
