@@ -28,13 +28,11 @@ from cocoa_pl.errors import UserError
 from cocoa_pl.losses import matryoshka
 from cocoa_pl.models.backbone import Backbone
 from cocoa_pl.models.exported import (
-    FINGERPRINT_TOLERANCE,
     check_fingerprint,
     digest_of,
     digest_of_text,
     export_folder,
     read_description,
-    take_fingerprint,
 )
 from cocoa_pl.models.loading import load
 
@@ -94,11 +92,10 @@ class Embedder:
         return self.backbone.hidden_size
 
     def identity(self) -> dict[str, Any]:
-        """What vectors depend on, for telling whether kept ones are this model's: exact digests,
-        settings, and the fingerprint, which rounding may move by the tolerance.
+        """What vectors depend on, for telling whether kept ones are this model's: digests and
+        settings.
         """
         processor = self.processor
-        dtype = str(self.backbone.compute_dtype).removeprefix("torch.")
         return {
             "weights": digest_of(self.backbone.state_dict()),
             "tokenizer": digest_of_text(processor.tokenizer.backend_tokenizer.to_str()),
@@ -108,9 +105,7 @@ class Embedder:
             "max_length": processor.max_length,
             "min_pixels": processor.min_pixels,
             "max_pixels": processor.max_pixels,
-            "dtype": dtype,
-            "tolerance": FINGERPRINT_TOLERANCE[dtype],
-            "fingerprint": take_fingerprint(self.encode).tolist(),
+            "dtype": str(self.backbone.compute_dtype).removeprefix("torch."),
         }
 
     def encode(

@@ -103,17 +103,9 @@ def test_results_of_the_same_weights_are_not_computed_again(
     scored: Scored, embedder: Embedder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own = benchmark(results=str(scored.folder / "mteb"))
-    seen: list[int] = []
-    encode = Embedder.encode
-
-    def counted(self: Embedder, items: Any, **kwargs: Any) -> Any:
-        seen.append(len(items))
-        return encode(self, items, **kwargs)
-
-    monkeypatch.setattr(Embedder, "encode", counted)
+    monkeypatch.setattr(Embedder, "encode", None)  # calling it would fail
     again = own.score(embedder, tmp_path, Console(quiet=True), path="run", vectors=VECTORS)
     assert {task.name: task for task in again.tasks} == scored.tasks
-    assert seen == [3]  # the fingerprint alone
 
 
 @pytest.mark.parametrize(

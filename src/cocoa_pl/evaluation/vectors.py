@@ -69,9 +69,7 @@ def embedded(model: Embedder, subsets: Sequence[EvalSubset], settings: VectorSet
     given: Any = {"batch_tokens": settings.batch_tokens, "threads": settings.threads}
     if settings.store is None:
         return encode_once(partial(model.encode, **given), subsets)
-    # Rounding moves the fingerprint; it follows from the rest.
-    exact = {n: v for n, v in model.identity().items() if n not in ("fingerprint", "tolerance")}
-    described = json.dumps([exact, settings.store_dtype], sort_keys=True)
+    described = json.dumps([model.identity(), settings.store_dtype], sort_keys=True)
     folder = settings.store / hashlib.blake2b(described.encode(), digest_size=8).hexdigest()
 
     def encode(items: Sequence[Item]) -> Floats:

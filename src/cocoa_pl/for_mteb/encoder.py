@@ -66,15 +66,15 @@ class CocoaEncoder(AbsEncoder):
         self.instructions = dict(instructions or {})
         self.batch_tokens = batch_tokens
         self.threads = threads
-        stock, identity = embedder.backbone.stock, embedder.identity()
-        # Rounding moves the fingerprint; it follows from the rest.
-        del identity["fingerprint"], identity["tolerance"]
+        stock = embedder.backbone.stock
         self.mteb_model_meta = ModelMeta(  # all that mteb's leaderboard asks of a model
             loader=None,
             name=name,
             # Of all that vectors depend on: results of other weights, attention, pixels or
             # instructions are never taken for these.
-            revision=digest_of_text(json.dumps([identity, self.instructions], sort_keys=True)),
+            revision=digest_of_text(
+                json.dumps([embedder.identity(), self.instructions], sort_keys=True)
+            ),
             release_date=None,
             languages=["eng-Latn"],
             n_parameters=sum(p.numel() for p in stock.parameters()),

@@ -92,9 +92,8 @@ class ImageIndex:
         self.folder = existing(folder)
         self.embedder = embedder
         self.threads = threads
-        identity = embedder.identity()
-        exact = {n: v for n, v in identity.items() if n not in ("fingerprint", "tolerance")}
-        model = digest_of_text(json.dumps([FORMAT, exact], sort_keys=True))[:16]
+        identity = json.dumps([FORMAT, embedder.identity()], sort_keys=True)
+        model = digest_of_text(identity)[:16]
         self.kept = KeptVectors((kept_in or self.folder / KEPT_IN) / model, embedder.dim)
         self.progress: tuple[int, int] | None = None
         self._refused: dict[int, str] = {}  # by key: nothing is opened in vain twice
