@@ -23,7 +23,7 @@ def _saved(image: Image.Image, path: Path, **options: object) -> Path:
 
 
 def _pixel(source: Path | bytes | Image.Image, at: tuple[int, int] = (0, 0)) -> tuple[int, ...]:
-    image = open_image(source, where="set row 3")
+    image = open_image(source)
     assert image.mode == "RGB"
     value = image.getpixel(at)
     assert isinstance(value, tuple)
@@ -38,8 +38,8 @@ def test_truncated_file_is_an_error(tmp_path: Path, suffix: str) -> None:
     appledouble = b"\0\5\x16\7\0\2\0\0Mac OS X"  # macOS leaves such files in archives
     for content in (b"", whole[: len(whole) // 20], whole[: len(whole) // 2], appledouble):
         path.write_bytes(content)
-        with pytest.raises(UserError, match=rf"set row 3: image .*a\.{suffix} cannot be read"):
-            open_image(path, where="set row 3")
+        with pytest.raises(UserError, match=rf"^image .*a\.{suffix} cannot be read"):
+            open_image(path)
 
 
 def test_broken_png_checksum_is_an_error(tmp_path: Path) -> None:
@@ -47,23 +47,23 @@ def test_broken_png_checksum_is_an_error(tmp_path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[50] ^= 0xFF
     with pytest.raises(UserError, match=r"the encoded image \(\d+ bytes\) cannot be read"):
-        open_image(bytes(data), where="set row 3")
+        open_image(bytes(data))
 
 
 def test_too_elongated_image_is_an_error_from_a_ratio_of_200(tmp_path: Path) -> None:
     for width, height in ((1, 10000), (10000, 1), (2, 401)):
         path = _saved(Image.new("RGB", (width, height)), tmp_path / "line.png")
-        with pytest.raises(UserError, match=rf"row: .*line\.png is {width} x {height} pixels"):
-            open_image(path, where="row")
+        with pytest.raises(UserError, match=rf"^image .*line\.png is {width} x {height} pixels"):
+            open_image(path)
     path = _saved(Image.new("RGB", (400, 2)), tmp_path / "line.png")
-    assert open_image(path, where="row").size == (400, 2)
+    assert open_image(path).size == (400, 2)
 
 
 def test_decompression_bomb_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = _saved(Image.new("L", (100, 100)), tmp_path / "bomb.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(UserError, match=r"bomb\.png cannot be read"):
-        open_image(path, where="row")
+        open_image(path)
 
 
 def test_exif_rotation_is_applied(tmp_path: Path) -> None:
@@ -72,7 +72,7 @@ def test_exif_rotation_is_applied(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # stored turned: to be shown rotated by 90 degrees clockwise
     path = _saved(image, tmp_path / "turned.png", exif=exif)
-    upright = open_image(path, where="row")
+    upright = open_image(path)
     assert upright.size == (10, 20)
     assert upright.getpixel((9, 0)) == RED
     assert upright.getpixel((0, 0)) == WHITE
@@ -130,8 +130,8 @@ def test_full_brightness_is_what_the_file_calls_so(encoded: bytes, expected: lis
 def test_a_brightness_range_that_no_format_defines_is_refused(tmp_path: Path, dtype: type) -> None:
     image = Image.fromarray(np.full((2, 2), 200, dtype=dtype))
     for source in (image, _saved(image, tmp_path / "a.tiff")):
-        with pytest.raises(UserError, match=r"row: .* has signed or 32-bit pixels"):
-            open_image(source, where="row")
+        with pytest.raises(UserError, match=r"^.* has signed or 32-bit pixels"):
+            open_image(source)
 
 
 @pytest.mark.parametrize("mode", ["La", "RGBa", "PA", "LAB", "HSV", "YCbCr", "CMYK", "1"])
@@ -147,7 +147,7 @@ def test_an_image_is_given_in_many_ways(tmp_path: Path) -> None:
     for way in (path, path.read_bytes(), image, str(path), np.asarray(image), embedded, by_path):
         np.testing.assert_array_equal(np.asarray(cocoa_pl.open_image(way)), np.asarray(image))
     for wrong in (None, {"url": "x"}):
-        with pytest.raises(UserError, match=r"^open_image: an image"):
+        with pytest.raises(UserError, match=r"^an image"):
             open_image(wrong)  # type: ignore[arg-type]
 
 
@@ -202,14 +202,14 @@ def test_a_size_is_read_from_the_header(
     half = buffer.getvalue()[: len(buffer.getvalue()) // 2]  # pixels are cut off
     (tmp_path / "half.png").write_bytes(half)
     for source in (tmp_path / "half.png", half, image):
-        assert image_size(source, where="toy") == (70, 40)
+        assert image_size(source) == (70, 40)
     for bad, message in (
         (tmp_path / "none.png", r"image .*none\.png does not exist"),
         (b"no picture", ".* cannot be read"),
         (Image.new("RGB", (1000, 2)), ".* is 1000 x 2 pixels"),
     ):
-        with pytest.raises(UserError, match=f"^toy: {message}"):
-            image_size(bad, where="toy")
+        with pytest.raises(UserError, match=f"^{message}"):
+            image_size(bad)
 
 
 @pytest.mark.parametrize("suffix", ["gif", "png", "webp"])

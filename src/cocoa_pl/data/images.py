@@ -89,11 +89,7 @@ def embedded(image: object) -> object:
 
 
 def open_image(
-    source: Picture,
-    *,
-    where: str = "open_image",
-    at_least: int | None = None,
-    most_pixels: int | None = None,
+    source: Picture, *, at_least: int | None = None, most_pixels: int | None = None
 ) -> Image.Image:
     """Decode one image: RGB, EXIF rotation applied, transparency over white, first frame (of an
     opened one the frame at hand).
@@ -102,56 +98,51 @@ def open_image(
 
     Args:
         source: a path, an encoded image's bytes, an opened image, or a uint8 array.
-        where: what messages begin with.
         at_least: pixels that both sides need; a JPEG may be decoded at a half, quarter or eighth of
             its size. None for full size.
         most_pixels: of what is decoded; more are refused by the header. None for Pillow's bound.
 
     Raises:
         UserError: missing, empty, corrupt or truncated file; a side more than 200 times the other;
-            signed or 32-bit pixels, which have no defined brightness. Names `where` and the file.
+            signed or 32-bit pixels, which have no defined brightness. Names the file.
     """
-    try:
-        source = as_source(source)
-    except UserError as error:
-        error.row_id = where
-        raise
-    with _opened(source, where) as opened:
+    source = as_source(source)
+    with _opened(source) as opened:
         if at_least is not None:
             opened.draft(None, (at_least, at_least))
         if most_pixels is not None and opened.width * opened.height > most_pixels:
             why = f"is {opened.width} x {opened.height} pixels, more than {most_pixels:,}; scale it"
-            raise _refused(source, where, "", why)
+            raise _refused(source, "", why)
         image = _in_rgb(ImageOps.exif_transpose(opened), _black_and_white(opened))
     if image is None:
         raise _refused(
-            *(source, where, "corrupt_image"),
+            *(source, "corrupt_image"),
             "has signed or 32-bit pixels, whose brightness range is undefined; save it with 8 or "
             "16 bits",
         )
-    _check_aspect_ratio(image.size, source, where)
+    _check_aspect_ratio(image.size, source)
     return image
 
 
-def image_size(source: ImageSource, *, where: str) -> tuple[int, int]:
+def image_size(source: ImageSource) -> tuple[int, int]:
     """Width and height of an image as they stand in its header; no pixel is decoded.
 
     Raises:
         UserError: if `open_image` would refuse the file for what its header says.
     """
-    with _opened(source, where) as image:
+    with _opened(source) as image:
         size = image.size
-    _check_aspect_ratio(size, source, where)
+    _check_aspect_ratio(size, source)
     return size
 
 
 @contextmanager
-def _opened(source: ImageSource, where: str) -> Iterator[Image.Image]:
+def _opened(source: ImageSource) -> Iterator[Image.Image]:
     """The image with its header read; what Pillow raises meanwhile, about its pixels too, is said
     in one sentence.
     """
     if isinstance(source, Path):
-        _check_file(source, where)
+        _check_file(source)
     try:
         if isinstance(source, Image.Image):
             with _LOADING[id(source) // 64 % len(_LOADING)]:
@@ -168,14 +159,12 @@ def _opened(source: ImageSource, where: str) -> Iterator[Image.Image]:
         why = f"its content is none of {', '.join(FORMATS)}" if is_unknown else str(error)
         if isinstance(error, OSError) and error.strerror:  # nothing of its content
             why = f"cannot be read: {error.strerror}; {REMEDIES.get(error.errno or 0, 'try again')}"
-            raise _refused(source, where, "unreadable_file", why) from error
-        raise _refused(
-            *(source, where, "corrupt_image"),
-            f"cannot be read as an image ({why}); replace it or drop the row",
-        ) from error
+            raise _refused(source, "unreadable_file", why) from error
+        why = f"cannot be read as an image ({why}); replace it or drop the row"
+        raise _refused(source, "corrupt_image", why) from error
 
 
-def _check_file(path: Path, where: str) -> None:
+def _check_file(path: Path) -> None:
     """Refuse what is no file: a pipe would be waited for."""
     name = str(path)
     if name.startswith("data:"):
@@ -185,38 +174,36 @@ def _check_file(path: Path, where: str) -> None:
     elif os.path.isfile(path):
         return
     else:
-        error = _missing(path)
-        error.row_id = where
-        raise error
-    raise _refused(path, where, "missing_image", why)
+        raise _missing(path)
+    raise _refused(path, "missing_image", why)
 
 
-def _check_aspect_ratio(size: tuple[int, int], source: ImageSource, where: str) -> None:
+def _check_aspect_ratio(size: tuple[int, int], source: ImageSource) -> None:
     """Refuse a picture whose long side is more than `MAX_ASPECT_RATIO` times its short side."""
     width, height = size
     if not min(size):
         why = f"has no pixels ({width} x {height}); replace it or drop the row"
-        raise _refused(source, where, "corrupt_image", why)
+        raise _refused(source, "corrupt_image", why)
     if max(size) > MAX_ASPECT_RATIO * min(size):
         raise _refused(
-            *(source, where, "elongated_image"),
+            *(source, "elongated_image"),
             f"is {width} x {height} pixels; the longer side may be at most {MAX_ASPECT_RATIO} "
             "times the shorter; crop it or drop the row",
         )
 
 
-def _refused(source: ImageSource, where: str, kind: str, why: str) -> UserError:
+def _refused(source: ImageSource, kind: str, why: str) -> UserError:
     """The error about an image, which is named by its path, or else by what is known of it."""
     if isinstance(source, Path):
         name = str(source)
         if len(name) > MOST_SHOWN or name.startswith("data:"):
             name = f"{name[:40]}..."
-        return UserError(f"image {name} {why}", kind=kind, row_id=where, file=source)
+        return UserError(f"image {name} {why}", kind=kind, file=source)
     if isinstance(source, bytes):
         name = f"the encoded image ({len(source)} bytes)"
     else:
         name = f"the image ({source.width} x {source.height}, mode {source.mode})"
-    return UserError(f"{name} {why}", kind=kind, row_id=where)
+    return UserError(f"{name} {why}", kind=kind)
 
 
 def _missing(path: str | Path) -> UserError:

@@ -112,9 +112,8 @@ def _measure(
     """
     try:
         item = item_at(number)
-        sizes = [image_size(image, where="") for image in item.media]
-        visual = [processor.count_visual_tokens(*size) for size in sizes]
-        room = processor.room_for_text(visual, row_id="")
+        visual = [processor.count_visual_tokens(*image_size(image)) for image in item.media]
+        room = processor.room_for_text(visual)
     except UserError:
         return 0, math.inf
     text = sum(processor.count_text_tokens(part) for part in item.text.split(IMAGE_SLOT) if part)

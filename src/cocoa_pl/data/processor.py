@@ -114,7 +114,7 @@ class Processor:
         patches = self.image_processor.get_number_of_image_patches(height, width, bounds)
         return int(patches) // self.merge_size**2
 
-    def room_for_text(self, visual_tokens: Sequence[int], *, row_id: str) -> int:
+    def room_for_text(self, visual_tokens: Sequence[int]) -> int:
         """Tokens left beside EOS and images of so many visual tokens, each with a start and an end.
 
         Raises:
@@ -126,7 +126,6 @@ class Processor:
                 f"images and the end token take {needed} tokens, more than max_length="
                 f"{self.max_length}; lower max_pixels or raise max_length",
                 kind="images_exceed_length",
-                row_id=row_id,
             )
         return self.max_length - needed
 
@@ -146,10 +145,14 @@ class Processor:
             UserError: naming the row, for an image that cannot be read or does not fit into
                 `max_length`.
         """
-        parts = self._parts(context, row_id)
-        images = [part for part in parts if isinstance(part, _Patches)]
+        try:
+            parts = self._parts(context)
+            images = [part for part in parts if isinstance(part, _Patches)]
+            budget = self.room_for_text([image.num_tokens for image in images])
+        except UserError as error:
+            error.row_id = row_id
+            raise
         target_ids = [] if target is None else self._text_ids(target)
-        budget = self.room_for_text([image.num_tokens for image in images], row_id=row_id)
         parts, target_ids = self._truncated(parts, target_ids, budget, row_id)
 
         ids: list[int] = []
@@ -183,13 +186,12 @@ class Processor:
             pool=pool,
         )
 
-    def _parts(self, item: Item, row_id: str) -> list[list[int] | _Patches]:
+    def _parts(self, item: Item) -> list[list[int] | _Patches]:
         """Texts and images in reading order."""
         parts: list[list[int] | _Patches] = []
         for rank, text in enumerate(item.text.split(IMAGE_SLOT)):
             if rank:
-                image = open_image(item.media[rank - 1], where=row_id)
-                parts.append(self._patches(image))
+                parts.append(self._patches(open_image(item.media[rank - 1])))
             if text:
                 parts.append(self._text_ids(text))
         return parts

@@ -187,7 +187,7 @@ class Checkup:
         if processor and opened and not unreadable:
             visual_tokens = [processor.count_visual_tokens(*image.size) for image in opened]
             try:
-                processor.room_for_text(visual_tokens, row_id="")
+                processor.room_for_text(visual_tokens)
             except UserError as error:
                 error.file = file_name(item.media[0])
                 yield error

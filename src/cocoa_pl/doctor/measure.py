@@ -111,7 +111,7 @@ def _open(images: Sequence[ImageSource]) -> list[Opened]:
     opened = []
     for image in images:
         try:
-            size = open_image(image, where="").size
+            size = open_image(image).size
             # Its bytes come from the page cache: it was just decoded.
             content = _key(image.read_bytes() if isinstance(image, Path) else image)
             opened.append(Opened(size, content, None))
@@ -140,7 +140,7 @@ def count_tokens(
             return None
         visual_tokens = [processor.count_visual_tokens(*image.size) for image in opened]
         try:
-            room = processor.room_for_text(visual_tokens, row_id="")
+            room = processor.room_for_text(visual_tokens)
         except UserError:
             return None
         texts = [*context.text.split(IMAGE_SLOT), target or ""]

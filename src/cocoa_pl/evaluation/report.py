@@ -252,7 +252,11 @@ def outcome(row: GalleryRow) -> str:
 
 def picture(source: ImageSource, *, box: int, where: str) -> Picture:
     """A small image is enlarged by a whole factor, pixels kept; a large one becomes a JPEG."""
-    image = open_image(source, where=where)
+    try:
+        image = open_image(source)
+    except UserError as error:
+        error.row_id = where
+        raise
     longest = max(image.size)
     is_small, kind = longest <= box, "png"
     times, parts = (box // longest, 1) if is_small else (box, longest)

@@ -303,7 +303,7 @@ def _refusal(path: Path) -> str | None:
     is no image, None for an image.
     """
     try:
-        image_size(path, where="")
+        image_size(path)
     except UserError as error:
         if path.suffix or not isinstance(error.__cause__, UnidentifiedImageError):
             return _reason(error, path)
