@@ -1,11 +1,16 @@
 """A hand-made corpus: embeddings are written down per text, so every score is known beforehand."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from cocoa_pl.data.items import EvalSubset, Item
+from cocoa_pl.evaluation.benchmark import score_subsets
+from cocoa_pl.evaluation.results import Results
+from cocoa_pl.evaluation.vectors import encode_once
 
 Rows = Sequence[tuple[str, Sequence[str]]]  # query, candidates with the positive first
 
@@ -43,3 +48,31 @@ def compass() -> Callable[[Sequence[Item]], np.ndarray]:
         return np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
 
     return encode
+
+
+@pytest.fixture
+def evaluate(compass: Callable[[Sequence[Item]], np.ndarray]) -> Callable[..., Results]:
+    """Scores of subsets whose texts `compass` encodes, unless something else shall."""
+
+    def score(subsets: Sequence[EvalSubset], *, encode: Any = compass, **choices: Any) -> Results:
+        given = {"benchmark": "digits", "checkpoint": "runs/1", **choices}
+        return score_subsets(encode_once(encode, subsets), subsets, **given)
+
+    return score
+
+
+@pytest.fixture
+def metrics_csv(tmp_path: Path) -> Path:
+    """Two stages, a value that is not finite, and a metric that is no loss."""
+    path = tmp_path / "metrics.csv"
+    path.write_text(
+        "stage,step,name,value\n"
+        "warmup,0,train/loss_mntp,2.5\n"
+        "warmup,1,train/loss_mntp,nan\n"
+        "warmup,2,train/loss_mntp,1.5\n"
+        "warmup,2,val/loss_mntp,1.75\n"
+        "warmup,2,train/tokens_per_second,900\n"
+        "contrast,0,train/loss,4.85\n"
+        "contrast,1,train/loss,-0.5\n"
+    )
+    return path

@@ -9,14 +9,14 @@ import pytest
 
 from cocoa_pl.data.items import EvalSubset, Item
 from cocoa_pl.errors import UserError
-from cocoa_pl.evaluation.benchmark import check_subsets, score_subsets
+from cocoa_pl.evaluation.benchmark import check_subsets
 from cocoa_pl.evaluation.report import score_table
 from cocoa_pl.evaluation.results import Results
 from cocoa_pl.evaluation.scoring import metrics
-from cocoa_pl.evaluation.vectors import encode_once
 
 Make = Callable[..., EvalSubset]
 Encode = Callable[..., np.ndarray]
+Evaluate = Callable[..., Results]
 
 # Angles in degrees. Row 0 hits, row 1 misses, row 2 ties, row 3 has fewer candidates and hits.
 ROWS = [
@@ -25,11 +25,6 @@ ROWS = [
     ("q 70", ["b 50", "d 90", "e -40"]),
     ("q 80", ["c 90", "a 5"]),
 ]
-
-
-def evaluate(encode: Encode, subsets: Sequence[EvalSubset], *widths: int) -> Results:
-    names = {"benchmark": "digits", "checkpoint": "runs/1"}
-    return score_subsets(encode_once(encode, subsets), subsets, widths=widths, **names)
 
 
 @pytest.fixture
@@ -42,8 +37,8 @@ def corpus(make_subset: Make) -> list[EvalSubset]:
 
 
 @pytest.fixture
-def results(corpus: list[EvalSubset], compass: Encode) -> Results:
-    return evaluate(compass, corpus)
+def results(corpus: list[EvalSubset], evaluate: Evaluate) -> Results:
+    return evaluate(corpus)
 
 
 def test_a_hand_made_corpus_scores_as_counted_by_hand(results: Results) -> None:
@@ -83,12 +78,12 @@ def test_a_hand_made_corpus_scores_as_counted_by_hand(results: Results) -> None:
     }
 
 
-def test_candidates_that_a_row_names_twice_are_one(make_subset: Make, compass: Encode) -> None:
+def test_candidates_that_a_row_names_twice_are_one(make_subset: Make, evaluate: Evaluate) -> None:
     """A guess is right more often than the length of the list says, and a hit by construction is
     one however often its answer is named.
     """
     rows = [("q 45", ["a 5", "b 50", "b 50", "a 5"]), ("q 9", ["a 5"]), ("q 8", ["a 5", "a 5"])]
-    results = evaluate(compass, [make_subset("one", rows)])
+    results = evaluate([make_subset("one", rows)])
     found = results.to_json()["subsets"]["one"]
     assert found["chance"] == pytest.approx((1 / 2 + 1 + 1) / 3)
     assert found["ndcg_at_5"] == pytest.approx((1 / np.log2(3) + 1 + 1) / 3)
@@ -99,7 +94,9 @@ def test_candidates_that_a_row_names_twice_are_one(make_subset: Make, compass: E
     assert str(score_table(results).caption) == f"one: {caveat}"
 
 
-def test_leading_components_are_scored_as_unit_vectors_of_their_own(make_subset: Make) -> None:
+def test_leading_components_are_scored_as_unit_vectors_of_their_own(
+    make_subset: Make, evaluate: Evaluate
+) -> None:
     names = [f"t {n}" for n in range(30)]
     random = np.random.default_rng(0)
     vectors = dict(zip(names, random.normal(size=(30, 8)) + 0.5, strict=True))
@@ -110,20 +107,20 @@ def test_leading_components_are_scored_as_unit_vectors_of_their_own(make_subset:
         array = np.array([vectors[item.text][:width] for item in items])
         return (array / np.linalg.norm(array, axis=1, keepdims=True)).astype(np.float32)
 
-    results = evaluate(encode, subsets, 2, 4)
+    results = evaluate(subsets, encode=encode, widths=[2, 4])
     for width in (2, 4):
-        alone = evaluate(partial(encode, width=width), subsets)
+        alone = evaluate(subsets, encode=partial(encode, width=width))
         cut = [one.widths[str(width)] for one in results.subsets]
         assert cut == [one.precision_at_1 for one in alone.subsets]
         assert cut != [one.precision_at_1 for one in results.subsets]
         assert results.to_json()["widths"][str(width)] == alone.to_json()["overall"]
     vectors |= {name: np.append(1, vector[1:]) for name, vector in vectors.items()}
     with pytest.raises(UserError, match=r"x, 1 components: queries: all 30 .*collapsed"):
-        evaluate(encode, subsets, 1)
+        evaluate(subsets, encode=encode, widths=[1])
 
 
 def test_gallery_shows_hits_and_misses_with_the_positive_marked(
-    results: Results, make_subset: Make, compass: Encode
+    results: Results, make_subset: Make, evaluate: Evaluate
 ) -> None:
     rows = {row.row_id: row for row in results.gallery}
     hit, miss = rows["scene_i2t row 0"], rows["scene_i2t row 1"]
@@ -137,14 +134,14 @@ def test_gallery_shows_hits_and_misses_with_the_positive_marked(
     ]
     assert not rows["scene_i2t row 2"].hit  # a tie
     far_down = ("q 0", ["p 90", *(f"n{angle} {angle}" for angle in range(0, 80, 10))])
-    (row,) = evaluate(compass, [make_subset("x_i2t", [far_down])]).gallery
+    (row,) = evaluate([make_subset("x_i2t", [far_down])]).gallery
     assert [c.rank for c in row.ranked] == [1, 2, 3, 4, 5, 9]
     assert row.ranked[-1].is_positive
 
 
 @pytest.mark.parametrize("side", ["queries", "candidates"])
 def test_a_collapsed_model_is_an_error_and_never_100_percent(
-    side: str, corpus: list[EvalSubset], compass: Encode
+    side: str, corpus: list[EvalSubset], compass: Encode, evaluate: Evaluate
 ) -> None:
     def encode(items: Sequence[Item]) -> np.ndarray:
         texts = {item.text for item in getattr(corpus[0], side)}
@@ -153,7 +150,7 @@ def test_a_collapsed_model_is_an_error_and_never_100_percent(
         return rows
 
     with pytest.raises(UserError, match=f"scene_i2t {side}: all . embeddings are the same vector"):
-        evaluate(encode, corpus)
+        evaluate(corpus, encode=encode)
 
 
 def test_double_and_empty_subsets_are_errors(corpus: list[EvalSubset], make_subset: Make) -> None:

@@ -11,12 +11,9 @@ import pytest
 from cocoa_pl.attention import Policy
 from cocoa_pl.data.items import EvalSubset, Item
 from cocoa_pl.errors import UserError
-from cocoa_pl.evaluation.benchmark import score_subsets
 from cocoa_pl.evaluation.figures import Mapped, flattened, read_panels, sample
 from cocoa_pl.evaluation.report import Provenance
-from cocoa_pl.evaluation.vectors import encode_once
-
-ALL = ("context", "bottleneck", "target")
+from cocoa_pl.evaluation.results import Results
 
 
 def test_the_map_is_the_plane_in_which_points_lie_farthest_apart() -> None:
@@ -49,7 +46,9 @@ def test_the_map_is_the_plane_in_which_points_lie_farthest_apart() -> None:
 
 
 def test_rows_are_spread_over_every_subset(
-    make_subset: Callable[..., EvalSubset], compass: Callable[..., np.ndarray]
+    make_subset: Callable[..., EvalSubset],
+    compass: Callable[..., np.ndarray],
+    evaluate: Callable[..., Results],
 ) -> None:
     rows = [(f"q {n}", [f"p {n + 1}", "other 90"]) for n in range(20)]
     subsets = [make_subset(name, rows) for name in ("a", "b")]
@@ -59,31 +58,18 @@ def test_rows_are_spread_over_every_subset(
     for one in found:
         np.testing.assert_array_equal(one.at, compass([one.query, one.positive]))
     assert len(sample(subsets[0], queries, candidates, rows=0)) == 1
-    vectors = encode_once(compass, subsets)
-    space = score_subsets(vectors, subsets, benchmark="d", checkpoint="c").space
+    space = evaluate(subsets).space
     assert space is not None
     assert [place.subset for place in space.places] == ["a"] * 20 + ["b"] * 20
 
 
-METRICS = """stage,step,name,value
-warmup,0,train/loss_mntp,2.5
-warmup,1,train/loss_mntp,nan
-warmup,2,train/loss_mntp,1.5
-warmup,2,val/loss_mntp,1.75
-warmup,2,train/tokens_per_second,900
-contrast,0,train/loss,4.85
-contrast,1,train/loss,-0.5
-"""
-
-
-def test_panels_gather_losses_by_stage_and_skip_what_is_not_finite(tmp_path: Path) -> None:
-    (tmp_path / "metrics.csv").write_text(METRICS)
-    mntp, contrast = read_panels({"": tmp_path / "metrics.csv"})
+def test_panels_gather_losses_by_stage_and_skip_what_is_not_finite(metrics_csv: Path) -> None:
+    mntp, contrast = read_panels({"": metrics_csv})
     assert (mntp.stage, mntp.name, mntp.left_out) == ("warmup", "loss_mntp", 1)
     assert mntp.curves == {"train": [[0, 2.5], [2, 1.5]], "val": [[2, 1.75]]}
     assert mntp[3:7] == (0, 2, 0, 2.5)  # steps, and values from zero
     assert contrast.low == -0.5
-    (_, alone) = read_panels({"a": tmp_path / "metrics.csv"}, only="train")
+    (_, alone) = read_panels({"a": metrics_csv}, only="train")
     assert list(alone.curves) == ["a train"]
 
 
@@ -100,15 +86,11 @@ def test_long_curves_are_thinned_to_means_and_other_columns_refused(tmp_path: Pa
             read_panels({"": file})
 
 
-def test_grids_show_each_policy_once_and_who_uses_it() -> None:
-    bidirectional = Policy("both ways", ALL, ALL, ALL, causal=False)
-    bridge = Policy(
-        "bridge", ("context", "bottleneck"), ALL, ("bottleneck", "target"), causal=False
-    )
-    causal = Policy("causal", ALL, ALL, ALL, causal=True)
-    policies = {"a": bidirectional, "b": bridge, "c": bidirectional, "d": causal}
-    assert Provenance(policies=policies).grids == {
-        "both ways: a, c": ("AAAAEBBB",) * 8,
-        "bridge: b": (*("AAAAE   ",) * 4, "AAAAEBBB", *("    EBBB",) * 3),
+def test_grids_show_each_policy_once_and_who_uses_it(policies: dict[str, Policy]) -> None:
+    names = {"a": "bidirectional", "b": "eos_bridge", "c": "bidirectional", "d": "causal"}
+    used = {user: policies[name] for user, name in names.items()}
+    assert Provenance(policies=used).grids == {
+        "bidirectional: a, c": ("AAAAEBBB",) * 8,
+        "eos_bridge: b": (*("AAAAE   ",) * 4, "AAAAEBBB", *("    EBBB",) * 3),
         "causal: d": tuple("AAAAEBBB"[: n + 1].ljust(8) for n in range(8)),
     }

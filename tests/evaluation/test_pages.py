@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from PIL import Image
 from rich.console import Console
@@ -14,12 +13,9 @@ from rich.console import Console
 from cocoa_pl.attention import Policy
 from cocoa_pl.data.items import IMAGE_SLOT, EvalSubset, Item
 from cocoa_pl.evaluation import compare
-from cocoa_pl.evaluation.benchmark import score_subsets
 from cocoa_pl.evaluation.report import Provenance, write_report
 from cocoa_pl.evaluation.results import Results, SubsetScore
-from cocoa_pl.evaluation.vectors import encode_once
 
-ALL = ("context", "bottleneck", "target")
 OPEN_ALL = "document.querySelectorAll('details').forEach(d => d.open = true)"
 METRICS = "stage,step,name,value\ns,0,train/loss,2\ns,9,train/loss,1\ns,9,val/loss,1\n"
 NAMES = ("scene_i2t", "a subset <b>whose</b> [name] is long", "vqa")
@@ -41,7 +37,7 @@ def resize(browser: Any, width: int) -> None:
 @pytest.fixture
 def results(
     make_subset: Callable[..., EvalSubset],
-    compass: Callable[..., np.ndarray],
+    evaluate: Callable[..., Results],
     make_image: Callable[..., Image.Image],
 ) -> Results:
     subsets = []
@@ -54,17 +50,16 @@ def results(
         with_image = f"{IMAGE_SLOT}\nwhat? {30 + place}"
         subset.queries[3] = Item(with_image, (make_image((56, 28), seed=1),))
         subsets.append(subset)
-    vectors = encode_once(compass, subsets)
-    return score_subsets(vectors, subsets, benchmark="digits", checkpoint="runs/1")
+    return evaluate(subsets)
 
 
 @pytest.fixture
-def opened(results: Results, chromium: Any, tmp_path: Path) -> Any:
+def opened(results: Results, policies: dict[str, Policy], chromium: Any, tmp_path: Path) -> Any:
     metrics = tmp_path / "metrics.csv"
     metrics.write_text(METRICS)
     provenance = Provenance(
         facts={"seed": 1},
-        policies={"contrast": Policy("all", ALL, ALL, ALL, causal=False)},
+        policies={"contrast": policies["bidirectional"]},
         config="seed: 1\n" + "long: " + "x" * 300,
         metrics_csv=metrics,
         lineage=[

@@ -10,7 +10,6 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import yaml
 from PIL import Image
@@ -20,7 +19,6 @@ from rich.table import Table
 from cocoa_pl.attention import Policy
 from cocoa_pl.data.items import IMAGE_SLOT, EvalSubset, Item
 from cocoa_pl.errors import UserError
-from cocoa_pl.evaluation.benchmark import score_subsets
 from cocoa_pl.evaluation.report import (
     COLUMNS,
     OWN,
@@ -32,36 +30,23 @@ from cocoa_pl.evaluation.report import (
     write_report,
 )
 from cocoa_pl.evaluation.results import Results, SubsetScore
-from cocoa_pl.evaluation.vectors import encode_once
 
 EVIL = '<script>alert("x")</script><img src=x onerror=alert(1)> 5'
-ALL = ("context", "bottleneck", "target")
-METRICS = """stage,step,name,value
-warmup,0,train/loss_mntp,2.5
-warmup,1,train/loss_mntp,nan
-warmup,2,train/loss_mntp,1.5
-warmup,2,val/loss_mntp,1.75
-warmup,2,train/tokens_per_second,900
-contrast,0,train/loss,4.85
-contrast,1,train/loss,-0.5
-"""
 
 
 @pytest.fixture
-def results(make_subset: Callable[..., EvalSubset], compass: Callable[..., np.ndarray]) -> Results:
+def results(make_subset: Callable[..., EvalSubset], evaluate: Callable[..., Results]) -> Results:
     rows = [("q 0", [EVIL, "b 50"]), ("q 45", [EVIL, "b 50"]), ("q 60", ["b 50", EVIL])]
     subset = make_subset("scene_i2t", rows)
     buffer = io.BytesIO()
     Image.new("RGB", (56, 28), "red").save(buffer, "png")
     subset.queries[0] = Item(f"{IMAGE_SLOT} what is this? 0", (buffer.getvalue(),))
     vqa = make_subset("scene_vqa", [("q 0", [EVIL])], group="vqa", in_distribution=False)
-    vectors = encode_once(compass, [subset, vqa])
-    return score_subsets(vectors, [subset, vqa], benchmark="digits", checkpoint="runs/<1>")
+    return evaluate([subset, vqa], checkpoint="runs/<1>")
 
 
 @pytest.fixture
-def page(results: Results, tmp_path: Path) -> str:
-    (tmp_path / "metrics.csv").write_text(METRICS)
+def page(results: Results, policies: dict[str, Policy], metrics_csv: Path, tmp_path: Path) -> str:
     write_report(
         tmp_path / "report.html",
         results,
@@ -73,9 +58,9 @@ def page(results: Results, tmp_path: Path) -> str:
                 {"stage": "contrast", "steps": 7, "batch_size": 4, "lr": 1e-4, "seed": 3}
                 | {"policy": "bidirectional", "validation": {"loss": 0.25}}
             ],
-            policies={"contrast": Policy("bidirectional", ALL, ALL, ALL, causal=False)},
+            policies={"contrast": policies["bidirectional"]},
             config="seed: 1\nname: <i>x</i>\n",
-            metrics_csv=tmp_path / "metrics.csv",
+            metrics_csv=metrics_csv,
         ),
     )
     return (tmp_path / "report.html").read_text(encoding="utf-8")
