@@ -237,16 +237,6 @@ def test_ranks_have_different_numbers_of_tokens(task: Task) -> None:
     assert sizes[0] != sizes[1]
 
 
-def test_gradients_go_in_pieces_of_one_type_and_bounded_size(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(collectives, "BUCKET_BYTES", 40)
-    parameters = [nn.Parameter(torch.zeros(size)) for size in (4, 4, 4, 20, 1)]
-    parameters.append(nn.Parameter(torch.zeros(2, dtype=torch.float64)))
-    buckets = list(collectives._buckets(parameters))
-    assert [[p.numel() for p in bucket] for bucket in buckets] == [[4, 4], [4], [20], [1], [2]]
-
-
 def test_only_an_exchange_that_failed_is_a_lost_peer(monkeypatch: pytest.MonkeyPatch) -> None:
     lost = RuntimeError("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer")
     assert not is_lost_peer(lost)  # alone

@@ -3,16 +3,13 @@
 Gradients are summed (never averaged), because every loss is already divided by a global count.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import groupby
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-
-BUCKET_BYTES = 256 * 2**20  # of one reduction: full tuning of 7B would double its gradients else
 
 
 def world_size() -> int:
@@ -71,7 +68,8 @@ def all_objects(mine: Any) -> list[Any]:
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Add up the gradients of all ranks, in flat calls of at most `BUCKET_BYTES`.
+    """Add up the gradients of all ranks, in place and one by one: some hundred small exchanges take
+    milliseconds of a step of seconds, and copies in between would take memory.
 
     A parameter that a rank did not use counts as zero there; one that no rank used keeps no
     gradient, as it would on one process. Sharded parameters (FSDP2) have their sums already.
@@ -80,13 +78,11 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
     if world_size() == 1 or not trained:
         return
     here = torch.tensor([p.grad is not None for p in trained], device=trained[0].device)
-    used = global_sum(here.int()).tolist()
-    for bucket in _buckets([p for p, anywhere in zip(trained, used, strict=True) if anywhere]):
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
-        flat = torch.cat([gradient.flatten() for gradient in gradients])
-        dist.all_reduce(flat)
-        for parameter, part in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
-            parameter.grad = part.view_as(parameter)
+    for parameter, anywhere in zip(trained, global_sum(here.int()).tolist(), strict=True):
+        if anywhere:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            dist.all_reduce(parameter.grad)
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
@@ -100,20 +96,6 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -
     """
     norm = nn.utils.clip_grad_norm_(parameters, max_norm or torch.inf)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
-
-
-def _buckets(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    """Parameters of one dtype in pieces of at most `BUCKET_BYTES` (a larger one is alone)."""
-    for _, group in groupby(sorted(parameters, key=lambda p: str(p.dtype)), lambda p: p.dtype):
-        bucket: list[nn.Parameter] = []
-        size = 0
-        for parameter in group:
-            if bucket and size + parameter.nbytes > BUCKET_BYTES:
-                yield bucket
-                bucket, size = [], 0
-            bucket.append(parameter)
-            size += parameter.nbytes
-        yield bucket
 
 
 def is_lost_peer(error: RuntimeError) -> bool:
