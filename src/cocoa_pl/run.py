@@ -168,12 +168,14 @@ def open_model(cfg: DictConfig, texts: Texts) -> Loaded:
     run's seed alone.
     """
     base, adapter = model_folders(cfg, texts)
-    read = partial(adapters.load_adapter, adapter, base=base) if adapter else partial(load, base)
-    loaded = read(
+    loaded = load(
+        base,
         kernel=cfg.model.kernel,
         dtype=cfg.model.dtype,
         gradient_checkpointing=cfg.model.gradient_checkpointing,
     )
+    if adapter is not None:
+        loaded = adapters.merge_adapter(loaded, adapter)
     torch.manual_seed(mix(cfg.seed, _ADAPTER_STREAM))
     return replace(loaded, backbone=build(cfg.adapter)(loaded.backbone))
 

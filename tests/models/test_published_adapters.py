@@ -16,7 +16,7 @@ from torch import Tensor
 from cocoa_pl.data.batch import Batch
 from cocoa_pl.embedder import Embedder
 from cocoa_pl.errors import UserError
-from cocoa_pl.models.adapters import base_path, load_adapter
+from cocoa_pl.models.adapters import base_path, merge_adapter
 from cocoa_pl.models.backbone import Backbone
 from cocoa_pl.models.loading import FAMILIES, Loaded, load
 from cocoa_pl.run import open_model
@@ -78,8 +78,9 @@ def embed(backbone: Backbone, batch: Batch) -> Tensor:
     return backbone.eval().embed(batch)
 
 
-def open_adapter(folder: Path, base: Path, *, dtype: str = "float32") -> Loaded:
-    return load_adapter(folder, base=base, kernel="sdpa", dtype=dtype, gradient_checkpointing=False)
+def open_adapter(folder: Path, base: Path) -> Loaded:
+    loaded = load(base, kernel="sdpa", dtype="float32", gradient_checkpointing=False)
+    return merge_adapter(loaded, folder)
 
 
 EXPRESSION = r"model\.language_model\.layers\.\d+\.self_attn\.(q|k|v|o)_proj"

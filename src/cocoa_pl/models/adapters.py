@@ -25,7 +25,7 @@ from cocoa_pl.config.bounds import Count, Names, ShareBelowOne
 from cocoa_pl.errors import UserError, first_line
 from cocoa_pl.models.backbone import Backbone
 from cocoa_pl.models.dora import make_lean
-from cocoa_pl.models.loading import ADAPTER_CONFIG, Loaded, load
+from cocoa_pl.models.loading import ADAPTER_CONFIG, Loaded
 
 log = logging.getLogger(__name__)
 
@@ -201,15 +201,9 @@ def _model_name(path: str) -> str:
     return (of_hub or parts)[-1].replace("___", ".")
 
 
-def load_adapter(
-    folder: Path, *, base: Path, kernel: str, dtype: str, gradient_checkpointing: bool
-) -> Loaded:
-    """A base with a published adapter folded into its weights, as VLM2Vec (arXiv 2410.05160) and
-    CoCoA publish theirs; tokenizer and images as for the base.
-
-    Args:
-        base: a model folder.
-        kernel, dtype, gradient_checkpointing: as for `load`.
+def merge_adapter(loaded: Loaded, folder: Path) -> Loaded:
+    """Fold a published adapter into the weights of its base, as VLM2Vec (arXiv 2410.05160) and
+    CoCoA publish theirs; tokenizer and images are the base's.
 
     Raises:
         UserError: if a weight of the adapter has no place in the base or a place has no weight, if
@@ -223,7 +217,6 @@ def load_adapter(
         )
     config, weights = read_config(folder), _read_weights(folder)
     check_trained(weights, where=folder)
-    loaded = load(base, kernel=kernel, dtype=dtype, gradient_checkpointing=gradient_checkpointing)
     model: Any = loaded.backbone.model
     if not all(re.match(_CURRENT_NAMES, name) for name in weights):
         # By their names until transformers 4.51: modules are adapted and merged in place.
@@ -247,7 +240,7 @@ def load_adapter(
         loading: Any = set_peft_model_state_dict(adapted, weights)
     except RuntimeError as error:
         shapes = str(error).splitlines()[1].strip()  # the first that do not fit
-        raise UserError(f"{folder}: {shapes} {base} is its base") from error
+        raise UserError(f"{folder}: {shapes} {loaded.folder} is its base") from error
     if missing := sorted(name for name in loading.missing_keys if ".lora_" in name):
         name = missing[0].replace(".default", "")
         raise UserError(f"{folder} misses {name}, which target_modules asks for")
@@ -258,7 +251,7 @@ def load_adapter(
     except ValueError as error:  # NaN
         raise UserError(f"{folder} cannot be merged: {error}") from error
     loaded.backbone.model.requires_grad_(True)  # as a model that was just loaded
-    log.info("%s was merged into %s", folder, base)
+    log.info("%s was merged into %s", folder, loaded.folder)
     return dataclasses.replace(loaded, folder=folder)
 
 
