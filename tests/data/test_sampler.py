@@ -111,17 +111,13 @@ def subsets_of(batch: list[Index]) -> list[int]:
     return [int(CODES[row]) for _, row in batch]
 
 
-def test_batch_of_one_subset() -> None:
-    found = batches(COMPOSITIONS["one_subset"], 100)
-    assert all(len(set(subsets_of(batch))) == 1 for batch in found)
-    assert {subsets_of(batch)[0] for batch in found} == {0, 1, 2}
-
-
-def test_interleaved_batch_has_equal_runs_of_one_subset_each() -> None:
-    found = batches(COMPOSITIONS["interleaved"], 100)
-    runs = [subsets_of(batch)[i : i + 4] for batch in found for i in (0, 4, 8, 12)]
+@pytest.mark.parametrize(("name", "size"), [("one_subset", 16), ("interleaved", 4)])
+def test_sub_batches_are_equal_runs_of_one_subset_each(name: str, size: int) -> None:
+    found = batches(COMPOSITIONS[name], 100)
+    runs = [subsets_of(batch)[i : i + size] for batch in found for i in range(0, 16, size)]
     assert all(len(set(run)) == 1 for run in runs)
-    assert any(len(set(subsets_of(batch))) > 1 for batch in found)
+    assert {run[0] for run in runs} == {0, 1, 2}
+    assert any(len(set(subsets_of(batch))) > 1 for batch in found) == (size < 16)
 
 
 @pytest.mark.parametrize("chosen", COMPOSITIONS.values(), ids=COMPOSITIONS)

@@ -232,32 +232,20 @@ class StageData(L.LightningDataModule):
             raise UserError(
                 f"a batch of {self.batch_size} cannot be shared by {world_size()} ranks"
             )
+        share = {"rank": rank(), "world_size": world_size()}
+        share |= {"start_step": self.start_step, "seed": self.seed}
         if isinstance(self.train, PairStream):
+            drawn = self.mixing.subsets(
+                self.train.sizes, batch_size=self.batch_size, steps=self.steps, seed=self.seed
+            )
             batches = StreamBatches(
-                self.train,
-                self.mixing.subsets(
-                    self.train.sizes, batch_size=self.batch_size, steps=self.steps, seed=self.seed
-                ),
-                self.make_row,
-                self.collator,
-                start_step=self.start_step,
-                seed=self.seed,
-                rank=rank(),
-                world_size=world_size(),
-                places=self._lanes,
+                self.train, drawn, self.make_row, self.collator, places=self._lanes, **share
             )
             return self._loader(batches, batch_size=None)
-        rows = RowSamples(self.train, self.make_row, self.seed)
         sampler = StepSampler(
-            self.train,
-            self.mixing,
-            batch_size=self.batch_size,
-            seed=self.seed,
-            steps=self.steps,
-            start_step=self.start_step,
-            rank=rank(),
-            world_size=world_size(),
+            self.train, self.mixing, batch_size=self.batch_size, steps=self.steps, **share
         )
+        rows = RowSamples(self.train, self.make_row, self.seed)
         return self._loader(rows, batch_sampler=sampler, collate_fn=self.collator)
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
