@@ -42,13 +42,15 @@ def main(cfg: DictConfig) -> None:
                 "several processes share vectors through a folder; give it as store=FOLDER"
             )
         embedder = open_embedder(cfg.ckpt, device=cfg.device)
+        kept = f"{cfg.store_dtype}, in {cfg.store}"
+        facts = {"vectors": "float32, in memory" if cfg.store is None else kept}
         score(
             embedder,
             benchmark,
             run_dir,
             console,
             path=cfg.ckpt,
-            facts={"attention": embedder.policy.name, "vectors": _kept_as(cfg)},
+            facts={"attention": embedder.policy.name, **facts},
             vectors=VectorSettings(
                 batch_tokens=cfg.batch_tokens,
                 threads=cfg.threads,
@@ -56,10 +58,6 @@ def main(cfg: DictConfig) -> None:
                 store_dtype=cfg.store_dtype,
             ),
         )
-
-
-def _kept_as(cfg: DictConfig) -> str:
-    return "float32, in memory" if cfg.store is None else f"{cfg.store_dtype}, in {cfg.store}"
 
 
 if __name__ == "__main__":

@@ -126,23 +126,22 @@ def draw_grid(
         tokens: what stands at each position.
         segment_lengths: CONTEXT, BOTTLENECK, TARGET.
     """
-    columns = np.repeat([1, 2, 3], segment_lengths)
-    cells = mask.numpy() * columns[None, :]
+    cells = mask.numpy() * np.repeat([1, 2, 3], segment_lengths)
     size = len(tokens)
     side = min(12.0, max(3.2, 0.28 * size + 1.4))
     figure = Figure(figsize=(side, side + 0.3), layout="constrained")
     axes = figure.subplots()
-    axes.imshow(cells, cmap=ListedColormap(COLOURS), vmin=0, vmax=3, interpolation="nearest")
+    width = 1 if size <= MAX_LABELS else 0.2
+    colours = ListedColormap(COLOURS)
+    axes.pcolormesh(cells, cmap=colours, vmin=0, vmax=3, edgecolors="white", linewidth=width)
+    axes.set(aspect="equal", ylim=(size, 0))
     if size <= MAX_LABELS:
         labels = [token.strip() or repr(token) for token in tokens]
-        axes.set_xticks(range(size), labels, rotation=90 if max(map(len, labels)) > 1 else 0)
-        axes.set_yticks(range(size), labels)
+        places = np.arange(size) + 0.5
+        axes.set_xticks(places, labels, rotation=90 if max(map(len, labels)) > 1 else 0)
+        axes.set_yticks(places, labels)
     axes.xaxis.tick_top()
     axes.tick_params(length=0, labelsize=8)
-    axes.set_xticks(np.arange(size + 1) - 0.5, minor=True)
-    axes.set_yticks(np.arange(size + 1) - 0.5, minor=True)
-    axes.grid(which="minor", color="white", linewidth=1 if size <= MAX_LABELS else 0.2)
-    axes.tick_params(which="minor", length=0)
     axes.spines[:].set_visible(False)
     axes.set_title(f"{title}: rows see columns", fontsize=10)
     handles = [Patch(color=colour) for colour in COLOURS[1:]]

@@ -85,9 +85,16 @@ def export(
     if rounding is None:
         rounding = float(np.abs(fingerprint - trained).max())
     with replacing(folder) as fresh:
-        _save_weights(plain.stock, fresh, causal=embedder.policy.causal)
-        save_inputs(embedder.processor, plain.stock.config.model_type, fresh)
+        stock: Any = plain.stock
+        stock.config.text_config.is_causal = embedder.policy.causal
+        stock.set_attn_implementation("sdpa")  # own names mean nothing to plain transformers
+        try:
+            stock.save_pretrained(fresh)
+        finally:
+            stock.set_attn_implementation(TEXT_ATTENTION)
+            stock.model.visual.config._attn_implementation = VISION_ATTENTION
         processor = embedder.processor
+        save_inputs(processor, stock.config.model_type, fresh)
         described = {
             "format": FORMAT,
             "policy": embedder.policy.to_dict(),
@@ -98,7 +105,7 @@ def export(
             "max_length": processor.max_length,
             "min_pixels": processor.min_pixels,
             "max_pixels": processor.max_pixels,
-            "dtype": str(plain.stock.dtype).removeprefix("torch."),
+            "dtype": str(stock.dtype).removeprefix("torch."),
             "lineage": list(lineage),
             "settings": settings,
             "rounding": rounding,
@@ -196,17 +203,6 @@ def save_inputs(processor: Processor, model_type: str, folder: Path) -> None:
     (folder / CHAT_TEMPLATE).write_text(template)
     if name := PROCESSOR_MAPPING_NAMES.get(model_type):
         (folder / PROCESSOR_NAME).write_text(json.dumps({"processor_class": name}, indent=1))
-
-
-def _save_weights(stock: Any, folder: Path, *, causal: bool) -> None:
-    """Save under stock attention names: the project's own mean nothing to plain transformers."""
-    stock.config.text_config.is_causal = causal
-    stock.set_attn_implementation("sdpa")
-    try:
-        stock.save_pretrained(folder)
-    finally:
-        stock.set_attn_implementation(TEXT_ATTENTION)
-        stock.model.visual.config._attn_implementation = VISION_ATTENTION
 
 
 def write_sentence_transformers(folder: Path, *, dim: int) -> None:
