@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import types
@@ -103,3 +104,17 @@ def test_a_commands_exit_status_is_the_programs(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setitem(cli.COMMANDS, "find", ("finds_something", "finds something"))
     assert cli.run(["find", "data=mmeb", "data.root=x"]) == 1
     assert seen == [["data=mmeb", "data.root=x"]]
+
+
+@pytest.mark.parametrize(("policy", "spins"), [(None, "1000"), ("ACTIVE", "None")])
+def test_threads_spin_for_a_short_time_unless_the_user_says_how_they_wait(
+    policy: str | None, spins: str
+) -> None:
+    """It counts only if it is set before torch is imported."""
+    code = (
+        "import os, sys, cocoa_pl; print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
+    )
+    known = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    given = {} if policy is None else {"OMP_WAIT_POLICY": policy}
+    found = subprocess.check_output([sys.executable, "-c", code], env=known | given, text=True)
+    assert found == f"{spins} False\n"
