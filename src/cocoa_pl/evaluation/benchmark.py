@@ -136,9 +136,7 @@ def _gallery(
         scores = (candidates[index].astype(np.float64) * queries[query]).sum(axis=1)
         order = np.argsort(-scores, kind="stable")  # ties keep row order: the positive comes first
         place_of_positive = int(np.flatnonzero(order == 0)[0])
-        places = [*range(min(GALLERY_RANKS, len(order)))]
-        if place_of_positive >= GALLERY_RANKS:
-            places.append(place_of_positive)
+        places = sorted({*range(min(GALLERY_RANKS, len(order))), place_of_positive})
         ranked = tuple(
             RankedCandidate(
                 item=subset.candidates[int(index[order[place]])],
