@@ -202,7 +202,7 @@ def run_step(
     Args:
         weights: the type in which FSDP2 gathers them; None for their own.
         repeats: of the backbone's blocks, run each kind of call once, and count it as often as it
-            is made. False runs them all: the same, in ten times the time.
+            is made. False runs them all: the same, for eight times the work (2B, counted).
     """
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     _without_values(module, fake, weights)
