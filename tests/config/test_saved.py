@@ -13,7 +13,15 @@ from omegaconf import DictConfig, OmegaConf
 from cocoa_pl.config.saved import resumed_config, settings_of, settled
 from cocoa_pl.errors import UserError
 from cocoa_pl.models.exported import FORMAT, write_description
+from tests.attention.oracle import OURS
 from tests.configs import composed, started
+
+# Of an exported model, beside its settings.
+DESCRIBED = {
+    **{"format": FORMAT, "lineage": [], "policy": OURS["bidirectional"].to_dict()},
+    **{"max_length": 256, "min_pixels": 784, "max_pixels": 12544, "dtype": "float32"},
+    **{"rounding": 0.0, "fingerprint": [[0.0]]},
+}
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +42,7 @@ def exported(trained: DictConfig, tiny_folder: Path, tmp_path: Path) -> Path:
     folder.mkdir()
     (folder / "config.json").symlink_to(tiny_folder / "config.json")
     plain: Any = OmegaConf.to_container(trained, resolve=True)
-    described = {"format": FORMAT, "lineage": [], "settings": settings_of(plain)}
-    write_description(folder, described)
+    write_description(folder, {**DESCRIBED, "settings": settings_of(plain)})
     return folder
 
 
@@ -137,7 +144,7 @@ def test_settings_that_were_edited_are_refused(
 ) -> None:
     described = json.loads((exported / "cocoa.json").read_text())
     described["settings"][section] = described["settings"][section] | changed if changed else {}
-    (exported / "cocoa.json").write_text(json.dumps(described))
+    write_description(exported, described)
     with pytest.raises(UserError, match=said):
         settled_by(f"init_from={exported}")
 
@@ -182,7 +189,7 @@ def test_runs_and_exports_of_an_earlier_version_do_not_tell_their_settings(
     OmegaConf.save({**old, "schedule": {"contrast": {"lr": 0.5}}}, run / "config.yaml")
     with pytest.raises(UserError, match=r"an earlier version .*; init_from=.* begins a new run"):
         resumed_config(composed(f"resume={run}"), [f"resume={run}"])
-    described = {"format": FORMAT, "lineage": [], "settings": {"model": {}, "schedule": {}}}
+    described = {**DESCRIBED, "settings": {"model": {}, "schedule": {}}}
     write_description(exported, described)
     for folder in (run, exported):  # which is the run's own
         with pytest.raises(UserError, match=r"does not tell .*; add model=qwen2vl or "):

@@ -209,7 +209,7 @@ def test_the_same_files_that_give_other_vectors_are_refused(value: float, copy: 
 
 @pytest.mark.parametrize(
     "content",
-    ["", "{", "{}", "[1]", "null", '{"format": 1, "lineage": 3}', "[" * 100_000, "\0"],
+    ["", "{", "{}", "[1]", "null", '{"format": 2, "lineage": 3}', "[" * 100_000, "\0"],
     ids=str.__len__,
 )
 def test_a_damaged_cocoa_json_is_named_whoever_reads_it(content: str, copy: Path) -> None:

@@ -35,7 +35,7 @@ FINGERPRINT_TOLERANCE = {"float32": 1e-3, "bfloat16": 3e-2}
 DESCRIPTION = "cocoa.json"
 FORMAT = 2  # of cocoa.json
 UNREAD = ("generation_config.json",)  # exported for other tools; vectors do not depend on it
-# What is read of it, beside the fingerprint; of format 1 the first two alone.
+# What is read of it, beside the fingerprint.
 STAGE = {"stage": str, "steps": Count, "batch_size": Count, "lr": float, "policy": str, "seed": int}
 READ: dict[str, Any] = {
     "lineage": Sequence[Mapping[str, Any]],
@@ -118,12 +118,11 @@ def described_in(folder: Path) -> dict[str, Any]:
         described: dict[str, Any] = json.loads(path.read_bytes())
         number = described["format"]
         is_as_written = number != FORMAT or described["digest"] == _digest(described)
-        keys = {1: tuple(READ)[:2], FORMAT: tuple(READ)}.get(number, ()) if is_as_written else ()
-        for key in keys:
-            check_value(key, described[key], READ[key])
-        for stage, key in product(described["lineage"], STAGE) if keys else ():
-            check_value(key, stage[key], STAGE[key])
-        if "policy" in keys:
+        if number == FORMAT and is_as_written:
+            for key, kind in READ.items():
+                check_value(key, described[key], kind)
+            for stage, key in product(described["lineage"], STAGE):
+                check_value(key, stage[key], STAGE[key])
             check_value("causal", Policy.from_dict(described["policy"]).causal, bool)
             np.array(described["fingerprint"], np.float32)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
