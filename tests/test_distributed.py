@@ -94,7 +94,7 @@ def primitives() -> Found:
     """Sums and gathers of rank-dependent values, forward and backward."""
     here = rank()
     used, unused, nowhere, frozen = (nn.Parameter(torch.zeros(2)) for _ in range(4))
-    wide = nn.Parameter(torch.zeros(3, dtype=torch.float64))
+    wide = nn.Parameter(torch.zeros(3, 2))
     frozen.requires_grad_(False)
     used.grad = torch.full((2,), here + 1.0)
     wide.grad = torch.full_like(wide, 5.0)
@@ -209,8 +209,7 @@ def test_gradients_are_summed_and_a_missing_one_counts_as_zero(ranks: list[Found
         assert torch.equal(found["unused"], torch.full((2,), 7.0))
         assert found["nowhere"] is None  # as on one process: the optimizer leaves it alone
         assert found["frozen"] is None
-        assert found["wide"].dtype == torch.float64
-        assert torch.equal(found["wide"], torch.full((3,), 10.0, dtype=torch.float64))
+        assert torch.equal(found["wide"], torch.full((3, 2), 10.0))
 
 
 def test_sums_and_precision_are_over_ranks(ranks: list[Found]) -> None:
