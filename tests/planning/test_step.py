@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -104,11 +104,13 @@ def test_a_planned_step_is_the_real_one(
         assert planned.memory[kind] == real.at_peak[kind]
 
 
-@pytest.mark.parametrize("adapter", ADAPTERS)
 @pytest.mark.parametrize(
-    "family",
-    [pytest.param(one, marks=[pytest.mark.slow] * (one != "qwen3_vl")) for one in sorted(FAMILIES)],
-    indirect=True,
+    ("family", "adapter"),
+    [
+        pytest.param(*one, marks=[pytest.mark.slow] * (one != ("qwen3_vl", "full")))
+        for one in product(sorted(FAMILIES), ADAPTERS)
+    ],
+    indirect=["family"],
     scope="session",
 )
 def test_calls_that_are_alike_cost_what_they_cost_one_by_one(adapter: str, make: Make) -> None:
