@@ -177,6 +177,7 @@ def test_a_capped_stage_says_how_far_it_came(
     assert checkpoint.read(tmp_path / checkpoint.LAST)["global_step"] == steps
     lab.train(tmp_path, stages, backbone, resume=True)
     assert equal(weights_of(backbone), whole_contrast)
+    assert sorted(series(tmp_path, "train/loss")) == [0, 1, 2]
 
 
 @pytest.fixture(scope="module")

@@ -183,8 +183,9 @@ class StageModule(L.LightningModule, ABC):
         """One sentence on whether the stage did its work, from its validation metrics."""
 
     def training_step(self, batches: Sequence[Batch], batch_idx: int) -> None:
+        step = self.global_step
         # Dropout follows from the step alone, so a resumed run needs no generator state.
-        torch.manual_seed(mix(self.seed, self.global_step, rank()))
+        torch.manual_seed(mix(self.seed, step, rank()))
         optimizer: Any = self.optimizers()
         scheduler: Any = self.lr_schedulers()
         optimizer.zero_grad()
@@ -197,10 +198,12 @@ class StageModule(L.LightningModule, ABC):
         self._has_learnt |= targets > 0
         if not (targets or self._said_empty):
             self._said_empty = True
-            log.warning("step %d: %s (said once)", self.global_step, self.empty)
+            log.warning("step %d: %s (said once)", step, self.empty)
         optimizer.step()
         scheduler.step()
-        self.log_dict({f"train/{name}": value for name, value in metrics.items()})
+        # The trainer's own count for loggers is one behind after some resumes.
+        values = {f"train/{name}": value for name, value in metrics.items()}
+        self.log_dict(values | {"step": torch.tensor(float(step))})
 
     def _bad_gradient(self, norm: float, batches: Sequence[Batch]) -> UserError:
         """What to say of a step that is not taken; all its rows are written to `bad_batch.txt`."""
@@ -245,7 +248,6 @@ class StageModule(L.LightningModule, ABC):
         if self._totals:
             sums = {name: global_sum(value) for name, value in self._totals.items()}
             found = {f"validation/{n}": v for n, v in self.means(sums).items()}
-            # The trainer's own count for loggers is one behind after some resumes.
             self.log_dict(found | {"step": torch.tensor(float(self.global_step))})
             self._totals.clear()
 
