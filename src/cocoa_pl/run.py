@@ -302,11 +302,7 @@ def _told_by(
     """
     is_checkpoint = path.endswith(".ckpt")  # whose weights no folder describes
     run = Path(path).resolve().parents[1] if is_checkpoint else Path(path)
-    config, metrics, stages = (
-        run / "config.yaml",
-        run / "metrics.csv",
-        load_config(run).get("stage"),
-    )
+    config, metrics = run / "config.yaml", run / "metrics.csv"
     lineage = [] if is_checkpoint else described_in(find_folder(path)).get("lineage", [])
     policies, last = {"evaluation": policy}, lineage[-1] if lineage else {}
     if (stages := load_config(run).get("stage")) is not None:
