@@ -119,11 +119,7 @@ def make_plan(cfg: DictConfig) -> Plan:
         for stage in stages:
             share = math.ceil(stage.batch_size / gpus)
             module, batches = make_step(stage, backbone, processor, lengths, rows=share)
-            half = backbone.compute_dtype != torch.float32
-            everything_trains = all(p.requires_grad for p in backbone.parameters())
-            # As `StageModule.configure_model` has weights gathered.
-            gathered = backbone.compute_dtype if sharded and half and everything_trains else None
-            step = run_step(module, batches, weights=gathered)
+            step = run_step(module, batches, weights=module.gathered_dtype if sharded else None)
             memory = _sharded(module, step.working, gpus) if sharded else step.memory
             gaps = round(cfg.assume.slack * memory[ACTIVATIONS])
             context = round(cfg.assume.context_gib * GIB)

@@ -130,15 +130,21 @@ class StageModule(L.LightningModule, ABC):
         if not isinstance(strategy, FullySharded):
             return
         self._dummies = self._make_dummies()
-        everything_trains = all(p.requires_grad for p in self.backbone.parameters())
-        half = self.backbone.compute_dtype != torch.float32
         shard(
             [part for part in self.children() if any(p.requires_grad for p in part.parameters())],
             blocks=self.backbone.blocks,
             mesh=strategy.device_mesh["data_parallel"],
-            # Adapters stay in float32 beside a base that is in bfloat16 already.
-            compute_dtype=self.backbone.compute_dtype if half and everything_trains else None,
+            compute_dtype=self.gathered_dtype,
         )
+
+    @property
+    def gathered_dtype(self) -> torch.dtype | None:
+        """What sharded parameters are gathered in; None for their own: adapters stay in float32
+        beside a base that is in bfloat16 already.
+        """
+        everything_trains = all(p.requires_grad for p in self.backbone.parameters())
+        half = self.backbone.compute_dtype != torch.float32
+        return self.backbone.compute_dtype if half and everything_trains else None
 
     def collator(self, *, validating: bool, device: torch.device | None = None) -> Collator:
         """What makes batches of samples, in the data workers.
